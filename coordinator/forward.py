@@ -1,0 +1,399 @@
+"""One pass of tokens through all layers, compiled: no Python between the embedding and the logits.
+
+A team of threads runs `forward` together, each with its own `member` number, with barriers where one needs what
+another wrote. Per layer:
+
+    norm -> q, k, v rows (split)   RoPE at once, k and v straight into the cache      | barrier
+    attention (split by head)                                                         | barrier
+    output projection rows (split)                                                    | barrier
+    x += projection; norm; member 0 posts the job on the board; all wait for the workers
+    x += each worker's part
+
+Every thread keeps its own x and repeats the small work on it (norm, additions): cheaper than two more barriers.
+One token (decode) and up to `max_tokens` (prefill) take the same way; they differ in the number of lanes of an
+activation (`shared/kernels.py`), so that a weight row is a dot product in the one case and a GEMM in the other.
+The rows of q and k are stored with the two halves of a rotated pair side by side.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray
+
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, shorts_at
+from warmfront.shared.board import LEAVE
+from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
+from warmfront.shared.jit import kernel
+from warmfront.shared.kernels import (
+    LANES,
+    axpy,
+    dot,
+    multiply,
+    panels_of,
+    row_stride,
+    share,
+    to_half,
+    widen,
+)
+from warmfront.shared.weights import Kind
+
+__all__ = ["POSITION", "ROLES", "SEQUENCE", "TOKENS", "WANT_LOGITS", "Network", "State", "serve_team"]
+
+# Columns of Network.weights and Network.kinds.
+ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias")
+ATTN_NORM, Q, K, V, O, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, O_BIAS = range(len(ROLES))
+# Words of State.job.
+TOKENS, POSITION, WANT_LOGITS, SEQUENCE = range(4)
+_F16 = int(Kind.F16)
+# A worker that takes longer than this for one layer is taken for lost.
+_WORKER_PATIENCE_NS = 120_000_000_000
+
+
+class Network(NamedTuple):
+    """Sizes and weights: int and float32 scalars, and int64 [layers, roles] addresses and weight types."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: Any
+    score_scale: Any
+    weights: Any
+    kinds: Any
+    embed: int
+    embed_kind: int
+    head: int
+    head_kind: int
+    norm: int
+    # float32 [context, head_dim / 2]
+    cos: Any
+    sin: Any
+
+
+class State(NamedTuple):
+    """What a team works on. `*_at` are addresses, the rest arrays.
+
+    x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32, shared by the team;
+    scores: float32 [members, context]; scratch: float32 [members, n]; tokens: int64 [max_tokens];
+    keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`.
+    """
+
+    members: int
+    job: Any
+    tokens: Any
+    status: Any
+    x: Any
+    h: Any
+    qkv: Any
+    att: Any
+    proj: Any
+    scores: Any
+    scratch: Any
+    logits: Any
+    keys_at: int
+    values_at: int
+    cache_kind: int
+    context: int
+    # Handoff: the team's own lines, then the board's.
+    go_at: int
+    finished_at: int
+    barrier_at: int
+    abort_at: int
+    job_at: int
+    order: Any
+    board_x: Any
+    # int64 [workers]: addresses of the done line and of y of each.
+    done_at: Any
+    y_at: Any
+    barrier_spins: int
+    worker_spins: int
+
+
+@kernel
+def _address(array):  # type: ignore[no-untyped-def]
+    return array.ctypes.data
+
+
+@kernel
+def _normalise(weight_at, eps, hidden, x, out, panels, lanes):  # type: ignore[no-untyped-def]
+    """Root mean square norm of every token."""
+    weight = carray(floats_at(weight_at), (hidden,))
+    if lanes == 1:
+        total = np.float32(0)
+        for k in range(hidden):
+            total += x[k] * x[k]
+        factor = np.float32(1) / np.sqrt(total / np.float32(hidden) + eps)
+        for k in range(hidden):
+            out[k] = x[k] * factor * weight[k]
+        return
+    factors = np.empty(LANES, np.float32)
+    for p in range(panels):
+        panel = x[p * hidden * LANES : (p + 1) * hidden * LANES]
+        result = out[p * hidden * LANES : (p + 1) * hidden * LANES]
+        factors[:] = 0
+        for k in range(hidden):
+            for lane in range(LANES):
+                factors[lane] += panel[k * LANES + lane] * panel[k * LANES + lane]
+        for lane in range(LANES):
+            factors[lane] = np.float32(1) / np.sqrt(factors[lane] / np.float32(hidden) + eps)
+        for k in range(hidden):
+            for lane in range(LANES):
+                result[k * LANES + lane] = panel[k * LANES + lane] * factors[lane] * weight[k]
+
+
+@kernel
+def _linear(kind, weights_at, bias_at, cols, low, high, x_at, y_at, rows, panels, lanes, scratch_at):  # type: ignore[no-untyped-def]
+    """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes]."""
+    stride = row_stride(kind, cols)
+    if lanes == 1:
+        y = carray(floats_at(y_at), (rows,))
+        for r in range(low, high):
+            y[r] = dot(kind, weights_at + r * stride, x_at, cols)
+    else:
+        for r in range(low, high, 8):
+            for i in range(8):
+                widen(kind, weights_at + (r + i) * stride, scratch_at + i * cols * 4, cols)
+            multiply(
+                scratch_at, cols * 4, 4, cols, x_at, cols * LANES * 4, y_at + r * LANES * 4, rows * LANES * 4, panels, 0
+            )
+    if bias_at != 0:
+        bias = carray(floats_at(bias_at), (rows,))
+        y = carray(floats_at(y_at), (panels * rows * lanes,))
+        for p in range(panels):
+            for r in range(low, high):
+                for lane in range(lanes):
+                    y[(p * rows + r) * lanes + lane] += bias[r]
+
+
+@kernel
+def _cache_row(net, st, layer, head, position):  # type: ignore[no-untyped-def]
+    """Byte offset of one head's row in the key and in the value cache."""
+    padded = (net.head_dim + 31) // 32 * 32
+    size = 2 if st.cache_kind == _F16 else 4
+    return ((layer * net.kv_heads + head) * st.context + position) * padded * size
+
+
+@kernel
+def _put(kind, row_at, column, value):  # type: ignore[no-untyped-def]
+    if kind == _F16:
+        carray(shorts_at(row_at), (column + 1,))[column] = to_half(value)
+    else:
+        carray(floats_at(row_at), (column + 1,))[column] = value
+
+
+@kernel
+def _rotate_and_cache(net, st, layer, low, high, lanes):  # type: ignore[no-untyped-def]
+    """RoPE on this thread's rows of q and k; its rows of k and v go into the cache."""
+    q_rows, kv_rows = net.heads * net.head_dim, net.kv_heads * net.head_dim
+    rows = q_rows + 2 * kv_rows
+    first = st.job[POSITION]
+    for token in range(st.job[TOKENS]):
+        at = (token // lanes) * rows * lanes + token % lanes
+        position = first + token
+        for row in range(low, high, 2):
+            even, odd = at + row * lanes, at + (row + 1) * lanes
+            a, b = st.qkv[even], st.qkv[odd]
+            if row < q_rows + kv_rows:
+                pair = row % net.head_dim // 2
+                c, s = net.cos[position, pair], net.sin[position, pair]
+                a, b = a * c - b * s, b * c + a * s
+            if row < q_rows:
+                st.qkv[even], st.qkv[odd] = a, b
+                continue
+            row_of_part = (row - q_rows) % kv_rows
+            base = st.keys_at if row < q_rows + kv_rows else st.values_at
+            row_at = base + _cache_row(net, st, layer, row_of_part // net.head_dim, position)
+            column = row_of_part % net.head_dim
+            _put(st.cache_kind, row_at, column, a)
+            _put(st.cache_kind, row_at, column + 1, b)
+
+
+@kernel
+def _project(net, st, layer, part, bias, first, count, member, panels, lanes):  # type: ignore[no-untyped-def]
+    """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
+    low, high = share(rows, 8, member, st.members)
+    low, high = max(low, first), min(high, first + count)
+    if low >= high:
+        return
+    _linear(
+        net.kinds[layer, part],
+        net.weights[layer, part],
+        net.weights[layer, bias],
+        net.hidden,
+        low - first,
+        high - first,
+        _address(st.h[member]),
+        _address(st.qkv) + first * lanes * 4,
+        rows,
+        panels,
+        lanes,
+        _address(st.scratch[member]),
+    )
+    _rotate_and_cache(net, st, layer, low, high, lanes)
+
+
+@kernel
+def _attend(net, st, layer, member, lanes):  # type: ignore[no-untyped-def]
+    """Causal attention of this thread's (head, token) pairs over the cache."""
+    head_dim, heads = net.head_dim, net.heads
+    rows = (heads + 2 * net.kv_heads) * head_dim
+    padded = (head_dim + 31) // 32 * 32
+    tokens = st.job[TOKENS]
+    query, mixed = np.zeros(padded, np.float32), np.empty(padded, np.float32)
+    query_at, mixed_at = _address(query), _address(mixed)
+    scores = st.scores[member]
+    stride = padded * (2 if st.cache_kind == _F16 else 4)
+    for head in range(heads):
+        first_row = _cache_row(net, st, layer, head // (heads // net.kv_heads), 0)
+        keys_at, values_at = st.keys_at + first_row, st.values_at + first_row
+        for token in range(tokens):
+            if (head * tokens + token) % st.members != member:
+                continue
+            panel, lane = token // lanes, token % lanes
+            for i in range(head_dim):
+                query[i] = st.qkv[(panel * rows + head * head_dim + i) * lanes + lane] * net.score_scale
+            count = st.job[POSITION] + token + 1
+            highest = np.float32(-np.inf)
+            for p in range(count):
+                score = dot(st.cache_kind, keys_at + p * stride, query_at, padded)
+                scores[p] = score
+                highest = max(highest, score)
+            mixed[:] = 0
+            total = np.float32(0)
+            for p in range(count):
+                weight = np.float32(math.exp(scores[p] - highest))
+                total += weight
+                axpy(st.cache_kind, weight, values_at + p * stride, mixed_at, padded)
+            for i in range(head_dim):
+                st.att[(panel * heads * head_dim + head * head_dim + i) * lanes + lane] = mixed[i] / total
+
+
+@kernel
+def _post(st, sequence, layer, values, count, lanes):  # type: ignore[no-untyped-def]
+    """Write the job on the board and announce it."""
+    st.board_x[:count] = values[:count]
+    st.order[0] = layer
+    st.order[1] = st.job[TOKENS]
+    st.order[2] = lanes
+    announce(st.job_at, sequence)
+
+
+@kernel
+def _merge(st, sequence, x, count):  # type: ignore[no-untyped-def]
+    """Wait for every worker and add its part to x; the order of the workers is fixed."""
+    deadline = clock_ns() + _WORKER_PATIENCE_NS
+    for worker in range(st.done_at.shape[0]):
+        result = await_sequence(st.done_at[worker], sequence, st.abort_at, st.worker_spins, deadline)
+        if result != DONE:
+            return result
+        y = carray(floats_at(st.y_at[worker]), (count,))
+        for i in range(count):
+            x[i] += y[i]
+    return DONE
+
+
+@kernel
+def _embed(net, st, member, lanes):  # type: ignore[no-untyped-def]
+    stride = row_stride(net.embed_kind, net.hidden)
+    x, h = st.x[member], st.h[member]
+    x[:] = 0
+    for token in range(st.job[TOKENS]):
+        widen(net.embed_kind, net.embed + st.tokens[token] * stride, _address(h), net.hidden)
+        at = (token // lanes) * net.hidden * lanes + token % lanes
+        for k in range(net.hidden):
+            x[at + k * lanes] = h[k]
+
+
+@kernel
+def _output(net, st, member, lanes):  # type: ignore[no-untyped-def]
+    """Logits of the last token: this thread's share of the vocabulary."""
+    last = st.job[TOKENS] - 1
+    x, h = st.x[member], st.h[member]
+    at = (last // lanes) * net.hidden * lanes + last % lanes
+    for k in range(net.hidden):
+        x[k] = x[at + k * lanes]
+    _normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
+    low, high = share(net.vocab, 1, member, st.members)
+    _linear(
+        net.head_kind, net.head, 0, net.hidden, low, high, _address(h), _address(st.logits), net.vocab, 1, 1, 0
+    )
+
+
+@kernel
+def forward(member, net, st):  # type: ignore[no-untyped-def]
+    """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED or LATE."""
+    hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
+    tokens = st.job[TOKENS]
+    lanes = 1 if tokens == 1 else LANES
+    panels = panels_of(tokens)
+    count = panels * hidden * lanes
+    x, h = st.x[member], st.h[member]
+    scratch_at = _address(st.scratch[member])
+    low, high = share(hidden, 8, member, st.members)
+    _embed(net, st, member, lanes)
+    for layer in range(net.layers):
+        _normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes)
+        _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes)
+        _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes)
+        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+        if result != DONE:
+            return result
+        _attend(net, st, layer, member, lanes)
+        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+        if result != DONE:
+            return result
+        _linear(
+            net.kinds[layer, O],
+            net.weights[layer, O],
+            net.weights[layer, O_BIAS],
+            q_rows,
+            low,
+            high,
+            _address(st.att),
+            _address(st.proj),
+            hidden,
+            panels,
+            lanes,
+            scratch_at,
+        )
+        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+        if result != DONE:
+            return result
+        for i in range(count):
+            x[i] += st.proj[i]
+        _normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        sequence = st.job[SEQUENCE] + layer + 1
+        if member == 0:
+            _post(st, sequence, layer, h, count, lanes)
+        result = _merge(st, sequence, x, count)
+        if result != DONE:
+            return result
+    if st.job[WANT_LOGITS] != 0:
+        _output(net, st, member, lanes)
+    return DONE
+
+
+@kernel
+def serve_team(member, net, st):  # type: ignore[no-untyped-def]
+    """The resident loop of one thread: wait for a job of the engine, run it, report; a job of 0 tokens ends it."""
+    sequence = 0
+    while True:
+        sequence += 1
+        if await_sequence(st.go_at, sequence, st.abort_at, 0, 0) != DONE:
+            return
+        if st.job[TOKENS] == 0:
+            if member == 0:
+                st.order[0] = LEAVE
+                announce(st.job_at, st.job[SEQUENCE] + 1)
+            return
+        result = forward(member, net, st)
+        st.status[member] = result
+        if fetch_add(st.finished_at + LINE, 1) + 1 == st.members * sequence:
+            announce(st.finished_at, sequence)
+        if result != DONE:
+            return

@@ -1,0 +1,238 @@
+"""Packing: from a model as its makers publish it to the packed file that every process reads (`store.py`).
+
+Done once per model, content and weight type. The file is written without a name (O_TMPFILE) and linked into the
+cache when complete, so that a killed run leaves nothing; a lock on the folder makes a second run wait for the first
+and use its result.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.source import Source, open_source
+from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.errors import ModelError, ResourceError
+from warmfront.shared.paths import cache_root
+from warmfront.shared.store import FORMAT
+from warmfront.shared.weights import BLOCK, Kind, row_bytes
+
+__all__ = ["DTYPES", "ensure_packed"]
+
+DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
+MATRICES = ("q", "k", "v", "o")
+Progress = Callable[[int, int], None]
+Bytes = npt.NDArray[np.uint8]
+
+
+def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
+    """The packed form of the model at `path`, made now if the cache has none.
+
+    `say` gets a line for each thing worth knowing, `progress` (bytes done, bytes in all). Raises ModelError for a
+    file that cannot be read, ResourceError when the cache has no room.
+    """
+    folder = cache_root() / "models"
+    target = folder / f"{path.stem[:60]}-{dtype}-{_fingerprint(path, dtype)}.safetensors"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, say):
+            if not target.exists():
+                source = open_source(path)
+                for note in source.notes:
+                    say(note)
+                with _published(target) as fd:
+                    _write(fd, source, dtype, progress)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the packed model to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder with room"
+        ) from error
+    return target
+
+
+def _fingerprint(path: Path, dtype: str) -> str:
+    """A digest of what identifies the content without reading all of it: names, sizes, times and samples."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256(f"{FORMAT} {dtype}".encode())
+    try:
+        for file in files:
+            with file.open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+                for part in range(32):
+                    stream.seek(status.st_size * part // 32)
+                    digest.update(stream.read(4096))
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
+    return digest.hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another warmfront that is packing a model")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _published(target: Path) -> Iterator[int]:
+    """A file descriptor whose file appears as `target` when the block ends well, and never else."""
+    partial = target.with_suffix(".partial")
+    try:
+        fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        named = False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        named = True
+    try:
+        yield fd
+        if named:
+            partial.rename(target)
+        else:
+            # src_dir_fd only makes Python call linkat(), which follows the link to the nameless file.
+            os.link(f"/proc/self/fd/{fd}", target, src_dir_fd=fd, follow_symlinks=True)
+    except BaseException:
+        if named:
+            partial.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
+    plan = _Plan(source, dtype)
+    header = plan.header()
+    total = len(header) + plan.nbytes
+    os.posix_fallocate(fd, 0, total)
+    _write_all(fd, header, 0)
+    done = len(header)
+    for name in plan.shapes:
+        data = plan.data(name)
+        _write_all(fd, memoryview(data).cast("B"), done)
+        done += data.nbytes
+        progress(done, total)
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[count:], offset + count
+
+
+class _Plan:
+    """Which tensors the packed file has, in which weight types, and how each is made from the source."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.source = source
+        self.names = set(source.names())
+        self._check()
+        spec = source.spec
+        wanted = None if dtype == "auto" else Kind[dtype.upper()]
+        layers = range(spec.layers)
+
+        def widest(*parts: str) -> Kind:
+            return wanted if wanted is not None else min(source.tensor(f"layers.{i}.{p}").kind for i in layers for p in parts)
+
+        self.layout = BundleLayout(
+            hidden=spec.hidden, ffn=spec.ffn, gate_kind=widest("gate", "up"), down_kind=widest("down")
+        )
+        self.kinds: dict[str, Kind] = {}
+        self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        matrices = ["embed", *(["head"] if "head" in self.names else [])]
+        matrices += [f"layers.{i}.{part}" for i in layers for part in MATRICES]
+        for name in matrices:
+            tensor = source.tensor(name)
+            self.kinds[name] = tensor.kind if wanted is None else wanted
+            self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
+        for name in sorted(self.names):
+            if name.endswith(("norm", ".bias")):
+                self.shapes[name] = ("F32", tuple(source.tensor(name).shape))
+        if source.tokenizer is not None:
+            self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
+        for i in layers:
+            self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, GROUP, self.layout.bundle_bytes))
+
+    def _check(self) -> None:
+        spec = self.source.spec
+        for what, size, unit in (
+            ("hidden size", spec.hidden, BLOCK),
+            ("heads times head size", spec.heads * spec.head_dim, BLOCK),
+            ("head size", spec.head_dim, 8),
+        ):
+            if size % unit:
+                raise ModelError(f"{spec.name}: {what} {size} is not a multiple of {unit}; such models are not supported")
+        biased = [n for n in self.names if n.endswith((".gate.bias", ".up.bias", ".down.bias"))]
+        if biased:
+            raise ModelError(f"{spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._size(name) for name in self.shapes)
+
+    def _size(self, name: str) -> int:
+        element, shape = self.shapes[name]
+        return int(np.prod(shape)) * (4 if element == "F32" else 1)
+
+    def header(self) -> bytes:
+        """The safetensors header: length, then JSON padded to 8 bytes."""
+        kinds = {name: int(kind) for name, kind in self.kinds.items()}
+        kinds |= {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
+        tokenizer = self.source.tokenizer
+        text: dict[str, Any] = {}
+        if tokenizer is not None:
+            text = {field: getattr(tokenizer, field) for field in ("chat_template", "bos_id", "eos_ids", "add_bos")}
+        metadata = {
+            "format": FORMAT,
+            "spec": self.source.spec.to_json(),
+            "kinds": json.dumps(kinds),
+            "text": json.dumps(text),
+        }
+        fields: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
+        for name, (element, shape) in self.shapes.items():
+            end = offset + self._size(name)
+            fields[name] = {"dtype": element, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        body = json.dumps(fields).encode()
+        body += b" " * (-len(body) % 8)
+        return struct.pack("<Q", len(body)) + body
+
+    def data(self, name: str) -> npt.NDArray[Any]:
+        """The bytes of one tensor of the packed file."""
+        if name in self.kinds:
+            return np.ascontiguousarray(self.source.tensor(name).packed(self.kinds[name]))
+        if name == "tokenizer":
+            assert self.source.tokenizer is not None
+            return np.frombuffer(self.source.tokenizer.json.encode(), np.uint8)
+        if name.endswith(".ffn"):
+            return self._bundles(name.removesuffix(".ffn"))
+        return np.ascontiguousarray(self.source.tensor(name).float32())
+
+    def _bundles(self, layer: str) -> Bytes:
+        layout = self.layout
+        out = np.zeros((layout.groups * GROUP, layout.bundle_bytes), np.uint8)
+        parts = (("gate", 0, layout.gate_kind), ("up", layout.up_offset, layout.gate_kind), ("down", layout.down_offset, layout.down_kind))
+        for part, start, kind in parts:
+            rows = self.source.tensor(f"{layer}.{part}").packed(kind)
+            out[: len(rows), start : start + rows.shape[1]] = rows
+        return out

@@ -1,0 +1,26 @@
+"""Rotary position frequencies: theta_j = base^(-2j / head_dim) (Su et al., RoFormer, 2021), and their stretchings.
+
+Linear scaling divides all of them by one factor and needs no function. Llama 3.1's divides only the slow ones, those
+that turn less than `low` times within the original context, and blends up to those that turn `high` times.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["frequencies", "llama3"]
+
+Doubles = npt.NDArray[np.float64]
+
+
+def frequencies(head_dim: int, base: float) -> Doubles:
+    """Inverse frequencies [head_dim / 2], in radians per position."""
+    return np.asarray(base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
+
+
+def llama3(plain: Doubles, *, factor: float, low: float, high: float, original_context: float) -> Doubles:
+    """Llama 3.1's long-context frequencies from plain ones."""
+    turns = original_context * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(plain * (keep + (1 - keep) / factor))

@@ -1,0 +1,157 @@
+"""A model as its makers publish it, read tensor by tensor under names that do not depend on the file format.
+
+    embed                          [vocab, hidden]
+    head                           [vocab, hidden], absent when it is the embedding
+    norm                           [hidden]
+    layers.{i}.attn_norm, .ffn_norm                        [hidden]
+    layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
+    layers.{i}.o                   [hidden, heads * head_dim]
+    layers.{i}.gate, .up           [ffn, hidden]
+    layers.{i}.down                [ffn, hidden]: row i is column i of W_down, the neuron's own
+    layers.{i}.{q,...,down}.bias   [out], when the model has it
+
+Rows of q and k come in interleaved pair order: rows 2j and 2j + 1 of a head are the pair that RoPE turns with
+frequency j. The readers are in `gguf_source.py` and `hf_source.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model import ModelSpec
+from warmfront.shared.weights import BLOCK, Kind, pack, row_bytes
+
+__all__ = ["Source", "SourceTensor", "TokenizerFiles", "check_sizes", "end_ids", "file_shapes", "open_source"]
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+# Weights widened at a time while packing: 64 MB of float32.
+CHUNK = 1 << 24
+# Special tokens that end a turn or a text whether or not the model's settings name them.
+END_TOKENS = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+)
+
+
+class SourceTensor(ABC):
+    """One matrix [rows, cols] or vector [n] of the source, read when asked for.
+
+    `kind` is the weight type that keeps what the file has. `step`: rows can be read apart in multiples of it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], kind: Kind, step: int = 1) -> None:
+        self.shape = shape
+        self.kind = kind
+        self._step = step
+
+    @abstractmethod
+    def _widen(self, start: int, stop: int) -> Floats:
+        """Rows start..stop (multiples of the step) as float32."""
+
+    def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
+        """The same rows as packed rows; a reader whose blocks map exactly overrides this."""
+        return pack(self._widen(start, stop), kind)
+
+    def float32(self) -> Floats:
+        """The whole tensor, dequantised."""
+        return np.array(self._widen(0, self.shape[0]), np.float32)
+
+    def packed(self, kind: Kind) -> Bytes:
+        """The matrix as uint8 [rows, row_bytes(kind, cols)], made in pieces so that it is never whole in float32."""
+        rows, cols = self.shape
+        out = np.empty((rows, row_bytes(kind, cols)), np.uint8)
+        rows_at_once = max(CHUNK // cols // self._step, 1) * self._step
+        for start in range(0, rows, rows_at_once):
+            stop = min(start + rows_at_once, rows)
+            out[start:stop] = self._pack(start, stop, kind)
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFiles:
+    """What text needs: a tokenizer.json and how prompts begin and answers end.
+
+    Encode with `add_special_tokens=False` and put `bos_id` first if `add_bos`; generation stops at any of `eos_ids`.
+    """
+
+    json: str
+    chat_template: str | None
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    add_bos: bool
+
+
+class Source(Protocol):
+    """An open model. `tokenizer` is None if it came without one; `notes` say what was converted, a line each."""
+
+    spec: ModelSpec
+    tokenizer: TokenizerFiles | None
+    notes: list[str]
+
+    def names(self) -> Set[str]:
+        """The names that `tensor` takes."""
+
+    def tensor(self, name: str) -> SourceTensor:
+        """The tensor of that name; raises KeyError if there is none."""
+
+
+def open_source(path: Path) -> Source:
+    """Open a Hugging Face folder or a GGUF file; raises ModelError if it is neither, damaged or not supported."""
+    from warmfront.coordinator.gguf_source import GgufSource
+    from warmfront.coordinator.hf_source import HfSource
+
+    if path.is_dir():
+        return HfSource(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return GgufSource(path)
+    problem = "is not a GGUF file (*.gguf) or a Hugging Face folder" if path.exists() else "does not exist"
+    raise ModelError(f"{path} {problem}; give one of the two")
+
+
+def file_shapes(spec: ModelSpec, *, head: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight as published, where `down` is still [hidden, ffn]."""
+    inner, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    yield "embed", (spec.vocab, spec.hidden)
+    if head:
+        yield "head", (spec.vocab, spec.hidden)
+    yield "norm", (spec.hidden,)
+    for i in range(spec.layers):
+        yield f"layers.{i}.attn_norm", (spec.hidden,)
+        yield f"layers.{i}.q", (inner, spec.hidden)
+        yield f"layers.{i}.k", (kv, spec.hidden)
+        yield f"layers.{i}.v", (kv, spec.hidden)
+        yield f"layers.{i}.o", (spec.hidden, inner)
+        yield f"layers.{i}.ffn_norm", (spec.hidden,)
+        yield f"layers.{i}.gate", (spec.ffn, spec.hidden)
+        yield f"layers.{i}.up", (spec.ffn, spec.hidden)
+        yield f"layers.{i}.down", (spec.hidden, spec.ffn)
+
+
+def check_sizes(path: Path, spec: ModelSpec) -> None:
+    """Raise ModelError for sizes that the kernels cannot run."""
+    counts = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "context")
+    for name in counts:
+        if getattr(spec, name) <= 0:
+            raise ModelError(f"{path}: {name} is {getattr(spec, name)}; the file is damaged")
+    for what, size in (("hidden size", spec.hidden), ("heads x head size", spec.heads * spec.head_dim)):
+        if size % BLOCK:
+            raise ModelError(f"{path}: {what} {size} is not a multiple of {BLOCK}; such models are not supported")
+    if spec.head_dim % 2:
+        raise ModelError(f"{path}: head size {spec.head_dim} is odd; such models are not supported")
+    if spec.heads % spec.kv_heads:
+        raise ModelError(
+            f"{path}: {spec.heads} heads do not share {spec.kv_heads} key-value heads; the file is damaged"
+        )
+
+
+def end_ids(special: Iterable[tuple[int, str]], declared: Iterable[int | None]) -> tuple[int, ...]:
+    """Ids at which generation stops: those declared and the known end tokens among the special ones (id, text)."""
+    known = {number for number, text in special if text in END_TOKENS}
+    return tuple(sorted(known | {number for number in declared if number is not None}))

@@ -1,0 +1,35 @@
+"""Stop strings in a stream of text pieces: nothing of a stop string, or of what may become one, is let through."""
+
+from collections.abc import Sequence
+
+__all__ = ["StopText"]
+
+
+class StopText:
+    """Holds back the longest tail that could still grow into one of `stops`."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What may be shown after `piece`; sets `found` when a stop string is complete."""
+        text = self._held + piece
+        hits = [text.find(stop) for stop in self._stops if stop in text]
+        if hits:
+            self.found, self._held = True, ""
+            return text[: min(hits)]
+        keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back when the answer ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that is a beginning of `stop`."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

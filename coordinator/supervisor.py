@@ -1,0 +1,211 @@
+"""Starts the worker processes, listens to them, ends them: the I/O around `lifecycle.py`.
+
+All of it happens in one thread that lives as long as the workers: a worker dies with the *thread* that started it,
+and the channel's socket belongs to one thread. The engine talks to that thread through a queue and an eventfd.
+"""
+
+import contextlib
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from warmfront.coordinator.events import (
+    Abort,
+    AnnounceReady,
+    DeliverReport,
+    Event,
+    Exited,
+    Finished,
+    Instruction,
+    Kill,
+    MakePlans,
+    Planned,
+    Received,
+    ReportProgress,
+    SendMessage,
+    StopRequested,
+    Terminate,
+    Tick,
+)
+from warmfront.coordinator.lifecycle import Lifecycle
+from warmfront.shared.channel import CoordinatorChannel
+from warmfront.shared.errors import WarmfrontError, WorkerError
+from warmfront.shared.messages import Hello, LoadReport, Plan, ReportRequest
+from warmfront.shared.process import python_module_command
+
+__all__ = ["Supervisor"]
+
+_TICK_S = 0.25
+MakeThePlans = Callable[[Mapping[str, Hello]], Mapping[str, Plan]]
+
+
+class Supervisor:
+    """The worker processes of one engine.
+
+    `modules`: worker name -> Python module; `board_fd` is inherited by each; `make_plans` is called in the
+    supervisor's thread once all have said Hello; `abort` when an error ends the run; `environment` is added to theirs.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, str],
+        board_fd: int,
+        make_plans: MakeThePlans,
+        abort: Callable[[], None],
+        environment: Mapping[str, str],
+    ) -> None:
+        self._modules, self._board_fd = dict(modules), board_fd
+        self._make_plans, self._abort = make_plans, abort
+        self._environment = dict(environment)
+        self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._reports: dict[str, LoadReport] = {}
+        self._reports_complete = threading.Event()
+        self._ready = threading.Event()
+        self._finished = threading.Event()
+        self.error: WarmfrontError | None = None
+        self.hellos: Mapping[str, Hello] = {}
+        self.loaded = (0, 0)
+        self._thread = threading.Thread(target=self._live, name="wf-supervisor", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Whether all workers serve the board; raises the error that ended them."""
+        self.check()
+        return self._ready.is_set()
+
+    def check(self) -> None:
+        """Raise the error that ended the workers, if one did."""
+        if self.error is not None:
+            raise self.error
+
+    def wait_for_error(self) -> None:
+        """After an aborted job: raise why."""
+        self._finished.wait(5.0)
+        self.check()
+        raise WorkerError("the workers were stopped while a job was under way")
+
+    def reports(self, timeout_s: float = 5.0) -> dict[str, LoadReport]:
+        """Ask every worker for its work so far. Raises WorkerError if they do not answer in time."""
+        self._reports_complete.clear()
+        self._reports = {}
+        self._ask("report")
+        if not self._reports_complete.wait(timeout_s):
+            self.check()
+            raise WorkerError("the workers do not answer: no load reports came")
+        return self._reports
+
+    def stop(self) -> None:
+        """End the workers and the thread; returns when no process is left."""
+        if self._thread.is_alive():
+            self._ask("stop")
+        self._thread.join()
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
+
+    def _ask(self, what: str) -> None:
+        self._requests.put(what)
+        os.eventfd_write(self._bell, 1)
+
+    def _live(self) -> None:
+        try:
+            with CoordinatorChannel() as channel:
+                try:
+                    self._start(channel)
+                    self._run(channel)
+                finally:
+                    self._sweep()
+        except WarmfrontError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(WorkerError(f"the supervisor failed: {type(error).__name__}: {error}"))
+        finally:
+            self._finished.set()
+
+    def _start(self, channel: CoordinatorChannel) -> None:
+        environment = os.environ | self._environment | channel.environment()
+        for name, module in self._modules.items():
+            self._processes[name] = subprocess.Popen(
+                python_module_command(module, name, str(self._board_fd)),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[self._board_fd],
+                process_group=0,  # Ctrl-C in the terminal reaches the coordinator alone
+            )
+
+    def _run(self, channel: CoordinatorChannel) -> None:
+        lifecycle = Lifecycle(list(self._modules), time.monotonic())
+        with contextlib.ExitStack() as stack:
+            sentinels = {}
+            for name, process in self._processes.items():
+                fd = os.pidfd_open(process.pid)
+                stack.callback(os.close, fd)
+                sentinels[fd] = name
+            while not self._finished.is_set():
+                polled = channel.poll(_TICK_S, [self._bell, *sentinels])
+                events: list[Event] = [Received(*message) for message in polled.messages]
+                for fd in polled.readable:
+                    if fd == self._bell:
+                        events += self._requested(channel)
+                    else:
+                        name = sentinels.pop(fd)
+                        events.append(Exited(name, self._processes[name].wait()))
+                for event in [*events, Tick()]:
+                    self._follow(channel, lifecycle, lifecycle.handle(event, time.monotonic()))
+
+    def _requested(self, channel: CoordinatorChannel) -> list[Event]:
+        os.eventfd_read(self._bell)
+        events: list[Event] = []
+        while not self._requests.empty():
+            if self._requests.get() == "stop":
+                events.append(StopRequested())
+            else:
+                for name in self._modules:
+                    channel.send(name, ReportRequest())
+        return events
+
+    def _follow(
+        self, channel: CoordinatorChannel, lifecycle: Lifecycle, instructions: Sequence[Instruction]
+    ) -> None:
+        for instruction in instructions:
+            match instruction:
+                case SendMessage(worker, message):
+                    channel.send(worker, message)
+                case MakePlans(hellos):
+                    self.hellos = hellos
+                    plans = Planned(self._make_plans(hellos))
+                    self._follow(channel, lifecycle, lifecycle.handle(plans, time.monotonic()))
+                case ReportProgress(done, total):
+                    self.loaded = (done, total)
+                case AnnounceReady():
+                    self._ready.set()
+                case DeliverReport(worker, report):
+                    self._reports[worker] = report
+                    if len(self._reports) == len(self._modules):
+                        self._reports_complete.set()
+                case Abort(error):
+                    self._fail(error)
+                case Terminate(worker):
+                    self._processes[worker].terminate()
+                case Kill(worker):
+                    self._processes[worker].kill()
+                case Finished():
+                    self._finished.set()
+
+    def _fail(self, error: WarmfrontError) -> None:
+        if self.error is None:
+            self.error = error
+        self._abort()
+
+    def _sweep(self) -> None:
+        """Leave no process behind, whatever went wrong."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()

@@ -1,0 +1,231 @@
+"""The coordinator's team of resident threads: holds the attention weights and the KV cache, runs `forward`."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from numba import typeof
+
+from warmfront.coordinator.forward import (
+    POSITION,
+    ROLES,
+    SEQUENCE,
+    TOKENS,
+    WANT_LOGITS,
+    Network,
+    State,
+    serve_team,
+)
+from warmfront.shared.board import Board
+from warmfront.shared.errors import WorkerError
+from warmfront.shared.handoff import ABORTED, BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
+from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.process import pin, set_name
+from warmfront.shared.store import PackedModel
+from warmfront.shared.weights import Kind
+
+__all__ = ["Team", "cache_bytes"]
+
+_ALIGN = 64
+# How often a waiting main thread looks up, so that Ctrl-C is seen.
+_LOOK_UP_NS = 50_000_000
+
+
+def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
+    """Weight type of the KV cache, and bytes of its keys (its values take as many)."""
+    spec = model.spec
+    kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
+    padded = -(-spec.head_dim // 32) * 32
+    return kind, spec.layers * spec.kv_heads * context * padded * (4 if kind == Kind.F32 else 2)
+
+
+def cache_bytes(model: PackedModel, context: int) -> int:
+    """Bytes of the KV cache for `context` tokens: float32 for float32 models, else float16."""
+    return 2 * _cache_rows(model, context)[1]
+
+
+class Team:
+    """Runs tokens through the model. Make it, `start()` it, wait for `ready()`, then `run()` jobs one at a time."""
+
+    def __init__(self, model: PackedModel, board: Board, cpus: Sequence[int], context: int) -> None:
+        self._model, self._board, self._cpus, self._context = model, board, cpus, context
+        self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
+        self._loaded = 0
+        self._weights, self._at = self._allocate()
+        self._kind, size = _cache_rows(model, context)
+        self._keys, self._values = anonymous(size), anonymous(size)
+        # Lines: go, finished (and its arrivals), barrier (and its arrivals).
+        self._lines = np.zeros(6 * LINE // 8, np.int64)
+        self._network = self._describe()
+        self._state = self._prepare()
+        self._sequence = 0
+        self._errors: list[BaseException] = []
+        self._serving = [threading.Event() for _ in cpus]
+        self._threads = [threading.Thread(target=self._live, args=(i,), daemon=True) for i in range(len(cpus))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that the coordinator holds."""
+        return self._weights.nbytes
+
+    def _names(self) -> list[str]:
+        """The tensors that the coordinator keeps: everything but the feed-forward bundles."""
+        return [n for n in self._model.entries if not n.endswith(".ffn") and n != "tokenizer"]
+
+    def _allocate(self) -> tuple[npt.NDArray[np.uint8], dict[str, int]]:
+        offsets, total = {}, 0
+        for name in self._names():
+            offsets[name] = total
+            total += -(-self._model.entries[name].nbytes // _ALIGN) * _ALIGN
+        weights = anonymous(total)
+        return weights, {name: address(weights) + offset for name, offset in offsets.items()}
+
+    def _fill(self, member: int) -> None:
+        names = self._names()
+        first = address(self._weights)
+        for name in names[member :: len(self._cpus)]:
+            start, size = self._at[name] - first, self._model.entries[name].nbytes
+            self._model.read_into(name, self._weights[start : start + size])
+            self._loaded += size
+
+    def _describe(self) -> Network:
+        spec, at = self._model.spec, self._at
+        weights = np.zeros((spec.layers, len(ROLES)), np.int64)
+        kinds = np.zeros((spec.layers, len(ROLES)), np.int64)
+        for layer in range(spec.layers):
+            for column, role in enumerate(ROLES):
+                name = f"layers.{layer}.{role}"
+                if name in at:
+                    weights[layer, column] = at[name]
+                    kinds[layer, column] = self._model.entries[name].kind or 0
+        angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
+        head = "head" if "head" in at else "embed"
+        return Network(
+            layers=spec.layers,
+            hidden=spec.hidden,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            vocab=spec.vocab,
+            norm_eps=np.float32(spec.norm_eps),
+            score_scale=np.float32(spec.head_dim**-0.5),
+            weights=weights,
+            kinds=kinds,
+            embed=at["embed"],
+            embed_kind=int(self._model.entries["embed"].kind or 0),
+            head=at[head],
+            head_kind=int(self._model.entries[head].kind or 0),
+            norm=at["norm"],
+            cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
+            sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
+        )
+
+    def _prepare(self) -> State:
+        spec, board, members = self._model.spec, self._board, len(self._cpus)
+        width = spec.heads * spec.head_dim
+        most = board.sizes.max_tokens
+        lines = address(self._lines)
+
+        def floats(*shape: int) -> npt.NDArray[np.float32]:
+            return np.zeros(shape, np.float32)
+
+        return State(
+            members=members,
+            job=np.zeros(16, np.int64),
+            tokens=np.zeros(most, np.int64),
+            status=np.zeros(members, np.int64),
+            x=floats(members, most * spec.hidden),
+            h=floats(members, most * spec.hidden),
+            qkv=floats(most * (width + 2 * spec.kv_heads * spec.head_dim)),
+            att=floats(most * width),
+            proj=floats(most * spec.hidden),
+            scores=floats(members, self._context),
+            scratch=floats(members, 8 * max(spec.hidden, width)),
+            logits=self.logits,
+            keys_at=address(self._keys),
+            values_at=address(self._values),
+            cache_kind=int(self._kind),
+            context=self._context,
+            go_at=lines,
+            finished_at=lines + LINE,
+            barrier_at=lines + 3 * LINE,
+            abort_at=address(board.abort),
+            job_at=address(board.job),
+            order=board.order,
+            board_x=board.x,
+            done_at=np.array([address(line) for line in board.done], np.int64),
+            y_at=np.array([address(y) for y in board.y], np.int64),
+            barrier_spins=BARRIER_SPINS,
+            worker_spins=HANDOFF_SPINS,
+        )
+
+    def start(self) -> None:
+        """Start the threads: each reads its share of the weights and enters the resident loop."""
+        for thread in self._threads:
+            thread.start()
+
+    def _live(self, member: int) -> None:
+        try:
+            pin([self._cpus[member]])
+            set_name(f"wf-team{member}")
+            self._fill(member)
+            serve_team.compile((typeof(member), typeof(self._network), typeof(self._state)))
+            self._serving[member].set()
+            serve_team(member, self._network, self._state)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights loaded, of how many."""
+        return self._loaded, self._weights.nbytes
+
+    def ready(self) -> bool:
+        """Whether every thread waits for jobs; raises the error of one that failed."""
+        if self._errors:
+            raise self._errors[0]
+        return all(serving.is_set() for serving in self._serving)
+
+    def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> bool:
+        """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
+
+        Returns False if the board was aborted. A KeyboardInterrupt waits for the job to end before it goes on.
+        """
+        self._state.tokens[: len(tokens)] = tokens
+        self._post(len(tokens), position, want_logits)
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                result = self._await()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+        if result == DONE and LATE in self._state.status:
+            raise WorkerError("a worker did not answer for two minutes")
+        return bool(result == DONE)
+
+    def _post(self, tokens: int, position: int, want_logits: bool) -> None:
+        job, state = self._state.job, self._state
+        job[TOKENS], job[POSITION], job[WANT_LOGITS] = tokens, position, want_logits
+        job[SEQUENCE] = self._sequence * self._network.layers
+        self._sequence += 1
+        announce(state.go_at, self._sequence)
+
+    def _await(self) -> int:
+        state = self._state
+        while True:
+            deadline = time.monotonic_ns() + _LOOK_UP_NS
+            result: int = await_sequence(state.finished_at, self._sequence, state.abort_at, 0, deadline)
+            if result != LATE:
+                return result
+
+    def stop(self) -> None:
+        """End the resident loops and tell the workers to leave theirs; harmless after an abort."""
+        if any(thread.is_alive() for thread in self._threads):
+            self._post(0, 0, False)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()

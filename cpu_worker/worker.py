@@ -1,0 +1,136 @@
+"""The CPU worker's threads: each pins itself, loads its share of the neurons, then serves the board for ever.
+
+A thread writes the memory that it will mostly read, so that pages lie near its core.
+"""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from numba import typeof
+
+from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, NEURONS, Worker, serve
+from warmfront.shared.board import Board
+from warmfront.shared.bundle import GROUP
+from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
+from warmfront.shared.kernels import LANES
+from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.messages import LoadReport, Plan
+from warmfront.shared.model import ACTIVATIONS
+from warmfront.shared.process import pin
+from warmfront.shared.store import PackedModel
+
+__all__ = ["CpuWorker"]
+
+
+class CpuWorker:
+    """Holds every group whose home this worker is; computes those that the board's owner table gives it."""
+
+    def __init__(self, plan: Plan, board: Board) -> None:
+        self._plan = plan
+        self._board = board
+        self._model = PackedModel(Path(plan.model))
+        sizes, layout, spec = board.sizes, self._model.layout, self._model.spec
+        threads = len(plan.cpus)
+        home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
+        slot = np.full(home.shape, -1, np.int32)
+        slot[home] = np.arange(np.count_nonzero(home))
+        self._places = np.argwhere(home)
+        self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes)
+        self._load = np.zeros((sizes.layers, 4), np.int64)
+        # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
+        self._lines = np.zeros(3 * LINE // 8 + 16, np.int64)
+        lines_at = -(-address(self._lines) // LINE) * LINE
+        scratch = GROUP * sizes.hidden + 2 * GROUP * max(sizes.max_tokens, LANES)
+        neurons = sizes.groups * GROUP
+        self._worker = Worker(
+            index=plan.index,
+            threads=threads,
+            hidden=sizes.hidden,
+            activation=ACTIVATIONS.index(spec.activation),
+            exact=plan.selector == "exact",
+            weights_at=address(self._weights),
+            bundle_bytes=layout.bundle_bytes,
+            up_offset=layout.up_offset,
+            down_offset=layout.down_offset,
+            gate_kind=int(layout.gate_kind),
+            down_kind=int(layout.down_kind),
+            gate_row_bytes=layout.gate_row_bytes,
+            down_row_bytes=layout.down_row_bytes,
+            slot=slot,
+            owner=board.owner,
+            owned=np.zeros((threads, sizes.groups), np.int32),
+            gates=np.zeros((threads, neurons), np.float32),
+            open=np.zeros((threads, neurons), np.int32),
+            counts=np.zeros((threads, 16), np.int64),
+            sums=np.zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
+            scratch=np.zeros((threads, scratch), np.float32),
+            started=np.zeros(1, np.int64),
+            load=self._load,
+            job_at=address(board.job),
+            abort_at=address(board.abort),
+            order=board.order,
+            x_at=address(board.x),
+            y_at=address(board.y[plan.index]),
+            done_at=address(board.done[plan.index]),
+            record=board.record[plan.index],
+            barrier_at=lines_at,
+            arrivals_at=lines_at + 2 * LINE,
+            job_spins=HANDOFF_SPINS,
+            barrier_spins=BARRIER_SPINS,
+        )
+        self._loaded = [0] * threads
+        self._errors: list[BaseException] = []
+        self._serving = [threading.Event() for _ in range(threads)]
+        self._threads = [threading.Thread(target=self._live, args=(i,), daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _live(self, member: int) -> None:
+        try:
+            pin([self._plan.cpus[member]])
+            self._fill(member)
+            serve.compile((typeof(member), typeof(self._worker)))
+            self._serving[member].set()
+            serve(member, self._worker)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def _fill(self, member: int) -> None:
+        """Read this thread's share of the groups, a run of neighbours at a time."""
+        count, threads = len(self._places), len(self._threads) or len(self._plan.cpus)
+        low, high = count * member // threads, count * (member + 1) // threads
+        size = self._model.layout.group_bytes
+        while low < high:
+            layer, group = self._places[low]
+            run = 1
+            while low + run < high and tuple(self._places[low + run]) == (layer, group + run):
+                run += 1
+            out = self._weights[low * size : (low + run) * size]
+            self._model.read_groups(int(layer), int(group), out.reshape(run, GROUP, -1))
+            collapse(out)
+            self._loaded[member] += run * size
+            low += run
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes loaded, of how many."""
+        return sum(self._loaded), len(self._places) * self._model.layout.group_bytes
+
+    def ready(self) -> bool:
+        """Whether all threads serve the board; raises the error of one that failed."""
+        if self._errors:
+            raise self._errors[0]
+        return all(serving.is_set() for serving in self._serving)
+
+    def report(self) -> LoadReport:
+        """Work on single tokens so far, by layer."""
+        load: npt.NDArray[np.int64] = self._load.copy()
+        columns = [load[:, column].tolist() for column in (BUSY_NS, NEURONS, BYTES)]
+        return LoadReport(int(load[:, JOBS].sum()), *columns)
+
+    def stop(self) -> None:
+        """Join the threads; the board has been aborted."""
+        for thread in self._threads:
+            thread.join()
+        self._model.close()

@@ -1,0 +1,209 @@
+// Feed-forward of the neurons that rest in slots of device memory, in three kernels:
+//
+//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 where a sparse gate is closed
+//   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
+//   reduce   out[token][column] = sum over segments
+//
+// Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
+//
+// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET and
+// BUNDLE_BYTES as macros, and the grids. Slots hold groups of 32 bundles, see shared/bundle.py and shared/weights.py.
+// No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
+// tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
+
+typedef unsigned char byte;
+
+constexpr int GROUP = 32;       // neurons of a group = lanes of a warp
+constexpr int WARPS = 8;        // warps of a block
+constexpr int UNIT = 8;         // weights that a lane widens at a time, as two quads of neighbouring columns
+constexpr int UNITS = HIDDEN / UNIT;
+constexpr int BLOCKS = HIDDEN / 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+enum Kind { F32, F16, BF16, Q8, Q4 };
+enum Activation { SILU, RELU, GELU, GELU_TANH };
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+#endif
+
+__device__ __forceinline__ float half_at(const byte* from) {
+    return half_to_float(*reinterpret_cast<const unsigned short*>(from));
+}
+
+// Loads WORDS words from an address of known alignment (at least 2) by the widest loads that it allows.
+template <int WORDS, int ALIGN>
+__device__ __forceinline__ void load(const byte* from, unsigned (&to)[WORDS]) {
+    if constexpr (ALIGN >= 16 && WORDS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS / 4; ++i) {
+            const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+            to[4 * i] = four.x;
+            to[4 * i + 1] = four.y;
+            to[4 * i + 2] = four.z;
+            to[4 * i + 3] = four.w;
+        }
+    } else if constexpr (ALIGN >= 8 && WORDS % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS / 2; ++i) {
+            const uint2 two = reinterpret_cast<const uint2*>(from)[i];
+            to[2 * i] = two.x;
+            to[2 * i + 1] = two.y;
+        }
+    } else if constexpr (ALIGN >= 4) {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) to[i] = reinterpret_cast<const unsigned*>(from)[i];
+    } else {
+        const unsigned short* halves = reinterpret_cast<const unsigned short*>(from);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) to[i] = halves[2 * i] | static_cast<unsigned>(halves[2 * i + 1]) << 16;
+    }
+}
+
+// The alignment of a unit: rows start at OFFSET in bundles of 64-byte alignment, units are BYTES apart.
+__device__ constexpr int alignment(int offset, int bytes) {
+    const int common = offset | bytes | 64;
+    return common & -common;
+}
+
+// First column of a unit's quad 0 or 1. A 4-bit byte holds two weights that are 16 columns apart.
+template <int KIND>
+__device__ __forceinline__ int column(int unit, int quad) {
+    return KIND == Q4 ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
+}
+
+// Widens one unit of the row at OFFSET of a bundle.
+template <int KIND, int OFFSET>
+__device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[UNIT]) {
+    const byte* row = bundle + OFFSET;
+    if constexpr (KIND == F32) {
+        unsigned words[8];
+        load<8, alignment(OFFSET, 32)>(row + 32 * unit, words);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = __uint_as_float(words[i]);
+    } else if constexpr (KIND == F16 || KIND == BF16) {
+        unsigned words[4];
+        load<4, alignment(OFFSET, 16)>(row + 16 * unit, words);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned low = words[i] & 0xffffu, high = words[i] >> 16;
+            to[2 * i] = KIND == F16 ? half_to_float(static_cast<unsigned short>(low)) : __uint_as_float(low << 16);
+            to[2 * i + 1] = KIND == F16 ? half_to_float(static_cast<unsigned short>(high)) : __uint_as_float(high << 16);
+        }
+    } else if constexpr (KIND == Q8) {
+        unsigned words[2];
+        load<2, alignment(OFFSET, 8)>(row + 8 * unit, words);
+        const float scale = half_at(row + HIDDEN + 2 * (unit / 4));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = scale * static_cast<float>(static_cast<signed char>(words[i / 4] >> i % 4 * 8));
+    } else {
+        unsigned words[1];
+        load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
+        const byte* scales = row + HIDDEN / 2 + 2 * (unit / 4);
+        const float scale = half_at(scales), minimum = half_at(scales + 2 * BLOCKS);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            to[i] = fmaf(static_cast<float>(words[0] >> 8 * i & 15u), scale, minimum);
+            to[4 + i] = fmaf(static_cast<float>(words[0] >> (8 * i + 4) & 15u), scale, minimum);
+        }
+    }
+}
+
+// Dot product of a row with x by a whole warp; every lane returns the sum.
+template <int KIND, int OFFSET>
+__device__ __forceinline__ float dot(const byte* bundle, const float* x, int lane) {
+    float sum = 0;
+#pragma unroll 4
+    for (int unit = lane; unit < UNITS; unit += 32) {
+        float weights[UNIT];
+        widen<KIND, OFFSET>(bundle, unit, weights);
+#pragma unroll
+        for (int quad = 0; quad < 2; ++quad) {
+            const float4 four = *reinterpret_cast<const float4*>(x + column<KIND>(unit, quad));
+            sum = fmaf(weights[4 * quad], four.x, sum);
+            sum = fmaf(weights[4 * quad + 1], four.y, sum);
+            sum = fmaf(weights[4 * quad + 2], four.z, sum);
+            sum = fmaf(weights[4 * quad + 3], four.w, sum);
+        }
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(ALL, sum, distance);
+    return sum;
+}
+
+__device__ __forceinline__ float activate(float gate) {
+    if constexpr (ACTIVATION == SILU) return gate / (1 + expf(-gate));
+    if constexpr (ACTIVATION == RELU) return gate <= 0 ? 0 : gate;
+    if constexpr (ACTIVATION == GELU) return 0.5f * gate * (1 + erff(gate * 0.70710678118654752f));
+    return 0.5f * gate * (1 + tanhf(0.79788456080286536f * (gate + 0.044715f * gate * gate * gate)));
+}
+
+// One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
+// slots [slot][32][BUNDLE_BYTES], ids [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
+// active += the (neuron, token) pairs computed, counted when sparse.
+extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
+                                   const float* __restrict__ x, int tokens, int sparse, float* __restrict__ h,
+                                   unsigned long long* active) {
+    const int lane = threadIdx.x % 32;
+    const int job = static_cast<int>(blockIdx.x) * WARPS + static_cast<int>(threadIdx.x) / 32;
+    if (job >= groups * GROUP * tokens) return;
+    const int neuron = job / tokens, token = job % tokens;
+    const byte* bundle = slots + (static_cast<long long>(ids[neuron / GROUP]) * GROUP + neuron % GROUP) * BUNDLE_BYTES;
+    const float* input = x + static_cast<long long>(token) * HIDDEN;
+    const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
+    float value = 0;
+    if (!sparse || !(gate <= 0)) {  // a NaN passes, to be seen in the output
+        value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
+        if (sparse && lane == 0) atomicAdd(active, 1ull);
+    }
+    if (lane == 0) h[static_cast<long long>(token) * groups * GROUP + neuron] = value;
+}
+
+// Block (tile, segment, token) sums 32 units of columns over groups segment * WARPS + warp, + segments * WARPS, ...
+// A warp reads the h of a group at once, then visits the neurons that are not zero, in order.
+extern "C" __global__ void down(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
+                                const float* __restrict__ h, float* __restrict__ partials) {
+    __shared__ float sums[WARPS][UNIT][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int unit = static_cast<int>(blockIdx.x) * 32 + lane;
+    float sum[UNIT] = {};
+    for (int g = static_cast<int>(blockIdx.y) * WARPS + warp; g < groups; g += static_cast<int>(gridDim.y) * WARPS) {
+        const float mine = h[(static_cast<long long>(blockIdx.z) * groups + g) * GROUP + lane];
+        const byte* group = slots + static_cast<long long>(ids[g]) * GROUP * BUNDLE_BYTES;
+        unsigned open = __ballot_sync(ALL, mine != 0);
+        while (open) {
+            const int neuron = __ffs(static_cast<int>(open)) - 1;
+            open &= open - 1;
+            const float factor = __shfl_sync(ALL, mine, neuron);
+            if (unit < UNITS) {
+                float weights[UNIT];
+                widen<DOWN_KIND, DOWN_OFFSET>(group + neuron * BUNDLE_BYTES, unit, weights);
+#pragma unroll
+                for (int i = 0; i < UNIT; ++i) sum[i] = fmaf(factor, weights[i], sum[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) sums[warp][i][lane] = sum[i];
+    __syncthreads();
+    if (unit >= UNITS) return;
+    // Warp i now adds up weight i of every lane's unit: UNIT = WARPS.
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) total += sums[i][warp][lane];
+    const long long row = static_cast<long long>(blockIdx.y) * gridDim.z + blockIdx.z;
+    partials[row * HIDDEN + column<DOWN_KIND>(unit, warp / 4) + warp % 4] = total;
+}
+
+// partials [segments][length], out [length].
+extern "C" __global__ void reduce(const float* __restrict__ partials, int segments, int length, float* __restrict__ out) {
+    const int i = static_cast<int>(blockIdx.x) * (WARPS * 32) + static_cast<int>(threadIdx.x);
+    if (i >= length) return;
+    float total = 0;
+    for (int segment = 0; segment < segments; ++segment) total += partials[static_cast<long long>(segment) * length + i];
+    out[i] = total;
+}

@@ -1,0 +1,100 @@
+"""How `ffn.cu` is compiled and launched for a model: macros, grids, and the sizes of its buffers. No CUDA here.
+
+The workspace is one block of device memory, each part on a 256-byte boundary:
+
+    ids [groups] i32 | x [max_tokens, hidden] f32 | active u64 | out [max_tokens, hidden] f32 | h [max_tokens, neurons] f32
+    `---------- one copy to the device ----------'`--------- one copy back ---------------'
+"""
+
+from importlib.resources import files
+from typing import NamedTuple
+
+from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.weights import BLOCK
+
+__all__ = ["THREADS", "Grids", "Workspace", "grids", "options", "partial_rows", "source", "workspace"]
+
+Grid = tuple[int, int, int]
+
+# As in ffn.cu.
+_WARPS = 8
+_UNIT = 8
+THREADS = 32 * _WARPS
+# Blocks of `down` at most: about four for each multiprocessor of the largest cards. A constant, not the card's
+# count: the order of the sums, and so the result's bits, must not depend on the card.
+_DOWN_BLOCKS = 512
+_ALIGNMENT = 256
+
+
+class Grids(NamedTuple):
+    """Blocks of `THREADS` threads for each kernel; `reduce` is needed only if `segments` > 1."""
+
+    gate_up: Grid
+    down: Grid
+    reduce: Grid
+    segments: int
+
+
+class Workspace(NamedTuple):
+    """Offsets in bytes, and the total."""
+
+    ids: int
+    x: int
+    active: int
+    out: int
+    h: int
+    total: int
+
+
+def source() -> str:
+    """The kernels."""
+    return files("warmfront.gpu_worker").joinpath("ffn.cu").read_text("utf-8")
+
+
+def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
+    """Compiler options that fit the kernels to a model; `activation` is an index into model.ACTIVATIONS."""
+    macros = {
+        "HIDDEN": layout.hidden,
+        "GATE_KIND": int(layout.gate_kind),
+        "DOWN_KIND": int(layout.down_kind),
+        "ACTIVATION": activation,
+        "UP_OFFSET": layout.up_offset,
+        "DOWN_OFFSET": layout.down_offset,
+        "BUNDLE_BYTES": layout.bundle_bytes,
+    }
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros.items()))
+
+
+def grids(layout: BundleLayout, groups: int, tokens: int) -> Grids:
+    """The launch of `groups` >= 1 groups for `tokens` >= 1 tokens."""
+    segments = min(-(-groups // _WARPS), _most_segments(layout, tokens))
+    return Grids(
+        gate_up=(-(-groups * GROUP * tokens // _WARPS), 1, 1),
+        down=(_tiles(layout), segments, tokens),
+        reduce=(-(-tokens * layout.hidden // THREADS), 1, 1),
+        segments=segments,
+    )
+
+
+def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
+    """Rows [hidden] of partial sums that any launch of up to `max_tokens` tokens may need."""
+    several = ((_most_segments(layout, tokens), tokens) for tokens in range(1, max_tokens + 1))
+    return max((segments * tokens for segments, tokens in several if segments > 1), default=0)
+
+
+def workspace(layout: BundleLayout, max_groups: int, max_tokens: int) -> Workspace:
+    """Where the parts of the workspace lie for launches of up to `max_groups` groups."""
+    row = 4 * max_tokens * layout.hidden
+    sizes = (4 * max_groups, row, _ALIGNMENT, row, 4 * max_tokens * max_groups * GROUP)
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    return Workspace(*offsets)
+
+
+def _tiles(layout: BundleLayout) -> int:
+    return -(-layout.hidden // (BLOCK * _UNIT))
+
+
+def _most_segments(layout: BundleLayout, tokens: int) -> int:
+    return max(1, _DOWN_BLOCKS // (_tiles(layout) * tokens))

@@ -1,0 +1,84 @@
+"""What a user can wish for, as frozen dataclasses; the CLI reads its defaults from here.
+
+    EngineConfig   how the model is loaded and run     Engine.load(model, **wishes), every command
+    Sampling       how the next token is chosen        engine.generate(prompt, sampling=...), generate, chat
+
+Both check themselves and raise UsageError.
+"""
+
+import re
+from dataclasses import dataclass
+
+from warmfront.shared.errors import UsageError
+
+__all__ = ["DTYPES", "GPU_PATTERN", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
+
+DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
+SELECTORS = ("auto", "all", "exact")
+GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MB", "1.5GiB", "8G" or "4096". Raises UsageError if it is none of these."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size: write it like 512MB, 1.5GiB or 8G")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to load and run a model; None leaves the choice to warmfront.
+
+    workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
+    core); vram_budget: bytes of neurons for the GPU; context: tokens that the KV cache holds.
+    """
+
+    dtype: str = "auto"
+    selector: str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    gpu: str = "auto"
+    vram_budget: int | None = None
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.selector not in SELECTORS:
+            raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
+        if not GPU_PATTERN.fullmatch(self.gpu):
+            raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
+        if self.vram_budget is not None and self.gpu == "none":
+            raise UsageError("--vram-budget with --gpu none: leave one of the two out")
+        if self.context is not None and self.context < 1:
+            raise UsageError(f"a context of {self.context} tokens: pass --ctx 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: greedy at temperature 0, else drawn from what the filters leave.
+
+    The filters act in this order: repetition penalty, temperature, top_k, top_p, min_p. Without a seed the draw
+    differs from run to run.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, good, wish in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+        ):
+            if not good:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be {wish}")

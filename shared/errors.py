@@ -1,0 +1,41 @@
+"""Every error that warmfront raises on purpose.
+
+    WarmfrontError            exit code 1
+    ├── UsageError            exit code 2: the request cannot be meant (counts, sizes, options, prompt length)
+    ├── ModelError            the model file is missing, damaged or of an unsupported kind
+    ├── ResourceError         memory, disk or device cannot hold what was asked for
+    ├── ProtocolError         a message or board that the other side cannot have meant
+    └── WorkerError           a worker process died, failed or went silent
+
+A message is one line that says what is wrong and what to do about it; the CLI prints it without a traceback.
+"""
+
+__all__ = ["ModelError", "ProtocolError", "ResourceError", "UsageError", "WarmfrontError", "WorkerError"]
+
+
+class WarmfrontError(Exception):
+    """Base of the tree. `exit_code` is what the CLI returns."""
+
+    exit_code = 1
+
+
+class UsageError(WarmfrontError):
+    """The request itself is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ModelError(WarmfrontError):
+    """The model cannot be read or is of a kind that warmfront does not run."""
+
+
+class ResourceError(WarmfrontError):
+    """The machine cannot hold what was asked for."""
+
+
+class ProtocolError(WarmfrontError):
+    """Two processes disagree on a message or on the board."""
+
+
+class WorkerError(WarmfrontError):
+    """A worker process died, reported an error or stopped answering."""

@@ -1,0 +1,119 @@
+"""How one thread waits for another, in and across processes.
+
+A *line* is 128 bytes of shared memory that start with two words:
+
+    +0  sequence   only grows; written by one side with a release-store
+    +8  sleepers   number of threads asleep in the kernel on the sequence
+
+`announce(line, n)` publishes everything written before as sequence n. `await_sequence(line, n, ...)` returns once
+the sequence has reached n. A waiter spins for `spins` rounds (only sensible when the other side runs on a core of
+its own), then yields its core for at most `PATIENCE_NS` (a hand-over by yield costs 2.3 us against 40 us through a
+futex, and a yielding waiter costs a busy neighbour nothing), then sleeps in the kernel: nothing idle burns a core.
+
+Every wait also watches the abort word of its region: the supervisor sets it when a process has died.
+"""
+
+import numpy as np
+
+from warmfront.shared.atomics import (
+    clock_ns,
+    fence,
+    fetch_add,
+    futex_wait,
+    futex_wake,
+    load_acquire,
+    pause,
+    store_release,
+    yield_core,
+)
+from warmfront.shared.jit import kernel
+
+__all__ = ["BARRIER_SPINS", "HANDOFF_SPINS", "ABORTED", "DONE", "LATE", "LINE", "announce", "await_sequence", "barrier", "wake"]
+
+LINE = 128
+# Results of a wait.
+DONE, ABORTED, LATE = 0, 1, 2
+# How long a waiter yields before it sleeps: longer than the pause between two tokens.
+PATIENCE_NS = 3_000_000
+# Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.
+_NAP_NS = 200_000_000
+_CLOCK_EVERY = 64
+# Threads of one team run on different cores: spin, about 2 us. The coordinator's thread and the worker's thread that
+# take turns share a core: spinning would keep the other from it.
+BARRIER_SPINS, HANDOFF_SPINS = 100, 0
+
+
+@kernel
+def announce(line, sequence):  # type: ignore[no-untyped-def]
+    """Publish `sequence` on `line` and wake its sleepers."""
+    store_release(line, sequence)
+    fence()
+    if load_acquire(line + 8) > 0:
+        futex_wake(line)
+
+
+@kernel
+def wake(line):  # type: ignore[no-untyped-def]
+    """Wake the sleepers of `line` so that they look at the abort word."""
+    futex_wake(line)
+
+
+@kernel
+def await_sequence(line, sequence, abort, spins, deadline_ns):  # type: ignore[no-untyped-def]
+    """Wait until `line` carries `sequence` or a later one.
+
+    `abort`: address of the abort word; `spins`: rounds of spinning first; `deadline_ns`: on the monotonic clock,
+    0 for none. Returns DONE, ABORTED or LATE.
+    """
+    for _ in range(spins):
+        if load_acquire(line) - sequence >= 0:
+            return DONE
+        pause()
+    patience_ends = 0
+    rounds = 0
+    while True:
+        seen = load_acquire(line)
+        if seen - sequence >= 0:
+            return DONE
+        if load_acquire(abort) != 0:
+            return ABORTED
+        rounds += 1
+        if rounds % _CLOCK_EVERY == 1:
+            now = clock_ns()
+            if patience_ends == 0:
+                patience_ends = now + PATIENCE_NS
+            if deadline_ns != 0 and now > deadline_ns:
+                return LATE
+            if now > patience_ends:
+                _sleep(line, seen)
+                rounds = 0
+                continue
+        yield_core()
+
+
+@kernel
+def _sleep(line, seen):  # type: ignore[no-untyped-def]
+    nap = np.empty(2, np.int64)
+    nap[0] = 0
+    nap[1] = _NAP_NS
+    fetch_add(line + 8, 1)
+    fence()
+    if load_acquire(line) == seen:
+        futex_wait(line, seen, nap.ctypes.data)
+    fetch_add(line + 8, -1)
+
+
+@kernel
+def barrier(line, members, spins, abort):  # type: ignore[no-untyped-def]
+    """Wait until all `members` threads of a team have arrived at the barrier that owns two lines at `line`.
+
+    The first line counts generations, the second the arrivals of all time. Returns DONE or ABORTED.
+    """
+    if members == 1:
+        return DONE
+    arrivals = fetch_add(line + LINE, 1) + 1
+    generation = (arrivals + members - 1) // members
+    if arrivals == generation * members:
+        announce(line, generation)
+        return DONE
+    return await_sequence(line, generation, abort, spins, 0)

@@ -1,0 +1,58 @@
+"""Compilation of the hot path: one decorator, one cache.
+
+numba's own cache notices a change only in the file of the cached function, not in the files it calls into. So the
+cache folder carries a digest of all sources that hold compiled code: a changed kernel can never be run from a stale
+copy. Older folders are removed when a new one is made.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+from warmfront.shared.paths import cache_root
+
+__all__ = ["cache_is_cold", "kernel"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PACKAGES = ("shared", "coordinator", "cpu_worker")
+# What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+
+
+def _cache_folder() -> Path:
+    digest = hashlib.sha256(numba.__version__.encode())
+    top = Path(__file__).parent.parent
+    for package in _PACKAGES:
+        for source in sorted((top / package).glob("*.py")):
+            text = source.read_bytes()
+            if b"jit import kernel" in text or b"@intrinsic" in text:
+                digest.update(text)
+    return cache_root() / "kernels" / digest.hexdigest()[:16]
+
+
+_FOLDER = _cache_folder()
+
+
+def cache_is_cold(*functions: Any) -> bool:
+    """Whether any of these kernels has yet to be compiled on this machine."""
+    return any(not any(_FOLDER.rglob(f"*{f.py_func.__name__}-*.nbc")) for f in functions)
+
+
+def kernel(function: F) -> F:
+    """Compile `function` on first call: no GIL, result cached across processes."""
+    if not _FOLDER.exists():
+        for old in _FOLDER.parent.glob("*"):
+            shutil.rmtree(old, ignore_errors=True)
+        _FOLDER.mkdir(parents=True, exist_ok=True)
+    previous = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_FOLDER)
+    try:
+        compiled: F = numba.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = previous
+    return compiled

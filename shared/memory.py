@@ -1,0 +1,63 @@
+"""Memory of the hot path: anonymous for weights, memfd for what processes share.
+
+A memfd has no name: nothing is left behind after SIGKILL, and a container's 64 MB /dev/shm does not bound it.
+Huge pages are asked for after the pages hold their data (`collapse`): asking before first touch can stall for
+seconds, and random rows of 3 KB read at 22 instead of 17 GB/s from huge pages.
+"""
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.shared.errors import ResourceError
+
+__all__ = ["address", "anonymous", "collapse", "create_shared", "map_shared"]
+
+Bytes = npt.NDArray[np.uint8]
+
+_HUGE = 2 << 20
+_MADV_COLLAPSE = 25
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """The address of the first byte of `array`."""
+    return int(array.__array_interface__["data"][0])
+
+
+def anonymous(size: int) -> Bytes:
+    """`size` zero bytes of private memory, aligned to a huge page, backed only where touched."""
+    try:
+        region = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"cannot reserve {size / 1e9:.2f} GB of memory: {error}") from error
+    whole = np.frombuffer(region, np.uint8)
+    start = -address(whole) % _HUGE
+    return whole[start : start + size]
+
+
+def collapse(array: npt.NDArray[Any]) -> None:
+    """Ask the kernel to gather the filled `array` into huge pages now; a refusal costs speed only."""
+    first, size = address(array), array.nbytes & ~(_HUGE - 1)
+    if first % _HUGE == 0 and size:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+
+
+def create_shared(name: str, size: int) -> int:
+    """A new memfd of `size` bytes, really allocated, as a file descriptor; raises ResourceError if there is no room."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.close(fd)
+        raise ResourceError(f"no room for {size / 1e6:.1f} MB of shared memory: {error.strerror}") from error
+    return fd
+
+
+def map_shared(fd: int) -> Bytes:
+    """Map the whole of a shared memory file; writes are seen by every process that maps it."""
+    return np.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), np.uint8)

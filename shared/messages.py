@@ -1,0 +1,165 @@
+"""What the processes tell each other outside the hot path: small typed messages, as msgpack.
+
+    worker                    coordinator
+      Hello          ->                      once, before anything else
+                     <-       Plan           what to load and where to run
+      Progress       ->                      while loading
+      Ready          ->                      the worker serves the board from now on
+                     <-       ReportRequest
+      LoadReport     ->
+      Heartbeat      ->                      every second, from Hello on
+      Failure        ->                      the worker's last words
+                     <-       Shutdown
+
+On the wire a message is the array [class name, field, field, ...] in the order of the fields. A decoder accepts only
+exactly that: the known names, the right number of fields, each of exactly its type. Nothing is ever unpickled.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast, get_type_hints
+
+import msgpack
+from warmfront.shared import errors
+from warmfront.shared.errors import ProtocolError, WarmfrontError, WorkerError
+
+__all__ = [
+    "PROTOCOL",
+    "Failure",
+    "Heartbeat",
+    "Hello",
+    "LoadReport",
+    "Message",
+    "Plan",
+    "Progress",
+    "Ready",
+    "ReportRequest",
+    "Shutdown",
+    "decode",
+    "encode",
+]
+
+# Raise it with any change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
+PROTOCOL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A worker has started. `token` proves that the coordinator started it; `free_bytes` of its device."""
+
+    token: str
+    name: str
+    pid: int
+    device: str
+    free_bytes: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker is to do.
+
+    `index`: its number on the board; `model`: path of the packed file; `cpus`: one per thread; `home`, `owner`: uint8
+    [layers * groups], for each group the index of the worker that keeps it and of the worker that computes it.
+    """
+
+    index: int
+    model: str
+    cpus: list[int]
+    home: bytes
+    owner: bytes
+    selector: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes loaded so far, of how many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker serves the board and holds this many bytes of weights."""
+
+    bytes_resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A worker's work since it became ready: jobs in all; time, neurons and bytes read per layer."""
+
+    jobs: int
+    busy_ns: list[int]
+    neurons: list[int]
+    bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRequest:
+    """Asks for a `LoadReport`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The worker's main thread is alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The worker's last words. `kind` names a class of `errors.py`."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """What to send about `error`; what was not raised on purpose becomes a WorkerError that names its class."""
+        if isinstance(error, WarmfrontError):
+            return cls(type(error).__name__, str(error))
+        return cls(WorkerError.__name__, f"{type(error).__name__}: {error}")
+
+    def error(self, worker: str) -> WarmfrontError:
+        """The error to raise in the coordinator, of the class that `worker` raised."""
+        kind = getattr(errors, self.kind) if self.kind in errors.__all__ else WorkerError
+        return cast(WarmfrontError, kind(f"worker {worker}: {self.message}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Leave in order, now."""
+
+
+Message = Hello | Plan | Progress | Ready | LoadReport | ReportRequest | Heartbeat | Failure | Shutdown
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (Hello, Plan, Progress, Ready, LoadReport, ReportRequest, Heartbeat, Failure, Shutdown)
+}
+_TYPES: dict[str, tuple[Any, ...]] = {name: tuple(get_type_hints(kind).values()) for name, kind in _KINDS.items()}
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack. Paths that are not UTF-8 survive."""
+    values = [getattr(message, field.name) for field in fields(message)]
+    return cast(bytes, msgpack.packb([type(message).__name__, *values], unicode_errors="surrogateescape"))
+
+
+def decode(data: bytes) -> Message:
+    """The message that `data` encodes. Raises ProtocolError if it does not encode one exactly."""
+    try:
+        parts = msgpack.unpackb(data, unicode_errors="surrogateescape")
+        name, values = parts[0], parts[1:]
+        types = _TYPES[name]
+    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException):
+        raise ProtocolError(f"{len(data)} bytes that are no message of warmfront's protocol {PROTOCOL}") from None
+    if type(parts) is not list or len(values) != len(types) or not all(map(_is, values, types)):
+        raise ProtocolError(f"a {name} message whose fields are not those of warmfront's protocol {PROTOCOL}")
+    return _KINDS[name](*values)
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Exact types: True is no int."""
+    if kind == list[int]:
+        return type(value) is list and all(type(item) is int for item in value)
+    return type(value) is kind

@@ -1,0 +1,121 @@
+"""Weight types: how a row of weights rests in memory, packed and unpacked with numpy.
+
+A row holds `cols` weights (a multiple of 32) and is contiguous:
+
+    F32   cols x float32
+    F16   cols x float16
+    BF16  cols x bfloat16 (upper half of a float32)
+    Q8    cols x int8, then cols/32 x float16 scale                w = q * scale
+    Q4    cols/2 bytes, then cols/32 x float16 scale, then cols/32 x float16 minimum
+                                                                   w = q * scale + minimum, q in 0..15
+          byte j of a 32-block holds weight j in its low and weight j + 16 in its high nibble
+
+Q4 holds GGUF's Q4_0 and Q4_1 exactly (Q4_0: minimum = -8 * scale), Q8 holds Q8_0 exactly.
+The compiled counterparts are in `kernels.py`.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BLOCK", "Kind", "pack", "row_bytes", "unpack"]
+
+BLOCK = 32
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+class Kind(IntEnum):
+    """A weight type, widest first."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q8 = 3
+    Q4 = 4
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales included."""
+        return row_bytes(self, BLOCK) * 8 / BLOCK
+
+
+def row_bytes(kind: int, cols: int) -> int:
+    """Bytes of a row of `cols` weights; raises ValueError if `cols` is not a multiple of 32."""
+    if cols % BLOCK:
+        raise ValueError(f"rows of {cols} weights: not a multiple of {BLOCK}")
+    blocks = cols // BLOCK
+    return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, cols // 2 + 4 * blocks)[kind]
+
+
+def pack(values: Floats, kind: int) -> Bytes:
+    """Round float32 [rows, cols] to the nearest of `kind`: uint8 [rows, row_bytes]."""
+    values = np.ascontiguousarray(values, np.float32)
+    rows, cols = values.shape
+    out = np.empty((rows, row_bytes(kind, cols)), np.uint8)
+    if kind == Kind.F32:
+        out[:] = values.view(np.uint8)
+    elif kind == Kind.F16:
+        out[:] = values.astype(np.float16).view(np.uint8)
+    elif kind == Kind.BF16:
+        out[:] = _round_bf16(values).view(np.uint8)
+    elif kind == Kind.Q8:
+        blocks = values.reshape(rows, -1, BLOCK)
+        scale = (np.abs(blocks).max(2) / 127).astype(np.float16)
+        inverse = _inverse(scale)
+        q = np.clip(np.rint(blocks * inverse[:, :, None]), -127, 127).astype(np.int8)
+        out[:, :cols] = q.reshape(rows, cols).view(np.uint8)
+        out[:, cols:] = scale.view(np.uint8)
+    else:
+        blocks = values.reshape(rows, -1, BLOCK)
+        low = blocks.min(2)
+        scale = ((blocks.max(2) - low) / 15).astype(np.float16)
+        minimum = low.astype(np.float16)
+        inverse = _inverse(scale)
+        q = np.clip(np.rint((blocks - minimum[:, :, None].astype(np.float32)) * inverse[:, :, None]), 0, 15)
+        out[:] = join_q4(q.astype(np.uint8), scale, minimum)
+    return out
+
+
+def join_q4(q: Bytes, scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.float16]) -> Bytes:
+    """Assemble Q4 rows from q [rows, blocks, 32] in 0..15 and scale, minimum [rows, blocks]."""
+    rows = q.shape[0]
+    nibbles = q[:, :, :16] | (q[:, :, 16:] << 4)
+    parts = (nibbles.reshape(rows, -1), np.ascontiguousarray(scale).view(np.uint8), np.ascontiguousarray(minimum).view(np.uint8))
+    return np.concatenate(parts, axis=1)
+
+
+def unpack(data: Bytes, kind: int, cols: int) -> Floats:
+    """Widen uint8 [rows, row_bytes] of `kind` to float32 [rows, cols]."""
+    data = np.ascontiguousarray(data)
+    rows = data.shape[0]
+    blocks = cols // BLOCK
+    if kind == Kind.F32:
+        return data.view(np.float32).copy()
+    if kind == Kind.F16:
+        return data.view(np.float16).astype(np.float32)
+    if kind == Kind.BF16:
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if kind == Kind.Q8:
+        q8 = data[:, :cols].view(np.int8).reshape(rows, blocks, BLOCK).astype(np.float32)
+        scale = np.ascontiguousarray(data[:, cols:]).view(np.float16).astype(np.float32)
+        return np.asarray(q8 * scale[:, :, None], np.float32).reshape(rows, cols)
+    half = cols // 2
+    nibbles = data[:, :half].reshape(rows, blocks, 16)
+    q4 = np.concatenate((nibbles & 15, nibbles >> 4), axis=2).astype(np.float32)
+    scales = np.ascontiguousarray(data[:, half:]).view(np.float16).astype(np.float32)
+    scale, minimum = scales[:, :blocks, None], scales[:, blocks:, None]
+    return np.asarray(q4 * scale + minimum, np.float32).reshape(rows, cols)
+
+
+def _round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
+    """Round to nearest even; no NaN is expected in weights."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _inverse(scale: npt.NDArray[np.float16]) -> Floats:
+    wide = scale.astype(np.float32)
+    return np.divide(1, wide, out=np.zeros_like(wide), where=wide > 0)

@@ -1,0 +1,199 @@
+"""GGUF files against the gguf package's own dequantisation. Run: pytest tests/coordinator/test_gguf_source.py"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from warmfront.coordinator import source as source_module
+from warmfront.coordinator.source import open_source
+from warmfront.shared.errors import ModelError
+from warmfront.shared.weights import Kind, unpack
+
+Floats = npt.NDArray[np.float32]
+Make = Callable[..., Path]
+NAMES = {
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "layers.0.attn_norm": "blk.0.attn_norm",
+    "layers.0.q": "blk.0.attn_q",
+    "layers.0.k": "blk.0.attn_k",
+    "layers.0.v": "blk.0.attn_v",
+    "layers.0.o": "blk.0.attn_output",
+    "layers.0.ffn_norm": "blk.0.ffn_norm",
+    "layers.0.gate": "blk.0.ffn_gate",
+    "layers.0.up": "blk.0.ffn_up",
+    "layers.0.down": "blk.0.ffn_down",
+}
+EXACT = {
+    "F32": Kind.F32,
+    "F16": Kind.F16,
+    "BF16": Kind.BF16,
+    "Q8_0": Kind.Q8,
+    "Q4_0": Kind.Q4,
+    "Q4_1": Kind.Q4,
+}
+ROUNDED = {
+    "Q5_0": Kind.Q8,
+    "Q5_1": Kind.Q8,
+    "Q5_K": Kind.Q8,
+    "Q6_K": Kind.Q8,
+    "Q2_K": Kind.Q4,
+    "Q3_K": Kind.Q4,
+    "IQ4_NL": Kind.Q4,
+}
+
+
+def expected(path: Path) -> dict[str, Floats]:
+    """Every tensor by canonical name as the gguf package reads it, down transposed."""
+    values = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    named = {name: values[f"{published}.weight"] for name, published in NAMES.items()}
+    named["layers.0.down"] = named["layers.0.down"].T
+    return named
+
+
+def bound(values: Floats, kind: Kind) -> Floats:
+    """Half a step of the 32-blocks' grid, and what rounding scales to float16 adds."""
+    blocks = values.reshape(len(values), -1, 32)
+    reach = np.abs(blocks).max(2) if kind == Kind.Q8 else blocks.max(2) - blocks.min(2)
+    half_step = reach / (254 if kind == Kind.Q8 else 30)
+    slack = (np.abs(blocks).max(2) + reach) * 2**-10
+    return np.broadcast_to((half_step + slack)[:, :, None], blocks.shape).reshape(values.shape)
+
+
+@pytest.mark.parametrize("kind", [*EXACT, "Q4_K", *ROUNDED])
+def test_float32_is_what_the_gguf_package_reads(tiny_gguf: Make, kind: str) -> None:
+    path = tiny_gguf(kind=kind)
+    source = open_source(path)
+    reference = expected(path)
+    assert source.names() == reference.keys()
+    for name, values in reference.items():
+        tensor = source.tensor(name)
+        assert tensor.shape == values.shape, name
+        np.testing.assert_array_equal(tensor.float32(), values, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_types_are_repacked_without_loss(tiny_gguf: Make, kind: str) -> None:
+    path = tiny_gguf(kind=kind)
+    source = open_source(path)
+    for name, values in expected(path).items():
+        tensor = source.tensor(name)
+        if values.ndim == 2 and (name != "layers.0.down" or kind in ("F32", "F16", "BF16")):
+            assert tensor.kind == EXACT[kind], name
+            np.testing.assert_array_equal(unpack(tensor.packed(tensor.kind), tensor.kind, values.shape[1]), values)
+    assert source.notes == (["1 down matrices of type " + kind + " are turned and kept as Q8"] if "Q" in kind else [])
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", *ROUNDED])
+def test_other_types_are_rounded_to_the_nearest(tiny_gguf: Make, kind: str) -> None:
+    path = tiny_gguf(kind=kind)
+    source = open_source(path)
+    for name, values in expected(path).items():
+        tensor = source.tensor(name)
+        if values.ndim == 2:
+            wanted = Kind.Q8 if name == "layers.0.down" else ROUNDED.get(kind, Kind.Q4)
+            assert tensor.kind == wanted, name
+            error = np.abs(unpack(tensor.packed(wanted), wanted, values.shape[1]) - values)
+            limit = np.abs(values).max() * 2**-10 if kind == "Q4_K" and wanted == Kind.Q4 else bound(values, wanted)
+            assert (error <= limit).all(), name
+    assert any(kind in note and "rounded" in note for note in source.notes)
+
+
+def test_rows_packed_in_pieces_are_the_same(tiny_gguf: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_gguf(kind="Q4_K")
+    whole = open_source(path)
+    monkeypatch.setattr(source_module, "CHUNK", 100 * 256)
+    pieces = open_source(path)
+    for name in ("embed", "layers.0.gate", "layers.0.down"):
+        for kind in (whole.tensor(name).kind, Kind.F16):
+            np.testing.assert_array_equal(pieces.tensor(name).packed(kind), whole.tensor(name).packed(kind))
+
+
+def test_smollm2_is_read_exactly(smollm2: Path) -> None:
+    source = open_source(smollm2)
+    spec = source.spec
+    assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads, spec.head_dim) == (30, 576, 1536, 9, 3, 64)
+    assert (spec.vocab, spec.context, spec.activation, spec.norm_eps) == (49152, 8192, "silu", pytest.approx(1e-5))
+    assert "head" not in source.names()
+    assert len(source.names()) == 2 + 9 * 30
+    reference = {t.name: t for t in gguf.GGUFReader(smollm2).tensors}
+    for name, kind in (("embed", Kind.Q8), ("layers.0.q", Kind.Q4), ("layers.0.up", Kind.Q4)):
+        published = reference[f"{NAMES[name]}.weight"]
+        tensor = source.tensor(name)
+        assert tensor.kind == kind
+        values = gguf.dequantize(published.data, published.tensor_type)
+        np.testing.assert_array_equal(unpack(tensor.packed(kind), kind, 576), values)
+
+
+def test_rope_frequencies(tiny_gguf: Make) -> None:
+    plain = 10000.0 ** (-np.arange(32) / 32)
+    assert open_source(tiny_gguf()).spec.rope_frequencies == pytest.approx(plain, rel=1e-12)
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.rope.freq_base": 500.0}
+    frequencies = open_source(tiny_gguf(fields=linear)).spec.rope_frequencies
+    assert frequencies == pytest.approx(500.0 ** (-np.arange(32) / 32) / 4, rel=1e-12)
+    factors = np.linspace(1, 8, 32, dtype=np.float32)
+    path = tiny_gguf(shapes={"rope_freqs.weight": (32,)}, values={"rope_freqs.weight": factors})
+    assert open_source(path).spec.rope_frequencies == pytest.approx(plain / factors, rel=1e-6)
+
+
+def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
+    shapes = {"output.weight": (64, 256), "blk.0.attn_q.bias": (256,), "blk.0.ffn_down.bias": (256,)}
+    path = tiny_gguf(kind="Q8_0", shapes=shapes)
+    source = open_source(path)
+    assert source.names() - NAMES.keys() == {"head", "layers.0.q.bias", "layers.0.down.bias"}
+    assert source.tensor("layers.0.q.bias").kind == Kind.F32
+    bias = next(t.data for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.bias")
+    np.testing.assert_array_equal(source.tensor("layers.0.down.bias").float32(), bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported; llama is"),
+        ({"fields": {"llama.expert_count": 8}}, "experts"),
+        ({"fields": {"split.count": 2}}, "llama-gguf-split"),
+        ({"fields": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),
+        ({"fields": {"llama.rope.dimension_count": 32}}, "rope.dimension_count"),
+        ({"fields": {"llama.attention.head_count_kv": 3}}, "do not share"),
+        ({"fields": {"llama.attention.head_count": [4, 4]}}, "head_count is"),
+        ({"fields": {"llama.block_count": 2}}, "layers.1.attn_norm is missing"),
+        ({"without": ["llama.embedding_length"]}, "llama.embedding_length is missing"),
+        ({"without": ["token_embd.weight"]}, "token_embd.weight is missing"),
+        ({"without": ["blk.0.ffn_up.weight"]}, "layers.0.up is missing"),
+        ({"shapes": {"blk.0.attn_k.weight": (256, 256)}}, "shape"),
+        ({"shapes": {"blk.1.attn_k.weight": (128, 256)}}, "layers.1.k is unexpected"),
+        ({"shapes": {"blk.0.fc1.weight": (256, 256)}}, "PowerInfer predictors are not supported yet"),
+        ({"shapes": {"blk.0.ffn_down_t.weight": (512, 256)}}, "PowerInfer predictors are not supported yet"),
+        ({"shapes": {"blk.0.attn_sinks.weight": (4,)}}, "attn_sinks"),
+        ({"shapes": {"rope_freqs.weight": (16,)}}, "rope_freqs.weight"),
+        ({"fields": {"tokenizer.ggml.model": "bert"}}, "tokenizer 'bert' is not supported"),
+    ],
+)
+def test_unsupported_files_are_refused(tiny_gguf: Make, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        open_source(tiny_gguf(**options))
+
+
+def test_damaged_files_are_refused(tiny_gguf: Make, tmp_path: Path) -> None:
+    content = tiny_gguf(kind="Q8_0").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in np.linspace(0, len(content) - 100, 60).astype(int):
+        cut.write_bytes(content[:length])
+        with pytest.raises(ModelError, match=r"cut\.gguf"):
+            open_source(cut)
+    cut.write_bytes(b"PK" + content[2:])
+    with pytest.raises(ModelError, match=r"cut\.gguf is not a whole GGUF file"):
+        open_source(cut)
+
+
+def test_neither_folder_nor_gguf(tmp_path: Path) -> None:
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"x")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        open_source(other)
+    with pytest.raises(ModelError, match="does not exist"):
+        open_source(tmp_path / "none.gguf")

@@ -1,0 +1,168 @@
+"""Cases, an independent reference, and a stand-in for CuPy where there is no GPU.
+
+The reference decodes packed rows weight by weight in float64, from the layout that shared/weights.py states. The
+stand-in has just the calls of CuPy that `CudaDevice` makes, over host memory, and runs the kernels of ffn.cu compiled
+for the CPU (cuda_on_cpu.cpp) under the undefined-behaviour sanitizer, which reports misaligned loads. What passes on it
+has run on no card.
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.weights import Kind, pack
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "gpu_worker"
+
+Doubles = npt.NDArray[np.float64]
+
+ACTIVATE: dict[str, Callable[[float], float]] = {
+    "silu": lambda g: g / (1 + math.exp(-g)),
+    "relu": lambda g: max(g, 0.0),
+    "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
+    "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
+}
+
+
+def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
+    """A packed row, weight by weight."""
+    half = {Kind.F16, Kind.Q8, Kind.Q4}
+    code, size = ("f2", 2) if kind in half else ("f4", 4)
+
+    def number(at: int) -> float:
+        return float(np.frombuffer(row[at : at + size], code)[0])
+
+    if kind in (Kind.F32, Kind.F16):
+        return [number(size * j) for j in range(cols)]
+    if kind == Kind.BF16:
+        return [float(np.frombuffer(b"\0\0" + row[2 * j : 2 * j + 2], "f4")[0]) for j in range(cols)]
+    if kind == Kind.Q8:
+        return [(row[j] - 256 * (row[j] > 127)) * number(cols + 2 * (j // 32)) for j in range(cols)]
+    nibbles = [row[j // 32 * 16 + j % 16] >> 4 * (j % 32 // 16) & 15 for j in range(cols)]
+    scales, minima = cols // 2, cols // 2 + cols // 16
+    return [q * number(scales + 2 * (j // 32)) + number(minima + 2 * (j // 32)) for j, q in enumerate(nibbles)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of random neurons, uint8 [groups, 32, bundle_bytes], and inputs x [tokens, hidden]."""
+
+    layout: BundleLayout
+    activation: str
+    groups: npt.NDArray[np.uint8]
+    x: npt.NDArray[np.float32]
+
+    @classmethod
+    def random(cls, layout: BundleLayout, activation: str, tokens: int) -> "Case":
+        rng = np.random.default_rng(0)
+        neurons = layout.groups * GROUP
+        groups = np.zeros((neurons, layout.bundle_bytes), np.uint8)
+        kinds = (layout.gate_kind, layout.gate_kind, layout.down_kind)
+        for offset, kind in zip((0, layout.up_offset, layout.down_offset), kinds, strict=True):
+            rows = pack(rng.normal(size=(neurons, layout.hidden), scale=0.1).astype(np.float32), kind)
+            groups[:, offset : offset + rows.shape[1]] = rows
+        x = rng.normal(size=(tokens, layout.hidden)).astype(np.float32)
+        return cls(layout, activation, groups.reshape(layout.groups, GROUP, -1), x)
+
+    def expect(self, picked: list[int], sparse: bool) -> tuple[Doubles, int]:
+        """The output of the picked groups and the (neuron, token) pairs computed."""
+        layout = self.layout
+        bundles = self.groups[picked].reshape(-1, layout.bundle_bytes)
+
+        def matrix(offset: int, kind: Kind) -> Doubles:
+            return np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
+
+        x = self.x.astype(np.float64)
+        gates = x @ matrix(0, layout.gate_kind).T
+        h = np.vectorize(ACTIVATE[self.activation])(gates) * (x @ matrix(layout.up_offset, layout.gate_kind).T)
+        if sparse:
+            h[gates <= 0] = 0
+        computed = int((gates > 0).sum()) if sparse else gates.size
+        return h @ matrix(layout.down_offset, layout.down_kind), computed
+
+
+@pytest.fixture
+def random_case() -> Callable[[BundleLayout, str, int], Case]:
+    return Case.random
+
+
+@pytest.fixture
+def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """`import cupy` gives the stand-in."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+
+    class Memory:
+        def __init__(self, size: int) -> None:
+            self.size = size
+            # Freed bytes and unwritten bytes are NaN in every weight type.
+            self._bytes = np.full(size + 64, 0xFF, np.uint8)
+            self.ptr = self._bytes.ctypes.data + -self._bytes.ctypes.data % 64
+
+    class Event:
+        def __init__(self, disable_timing: bool = False) -> None: ...
+        def record(self, stream: object) -> None: ...
+        def synchronize(self) -> None: ...
+
+    class Kernel:
+        def __init__(self, function: Any) -> None:
+            self._function = function
+
+        def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: object) -> None:
+            assert block == (256, 1, 1)
+            types = {np.uint64: ctypes.c_void_p, np.int32: ctypes.c_int}
+            self._function((ctypes.c_uint * 3)(*grid), *(types[type(arg)](int(arg)) for arg in args))
+
+    class RawModule:
+        def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
+            (tmp_path / "ffn.cu").write_text(code)
+            sanitize = "-fsanitize=alignment,bounds,shift,signed-integer-overflow"
+            flags = ("-O1", "-shared", "-fPIC", sanitize, f"-I{tmp_path}", *options[1:], "-std=c++20")
+            target = tmp_path / "kernels.so"
+            subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(target)], check=True)
+            self._library = ctypes.CDLL(str(target))
+
+        def get_function(self, name: str) -> Kernel:
+            return Kernel(self._library[f"run_{name}"])
+
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda index: {"name": b"CPU stand-in"},
+        memGetInfo=lambda: (1 << 26, 1 << 26),
+        memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
+        memcpyHostToDevice=1,
+        memcpyDeviceToHost=2,
+    )
+
+    class Device:
+        def __init__(self, index: int) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *error: object) -> None: ...
+
+    module = ModuleType("cupy")
+    module.RawModule = RawModule  # type: ignore[attr-defined]
+    module.cuda = SimpleNamespace(  # type: ignore[attr-defined]
+        runtime=runtime,
+        Device=Device,
+        Event=Event,
+        Stream=lambda non_blocking: SimpleNamespace(ptr=0),
+        memory=SimpleNamespace(Memory=Memory),
+        alloc_pinned_memory=bytearray,
+        get_elapsed_time=lambda begin, end: 0.5,
+        compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module

@@ -1,0 +1,124 @@
+"""How processes live and die, with real ones.  pytest tests/shared/test_process.py"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.process import pin, python_module_command, set_name
+
+CHILD = """
+import os, sys, time
+from warmfront.shared.process import die_with_parent
+die_with_parent(int(sys.argv[1]))
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid())])
+time.sleep(60)
+"""
+
+
+def start(code: str, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_child_dies_with_a_killed_parent() -> None:
+    with start(PARENT) as parent:
+        child = os.pidfd_open(int(first_line(parent)))
+        try:
+            assert select.select([child], [], [], 0)[0] == []
+            parent.kill()
+            assert select.select([child], [], [], 10)[0] == [child]
+        finally:
+            os.close(child)
+
+
+def test_child_of_a_parent_already_gone_exits() -> None:
+    with start(CHILD, "1") as orphan:
+        assert orphan.wait(10) == 1
+        assert first_line(orphan) == ""
+
+
+def test_interrupts_are_left_to_the_parent_and_sigterm_ends() -> None:
+    code = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from warmfront.shared.process import ignore_interrupts
+ignore_interrupts()
+print("up", flush=True)
+time.sleep(0.2)
+print("still up", flush=True)
+time.sleep(60)
+"""
+    with start(code) as child:
+        assert first_line(child) == "up"
+        child.send_signal(signal.SIGINT)
+        assert first_line(child) == "still up"
+        child.terminate()
+        assert child.wait(10) == -signal.SIGTERM
+
+
+def in_a_thread(work: "threading.Thread") -> None:
+    work.start()
+    work.join()
+
+
+def test_pin_moves_the_calling_thread_only() -> None:
+    before = os.sched_getaffinity(0)
+    cpu = max(before)
+    seen: list[set[int]] = []
+
+    def work() -> None:
+        pin([cpu])
+        seen.append(os.sched_getaffinity(0))
+
+    in_a_thread(threading.Thread(target=work))
+    assert seen == [{cpu}]
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("cpus", [[], [100_000], [-1], [0, 100_000]])
+def test_pin_refuses_what_is_not_allowed(cpus: list[int]) -> None:
+    caught: list[ResourceError] = []
+
+    def work() -> None:
+        try:
+            pin(cpus)
+        except ResourceError as error:
+            caught.append(error)
+
+    in_a_thread(threading.Thread(target=work))
+    assert "check taskset and cpusets" in str(caught[0])
+    assert str(cpus) in str(caught[0])
+
+
+def test_set_name_names_the_thread() -> None:
+    names: list[str] = []
+
+    def work() -> None:
+        set_name("warmfront-cpu0-and-more")
+        names.append(Path("/proc/thread-self/comm").read_text().strip())
+
+    in_a_thread(threading.Thread(target=work))
+    assert names == ["warmfront-cpu0-"]
+
+
+def test_module_command_ignores_modules_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    command = python_module_command("json.tool", "--help")
+    assert command[0] == sys.executable
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "usage" in done.stdout

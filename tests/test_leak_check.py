@@ -1,0 +1,79 @@
+"""The leak check sees what a test may leave behind.  pytest tests/test_leak_check.py"""
+
+import os
+import subprocess
+import sys
+import threading
+
+import zmq
+
+from tests.leak_check import left_since, snapshot
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def test_nothing_changes_when_nothing_is_left() -> None:
+    before = snapshot()
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    with open(os.devnull):
+        pass
+    assert left_since(before) == []
+
+
+def test_sees_a_child_and_its_zombie() -> None:
+    before = snapshot()
+    child = subprocess.Popen(SLEEP)
+    assert any(line.startswith(f"processes: {child.pid} ") for line in left_since(before))
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert any(f"{child.pid} (zombie)" in line for line in left_since(before))
+    child.wait()
+    assert left_since(before) == []
+
+
+def test_sees_an_orphan() -> None:
+    before = snapshot()
+    code = f"import subprocess; print(subprocess.Popen({SLEEP!r}, stdout=subprocess.DEVNULL).pid)"
+    orphan = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert [line.split()[1] for line in left_since(before)] == [str(orphan)]
+    pidfd = os.pidfd_open(orphan)
+    os.kill(orphan, 9)
+    os.close(pidfd)
+
+
+def test_sees_threads_and_descriptors() -> None:
+    before = snapshot()
+    gate = threading.Event()
+    thread = threading.Thread(target=gate.wait, name="lingering")
+    thread.start()
+    memory = os.memfd_create("board")
+    left = left_since(before)
+    gate.set()
+    thread.join()
+    os.close(memory)
+    assert len(left) == 2
+    assert left[0].startswith("threads: lingering")
+    assert left[1].startswith("descriptors: /memfd:board")
+    assert left_since(before) == []
+
+
+def test_sees_zeromq_with_its_address() -> None:
+    before = snapshot()
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.bind("ipc://@warmfront-leak-check")
+    left = "\n".join(left_since(before))
+    socket.close(0)
+    context.term()
+    assert "threads: ZMQbg" in left
+    assert "@warmfront-leak-check" in left
+    assert left_since(before) == []
+
+
+def test_sees_shared_memory_by_name() -> None:
+    before = snapshot()
+    path = f"/dev/shm/warmfront-test-{os.getpid()}"
+    open(path, "w").close()
+    left = left_since(before)
+    os.unlink(path)
+    assert left == [f"shared_memory: {os.path.basename(path)} (x1)"]
