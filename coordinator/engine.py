@@ -8,12 +8,14 @@ An engine owns its worker processes, its team of threads and the board between t
 used from one thread at a time.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +28,19 @@ from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.board import Board, BoardSizes
+from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import EngineConfig, Sampling
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
 from warmfront.shared.store import PackedModel
-from warmfront.shared.topology import plan_cores, read_topology
+from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
 __all__ = ["Engine", "Stats", "Token", "WorkerStats"]
 
 # Tokens of one prefill job: 8 panels of 16.
 MAX_TOKENS = 128
+LANES = 16
 DEFAULT_CONTEXT = 4096
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
@@ -95,20 +99,24 @@ def _no_progress(_what: str, _done: int, _total: int) -> None:
     pass
 
 
-@dataclass
 class Engine:
-    """A loaded model and everything that runs it. Made by `Engine.load`."""
+    """A loaded model and everything that runs it: made by `Engine.load`, ended by `close` or a with block."""
 
-    config: EngineConfig
-    model: PackedModel
-    tokenizer: Tokenizer
-    selector: str
-    context: int
-    stats: Stats = field(default_factory=Stats)
+    def __init__(self, model: PackedModel, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = Tokenizer(model)
+        self.selector = _choose_selector(config, model)
+        self.context = _choose_context(config, model)
+        self.stats = Stats()
+        self._closed = False
+        self._cached: list[int] = []  # the tokens that the KV cache holds
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(model.close)
 
     @classmethod
     def load(
-        cls, model: str = DEFAULT_MODEL, *, say: Say = _quiet, progress: Progress = _no_progress, **wishes: object
+        cls, model: str = DEFAULT_MODEL, *, say: Say = _quiet, progress: Progress = _no_progress, **wishes: Any
     ) -> Self:
         """Load `model` (a GGUF file, a Hugging Face folder or "smollm2-135m") and start its workers.
 
@@ -116,75 +124,65 @@ class Engine:
         bytes done, bytes in all). Raises a WarmfrontError; then nothing is left running.
         """
         started = time.monotonic()
-        config = EngineConfig(**wishes)  # type: ignore[arg-type]
+        config = EngineConfig(**wishes)
         cores = plan_cores(read_topology(), config.workers, config.threads)
         gpu = _choose_gpu(config)
-        path = ensure_packed(resolve(model, say), config.dtype, say, lambda done, all_: progress("packing", done, all_))
+        path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         packed = PackedModel(path)
         try:
-            engine = cls(
-                config, packed, Tokenizer(packed), _choose_selector(config, packed), _choose_context(config, packed)
-            )
+            engine = cls(packed, config)
         except BaseException:
             packed.close()
             raise
         try:
-            engine._start([worker.cpus for worker in cores.workers], cores.coordinator, gpu, say, progress)
+            engine._start(cores, gpu, say, partial(progress, "loading"))
         except BaseException:
             engine.close()
             raise
         engine.stats.load_s = time.monotonic() - started
         return engine
 
-    def _start(
-        self,
-        worker_cpus: Sequence[tuple[int, ...]],
-        team_cpus: Sequence[int],
-        gpu: str | None,
-        say: Say,
-        progress: Progress,
-    ) -> None:
-        spec, layout = self.model.spec, self.model.layout
-        self._cached: list[int] = []
-        self._supervisor: Supervisor | None = None
-        self._team = None
-        self._closed = False
+    def _start(self, cores: CorePlan, gpu: str | None, say: Say, progress: Callable[[int, int], None]) -> None:
+        """Make the board, start the workers and the team, wait until all have loaded."""
         self._check_memory()
-        cpu_names = [f"cpu{i}" for i in range(len(worker_cpus))]
-        modules = dict.fromkeys(cpu_names, "warmfront.cpu_worker")
+        modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
             modules["gpu0"] = "warmfront.gpu_worker"
-        most = min(MAX_TOKENS, -(-self.context // 16) * 16)
+        spec, layout = self.model.spec, self.model.layout
+        most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
         sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most)
-        board_fd = create_shared("warmfront-board", sizes.total)
-        self._board_fd = board_fd
-        self._board = board = Board.create(map_shared(board_fd), sizes)
-        self._gpu = gpu
-
-        def make_plans(hellos: Mapping[str, Hello]) -> dict[str, Plan]:
-            self._placement = self._place([len(cpus) for cpus in worker_cpus], hellos.get("gpu0"))
-            board.owner[:] = self._placement.owner
-            home, owner = (table.tobytes() for table in self._placement)
-            cpus = [*map(list, worker_cpus), list(team_cpus)]
-            return {
-                name: Plan(i, os.fspath(self.model.path), cpus[i], home, owner, self.selector)
-                for i, name in enumerate(modules)
-            }
-
-        self._supervisor = Supervisor(modules, board_fd, make_plans, self._abort, {"WARMFRONT_GPU": gpu or ""})
-        # The supervisor is starting the workers by now; numba's import and compilation run beside theirs.
+        fd = create_shared("warmfront-board", sizes.total)
+        self._closing.callback(os.close, fd)
+        self._board = Board.create(map_shared(fd), sizes)
+        self._supervisor = Supervisor(
+            modules, fd, partial(self._make_plans, cores), self._abort, {"WARMFRONT_GPU": gpu or ""}
+        )
+        self._closing.callback(self._supervisor.stop)
+        # The workers are starting by now; numba's import and compilation here run beside theirs.
         from warmfront.coordinator.forward import serve_team
         from warmfront.coordinator.team import Team
         from warmfront.shared.jit import cache_is_cold
 
         if cache_is_cold(serve_team):
             say("compiling kernels (first run only)")
-        self._team = Team(self.model, board, team_cpus, self.context)
+        self._team = Team(self.model, self._board, cores.coordinator, self.context)
+        self._closing.callback(self._team.stop)
         self._team.start()
         while not (self._supervisor.ready() and self._team.ready()):
+            parts = (self._team.progress(), self._supervisor.loaded)
+            progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)
-            parts = [self._team.progress(), self._supervisor.loaded]
-            progress("loading", sum(done for done, _ in parts), sum(total for _, total in parts))
+
+    def _make_plans(self, cores: CorePlan, hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+        """Place the neurons and tell each worker; called by the supervisor once all have said Hello."""
+        placement = self._place([len(worker.cpus) for worker in cores.workers], hellos.get("gpu0"))
+        self._board.owner[:] = placement.owner
+        home, owner = (table.tobytes() for table in placement)
+        cpus = [*(worker.cpus for worker in cores.workers), cores.coordinator]
+        path = os.fspath(self.model.path)
+        return {
+            name: Plan(index, path, list(cpus[index]), home, owner, self.selector) for index, name in enumerate(hellos)
+        }
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -270,7 +268,7 @@ class Engine:
         prefill alone is dense and never takes the sparse path.
         """
         ids = self.prompt_ids(ids)
-        self._cached = []
+        self.reset()
         yield self._prefill(ids[:prefill]).copy()
         for token in ids[prefill:]:
             yield self._decode(token).copy()
@@ -295,7 +293,7 @@ class Engine:
         return self._logits
 
     def _run(self, tokens: list[int], want_logits: bool) -> None:
-        if self._closed or self._team is None or self._supervisor is None:
+        if self._closed:
             raise UsageError("this engine is closed: load the model again")
         self._supervisor.check()
         if not self._team.run(tokens, len(self._cached), want_logits):
@@ -304,12 +302,10 @@ class Engine:
 
     @property
     def _logits(self) -> npt.NDArray[np.float32]:
-        assert self._team is not None
         return self._team.logits
 
     def workers(self) -> list[WorkerStats]:
         """What each worker has done since the model was loaded."""
-        assert self._supervisor is not None
         reports = self._supervisor.reports()
         stats = []
         for index, (name, hello) in enumerate(self._supervisor.hellos.items()):
@@ -323,21 +319,17 @@ class Engine:
         """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
         layout = self.model.layout
         passes = workers[0].jobs
-        total = passes * layout.groups * 32
+        total = passes * layout.groups * GROUP
         return sum(worker.neurons for worker in workers) / total if total else None
+
+    def reset(self) -> None:
+        """Forget the KV cache: the next prompt is computed from its first token."""
+        self._cached.clear()
 
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
-        if self._closed:
-            return
         self._closed = True
-        if self._team is not None:
-            self._team.stop()
-        if self._supervisor is not None:
-            self._supervisor.stop()
-        if self._board_fd >= 0:
-            os.close(self._board_fd)
-        self.model.close()
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -359,7 +351,9 @@ def _choose_gpu(config: EngineConfig) -> str | None:
     if cuda_devices() > 0:
         return "cuda:0"
     if config.vram_budget is not None:
-        raise UsageError("--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one")
+        raise UsageError(
+            "--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one"
+        )
     return None
 
 
@@ -369,7 +363,8 @@ def _choose_selector(config: EngineConfig, model: PackedModel) -> str:
         return "exact" if model.spec.sparse else "all"
     if config.selector == "exact" and not model.spec.sparse:
         raise UsageError(
-            f"selector exact needs a ReLU-like model, {model.spec.name} uses {model.spec.activation}: use --selector all"
+            f"selector exact needs a ReLU-like model, {model.spec.name} uses {model.spec.activation}: "
+            "use --selector all"
         )
     return config.selector
 

@@ -19,6 +19,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import carray
 
 from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, shorts_at
@@ -40,9 +41,11 @@ from warmfront.shared.weights import Kind
 
 __all__ = ["POSITION", "ROLES", "SEQUENCE", "TOKENS", "WANT_LOGITS", "Network", "State", "serve_team"]
 
+Floats = npt.NDArray[np.float32]
+
 # Columns of Network.weights and Network.kinds.
 ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias")
-ATTN_NORM, Q, K, V, O, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, O_BIAS = range(len(ROLES))
+ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS = range(len(ROLES))
 # Words of State.job.
 TOKENS, POSITION, WANT_LOGITS, SEQUENCE = range(4)
 _F16 = int(Kind.F16)
@@ -113,12 +116,12 @@ class State(NamedTuple):
 
 
 @kernel
-def _address(array):  # type: ignore[no-untyped-def]
+def _address(array: Any) -> Any:
     return array.ctypes.data
 
 
 @kernel
-def _normalise(weight_at, eps, hidden, x, out, panels, lanes):  # type: ignore[no-untyped-def]
+def _normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
     """Root mean square norm of every token."""
     weight = carray(floats_at(weight_at), (hidden,))
     if lanes == 1:
@@ -145,7 +148,20 @@ def _normalise(weight_at, eps, hidden, x, out, panels, lanes):  # type: ignore[n
 
 
 @kernel
-def _linear(kind, weights_at, bias_at, cols, low, high, x_at, y_at, rows, panels, lanes, scratch_at):  # type: ignore[no-untyped-def]
+def _linear(
+    kind: int,
+    weights_at: int,
+    bias_at: int,
+    cols: int,
+    low: int,
+    high: int,
+    x_at: int,
+    y_at: int,
+    rows: int,
+    panels: int,
+    lanes: int,
+    scratch_at: int,
+) -> None:
     """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes]."""
     stride = row_stride(kind, cols)
     if lanes == 1:
@@ -169,7 +185,7 @@ def _linear(kind, weights_at, bias_at, cols, low, high, x_at, y_at, rows, panels
 
 
 @kernel
-def _cache_row(net, st, layer, head, position):  # type: ignore[no-untyped-def]
+def _cache_row(net: Network, st: State, layer: int, head: int, position: int) -> int:
     """Byte offset of one head's row in the key and in the value cache."""
     padded = (net.head_dim + 31) // 32 * 32
     size = 2 if st.cache_kind == _F16 else 4
@@ -177,7 +193,7 @@ def _cache_row(net, st, layer, head, position):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _put(kind, row_at, column, value):  # type: ignore[no-untyped-def]
+def _put(kind: int, row_at: int, column: int, value: Any) -> None:
     if kind == _F16:
         carray(shorts_at(row_at), (column + 1,))[column] = to_half(value)
     else:
@@ -185,7 +201,7 @@ def _put(kind, row_at, column, value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rotate_and_cache(net, st, layer, low, high, lanes):  # type: ignore[no-untyped-def]
+def _rotate_and_cache(net: Network, st: State, layer: int, low: int, high: int, lanes: int) -> None:
     """RoPE on this thread's rows of q and k; its rows of k and v go into the cache."""
     q_rows, kv_rows = net.heads * net.head_dim, net.kv_heads * net.head_dim
     rows = q_rows + 2 * kv_rows
@@ -212,7 +228,18 @@ def _rotate_and_cache(net, st, layer, low, high, lanes):  # type: ignore[no-unty
 
 
 @kernel
-def _project(net, st, layer, part, bias, first, count, member, panels, lanes):  # type: ignore[no-untyped-def]
+def _project(
+    net: Network,
+    st: State,
+    layer: int,
+    part: int,
+    bias: int,
+    first: int,
+    count: int,
+    member: int,
+    panels: int,
+    lanes: int,
+) -> None:
     """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector."""
     rows = (net.heads + 2 * net.kv_heads) * net.head_dim
     low, high = share(rows, 8, member, st.members)
@@ -237,7 +264,7 @@ def _project(net, st, layer, part, bias, first, count, member, panels, lanes):  
 
 
 @kernel
-def _attend(net, st, layer, member, lanes):  # type: ignore[no-untyped-def]
+def _attend(net: Network, st: State, layer: int, member: int, lanes: int) -> None:
     """Causal attention of this thread's (head, token) pairs over the cache."""
     head_dim, heads = net.head_dim, net.heads
     rows = (heads + 2 * net.kv_heads) * head_dim
@@ -273,7 +300,7 @@ def _attend(net, st, layer, member, lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _post(st, sequence, layer, values, count, lanes):  # type: ignore[no-untyped-def]
+def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lanes: int) -> None:
     """Write the job on the board and announce it."""
     st.board_x[:count] = values[:count]
     st.order[0] = layer
@@ -283,7 +310,7 @@ def _post(st, sequence, layer, values, count, lanes):  # type: ignore[no-untyped
 
 
 @kernel
-def _merge(st, sequence, x, count):  # type: ignore[no-untyped-def]
+def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
     """Wait for every worker and add its part to x; the order of the workers is fixed."""
     deadline = clock_ns() + _WORKER_PATIENCE_NS
     for worker in range(st.done_at.shape[0]):
@@ -297,7 +324,7 @@ def _merge(st, sequence, x, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _embed(net, st, member, lanes):  # type: ignore[no-untyped-def]
+def _embed(net: Network, st: State, member: int, lanes: int) -> None:
     stride = row_stride(net.embed_kind, net.hidden)
     x, h = st.x[member], st.h[member]
     x[:] = 0
@@ -309,7 +336,7 @@ def _embed(net, st, member, lanes):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _output(net, st, member, lanes):  # type: ignore[no-untyped-def]
+def _output(net: Network, st: State, member: int, lanes: int) -> None:
     """Logits of the last token: this thread's share of the vocabulary."""
     last = st.job[TOKENS] - 1
     x, h = st.x[member], st.h[member]
@@ -318,13 +345,11 @@ def _output(net, st, member, lanes):  # type: ignore[no-untyped-def]
         x[k] = x[at + k * lanes]
     _normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
     low, high = share(net.vocab, 1, member, st.members)
-    _linear(
-        net.head_kind, net.head, 0, net.hidden, low, high, _address(h), _address(st.logits), net.vocab, 1, 1, 0
-    )
+    _linear(net.head_kind, net.head, 0, net.hidden, low, high, _address(h), _address(st.logits), net.vocab, 1, 1, 0)
 
 
 @kernel
-def forward(member, net, st):  # type: ignore[no-untyped-def]
+def forward(member: int, net: Network, st: State) -> int:
     """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED or LATE."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
     tokens = st.job[TOKENS]
@@ -348,9 +373,9 @@ def forward(member, net, st):  # type: ignore[no-untyped-def]
         if result != DONE:
             return result
         _linear(
-            net.kinds[layer, O],
-            net.weights[layer, O],
-            net.weights[layer, O_BIAS],
+            net.kinds[layer, OUT],
+            net.weights[layer, OUT],
+            net.weights[layer, OUT_BIAS],
             q_rows,
             low,
             high,
@@ -379,7 +404,7 @@ def forward(member, net, st):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def serve_team(member, net, st):  # type: ignore[no-untyped-def]
+def serve_team(member: int, net: Network, st: State) -> None:
     """The resident loop of one thread: wait for a job of the engine, run it, report; a job of 0 tokens ends it."""
     sequence = 0
     while True:

@@ -63,7 +63,7 @@ class HfSource:
             self.spec = _spec(folder, config)
         except KeyError as error:
             raise ModelError(f"{folder / 'config.json'}: {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{folder / 'config.json'} is not a llama configuration: {error}") from error
         check_sizes(folder, self.spec)
         self._tensors = _tensors(folder, config, self.spec)
@@ -202,7 +202,9 @@ class _Files:
                 raise ModelError(f"{folder / 'model.safetensors.index.json'} has no weight_map; fetch it again")
             self._where = index["weight_map"]
         elif not (folder / "model.safetensors").exists():
-            raise ModelError(f"{folder} has no model.safetensors; save the model with safe_serialization=True")
+            raise ModelError(
+                f"{folder} has no model.safetensors; other weight files are not supported, save it as safetensors"
+            )
 
     def tensor(self, name: str, shape: tuple[int, ...], part: str, head_dim: int) -> HfTensor:
         file = "model.safetensors" if self._where is None else self._where.get(name)

@@ -24,11 +24,10 @@ from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.paths import cache_root
 from warmfront.shared.store import FORMAT
-from warmfront.shared.weights import BLOCK, Kind, row_bytes
+from warmfront.shared.weights import Kind, row_bytes
 
-__all__ = ["DTYPES", "ensure_packed"]
+__all__ = ["PackingPlan", "ensure_packed"]
 
-DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 MATRICES = ("q", "k", "v", "o")
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
@@ -119,7 +118,7 @@ def _published(target: Path) -> Iterator[int]:
 
 
 def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
-    plan = _Plan(source, dtype)
+    plan = PackingPlan(source, dtype)
     header = plan.header()
     total = len(header) + plan.nbytes
     os.posix_fallocate(fd, 0, total)
@@ -127,7 +126,7 @@ def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
     done = len(header)
     for name in plan.shapes:
         data = plan.data(name)
-        _write_all(fd, memoryview(data).cast("B"), done)
+        _write_all(fd, data.reshape(-1).view(np.uint8).data, done)
         done += data.nbytes
         progress(done, total)
 
@@ -139,7 +138,7 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-class _Plan:
+class PackingPlan:
     """Which tensors the packed file has, in which weight types, and how each is made from the source."""
 
     def __init__(self, source: Source, dtype: str) -> None:
@@ -151,7 +150,11 @@ class _Plan:
         layers = range(spec.layers)
 
         def widest(*parts: str) -> Kind:
-            return wanted if wanted is not None else min(source.tensor(f"layers.{i}.{p}").kind for i in layers for p in parts)
+            return (
+                wanted
+                if wanted is not None
+                else min(source.tensor(f"layers.{i}.{p}").kind for i in layers for p in parts)
+            )
 
         self.layout = BundleLayout(
             hidden=spec.hidden, ffn=spec.ffn, gate_kind=widest("gate", "up"), down_kind=widest("down")
@@ -173,23 +176,16 @@ class _Plan:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, GROUP, self.layout.bundle_bytes))
 
     def _check(self) -> None:
-        spec = self.source.spec
-        for what, size, unit in (
-            ("hidden size", spec.hidden, BLOCK),
-            ("heads times head size", spec.heads * spec.head_dim, BLOCK),
-            ("head size", spec.head_dim, 8),
-        ):
-            if size % unit:
-                raise ModelError(f"{spec.name}: {what} {size} is not a multiple of {unit}; such models are not supported")
         biased = [n for n in self.names if n.endswith((".gate.bias", ".up.bias", ".down.bias"))]
         if biased:
-            raise ModelError(f"{spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
+            raise ModelError(f"{self.source.spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
 
     @property
     def nbytes(self) -> int:
-        return sum(self._size(name) for name in self.shapes)
+        return sum(self.size(name) for name in self.shapes)
 
-    def _size(self, name: str) -> int:
+    def size(self, name: str) -> int:
+        """Bytes of one tensor of the packed file."""
         element, shape = self.shapes[name]
         return int(np.prod(shape)) * (4 if element == "F32" else 1)
 
@@ -210,7 +206,7 @@ class _Plan:
         fields: dict[str, Any] = {"__metadata__": metadata}
         offset = 0
         for name, (element, shape) in self.shapes.items():
-            end = offset + self._size(name)
+            end = offset + self.size(name)
             fields[name] = {"dtype": element, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         body = json.dumps(fields).encode()
@@ -231,7 +227,11 @@ class _Plan:
     def _bundles(self, layer: str) -> Bytes:
         layout = self.layout
         out = np.zeros((layout.groups * GROUP, layout.bundle_bytes), np.uint8)
-        parts = (("gate", 0, layout.gate_kind), ("up", layout.up_offset, layout.gate_kind), ("down", layout.down_offset, layout.down_kind))
+        parts = (
+            ("gate", 0, layout.gate_kind),
+            ("up", layout.up_offset, layout.gate_kind),
+            ("down", layout.down_offset, layout.down_kind),
+        )
         for part, start, kind in parts:
             rows = self.source.tensor(f"{layer}.{part}").packed(kind)
             out[: len(rows), start : start + rows.shape[1]] = rows

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ def place(layout: BundleLayout, layers: int, threads: Sequence[int], vram_bytes:
     """
     bounds = np.rint(layout.groups * np.cumsum([0, *threads]) / sum(threads)).astype(int)
     home = np.empty((layers, layout.groups), np.uint8)
-    for index, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for index, (low, high) in enumerate(pairwise(bounds)):
         home[:, low:high] = index
     owner = home.copy()
     if vram_bytes is not None:

@@ -143,8 +143,8 @@ def check_sizes(path: Path, spec: ModelSpec) -> None:
     for what, size in (("hidden size", spec.hidden), ("heads x head size", spec.heads * spec.head_dim)):
         if size % BLOCK:
             raise ModelError(f"{path}: {what} {size} is not a multiple of {BLOCK}; such models are not supported")
-    if spec.head_dim % 2:
-        raise ModelError(f"{path}: head size {spec.head_dim} is odd; such models are not supported")
+    if spec.head_dim % 8:
+        raise ModelError(f"{path}: head size {spec.head_dim} is not a multiple of 8; such models are not supported")
     if spec.heads % spec.kv_heads:
         raise ModelError(
             f"{path}: {spec.heads} heads do not share {spec.kv_heads} key-value heads; the file is damaged"

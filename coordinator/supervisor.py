@@ -39,6 +39,8 @@ from warmfront.shared.process import python_module_command
 __all__ = ["Supervisor"]
 
 _TICK_S = 0.25
+# What a worker said last may still be on its way when its process is gone.
+_LAST_WORDS_S = 0.05
 MakeThePlans = Callable[[Mapping[str, Hello]], Mapping[str, Plan]]
 
 
@@ -149,7 +151,10 @@ class Supervisor:
                 sentinels[fd] = name
             while not self._finished.is_set():
                 polled = channel.poll(_TICK_S, [self._bell, *sentinels])
-                events: list[Event] = [Received(*message) for message in polled.messages]
+                messages = polled.messages
+                if any(fd in sentinels for fd in polled.readable):
+                    messages += channel.poll(_LAST_WORDS_S).messages
+                events: list[Event] = [Received(*message) for message in messages]
                 for fd in polled.readable:
                     if fd == self._bell:
                         events += self._requested(channel)
@@ -170,9 +175,7 @@ class Supervisor:
                     channel.send(name, ReportRequest())
         return events
 
-    def _follow(
-        self, channel: CoordinatorChannel, lifecycle: Lifecycle, instructions: Sequence[Instruction]
-    ) -> None:
+    def _follow(self, channel: CoordinatorChannel, lifecycle: Lifecycle, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case SendMessage(worker, message):

@@ -2,11 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import typeof
 
 from warmfront.coordinator.forward import (
     POSITION,
@@ -20,8 +19,9 @@ from warmfront.coordinator.forward import (
 )
 from warmfront.shared.board import Board
 from warmfront.shared.errors import WorkerError
-from warmfront.shared.handoff import ABORTED, BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
-from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
+from warmfront.shared.jit import compile_for
+from warmfront.shared.memory import address, anonymous
 from warmfront.shared.process import pin, set_name
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
@@ -171,7 +171,7 @@ class Team:
             pin([self._cpus[member]])
             set_name(f"wf-team{member}")
             self._fill(member)
-            serve_team.compile((typeof(member), typeof(self._network), typeof(self._state)))
+            compile_for(serve_team, member, self._network, self._state)
             self._serving[member].set()
             serve_team(member, self._network, self._state)
         except BaseException as error:

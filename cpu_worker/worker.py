@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from numba import typeof
 
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, NEURONS, Worker, serve
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
+from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
-from warmfront.shared.kernels import LANES
+from warmfront.shared.jit import compile_for
 from warmfront.shared.memory import address, anonymous, collapse
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.process import pin
-from warmfront.shared.store import PackedModel
+from warmfront.shared.store import PackedModel, run_of
 
 __all__ = ["CpuWorker"]
 
@@ -42,30 +42,23 @@ class CpuWorker:
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = np.zeros(3 * LINE // 8 + 16, np.int64)
         lines_at = -(-address(self._lines) // LINE) * LINE
-        scratch = GROUP * sizes.hidden + 2 * GROUP * max(sizes.max_tokens, LANES)
         neurons = sizes.groups * GROUP
         self._worker = Worker(
-            index=plan.index,
+            me=plan.index,
             threads=threads,
-            hidden=sizes.hidden,
-            activation=ACTIVATIONS.index(spec.activation),
             exact=plan.selector == "exact",
-            weights_at=address(self._weights),
-            bundle_bytes=layout.bundle_bytes,
-            up_offset=layout.up_offset,
-            down_offset=layout.down_offset,
-            gate_kind=int(layout.gate_kind),
-            down_kind=int(layout.down_kind),
+            bundles=bundles_at(address(self._weights), layout, ACTIVATIONS.index(spec.activation)),
             gate_row_bytes=layout.gate_row_bytes,
             down_row_bytes=layout.down_row_bytes,
             slot=slot,
             owner=board.owner,
             owned=np.zeros((threads, sizes.groups), np.int32),
             gates=np.zeros((threads, neurons), np.float32),
-            open=np.zeros((threads, neurons), np.int32),
-            counts=np.zeros((threads, 16), np.int64),
+            opened=np.zeros((threads, neurons), np.int32),
+            opened_count=np.zeros((threads, 16), np.int64),
+            computed=np.zeros((threads, 16), np.int64),
             sums=np.zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
-            scratch=np.zeros((threads, scratch), np.float32),
+            scratch=np.zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),
@@ -91,7 +84,7 @@ class CpuWorker:
         try:
             pin([self._plan.cpus[member]])
             self._fill(member)
-            serve.compile((typeof(member), typeof(self._worker)))
+            compile_for(serve, member, self._worker)
             self._serving[member].set()
             serve(member, self._worker)
         except BaseException as error:
@@ -99,14 +92,12 @@ class CpuWorker:
 
     def _fill(self, member: int) -> None:
         """Read this thread's share of the groups, a run of neighbours at a time."""
-        count, threads = len(self._places), len(self._threads) or len(self._plan.cpus)
+        count, threads = len(self._places), len(self._plan.cpus)
         low, high = count * member // threads, count * (member + 1) // threads
         size = self._model.layout.group_bytes
         while low < high:
             layer, group = self._places[low]
-            run = 1
-            while low + run < high and tuple(self._places[low + run]) == (layer, group + run):
-                run += 1
+            run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
             self._model.read_groups(int(layer), int(group), out.reshape(run, GROUP, -1))
             collapse(out)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker import launch
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger
+from warmfront.gpu_worker.device import Bytes, Floats, Ledger, ensure_fits
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ResourceError
 
@@ -58,12 +58,7 @@ class CudaDevice:
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
         plan = self.ledger(layout, slots, max_tokens)
-        needed, free = sum(plan.values()), self.free_bytes()
-        if needed > free:
-            raise ResourceError(
-                f"{self.name}: {slots} slots need {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free: "
-                "lower the GPU's memory budget"
-            )
+        ensure_fits(self, plan, slots)
         self._layout = layout
         self._offsets = launch.workspace(layout, min(slots, layout.groups), max_tokens)
         with self._guard("allocate"), self._card:

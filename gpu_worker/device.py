@@ -13,7 +13,7 @@ import numpy.typing as npt
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["Bytes", "Device", "Floats", "Ledger", "open_device"]
+__all__ = ["Bytes", "Device", "Floats", "Ledger", "ensure_fits", "open_device"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -22,7 +22,7 @@ Ledger = dict[str, int]
 
 
 class Device(Protocol):
-    """Calls come from one thread, `reserve` first and once; slot numbers are the caller's to get right."""
+    """Calls come one at a time, `reserve` first and once; slot numbers are the caller's to get right."""
 
     @property
     def name(self) -> str:
@@ -61,6 +61,16 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Free the device memory; idempotent."""
+
+
+def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
+    """Raise ResourceError if the ledger `plan` for `slots` slots exceeds what is free."""
+    needed, free = sum(plan.values()), device.free_bytes()
+    if needed > free:
+        raise ResourceError(
+            f"{device.name}: {slots} slots need {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free: "
+            "lower the GPU's memory budget"
+        )
 
 
 def open_device(name: str) -> Device:

@@ -90,16 +90,16 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
         load<4, alignment(OFFSET, 16)>(row + 16 * unit, words);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const unsigned low = words[i] & 0xffffu, high = words[i] >> 16;
-            to[2 * i] = KIND == F16 ? half_to_float(static_cast<unsigned short>(low)) : __uint_as_float(low << 16);
-            to[2 * i + 1] = KIND == F16 ? half_to_float(static_cast<unsigned short>(high)) : __uint_as_float(high << 16);
+            const unsigned short low = words[i] & 0xffffu, high = words[i] >> 16;
+            to[2 * i] = KIND == F16 ? half_to_float(low) : __uint_as_float(words[i] << 16);
+            to[2 * i + 1] = KIND == F16 ? half_to_float(high) : __uint_as_float(words[i] & 0xffff0000u);
         }
     } else if constexpr (KIND == Q8) {
         unsigned words[2];
         load<2, alignment(OFFSET, 8)>(row + 8 * unit, words);
         const float scale = half_at(row + HIDDEN + 2 * (unit / 4));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) to[i] = scale * static_cast<float>(static_cast<signed char>(words[i / 4] >> i % 4 * 8));
+        for (int i = 0; i < 8; ++i) to[i] = scale * static_cast<signed char>(words[i / 4] >> i % 4 * 8);
     } else {
         unsigned words[1];
         load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
@@ -200,10 +200,11 @@ extern "C" __global__ void down(const byte* __restrict__ slots, const int* __res
 }
 
 // partials [segments][length], out [length].
-extern "C" __global__ void reduce(const float* __restrict__ partials, int segments, int length, float* __restrict__ out) {
+extern "C" __global__ void reduce(const float* __restrict__ partials, int segments, int length,
+                                  float* __restrict__ out) {
     const int i = static_cast<int>(blockIdx.x) * (WARPS * 32) + static_cast<int>(threadIdx.x);
     if (i >= length) return;
     float total = 0;
-    for (int segment = 0; segment < segments; ++segment) total += partials[static_cast<long long>(segment) * length + i];
+    for (int s = 0; s < segments; ++s) total += partials[static_cast<long long>(s) * length + i];
     out[i] = total;
 }

@@ -1,22 +1,21 @@
-"""The host in the GPU's stead: numpy and a bounded "device memory". It is emulated, and says so.
+"""The host in the GPU's stead: a bounded "device memory" and one thread of the CPU's kernels. Emulated, and says so.
 
 Everything around the kernels (slots, migrations, ledger, protocol) runs here as it does on CUDA; speeds measured
-here say nothing about a GPU. Weights rest packed as they arrive and are widened for one call at a time.
+here say nothing about a GPU.
 """
 
-import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger
+from warmfront.gpu_worker.device import Bytes, Floats, Ledger, ensure_fits
 from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.errors import ResourceError
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.weights import Kind, row_bytes, unpack
+from warmfront.shared.ffn import bundles_at, dense, dense_groups, open_gates, open_neurons, scratch_floats
+from warmfront.shared.kernels import LANES
+from warmfront.shared.memory import address, anonymous
+from warmfront.shared.topology import read_topology
 
 __all__ = ["HostDevice"]
 
@@ -27,120 +26,76 @@ class HostDevice:
     name = "host (emulated GPU)"
 
     def __init__(self, capacity: int | None = None) -> None:
-        self._capacity = _available_bytes() // 2 if capacity is None else capacity
+        available = sum(node.available_bytes for node in read_topology().nodes)
+        self._capacity = available // 2 if capacity is None else capacity
         self._memory: dict[str, npt.NDArray[Any]] = {}
 
     def free_bytes(self) -> int:
         return max(0, self._capacity - sum(self.allocated().values()))
 
     def ledger(self, layout: BundleLayout, slots: int, max_tokens: int) -> Ledger:
-        hidden = 2 * 4 * max_tokens * min(slots, layout.groups) * GROUP
-        return {"slots": slots * layout.group_bytes, "activations": hidden, "partials": 0}
+        panels = -(-max_tokens // LANES)
+        return {
+            "slots": slots * layout.group_bytes,
+            # x and the sums, in panels.
+            "activations": 2 * 4 * panels * LANES * layout.hidden,
+            # Widened rows; open gates and their neurons.
+            "partials": 4 * scratch_floats(layout.hidden, max_tokens) + 8 * layout.groups * GROUP,
+        }
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
         plan = self.ledger(layout, slots, max_tokens)
-        needed, free = sum(plan.values()), self.free_bytes()
-        if needed > free:
-            raise ResourceError(
-                f"{self.name}: {slots} slots need {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free: "
-                "lower the GPU's memory budget"
-            )
+        ensure_fits(self, plan, slots)
         self._layout = layout
-        self._activation = _ACTIVATIONS[ACTIVATIONS[activation]]
-        self._memory = {
-            "slots": np.zeros((slots, GROUP, layout.bundle_bytes), np.uint8),
-            # Gates and ups, [tokens, neurons] each.
-            "activations": np.empty((2, plan["activations"] // 8), np.float32),
-            "partials": np.empty(0),
-        }
+        self._memory = {purpose: anonymous(size) for purpose, size in plan.items()}
+        floats = self._memory["activations"].view(np.float32)
+        self._x, self._sums = np.split(floats, 2)
+        partials = self._memory["partials"]
+        neurons = layout.groups * GROUP
+        self._gates = partials[: 4 * neurons].view(np.float32)
+        self._opened = partials[4 * neurons : 8 * neurons].view(np.int32)
+        self._scratch_at = address(partials[8 * neurons :])
+        self._bundles = bundles_at(address(self._memory["slots"]), layout, activation)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
 
     def store(self, slot: int, group: Bytes) -> None:
-        self._memory["slots"][slot] = group
+        self.store_many(slot, group[None])
 
     def store_many(self, first_slot: int, groups: Bytes) -> None:
-        self._memory["slots"][first_slot : first_slot + len(groups)] = groups
+        size = self._layout.group_bytes
+        start = first_slot * size
+        self._memory["slots"][start : start + groups.nbytes] = groups.reshape(-1)
 
     def execute(self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats) -> tuple[int, int]:
         start = time.perf_counter_ns()
-        layout, tokens = self._layout, len(x)
-        neurons = _neurons(slots)
-        gates = self._scratch(0, tokens, len(slots) * GROUP)
-        np.matmul(x, self._rows(neurons, 0, layout.gate_kind).T, out=gates)
-        computed = gates.size
-        if sparse:
-            closed = gates <= 0
-            computed -= int(np.count_nonzero(closed))
-            gates[closed] = 0
-            needed = np.flatnonzero(~closed.all(0))
-            gates = gates[:, needed]
-            neurons = needed + neurons.start if isinstance(neurons, slice) else neurons[needed]
-        weights = self._activation(gates)
-        ups = self._scratch(1, *gates.shape)
-        weights *= np.matmul(x, self._rows(neurons, layout.up_offset, layout.gate_kind).T, out=ups)
-        np.matmul(weights, self._rows(neurons, layout.down_offset, layout.down_kind), out=out)
+        tokens, hidden, neurons = len(x), self._layout.hidden, len(slots) * GROUP
+        b, x_at, sums_at = self._bundles, address(self._x), address(self._sums)
+        self._sums[:] = 0
+        if sparse or tokens == 1:
+            computed = 0
+            for token in range(tokens):
+                self._x[:hidden], self._sums[:hidden] = x[token], 0
+                if sparse:
+                    count = open_gates(b, slots, 0, neurons, x_at, self._gates, self._opened)
+                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, sums_at)
+                    computed += count
+                else:
+                    dense(b, slots, 0, neurons, x_at, sums_at)
+                    computed += neurons
+                out[token] = self._sums[:hidden]
+        else:
+            panels = -(-tokens // LANES)
+            padded = np.zeros((panels * LANES, hidden), np.float32)
+            padded[:tokens] = x
+            size = padded.size
+            self._x[:size] = padded.reshape(panels, LANES, hidden).transpose(0, 2, 1).ravel()
+            dense_groups(b, slots, 0, len(slots), x_at, panels, sums_at, self._scratch_at)
+            wide = self._sums[:size].reshape(panels, hidden, LANES).transpose(0, 2, 1).reshape(-1, hidden)
+            out[:] = wide[:tokens]
+            computed = neurons * tokens
         return computed, time.perf_counter_ns() - start
 
     def close(self) -> None:
         self._memory = {}
-
-    def _scratch(self, index: int, tokens: int, neurons: int) -> Floats:
-        return self._memory["activations"][index, : tokens * neurons].reshape(tokens, neurons)
-
-    def _rows(self, neurons: slice | npt.NDArray[np.int64], offset: int, kind: Kind) -> Floats:
-        """The rows at `offset` of some neurons' bundles, float32 [neurons, hidden]."""
-        size = row_bytes(kind, self._layout.hidden)
-        bundles = self._memory["slots"].reshape(-1, self._layout.bundle_bytes)
-        return _widen(bundles[:, offset : offset + size][neurons], kind, self._layout.hidden)
-
-
-def _neurons(slots: npt.NDArray[np.int32]) -> slice | npt.NDArray[np.int64]:
-    """The neurons of some slots, as an index into all slots' neurons: a slice, which copies nothing, if it can be."""
-    if len(slots) == 0 or np.all(np.diff(slots) == 1):
-        first = int(slots[0]) if len(slots) else 0
-        return slice(first * GROUP, (first + len(slots)) * GROUP)
-    return (slots.astype(np.int64)[:, None] * GROUP + np.arange(GROUP)).ravel()
-
-
-def _widen(rows: Bytes, kind: Kind, cols: int) -> Floats:
-    """`unpack` without a copy where the type allows."""
-    if kind == Kind.F32:
-        return rows.view(np.float32)
-    if kind == Kind.F16:
-        return rows.view(np.float16).astype(np.float32)
-    return unpack(rows, kind, cols)
-
-
-def _silu(gates: Floats) -> Floats:
-    # By tanh: exp(-x) overflows where the result is a plain 0.
-    return gates * (0.5 + 0.5 * np.tanh(0.5 * gates))
-
-
-def _relu(gates: Floats) -> Floats:
-    return np.maximum(gates, 0)
-
-
-def _gelu(gates: Floats) -> Floats:
-    erf = np.fromiter(map(math.erf, (gates * math.sqrt(0.5)).ravel()), np.float32, gates.size)
-    return 0.5 * gates * (1 + erf.reshape(gates.shape))
-
-
-def _gelu_tanh(gates: Floats) -> Floats:
-    return 0.5 * gates * (1 + np.tanh(math.sqrt(2 / math.pi) * (gates + 0.044715 * gates**3)))
-
-
-_ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
-    "silu": _silu,
-    "relu": _relu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-}
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -2,8 +2,11 @@
 
 The workspace is one block of device memory, each part on a 256-byte boundary:
 
-    ids [groups] i32 | x [max_tokens, hidden] f32 | active u64 | out [max_tokens, hidden] f32 | h [max_tokens, neurons] f32
-    `---------- one copy to the device ----------'`--------- one copy back ---------------'
+    ids    i32 [max_groups]              `-. one copy to the device
+    x      f32 [max_tokens, hidden]       -'
+    active u64                           `-. one copy back
+    out    f32 [max_tokens, hidden]       -'
+    h      f32 [max_tokens, max_groups * 32]
 """
 
 from importlib.resources import files

@@ -44,20 +44,20 @@ def _external(builder: Any, name: str, result: Any, arguments: list[Any], variad
 
 
 @intrinsic
-def load_acquire(context, address):  # type: ignore[no-untyped-def]
+def load_acquire(context, address):
     """The word at `address`; nothing read afterwards can be older."""
 
-    def build(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+    def build(_context, builder, _signature, arguments):
         return builder.load_atomic(builder.inttoptr(arguments[0], I64.as_pointer()), "acquire", 8)
 
     return types.int64(types.int64), build
 
 
 @intrinsic
-def store_release(context, address, value):  # type: ignore[no-untyped-def]
+def store_release(context, address, value):
     """Publish `value` at `address` after everything written before."""
 
-    def build(ctx, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+    def build(ctx, builder, _signature, arguments):
         builder.store_atomic(arguments[1], builder.inttoptr(arguments[0], I64.as_pointer()), "release", 8)
         return ctx.get_dummy_value()
 
@@ -65,20 +65,20 @@ def store_release(context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def fetch_add(context, address, value):  # type: ignore[no-untyped-def]
+def fetch_add(context, address, value):
     """Add to the word at `address` and return what it was."""
 
-    def build(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+    def build(_context, builder, _signature, arguments):
         return builder.atomic_rmw("add", builder.inttoptr(arguments[0], I64.as_pointer()), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), build
 
 
 @intrinsic
-def fence(context):  # type: ignore[no-untyped-def]
+def fence(context):
     """Order earlier stores before later loads, for the two sides of a sleep/wake race."""
 
-    def build(ctx, builder, _signature, _arguments):  # type: ignore[no-untyped-def]
+    def build(ctx, builder, _signature, _arguments):
         builder.fence("seq_cst")
         return ctx.get_dummy_value()
 
@@ -86,10 +86,10 @@ def fence(context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(context):  # type: ignore[no-untyped-def]
+def pause(context):
     """Tell the core that this is a spin loop (nothing where the machine has no such hint)."""
 
-    def build(ctx, builder, _signature, _arguments):  # type: ignore[no-untyped-def]
+    def build(ctx, builder, _signature, _arguments):
         if _MACHINE == "x86_64":
             builder.call(_external(builder, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
         return ctx.get_dummy_value()
@@ -98,18 +98,18 @@ def pause(context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _syscall(context, number, a, b, c, d):  # type: ignore[no-untyped-def]
-    def build(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+def _syscall(context, number, a, b, c, d):
+    def build(_context, builder, _signature, arguments):
         return builder.call(_external(builder, "syscall", I64, [I64], variadic=True), list(arguments))
 
     return types.int64(*[types.int64] * 5), build
 
 
 @intrinsic
-def clock_ns(context):  # type: ignore[no-untyped-def]
+def clock_ns(context):
     """CLOCK_MONOTONIC in nanoseconds; the same clock in every process of the machine."""
 
-    def build(_context, builder, _signature, _arguments):  # type: ignore[no-untyped-def]
+    def build(_context, builder, _signature, _arguments):
         with builder.goto_entry_block():
             spec = builder.alloca(ir.ArrayType(I64, 2))
         clock = _external(builder, "clock_gettime", I32, [I32, spec.type])
@@ -124,10 +124,10 @@ def clock_ns(context):  # type: ignore[no-untyped-def]
 
 def _pointer_to(element: Any, llvm: Any) -> Any:
     @intrinsic
-    def pointer_at(context, address):  # type: ignore[no-untyped-def]
+    def pointer_at(context, address):
         """Pointer for `numba.carray`."""
 
-        def build(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        def build(_context, builder, _signature, arguments):
             return builder.inttoptr(arguments[0], llvm.as_pointer())
 
         return types.CPointer(element)(types.int64), build
@@ -141,18 +141,18 @@ shorts_at = _pointer_to(types.uint16, ir.IntType(16))
 
 
 @kernel
-def yield_core():  # type: ignore[no-untyped-def]
+def yield_core() -> None:
     """Let another thread of this core run: hand-over in 2.3 us on one core (scripts/bench_handoff.py)."""
     _syscall(_YIELD, 0, 0, 0, 0)
 
 
 @kernel
-def futex_wait(address, expected, timespec):  # type: ignore[no-untyped-def]
+def futex_wait(address: int, expected: int, timespec: int) -> None:
     """Sleep while the low half of the word at `address` equals that of `expected`, at most `timespec` (an address)."""
     _syscall(_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFFFFFF, timespec)
 
 
 @kernel
-def futex_wake(address):  # type: ignore[no-untyped-def]
+def futex_wake(address: int) -> None:
     """Wake every sleeper on the word at `address`."""
     _syscall(_FUTEX, address, _FUTEX_WAKE, 0x7FFFFFFF, 0)

@@ -91,7 +91,7 @@ class Board:
         self.mapping = mapping
         self.sizes = sizes
         self.base = address(mapping)
-        words = mapping[: OWNER_AT].view(np.int64)
+        words = mapping[:OWNER_AT].view(np.int64)
         self.abort = words[ABORT_AT // 8 : ABORT_AT // 8 + 1]
         self.job = words[JOB_AT // 8 : JOB_AT // 8 + 2]
         self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 3]

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import zmq
+
 from warmfront.shared.errors import ProtocolError, UsageError, WorkerError
 from warmfront.shared.messages import Failure, Hello, Message, Shutdown, decode, encode
 

@@ -28,7 +28,18 @@ from warmfront.shared.atomics import (
 )
 from warmfront.shared.jit import kernel
 
-__all__ = ["BARRIER_SPINS", "HANDOFF_SPINS", "ABORTED", "DONE", "LATE", "LINE", "announce", "await_sequence", "barrier", "wake"]
+__all__ = [
+    "ABORTED",
+    "BARRIER_SPINS",
+    "DONE",
+    "HANDOFF_SPINS",
+    "LATE",
+    "LINE",
+    "announce",
+    "await_sequence",
+    "barrier",
+    "wake",
+]
 
 LINE = 128
 # Results of a wait.
@@ -44,7 +55,7 @@ BARRIER_SPINS, HANDOFF_SPINS = 100, 0
 
 
 @kernel
-def announce(line, sequence):  # type: ignore[no-untyped-def]
+def announce(line: int, sequence: int) -> None:
     """Publish `sequence` on `line` and wake its sleepers."""
     store_release(line, sequence)
     fence()
@@ -53,13 +64,13 @@ def announce(line, sequence):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def wake(line):  # type: ignore[no-untyped-def]
+def wake(line: int) -> None:
     """Wake the sleepers of `line` so that they look at the abort word."""
     futex_wake(line)
 
 
 @kernel
-def await_sequence(line, sequence, abort, spins, deadline_ns):  # type: ignore[no-untyped-def]
+def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns: int) -> int:
     """Wait until `line` carries `sequence` or a later one.
 
     `abort`: address of the abort word; `spins`: rounds of spinning first; `deadline_ns`: on the monotonic clock,
@@ -92,7 +103,7 @@ def await_sequence(line, sequence, abort, spins, deadline_ns):  # type: ignore[n
 
 
 @kernel
-def _sleep(line, seen):  # type: ignore[no-untyped-def]
+def _sleep(line: int, seen: int) -> None:
     nap = np.empty(2, np.int64)
     nap[0] = 0
     nap[1] = _NAP_NS
@@ -104,7 +115,7 @@ def _sleep(line, seen):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def barrier(line, members, spins, abort):  # type: ignore[no-untyped-def]
+def barrier(line: int, members: int, spins: int, abort: int) -> int:
     """Wait until all `members` threads of a team have arrived at the barrier that owns two lines at `line`.
 
     The first line counts generations, the second the arrivals of all time. Returns DONE or ABORTED.

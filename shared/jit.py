@@ -15,7 +15,7 @@ import numba
 
 from warmfront.shared.paths import cache_root
 
-__all__ = ["cache_is_cold", "kernel"]
+__all__ = ["cache_is_cold", "compile_for", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +41,11 @@ _FOLDER = _cache_folder()
 def cache_is_cold(*functions: Any) -> bool:
     """Whether any of these kernels has yet to be compiled on this machine."""
     return any(not any(_FOLDER.rglob(f"*{f.py_func.__name__}-*.nbc")) for f in functions)
+
+
+def compile_for(function: Any, *arguments: object) -> None:
+    """Compile the kernel `function` for the types of `arguments`, or take it from the cache, without calling it."""
+    function.compile(tuple(numba.typeof(argument) for argument in arguments))
 
 
 def kernel(function: F) -> F:

@@ -78,8 +78,7 @@ def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any
     if kind == _BF16:
         shift = ir.Constant(_vector(I32), [16] * LANES)
         low, high = (
-            b.bitcast(b.shl(b.zext(_load(b, row, o, _vector(I16)), _vector(I32)), shift), V16)
-            for o in (first, second)
+            b.bitcast(b.shl(b.zext(_load(b, row, o, _vector(I16)), _vector(I32)), shift), V16) for o in (first, second)
         )
         return low, high
     scale_at = b.mul(block, _long(2))
@@ -107,8 +106,8 @@ def _zeros(b: Any) -> Any:
 
 def _make_dot(kind: int) -> Any:
     @intrinsic
-    def dot_of_kind(context, row, x, cols):  # type: ignore[no-untyped-def]
-        def build(_context, b, _signature, arguments):  # type: ignore[no-untyped-def]
+    def dot_of_kind(context, row, x, cols):
+        def build(_context, b, _signature, arguments):
             row, x, cols = arguments
             sums = (_zeros(b), _zeros(b))
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
@@ -127,8 +126,8 @@ def _make_dot(kind: int) -> Any:
 
 def _make_axpy(kind: int) -> Any:
     @intrinsic
-    def axpy_of_kind(context, factor, row, y, cols):  # type: ignore[no-untyped-def]
-        def build(ctx, b, _signature, arguments):  # type: ignore[no-untyped-def]
+    def axpy_of_kind(context, factor, row, y, cols):
+        def build(ctx, b, _signature, arguments):
             factor, row, y, cols = arguments
             factors = _splat(b, factor)
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
@@ -144,8 +143,8 @@ def _make_axpy(kind: int) -> Any:
 
 def _make_widen(kind: int) -> Any:
     @intrinsic
-    def widen_of_kind(context, row, out, cols):  # type: ignore[no-untyped-def]
-        def build(ctx, b, _signature, arguments):  # type: ignore[no-untyped-def]
+    def widen_of_kind(context, row, out, cols):
+        def build(ctx, b, _signature, arguments):
             row, out, cols = arguments
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
                 for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
@@ -159,10 +158,10 @@ def _make_widen(kind: int) -> Any:
 
 def _make_gemm(panels: int) -> Any:
     @intrinsic
-    def gemm_of_panels(context, w, row_step, k_step, count, x, x_step, y, y_step, adding):  # type: ignore[no-untyped-def]
+    def gemm_of_panels(context, w, row_step, k_step, count, x, x_step, y, y_step, adding):
         """y[p][r][:] (+)= sum over k < count of w[r * row_step + k * k_step] * x[p][k][:] for 8 rows r."""
 
-        def build(ctx, b, _signature, arguments):  # type: ignore[no-untyped-def]
+        def build(ctx, b, _signature, arguments):
             w, row_step, k_step, count, x, x_step, y, y_step, adding = arguments
             sums = [[_zeros(b) for _ in range(panels)] for _ in range(ROWS)]
             cells = [
@@ -197,17 +196,17 @@ _gemm_1, _gemm_2, _gemm_3 = (_make_gemm(panels) for panels in (1, 2, 3))
 
 
 @intrinsic
-def to_half(context, value):  # type: ignore[no-untyped-def]
+def to_half(context, value):
     """The bits of `value` rounded to float16."""
 
-    def build(_context, b, _signature, arguments):  # type: ignore[no-untyped-def]
+    def build(_context, b, _signature, arguments):
         return b.bitcast(b.fptrunc(arguments[0], F16), I16)
 
     return types.uint16(types.float32), build
 
 
 @kernel
-def dot(kind, row, x, cols):  # type: ignore[no-untyped-def]
+def dot(kind: int, row: int, x: int, cols: int) -> Any:
     """Inner product of the packed row at `row` with float32 [cols] at `x`."""
     if kind == _Q4:
         return _dot_q4(row, x, cols)
@@ -221,7 +220,7 @@ def dot(kind, row, x, cols):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def axpy(kind, factor, row, y, cols):  # type: ignore[no-untyped-def]
+def axpy(kind: int, factor: Any, row: int, y: int, cols: int) -> None:
     """Add `factor` times the packed row at `row` to float32 [cols] at `y`."""
     if kind == _Q4:
         _axpy_q4(factor, row, y, cols)
@@ -236,7 +235,7 @@ def axpy(kind, factor, row, y, cols):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def widen(kind, row, out, cols):  # type: ignore[no-untyped-def]
+def widen(kind: int, row: int, out: int, cols: int) -> None:
     """Write the packed row at `row` as float32 [cols] to `out`."""
     if kind == _Q4:
         _widen_q4(row, out, cols)
@@ -251,7 +250,9 @@ def widen(kind, row, out, cols):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def multiply(w, row_step, k_step, count, x, x_step, y, y_step, panels, adding):  # type: ignore[no-untyped-def]
+def multiply(
+    w: int, row_step: int, k_step: int, count: int, x: int, x_step: int, y: int, y_step: int, panels: int, adding: int
+) -> None:
     """8 rows times `panels` panels: y[p][r][lane] (+)= sum_k w[r][k] * x[p][k][lane].
 
     w: float32, element (r, k) at w + r * row_step + k * k_step; x and y: panel p at + p * step; steps in bytes.
@@ -271,7 +272,7 @@ def multiply(w, row_step, k_step, count, x, x_step, y, y_step, panels, adding): 
 
 
 @kernel
-def row_stride(kind, cols):  # type: ignore[no-untyped-def]
+def row_stride(kind: int, cols: int) -> int:
     """Compiled `weights.row_bytes`."""
     if kind == _Q4:
         return cols // 2 + cols // 8
@@ -283,13 +284,13 @@ def row_stride(kind, cols):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def panels_of(tokens):  # type: ignore[no-untyped-def]
+def panels_of(tokens: int) -> int:
     """Panels that hold `tokens` tokens; a single token is a panel of one lane."""
     return (tokens + LANES - 1) // LANES
 
 
 @kernel
-def share(total, unit, member, members):  # type: ignore[no-untyped-def]
+def share(total: int, unit: int, member: int, members: int) -> tuple[int, int]:
     """Thread `member`'s range of `total` items, split evenly in multiples of `unit`."""
     units = (total + unit - 1) // unit
     return min(units * member // members * unit, total), min(units * (member + 1) // members * unit, total)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self, cast, get_type_hints
 
 import msgpack
+
 from warmfront.shared import errors
 from warmfront.shared.errors import ProtocolError, WarmfrontError, WorkerError
 
@@ -151,9 +152,9 @@ def decode(data: bytes) -> Message:
         parts = msgpack.unpackb(data, unicode_errors="surrogateescape")
         name, values = parts[0], parts[1:]
         types = _TYPES[name]
-    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException):
+    except (ValueError, TypeError, LookupError, msgpack.UnpackException):
         raise ProtocolError(f"{len(data)} bytes that are no message of warmfront's protocol {PROTOCOL}") from None
-    if type(parts) is not list or len(values) != len(types) or not all(map(_is, values, types)):
+    if len(values) != len(types) or not all(map(_is, values, types)):
         raise ProtocolError(f"a {name} message whose fields are not those of warmfront's protocol {PROTOCOL}")
     return _KINDS[name](*values)
 

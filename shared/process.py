@@ -52,7 +52,7 @@ def pin(cpus: Collection[int]) -> None:
 
 def set_name(name: str) -> None:
     """Name the calling thread as `top -H` and `ps -L` show it: the first 15 bytes of `name`."""
-    _prctl(_PR_SET_NAME, name.encode()[:15])
+    _prctl(_PR_SET_NAME, name.encode())
 
 
 def python_module_command(module: str, *args: str) -> list[str]:

@@ -27,7 +27,7 @@ from warmfront.shared.errors import ModelError
 from warmfront.shared.model import ModelSpec
 from warmfront.shared.weights import Kind
 
-__all__ = ["FORMAT", "Entry", "PackedModel"]
+__all__ = ["FORMAT", "Entry", "PackedModel", "run_of"]
 
 FORMAT = "warmfront-1"
 
@@ -71,7 +71,9 @@ class PackedModel:
                 raise ValueError("wrong size")
         except (KeyError, TypeError, ValueError, OSError) as error:
             self.close()
-            raise ModelError(f"the packed model {path} is damaged ({error}); delete it, it will be made again") from None
+            raise ModelError(
+                f"the packed model {path} is damaged ({error}); delete it, it will be made again"
+            ) from None
 
     def _header(self) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
@@ -87,7 +89,7 @@ class PackedModel:
     def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Fill `out` (contiguous bytes) from byte `start` of tensor `name`."""
         entry = self.entries[name]
-        view, offset = memoryview(out.reshape(-1)), entry.offset + start
+        view, offset = out.reshape(-1).data, entry.offset + start
         while view:
             count = os.preadv(self._fd, [view[: 1 << 30]], offset)
             if count == 0:
@@ -120,3 +122,9 @@ class PackedModel:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def run_of(places: npt.NDArray[np.int64]) -> int:
+    """How many of `places` [n, (layer, group)], from the first on, lie one after the other in the file."""
+    step = np.any(places - places[0] != np.stack((np.zeros(len(places)), np.arange(len(places))), axis=1), axis=1)
+    return int(np.argmax(step)) if step.any() else len(places)

@@ -83,7 +83,11 @@ def join_q4(q: Bytes, scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.fl
     """Assemble Q4 rows from q [rows, blocks, 32] in 0..15 and scale, minimum [rows, blocks]."""
     rows = q.shape[0]
     nibbles = q[:, :, :16] | (q[:, :, 16:] << 4)
-    parts = (nibbles.reshape(rows, -1), np.ascontiguousarray(scale).view(np.uint8), np.ascontiguousarray(minimum).view(np.uint8))
+    parts = (
+        nibbles.reshape(rows, -1),
+        np.ascontiguousarray(scale).view(np.uint8),
+        np.ascontiguousarray(minimum).view(np.uint8),
+    )
     return np.concatenate(parts, axis=1)
 
 

@@ -27,8 +27,8 @@ GRACE_S = 2.0
 LASTING_FDS = ("/dev/urandom", "/dev/random", "/dev/nvidia", "anon_inode:[eventpoll]")
 LASTING_SHM = "__KMP_REGISTERED_LIB_"
 
-_MARK = f"WARMFRONT_TEST_RUN={uuid.uuid4().hex}"
-os.environ.update([_MARK.split("=")])
+os.environ["WARMFRONT_TEST_RUN"] = uuid.uuid4().hex
+_MARK = f"WARMFRONT_TEST_RUN={os.environ['WARMFRONT_TEST_RUN']}".encode()
 
 
 class Snapshot(NamedTuple):
@@ -78,7 +78,7 @@ def _processes() -> Counter[str]:
             _, _, stat = (entry / "stat").read_text().rpartition(")")
             lines[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
             parents[pid] = int(stat.split()[1])
-            if _MARK.encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if _MARK in (entry / "environ").read_bytes().split(b"\0"):
                 marked.add(pid)
         except OSError:  # gone meanwhile, or another user's
             continue

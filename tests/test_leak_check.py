@@ -1,6 +1,7 @@
 """The leak check sees what a test may leave behind.  pytest tests/test_leak_check.py"""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,12 +34,12 @@ def test_sees_a_child_and_its_zombie() -> None:
 
 def test_sees_an_orphan() -> None:
     before = snapshot()
-    code = f"import subprocess; print(subprocess.Popen({SLEEP!r}, stdout=subprocess.DEVNULL).pid)"
+    quiet = "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"
+    code = f"import subprocess; print(subprocess.Popen({SLEEP!r}, {quiet}).pid)"
     orphan = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
-    assert [line.split()[1] for line in left_since(before)] == [str(orphan)]
-    pidfd = os.pidfd_open(orphan)
-    os.kill(orphan, 9)
-    os.close(pidfd)
+    left = left_since(before)
+    os.kill(orphan, signal.SIGKILL)
+    assert [line.split()[1] for line in left] == [str(orphan)]
 
 
 def test_sees_threads_and_descriptors() -> None:

@@ -121,7 +121,9 @@ def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         def __init__(self, function: Any) -> None:
             self._function = function
 
-        def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: object) -> None:
+        def __call__(
+            self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: object
+        ) -> None:
             assert block == (256, 1, 1)
             types = {np.uint64: ctypes.c_void_p, np.int32: ctypes.c_int}
             self._function((ctypes.c_uint * 3)(*grid), *(types[type(arg)](int(arg)) for arg in args))

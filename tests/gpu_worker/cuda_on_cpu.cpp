@@ -108,7 +108,8 @@ extern "C" void run_gate_up(const unsigned* grid, const byte* slots, const int* 
                             int tokens, int sparse, float* h, unsigned long long* active) {
     launch(grid, [=] { gate_up(slots, ids, groups, x, tokens, sparse, h, active); });
 }
-extern "C" void run_down(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* h, float* out) {
+extern "C" void run_down(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* h,
+                         float* out) {
     launch(grid, [=] { down(slots, ids, groups, h, out); });
 }
 extern "C" void run_reduce(const unsigned* grid, const float* partials, int segments, int length, float* out) {

@@ -97,7 +97,7 @@ def test_too_many_slots_on_cpu(cpu_cupy: ModuleType) -> None:
 
 
 def test_missing_device() -> None:
-    with pytest.raises(ResourceError, match="^cuda:99: [^\n]+$"):
+    with pytest.raises(ResourceError, match=r"^cuda:99: [^\n]+$"):
         open_device("cuda:99")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+
 from warmfront.shared.channel import CoordinatorChannel, WorkerChannel
 from warmfront.shared.errors import ProtocolError, UsageError, WorkerError
 from warmfront.shared.messages import Failure, Heartbeat, Hello, Message, Plan, Progress, Ready, Shutdown, encode
@@ -153,6 +154,20 @@ def test_another_user_cannot_connect_even_with_the_token(coordinator: Coordinato
     assert next_messages(coordinator, 1) == [("cpu0", hello(coordinator.token))]
 
 
+def test_last_words_leave_before_the_channel_closes(coordinator: CoordinatorChannel) -> None:
+    last_words = Failure("ModelError", "x" * (8 << 20))
+    with connect(coordinator) as worker:
+        worker.send(hello(coordinator.token))
+        worker.send(last_words)
+    assert next_messages(coordinator, 2)[1] == ("cpu0", last_words)
+
+
+def test_closing_twice_does_no_harm() -> None:
+    with CoordinatorChannel() as coordinator, connect(coordinator) as worker:
+        worker.close()
+        coordinator.close()
+
+
 def test_nonsense_from_a_worker_is_its_failure(coordinator: CoordinatorChannel) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as worker:
         worker.linger = 0
@@ -196,12 +211,11 @@ def test_poll_wakes_for_extra_descriptors(coordinator: CoordinatorChannel) -> No
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.05, -1.0])
 def test_receive_and_poll_return_after_their_time(coordinator: CoordinatorChannel, timeout_s: float) -> None:
-    waits: list[Callable[[], object]] = [lambda: coordinator.poll(timeout_s)]
     with connect(coordinator) as worker:
-        waits.append(lambda: worker.receive(timeout_s))
-        for wait, nothing in zip(waits, [([], []), None], strict=True):
+        waits: list[tuple[Callable[[float], object], object]] = [(coordinator.poll, ([], [])), (worker.receive, None)]
+        for wait, nothing in waits:
             began = time.monotonic()
-            assert wait() == nothing
+            assert wait(timeout_s) == nothing
             assert 0.9 * max(0, timeout_s) <= time.monotonic() - began < 2  # polled in milliseconds
 
 

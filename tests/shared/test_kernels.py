@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from warmfront.shared import kernels
 from warmfront.shared.memory import address
 from warmfront.shared.weights import Kind, pack, unpack

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgpack
 import pytest
+
 from warmfront.shared.errors import ModelError, ProtocolError, UsageError, WorkerError
 from warmfront.shared.messages import (
     Failure,
@@ -72,6 +73,7 @@ def test_path_that_is_not_utf8_survives() -> None:
         ["Progress", 1, "2"],
         ["Failure", "ModelError", b"bytes"],
         ["LoadReport", 1, [1], [1], [1, None]],
+        ["LoadReport", 1, [1], [1], [True]],
         ["LoadReport", 1, [1], [1], 1],
         ["Plan", 0, "m", [0], "text", b"", "all"],
         ["encode"],

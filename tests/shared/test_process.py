@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.process import pin, python_module_command, set_name
 

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from warmfront.shared.errors import UsageError
 from warmfront.shared.topology import CorePlan, Node, Topology, WorkerCores, parse_cpu_list, plan_cores, read_topology
 

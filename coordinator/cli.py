@@ -1,0 +1,195 @@
+"""The command line: `warmfront generate`, `chat`, `info`.
+
+Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
+what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from warmfront.coordinator.terminal import Bars, say
+from warmfront.shared.config import DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.errors import UsageError, WarmfrontError
+
+__all__ = ["cli", "main"]
+
+_ENGINE, _SAMPLING = EngineConfig(), Sampling()
+DEFAULT_NEW_TOKENS = 128
+
+
+class Size(click.ParamType[int]):
+    """512MB, 1.5GiB, 8G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class TokenIds(click.ParamType[list[int]]):
+    """1,2,3."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        try:
+            return [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of token ids: write it like 1,2,3", param, ctx)
+
+
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+model_options = _together(
+    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
+    ),
+)
+engine_options = _together(
+    model_options,
+    click.option(
+        "--selector",
+        type=click.Choice(SELECTORS),
+        default=_ENGINE.selector,
+        show_default=True,
+        help="Which neurons are computed; auto: exact where it is lossless, else all.",
+    ),
+    click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
+    click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
+    click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
+    click.option("--vram-budget", type=Size(), help="GPU memory for neurons, such as 6GB."),
+    click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
+)
+sampling_options = _together(
+    click.option("--temperature", type=float, default=_SAMPLING.temperature, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=_SAMPLING.top_k, show_default=True, help="0 is off."),
+    click.option("--top-p", type=float, default=_SAMPLING.top_p, show_default=True),
+    click.option("--min-p", type=float, default=_SAMPLING.min_p, show_default=True),
+    click.option("--repetition-penalty", type=float, default=_SAMPLING.repetition_penalty, show_default=True),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+)
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
+    """Engine wishes, sampling and stop strings out of a command's options."""
+    stop = options.pop("stop")
+    sampling = Sampling(**{name: options.pop(name) for name in Sampling.__dataclass_fields__})
+    return options, sampling, stop
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="warmfront")
+def cli() -> None:
+    """Run language models that do not fit the GPU: hot neurons there, cold neurons on the CPU."""
+
+
+@cli.command()
+@click.option("-p", "--prompt", help="Text to continue.")
+@click.option("--prompt-ids", type=TokenIds(), help="Exact token ids instead of text: 1,2,3.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=DEFAULT_NEW_TOKENS, show_default=True)
+@engine_options
+@sampling_options
+@click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def generate(
+    prompt: str | None, prompt_ids: list[int] | None, max_new_tokens: int, stats: bool, as_json: bool, **options: Any
+) -> None:
+    """Continue a prompt."""
+    if (prompt is None) == (prompt_ids is None):
+        raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
+    wishes, sampling, stop = _split(options)
+    EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
+
+    from warmfront.coordinator.engine import Engine
+    from warmfront.coordinator.report import as_object, as_text
+
+    with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
+        bars.close()
+        ids = engine.prompt_ids(prompt if prompt is not None else prompt_ids or [])
+        tokens = []
+        for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+            tokens.append(token)
+            if not as_json:
+                click.echo(token.text, nl=False)
+        if as_json:
+            click.echo(json.dumps(as_object(engine, wishes["model"], ids, tokens)))
+        else:
+            click.echo()
+        if stats:
+            click.echo(as_text(engine), err=True)
+
+
+@cli.command()
+@engine_options
+@sampling_options
+@click.option("--system", help="A system prompt.")
+@click.option("--stats", is_flag=True, help="Times and rates after each answer, on stderr.")
+def chat(system: str | None, stats: bool, **options: Any) -> None:
+    """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
+    wishes, sampling, stop = _split(options)
+    EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
+
+    from warmfront.coordinator.chat import converse
+    from warmfront.coordinator.engine import Engine
+
+    with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
+        bars.close()
+        converse(engine, sampling, stop, system, stats)
+
+
+@cli.command()
+@click.argument("model", default="smollm2-135m")
+@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model: str, dtype: str, as_json: bool) -> None:
+    """What MODEL is: architecture, sizes, weight types, whether sparse selectors apply."""
+    from warmfront.coordinator.info import describe, render
+
+    facts = describe(model, dtype, say)
+    click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = cli.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(err=True)
+        return 130
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return error.exit_code
+    except WarmfrontError as error:
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads: nothing is left to flush
+        return 1
+    except OSError as error:
+        _complain(str(error))
+        return 1
+
+
+def _complain(message: str) -> None:
+    click.echo(f"warmfront: {' '.join(message.split())}", err=True)

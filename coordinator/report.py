@@ -1,0 +1,54 @@
+"""What a generation cost, as a JSON object and as lines for people."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from warmfront.coordinator.engine import Engine, Token
+
+__all__ = ["as_object", "as_text", "rates"]
+
+
+def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
+    """The object that `generate --json` prints."""
+    workers, stats = engine.workers(), engine.stats
+    return {
+        "text": "".join(token.text for token in tokens),
+        "token_ids": [token.id for token in tokens],
+        "prompt_ids": list(prompt_ids),
+        "load_s": round(stats.load_s, 4),
+        "prefill_tps": round(stats.prefill_tps, 2),
+        "decode_tps": round(stats.decode_tps, 2),
+        "active_fraction": engine.active_fraction(workers),
+        "workers": [asdict(worker) for worker in workers],
+        "selector": engine.selector,
+        "dtype": engine.config.dtype,
+        "model": model,
+    }
+
+
+def rates(engine: Engine) -> str:
+    """One line of times and rates of the last answer."""
+    stats = engine.stats
+    return (
+        f"load {stats.load_s:.2f} s · prefill {stats.prefilled} tokens in {stats.prefill_s:.2f} s "
+        f"({stats.prefill_tps:.0f} tok/s) · decode {stats.new_tokens} tokens in {stats.decode_s:.2f} s "
+        f"({stats.decode_tps:.1f} tok/s)"
+    )
+
+
+def as_text(engine: Engine) -> str:
+    """The lines that `generate --stats` prints."""
+    workers = engine.workers()
+    lines = [rates(engine)]
+    active = engine.active_fraction(workers)
+    if active is not None:
+        lines.append(f"selector {engine.selector} · {active:.1%} of the neurons computed")
+    for worker in workers:
+        share = worker.busy_s / engine.stats.decode_s if engine.stats.decode_s else 0.0
+        per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)
+        lines.append(
+            f"{worker.name} ({worker.device}, pid {worker.pid}) · busy {share:.0%} of the decode time · "
+            f"{worker.groups} groups · {per_token:.0f} neurons a token"
+        )
+    return "\n".join(lines)

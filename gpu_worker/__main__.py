@@ -1,0 +1,25 @@
+"""`python -m warmfront.gpu_worker NAME BOARD_FD`: started by the coordinator."""
+
+import os
+import sys
+
+from warmfront.gpu_worker.device import Device, open_device
+from warmfront.shared.board import Board
+from warmfront.shared.messages import Plan
+from warmfront.shared.service import Service, run
+
+_opened: list[Device] = []
+
+
+def _describe() -> tuple[str, int]:
+    _opened.append(open_device(os.environ["WARMFRONT_GPU"]))
+    return _opened[0].name, _opened[0].free_bytes()
+
+
+def _make(plan: Plan, board: Board) -> Service:
+    from warmfront.gpu_worker.worker import GpuWorker
+
+    return GpuWorker(plan, board, _opened[0])
+
+
+sys.exit(run(_describe, _make))

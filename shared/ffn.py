@@ -1,0 +1,141 @@
+"""Compiled feed-forward arithmetic over neuron bundles: what every worker on a CPU computes.
+
+    all       gate and up dot, axpy of the down row            `dense`
+    exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
+              those whose gate is open
+    prefill   several tokens: small GEMMs over whole groups    `dense_groups`
+
+A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Results are added
+to float32 sums that belong to one thread, in the order of the list.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray
+
+from warmfront.shared.atomics import floats_at
+from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.jit import kernel
+from warmfront.shared.kernels import LANES, axpy, dot, multiply, widen
+from warmfront.shared.model import ACTIVATIONS
+
+__all__ = ["Bundles", "bundles_at", "dense", "dense_groups", "open_gates", "open_neurons", "scratch_floats"]
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+_SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
+
+
+class Bundles(NamedTuple):
+    """Slots of groups in memory, [slots, 32, bundle_bytes] at `at`, and how to read and use them."""
+
+    at: int
+    bundle_bytes: int
+    up_offset: int
+    down_offset: int
+    gate_kind: int
+    down_kind: int
+    hidden: int
+    activation: int
+
+
+def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
+    """Describe slots at address `at`; `activation` is an index into ACTIVATIONS."""
+    return Bundles(
+        at=at,
+        bundle_bytes=layout.bundle_bytes,
+        up_offset=layout.up_offset,
+        down_offset=layout.down_offset,
+        gate_kind=int(layout.gate_kind),
+        down_kind=int(layout.down_kind),
+        hidden=layout.hidden,
+        activation=activation,
+    )
+
+
+def scratch_floats(hidden: int, max_tokens: int) -> int:
+    """Floats of scratch that `dense_groups` needs: 32 widened rows, and gate and up of 32 neurons."""
+    return GROUP * hidden + 2 * GROUP * -(-max_tokens // LANES) * LANES
+
+
+@kernel
+def _activate(code: int, value: Any) -> Any:
+    if code == _RELU:
+        return max(value, np.float32(0))
+    if code == _SILU:
+        return value / (np.float32(1) + np.float32(math.exp(-value)))
+    if code == _GELU:
+        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.erf(value * np.float32(0.7071067811865476))))
+    inner = np.float32(0.7978845608028654) * (value + np.float32(0.044715) * value * value * value)
+    return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@kernel
+def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
+    return b.at + (np.int64(slots[neuron // GROUP]) * GROUP + neuron % GROUP) * b.bundle_bytes
+
+
+@kernel
+def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, sums_at: int) -> None:
+    """Add the outputs of neurons low..high for the one token at `x_at`."""
+    for neuron in range(low, high):
+        at = _bundle(b, slots, neuron)
+        gate = dot(b.gate_kind, at, x_at, b.hidden)
+        up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden)
+        axpy(b.down_kind, _activate(b.activation, gate) * up, at + b.down_offset, sums_at, b.hidden)
+
+
+@kernel
+def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, gates: Floats, opened: Ints) -> int:
+    """List those of neurons low..high whose gate is open, with their gates; returns their number."""
+    count = 0
+    for neuron in range(low, high):
+        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, b.hidden)
+        if gate > 0:
+            gates[count] = gate
+            opened[count] = neuron
+            count += 1
+    return count
+
+
+@kernel
+def open_neurons(
+    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, x_at: int, sums_at: int
+) -> None:
+    """Add the outputs of entries low..high of a list that `open_gates` made."""
+    for i in range(low, high):
+        at = _bundle(b, slots, opened[i])
+        up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden)
+        axpy(b.down_kind, _activate(b.activation, gates[i]) * up, at + b.down_offset, sums_at, b.hidden)
+
+
+@kernel
+def dense_groups(
+    b: Bundles, slots: Ints, low: int, high: int, x_at: int, panels: int, sums_at: int, scratch_at: int
+) -> None:
+    """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike."""
+    hidden, size = b.hidden, panels * GROUP * LANES
+    gate_at = scratch_at + GROUP * hidden * 4
+    gate, up = carray(floats_at(gate_at), (size,)), carray(floats_at(gate_at + 4 * size), (size,))
+    panel_bytes, wide_bytes = hidden * LANES * 4, GROUP * LANES * 4
+    for slot in range(low, high):
+        first_at = _bundle(b, slots, slot * GROUP)
+        for part in range(2):
+            for row in range(0, GROUP, 8):
+                for i in range(8):
+                    at = first_at + (row + i) * b.bundle_bytes + part * b.up_offset
+                    widen(b.gate_kind, at, scratch_at + i * hidden * 4, hidden)
+                out_at = gate_at + part * 4 * size + row * LANES * 4
+                multiply(scratch_at, hidden * 4, 4, hidden, x_at, panel_bytes, out_at, wide_bytes, panels, 0)
+        for i in range(size):
+            gate[i] = _activate(b.activation, gate[i]) * up[i]
+        for row in range(GROUP):
+            at = first_at + row * b.bundle_bytes + b.down_offset
+            widen(b.down_kind, at, scratch_at + row * hidden * 4, hidden)
+        for column in range(0, hidden, 8):
+            out_at = sums_at + column * LANES * 4
+            multiply(scratch_at + column * 4, 4, hidden * 4, GROUP, gate_at, wide_bytes, out_at, panel_bytes, panels, 1)

@@ -1,0 +1,128 @@
+"""HostDevice against a float64 reference, and its ledger.
+
+Run: pytest tests/gpu_worker/test_host.py
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from warmfront.gpu_worker.device import open_device
+from warmfront.gpu_worker.host import HostDevice
+from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.model import ACTIVATIONS
+from warmfront.shared.weights import Kind
+
+MakeCase = Callable[[BundleLayout, str, int], Any]
+
+
+def layout_of(gate: Kind, down: Kind) -> BundleLayout:
+    return BundleLayout(hidden=96, ffn=200, gate_kind=gate, down_kind=down)
+
+
+def filled(case: Any, slots: int = 10) -> HostDevice:
+    """Group g in slot g + 2, in two stores."""
+    device = HostDevice()
+    device.reserve(case.layout, ACTIVATIONS.index(case.activation), slots, len(case.x))
+    device.store(2, case.groups[0])
+    device.store_many(3, case.groups[1:])
+    return device
+
+
+@pytest.mark.parametrize("picked", [[0, 1, 2, 3, 4, 5, 6], [2, 3], [6, 0, 3], [5]])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize(
+    ("gate", "down"), [(kind, kind) for kind in Kind] + [(Kind.Q8, Kind.F32), (Kind.Q4, Kind.BF16)]
+)
+def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, sparse: bool, picked: list[int]) -> None:
+    case = random_case(layout_of(gate, down), "relu", tokens)
+    device = filled(case)
+    out = np.full(case.x.shape, np.nan, np.float32)
+    computed, nanoseconds = device.execute(np.array(picked, np.int32) + 2, case.x, sparse, out)
+    expected, pairs = case.expect(picked, sparse)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert computed == pairs
+    assert nanoseconds > 0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> None:
+    case = random_case(layout_of(Kind.F16, Kind.F16), activation, 5)
+    out = np.empty_like(case.x)
+    computed, _ = filled(case).execute(np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
+    expected, pairs = case.expect(list(range(7)), sparse)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert computed == pairs
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_gates(random_case: MakeCase, activation: str) -> None:
+    """No overflow far from zero, where every activation is the gate or nothing."""
+    case = random_case(layout_of(Kind.F32, Kind.F32), activation, 1)
+    case.x[:] *= 200
+    out = np.empty_like(case.x)
+    filled(case).execute(np.array([2], np.int32), case.x, False, out)
+    expected, _ = case.expect([0], False)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_slots(random_case: MakeCase, sparse: bool) -> None:
+    case = random_case(layout_of(Kind.Q4, Kind.Q4), "relu", 3)
+    out = np.full(case.x.shape, np.nan, np.float32)
+    computed, _ = filled(case).execute(np.empty(0, np.int32), case.x, sparse, out)
+    assert computed == 0
+    assert not out.any()
+
+
+def test_all_gates_closed(random_case: MakeCase) -> None:
+    case = random_case(layout_of(Kind.F32, Kind.F32), "relu", 2)
+    out = np.full(case.x.shape, np.nan, np.float32)
+    assert filled(case).execute(np.array([2, 4], np.int32), np.zeros_like(case.x), True, out)[0] == 0
+    assert not out.any()
+
+
+def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
+    case = random_case(layout_of(Kind.Q8, Kind.Q8), "silu", 1)
+    device = filled(case)
+    device.store(2, case.groups[6])
+    out = np.empty_like(case.x)
+    device.execute(np.array([2], np.int32), case.x, False, out)
+    expected, _ = case.expect([6], False)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_ledger() -> None:
+    """Planned equals allocated, and what is allocated is no longer free."""
+    layout = layout_of(Kind.F32, Kind.Q8)
+    device = HostDevice(capacity=2_000_000)
+    plan = device.ledger(layout, 9, 4)
+    # Seven groups are the most that a layer has: gates and ups of 4 tokens.
+    assert plan == {"slots": 9 * GROUP * 896, "activations": 2 * 4 * 4 * 7 * GROUP, "partials": 0}
+    assert device.allocated() == {}
+    device.reserve(layout, 0, 9, 4)
+    assert device.allocated() == plan
+    assert device.free_bytes() == 2_000_000 - sum(plan.values())
+    device.close()
+    device.close()
+    assert device.free_bytes() == 2_000_000
+
+
+def test_capacity() -> None:
+    """Exactly full is fine, a byte less is not."""
+    layout = layout_of(Kind.F16, Kind.F16)
+    needed = sum(HostDevice().ledger(layout, 3, 2).values())
+    HostDevice(capacity=needed).reserve(layout, 0, 3, 2)
+    with pytest.raises(ResourceError, match=r"^host \(emulated GPU\): 3 slots need 0.1 MiB[^\n]*$"):
+        HostDevice(capacity=needed - 1).reserve(layout, 0, 3, 2)
+
+
+def test_says_that_it_is_emulated() -> None:
+    device = open_device("host")
+    assert device.name == "host (emulated GPU)"
+    assert device.free_bytes() > 0
