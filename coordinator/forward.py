@@ -27,6 +27,7 @@ from warmfront.shared.board import LEAVE
 from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import (
+    AHEAD_BYTES,
     LANES,
     axpy,
     dot,
@@ -166,8 +167,10 @@ def _linear(
     stride = row_stride(kind, cols)
     if lanes == 1:
         y = carray(floats_at(y_at), (rows,))
+        ahead = stride * (1 + AHEAD_BYTES // stride)
         for r in range(low, high):
-            y[r] = dot(kind, weights_at + r * stride, x_at, cols)
+            row_at = weights_at + r * stride
+            y[r] = dot(kind, row_at, x_at, cols, row_at + ahead)
     else:
         for r in range(low, high, 8):
             for i in range(8):
@@ -193,38 +196,41 @@ def _cache_row(net: Network, st: State, layer: int, head: int, position: int) ->
 
 
 @kernel
-def _put(kind: int, row_at: int, column: int, value: Any) -> None:
-    if kind == _F16:
-        carray(shorts_at(row_at), (column + 1,))[column] = to_half(value)
+def _store_row(net: Network, st: State, cache_at: int, layer: int, row: int, position: int, value: Any) -> None:
+    """Write one element of k or v: `row` of the kv_heads * head_dim."""
+    row_at = cache_at + _cache_row(net, st, layer, row // net.head_dim, position)
+    column = row % net.head_dim
+    if st.cache_kind == _F16:
+        carray(shorts_at(row_at), (net.head_dim,))[column] = to_half(value)
     else:
-        carray(floats_at(row_at), (column + 1,))[column] = value
+        carray(floats_at(row_at), (net.head_dim,))[column] = value
 
 
 @kernel
-def _rotate_and_cache(net: Network, st: State, layer: int, low: int, high: int, lanes: int) -> None:
-    """RoPE on this thread's rows of q and k; its rows of k and v go into the cache."""
-    q_rows, kv_rows = net.heads * net.head_dim, net.kv_heads * net.head_dim
-    rows = q_rows + 2 * kv_rows
-    first = st.job[POSITION]
+def _rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
+    """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
     for token in range(st.job[TOKENS]):
         at = (token // lanes) * rows * lanes + token % lanes
-        position = first + token
+        cos, sin = net.cos[st.job[POSITION] + token], net.sin[st.job[POSITION] + token]
+        pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):
             even, odd = at + row * lanes, at + (row + 1) * lanes
             a, b = st.qkv[even], st.qkv[odd]
-            if row < q_rows + kv_rows:
-                pair = row % net.head_dim // 2
-                c, s = net.cos[position, pair], net.sin[position, pair]
-                a, b = a * c - b * s, b * c + a * s
-            if row < q_rows:
-                st.qkv[even], st.qkv[odd] = a, b
-                continue
-            row_of_part = (row - q_rows) % kv_rows
-            base = st.keys_at if row < q_rows + kv_rows else st.values_at
-            row_at = base + _cache_row(net, st, layer, row_of_part // net.head_dim, position)
-            column = row_of_part % net.head_dim
-            _put(st.cache_kind, row_at, column, a)
-            _put(st.cache_kind, row_at, column + 1, b)
+            st.qkv[even], st.qkv[odd] = a * cos[pair] - b * sin[pair], b * cos[pair] + a * sin[pair]
+            pair += 1
+            if 2 * pair == net.head_dim:
+                pair = 0
+
+
+@kernel
+def _cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
+    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
+    for token in range(st.job[TOKENS]):
+        at = (token // lanes) * rows * lanes + token % lanes
+        for row in range(low, high):
+            _store_row(net, st, cache_at, layer, row - first, st.job[POSITION] + token, st.qkv[at + row * lanes])
 
 
 @kernel
@@ -260,7 +266,10 @@ def _project(
         lanes,
         _address(st.scratch[member]),
     )
-    _rotate_and_cache(net, st, layer, low, high, lanes)
+    if part != V:
+        _rotate(net, st, first, low, high, lanes)
+    if part != Q:
+        _cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, lanes)
 
 
 @kernel
@@ -286,7 +295,8 @@ def _attend(net: Network, st: State, layer: int, member: int, lanes: int) -> Non
             count = st.job[POSITION] + token + 1
             highest = np.float32(-np.inf)
             for p in range(count):
-                score = dot(st.cache_kind, keys_at + p * stride, query_at, padded)
+                row_at = keys_at + p * stride
+                score = dot(st.cache_kind, row_at, query_at, padded, row_at + AHEAD_BYTES)
                 scores[p] = score
                 highest = max(highest, score)
             mixed[:] = 0
@@ -294,7 +304,8 @@ def _attend(net: Network, st: State, layer: int, member: int, lanes: int) -> Non
             for p in range(count):
                 weight = np.float32(math.exp(scores[p] - highest))
                 total += weight
-                axpy(st.cache_kind, weight, values_at + p * stride, mixed_at, padded)
+                row_at = values_at + p * stride
+                axpy(st.cache_kind, weight, row_at, mixed_at, padded, row_at + AHEAD_BYTES)
             for i in range(head_dim):
                 st.att[(panel * heads * head_dim + head * head_dim + i) * lanes + lane] = mixed[i] / total
 

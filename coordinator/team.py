@@ -21,7 +21,7 @@ from warmfront.shared.board import Board
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
 from warmfront.shared.jit import compile_for
-from warmfront.shared.memory import address, anonymous
+from warmfront.shared.memory import address, anonymous, collapse
 from warmfront.shared.process import pin, set_name
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
@@ -83,12 +83,14 @@ class Team:
         return weights, {name: address(weights) + offset for name, offset in offsets.items()}
 
     def _fill(self, member: int) -> None:
-        names = self._names()
-        first = address(self._weights)
-        for name in names[member :: len(self._cpus)]:
-            start, size = self._at[name] - first, self._model.entries[name].nbytes
-            self._model.read_into(name, self._weights[start : start + size])
-            self._loaded += size
+        """Read the tensors that start in this thread's share of the memory."""
+        low, high = (len(self._weights) * i // len(self._cpus) for i in (member, member + 1))
+        for name, at in self._at.items():
+            start, size = at - address(self._weights), self._model.entries[name].nbytes
+            if low <= start < high:
+                self._model.read_into(name, self._weights[start : start + size])
+                self._loaded += size
+        collapse(self._weights[low:high])
 
     def _describe(self) -> Network:
         spec, at = self._model.spec, self._at

@@ -100,9 +100,9 @@ class CpuWorker:
             run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
             self._model.read_groups(int(layer), int(group), out.reshape(run, GROUP, -1))
-            collapse(out)
             self._loaded[member] += run * size
             low += run
+        collapse(self._weights[count * member // threads * size : high * size])
 
     def progress(self) -> tuple[int, int]:
         """Bytes loaded, of how many."""

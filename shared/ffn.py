@@ -19,7 +19,7 @@ from numba import carray
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import LANES, axpy, dot, multiply, widen
+from warmfront.shared.kernels import AHEAD_BYTES, LANES, axpy, dot, multiply, widen
 from warmfront.shared.model import ACTIVATIONS
 
 __all__ = ["Bundles", "bundles_at", "dense", "dense_groups", "open_gates", "open_neurons", "scratch_floats"]
@@ -80,13 +80,28 @@ def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
 
 
 @kernel
+def _ahead(b: Bundles) -> int:
+    """How many neurons ahead to fetch."""
+    return 1 + AHEAD_BYTES // b.bundle_bytes
+
+
+@kernel
+def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, sums_at: int) -> None:
+    """Add the output of the neuron at `at`, whose gate is known, while fetching up and down of the one at `ahead_at`."""
+    up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden, ahead_at + b.up_offset)
+    factor = _activate(b.activation, gate) * up
+    axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)
+
+
+@kernel
 def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, sums_at: int) -> None:
     """Add the outputs of neurons low..high for the one token at `x_at`."""
+    ahead = _ahead(b)
     for neuron in range(low, high):
         at = _bundle(b, slots, neuron)
-        gate = dot(b.gate_kind, at, x_at, b.hidden)
-        up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden)
-        axpy(b.down_kind, _activate(b.activation, gate) * up, at + b.down_offset, sums_at, b.hidden)
+        ahead_at = _bundle(b, slots, min(neuron + ahead, high - 1))
+        gate = dot(b.gate_kind, at, x_at, b.hidden, ahead_at)
+        _add_output(b, at, ahead_at, gate, x_at, sums_at)
 
 
 @kernel
@@ -94,7 +109,8 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, gates: F
     """List those of neurons low..high whose gate is open, with their gates; returns their number."""
     count = 0
     for neuron in range(low, high):
-        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, b.hidden)
+        ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
+        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, b.hidden, ahead_at)
         if gate > 0:
             gates[count] = gate
             opened[count] = neuron
@@ -107,10 +123,10 @@ def open_neurons(
     b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, x_at: int, sums_at: int
 ) -> None:
     """Add the outputs of entries low..high of a list that `open_gates` made."""
+    ahead = _ahead(b)
     for i in range(low, high):
-        at = _bundle(b, slots, opened[i])
-        up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden)
-        axpy(b.down_kind, _activate(b.activation, gates[i]) * up, at + b.down_offset, sums_at, b.hidden)
+        ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
+        _add_output(b, _bundle(b, slots, opened[i]), ahead_at, gates[i], x_at, sums_at)
 
 
 @kernel

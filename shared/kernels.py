@@ -18,11 +18,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.jit import kernel
-from warmfront.shared.weights import BLOCK, Kind
+from warmfront.shared.weights import BLOCK, Kind, row_bytes
 
-__all__ = ["LANES", "axpy", "dot", "multiply", "panels_of", "row_stride", "share", "to_half", "widen"]
+__all__ = ["AHEAD_BYTES", "LANES", "axpy", "dot", "multiply", "panels_of", "row_stride", "share", "to_half", "widen"]
 
 LANES = 16
+# How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
+# few lines in flight by itself (scripts/bench_kernels.py).
+AHEAD_BYTES = 2048
 ROWS = 8
 PANELS = 3
 
@@ -51,8 +54,9 @@ def _store(b: Any, address: Any, offset: Any, value: Any) -> None:
 
 
 def _splat(b: Any, scalar: Any) -> Any:
-    one = b.insert_element(ir.Constant(V16, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, ir.Constant(V16, ir.Undefined), ir.Constant(_vector(I32), [0] * LANES))
+    nothing = ir.Constant(_vector(scalar.type), ir.Undefined)
+    one = b.insert_element(nothing, scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, nothing, ir.Constant(_vector(I32), [0] * LANES))
 
 
 def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
@@ -62,7 +66,10 @@ def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _half(b: Any, row: Any, offset: Any) -> Any:
-    return _splat(b, b.fpext(_load(b, row, offset, F16), F32))
+    """The float16 at `offset`, in all lanes. Spread before it is widened: a scalar load of 16 bits merges into an old
+    register, and the kernel would wait for its own accumulator (measured: half the speed)."""
+    spread = _splat(b, _load(b, row, offset, I16))
+    return b.fpext(b.bitcast(spread, _vector(F16)), V16)
 
 
 def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
@@ -100,17 +107,29 @@ def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any
     return low, high
 
 
+def _prefetch(b: Any, kind: int, ahead: Any, block: Any) -> None:
+    """Fetch what `block` is to its row, of the row at `ahead`."""
+    name = "llvm.prefetch.p0"
+    arguments = [I8.as_pointer(), I32, I32, I32]
+    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(ir.VoidType(), arguments), name)
+    size = row_bytes(kind, BLOCK)
+    for line in range(0, size, 64):
+        at = b.add(ahead, b.add(b.mul(block, _long(size)), _long(line)))
+        b.call(function, [b.inttoptr(at, I8.as_pointer()), *(ir.Constant(I32, value) for value in (0, 3, 1))])
+
+
 def _zeros(b: Any) -> Any:
     return cgutils.alloca_once_value(b, ir.Constant(V16, [0.0] * LANES))
 
 
 def _make_dot(kind: int) -> Any:
     @intrinsic
-    def dot_of_kind(context, row, x, cols):
+    def dot_of_kind(context, row, x, cols, ahead):
         def build(_context, b, _signature, arguments):
-            row, x, cols = arguments
+            row, x, cols, ahead = arguments
             sums = (_zeros(b), _zeros(b))
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
+                _prefetch(b, kind, ahead, loop.index)
                 for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
                     at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
                     b.store(_fma(b, weights, _load(b, x, at, V16), b.load(sums[half])), sums[half])
@@ -119,24 +138,25 @@ def _make_dot(kind: int) -> Any:
             reduce = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(F32, [F32, V16]), name)
             return b.call(reduce, [ir.Constant(F32, 0.0), total], fastmath=("reassoc",))
 
-        return types.float32(types.int64, types.int64, types.int64), build
+        return types.float32(types.int64, types.int64, types.int64, types.int64), build
 
     return dot_of_kind
 
 
 def _make_axpy(kind: int) -> Any:
     @intrinsic
-    def axpy_of_kind(context, factor, row, y, cols):
+    def axpy_of_kind(context, factor, row, y, cols, ahead):
         def build(ctx, b, _signature, arguments):
-            factor, row, y, cols = arguments
+            factor, row, y, cols, ahead = arguments
             factors = _splat(b, factor)
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
+                _prefetch(b, kind, ahead, loop.index)
                 for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
                     at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
                     _store(b, y, at, _fma(b, weights, factors, _load(b, y, at, V16)))
             return ctx.get_dummy_value()
 
-        return types.void(types.float32, types.int64, types.int64, types.int64), build
+        return types.void(types.float32, types.int64, types.int64, types.int64, types.int64), build
 
     return axpy_of_kind
 
@@ -206,32 +226,32 @@ def to_half(context, value):
 
 
 @kernel
-def dot(kind: int, row: int, x: int, cols: int) -> Any:
-    """Inner product of the packed row at `row` with float32 [cols] at `x`."""
+def dot(kind: int, row: int, x: int, cols: int, ahead: int) -> Any:
+    """Inner product of the packed row at `row` with float32 [cols] at `x`, while fetching the row at `ahead`."""
     if kind == _Q4:
-        return _dot_q4(row, x, cols)
+        return _dot_q4(row, x, cols, ahead)
     if kind == _Q8:
-        return _dot_q8(row, x, cols)
+        return _dot_q8(row, x, cols, ahead)
     if kind == _F16:
-        return _dot_f16(row, x, cols)
+        return _dot_f16(row, x, cols, ahead)
     if kind == _BF16:
-        return _dot_bf16(row, x, cols)
-    return _dot_f32(row, x, cols)
+        return _dot_bf16(row, x, cols, ahead)
+    return _dot_f32(row, x, cols, ahead)
 
 
 @kernel
-def axpy(kind: int, factor: Any, row: int, y: int, cols: int) -> None:
-    """Add `factor` times the packed row at `row` to float32 [cols] at `y`."""
+def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> None:
+    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`."""
     if kind == _Q4:
-        _axpy_q4(factor, row, y, cols)
+        _axpy_q4(factor, row, y, cols, ahead)
     elif kind == _Q8:
-        _axpy_q8(factor, row, y, cols)
+        _axpy_q8(factor, row, y, cols, ahead)
     elif kind == _F16:
-        _axpy_f16(factor, row, y, cols)
+        _axpy_f16(factor, row, y, cols, ahead)
     elif kind == _BF16:
-        _axpy_bf16(factor, row, y, cols)
+        _axpy_bf16(factor, row, y, cols, ahead)
     else:
-        _axpy_f32(factor, row, y, cols)
+        _axpy_f32(factor, row, y, cols, ahead)
 
 
 @kernel

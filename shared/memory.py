@@ -41,10 +41,11 @@ def anonymous(size: int) -> Bytes:
 
 
 def collapse(array: npt.NDArray[Any]) -> None:
-    """Ask the kernel to gather the filled `array` into huge pages now; a refusal costs speed only."""
-    first, size = address(array), array.nbytes & ~(_HUGE - 1)
-    if first % _HUGE == 0 and size:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+    """Ask the kernel to gather the huge pages within the filled `array` now; a refusal costs speed only."""
+    first = -(-address(array) // _HUGE) * _HUGE
+    last = (address(array) + array.nbytes) // _HUGE * _HUGE
+    if first < last:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)
 
 
 def create_shared(name: str, size: int) -> int:
