@@ -1,0 +1,123 @@
+"""What a layer costs beyond its bytes: posting the job, waking the worker, barriers, merging.
+
+Two measurements. First, hand-overs alone: two threads that announce and await in turn, on one core (by yielding) and on
+
+
+
+    python scripts/bench_handoff.py [--threads 2] [--rounds 5]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from warmfront.coordinator import Engine
+from warmfront.shared.handoff import LINE, announce, await_sequence
+from warmfront.shared.jit import kernel
+from warmfront.shared.memory import address
+
+LAYERS = 48
+TURNS = 20_000
+
+
+@kernel
+def turns(mine: int, other: int, abort: int, first: int, count: int) -> None:
+    """Announce and await in turn."""
+    for turn in range(1, count + 1):
+        if first:
+            announce(mine, turn)
+            await_sequence(other, turn, abort, 0, 0)
+        else:
+            await_sequence(other, turn, abort, 0, 0)
+            announce(mine, turn)
+
+
+def round_trip_us(cpus: tuple[int, int]) -> float:
+    """Microseconds of a round trip between threads pinned to `cpus`."""
+    lines = np.zeros(4 * LINE // 8, np.int64)
+    base = address(lines)
+
+    def run(number: int, count: int) -> None:
+        os.sched_setaffinity(0, {cpus[number]})
+        turns(base + LINE * number, base + LINE * (1 - number), base + 2 * LINE, 1 - number, count)
+
+    turns(base, base, base + 2 * LINE, 0, 0)
+    threads = [threading.Thread(target=run, args=(number, TURNS)) for number in (0, 1)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return (time.perf_counter() - started) / TURNS * 1e6
+
+
+def write_model(folder: Path) -> None:
+    """A Llama of LAYERS tiny layers with random weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, ffn, vocab = 64, 64, 64
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {prefix + f"mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        shapes |= {prefix + "mlp.down_proj.weight": (hidden, ffn)}
+        shapes |= {prefix + f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    torch.manual_seed(0)
+    save_file({name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}, folder / "model.safetensors")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def layer_us(folder: Path, threads: int, rounds: int) -> float:
+    """Median microseconds of a layer of the tiny model, tokens' share of Python included."""
+    with Engine.load(str(folder), threads=threads) as engine:
+        samples = []
+        for _ in range(rounds):
+            engine.reset()
+            list(engine.generate([1, 2, 3], max_new_tokens=200))
+            samples.append(1e6 / engine.stats.decode_tps / LAYERS)
+    return statistics.median(samples)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--rounds", type=int, default=5)
+    wish = parser.parse_args()
+    cpus = sorted(os.sched_getaffinity(0))
+    result = {"round_trip_one_core_us": round(round_trip_us((cpus[0], cpus[0])), 2)}
+    if len(cpus) > 1:
+        result["round_trip_two_cores_us"] = round(round_trip_us((cpus[0], cpus[1])), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        result["layer_us"] = round(layer_us(Path(folder), wish.threads, wish.rounds), 2)
+    for name, value in result.items():
+        print(f"{name:28} {value}")
+    print(json.dumps(result | {"threads": wish.threads}))
+
+
+if __name__ == "__main__":
+    main()
