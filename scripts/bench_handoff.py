@@ -1,8 +1,8 @@
 """What a layer costs beyond its bytes: posting the job, waking the worker, barriers, merging.
 
-Two measurements. First, hand-overs alone: two threads that announce and await in turn, on one core (by yielding) and on
-
-
+Two measurements. First, hand-overs alone: two threads that announce and await in turn, on one core (by yielding) and
+on two. Second, whole layers: a Llama of 48 layers whose weights fit the first cache, so that a decode step is almost
+nothing but hand-overs; its time per layer is the overhead. The last line of stdout is JSON.
 
     python scripts/bench_handoff.py [--threads 2] [--rounds 5]
 """
