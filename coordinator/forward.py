@@ -24,6 +24,7 @@ from numba import carray
 
 from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, shorts_at
 from warmfront.shared.board import LEAVE
+from warmfront.shared.halves import to_half
 from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import (
@@ -35,7 +36,6 @@ from warmfront.shared.kernels import (
     panels_of,
     row_stride,
     share,
-    to_half,
     widen,
 )
 from warmfront.shared.weights import Kind

@@ -92,7 +92,10 @@ class Supervisor:
         raise WorkerError("the workers were stopped while a job was under way")
 
     def reports(self, timeout_s: float = 5.0) -> dict[str, LoadReport]:
-        """Ask every worker for its work so far. Raises WorkerError if they do not answer in time."""
+        """Ask every worker for its work so far. Raises WorkerError if they do not answer in time, or were stopped."""
+        if self._finished.is_set():
+            self.check()
+            raise WorkerError("the workers were stopped: load the model again")
         self._reports_complete.clear()
         self._reports = {}
         self._ask("report")

@@ -87,7 +87,7 @@ def _ahead(b: Bundles) -> int:
 
 @kernel
 def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, sums_at: int) -> None:
-    """Add the output of the neuron at `at`, whose gate is known, while fetching up and down of the one at `ahead_at`."""
+    """Add the output of the neuron at `at`, whose gate is known, while fetching the rows of the one at `ahead_at`."""
     up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden, ahead_at + b.up_offset)
     factor = _activate(b.activation, gate) * up
     axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)

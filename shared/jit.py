@@ -1,11 +1,12 @@
 """Compilation of the hot path: one decorator, one cache.
 
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into. So the
-cache folder carries a digest of all sources that hold compiled code: a changed kernel can never be run from a stale
-copy. Older folders are removed when a new one is made.
+cache folder carries a digest of all sources that hold compiled code, and of those that they import: a changed kernel
+can never be run from a stale copy. Older folders are removed when a new one is made.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +21,20 @@ __all__ = ["cache_is_cold", "compile_for", "kernel"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGES = ("shared", "coordinator", "cpu_worker")
+_IMPORT = re.compile(rb"^from warmfront\.shared\.(\w+) import", re.MULTILINE)
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
 def _cache_folder() -> Path:
-    digest = hashlib.sha256(numba.__version__.encode())
     top = Path(__file__).parent.parent
-    for package in _PACKAGES:
-        for source in sorted((top / package).glob("*.py")):
-            text = source.read_bytes()
-            if b"jit import kernel" in text or b"@intrinsic" in text:
-                digest.update(text)
+    sources = [source.read_bytes() for package in _PACKAGES for source in sorted((top / package).glob("*.py"))]
+    compiled = [text for text in sources if b"jit import kernel" in text or b"@intrinsic" in text]
+    # Constants that compiled code imports are compiled in.
+    imported = {name.decode() for text in compiled for name in _IMPORT.findall(text)}
+    digest = hashlib.sha256(numba.__version__.encode())
+    for text in [*compiled, *((top / "shared" / f"{name}.py").read_bytes() for name in sorted(imported))]:
+        digest.update(text)
     return cache_root() / "kernels" / digest.hexdigest()[:16]
 
 
@@ -51,7 +54,7 @@ def compile_for(function: Any, *arguments: object) -> None:
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if not _FOLDER.exists():
-        for old in _FOLDER.parent.glob("*"):
+        for old in set(_FOLDER.parent.glob("*")) - {_FOLDER}:  # which another process may have made meanwhile
             shutil.rmtree(old, ignore_errors=True)
         _FOLDER.mkdir(parents=True, exist_ok=True)
     previous = numba.config.CACHE_DIR

@@ -17,10 +17,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from warmfront.shared.halves import widened
 from warmfront.shared.jit import kernel
 from warmfront.shared.weights import BLOCK, Kind, row_bytes
 
-__all__ = ["AHEAD_BYTES", "LANES", "axpy", "dot", "multiply", "panels_of", "row_stride", "share", "to_half", "widen"]
+__all__ = ["AHEAD_BYTES", "LANES", "axpy", "dot", "multiply", "panels_of", "row_stride", "share", "widen"]
 
 LANES = 16
 # How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
@@ -30,7 +31,7 @@ ROWS = 8
 PANELS = 3
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F32 = ir.FloatType()
 V16 = ir.VectorType(F32, LANES)
 _F32, _F16, _BF16, _Q8, _Q4 = (int(kind) for kind in Kind)
 
@@ -65,14 +66,13 @@ def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     return b.call(function, [x, y, z])
 
 
-def _half(b: Any, row: Any, offset: Any) -> Any:
+def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:
     """The float16 at `offset`, in all lanes. Spread before it is widened: a scalar load of 16 bits merges into an old
     register, and the kernel would wait for its own accumulator (measured: half the speed)."""
-    spread = _splat(b, _load(b, row, offset, I16))
-    return b.fpext(b.bitcast(spread, _vector(F16)), V16)
+    return widened(context, b, _splat(b, _load(b, row, offset, I16)))
 
 
-def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
+def _block(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
     """Weights 0..15 and 16..31 of `block` as two float32 vectors."""
     at = {_F32: 128, _F16: 64, _BF16: 64, _Q8: 32, _Q4: 16}[kind]
     first = b.mul(block, _long(at))
@@ -80,7 +80,7 @@ def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any
     if kind == _F32:
         return _load(b, row, first, V16), _load(b, row, second, V16)
     if kind == _F16:
-        low, high = (b.fpext(_load(b, row, o, _vector(F16)), V16) for o in (first, second))
+        low, high = (widened(context, b, _load(b, row, o, _vector(I16))) for o in (first, second))
         return low, high
     if kind == _BF16:
         shift = ir.Constant(_vector(I32), [16] * LANES)
@@ -90,14 +90,14 @@ def _block(b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any
         return low, high
     scale_at = b.mul(block, _long(2))
     if kind == _Q8:
-        scale = _half(b, row, b.add(cols, scale_at))
+        scale = _half(context, b, row, b.add(cols, scale_at))
         low, high = (
             b.fmul(b.sitofp(b.sext(_load(b, row, o, _vector(I8)), _vector(I32)), V16), scale) for o in (first, second)
         )
         return low, high
     half = b.udiv(cols, _long(2))
-    scale = _half(b, row, b.add(half, scale_at))
-    minimum = _half(b, row, b.add(b.add(half, b.udiv(cols, _long(BLOCK // 2))), scale_at))
+    scale = _half(context, b, row, b.add(half, scale_at))
+    minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, _long(BLOCK // 2))), scale_at))
     both = b.zext(_load(b, row, first, _vector(I8)), _vector(I32))
     nibbles = (
         b.and_(both, ir.Constant(_vector(I32), [15] * LANES)),
@@ -125,12 +125,12 @@ def _zeros(b: Any) -> Any:
 def _make_dot(kind: int) -> Any:
     @intrinsic
     def dot_of_kind(context, row, x, cols, ahead):
-        def build(_context, b, _signature, arguments):
+        def build(ctx, b, _signature, arguments):
             row, x, cols, ahead = arguments
             sums = (_zeros(b), _zeros(b))
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
                 _prefetch(b, kind, ahead, loop.index)
-                for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
+                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
                     at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
                     b.store(_fma(b, weights, _load(b, x, at, V16), b.load(sums[half])), sums[half])
             total = b.fadd(b.load(sums[0]), b.load(sums[1]))
@@ -151,7 +151,7 @@ def _make_axpy(kind: int) -> Any:
             factors = _splat(b, factor)
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
                 _prefetch(b, kind, ahead, loop.index)
-                for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
+                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
                     at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
                     _store(b, y, at, _fma(b, weights, factors, _load(b, y, at, V16)))
             return ctx.get_dummy_value()
@@ -167,7 +167,7 @@ def _make_widen(kind: int) -> Any:
         def build(ctx, b, _signature, arguments):
             row, out, cols = arguments
             with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
-                for half, weights in enumerate(_block(b, kind, row, cols, loop.index)):
+                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
                     _store(b, out, b.add(b.mul(loop.index, _long(128)), _long(64 * half)), weights)
             return ctx.get_dummy_value()
 
@@ -213,16 +213,6 @@ _dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = _dots
 _axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4 = (_make_axpy(kind) for kind in Kind)
 _widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind)
 _gemm_1, _gemm_2, _gemm_3 = (_make_gemm(panels) for panels in (1, 2, 3))
-
-
-@intrinsic
-def to_half(context, value):
-    """The bits of `value` rounded to float16."""
-
-    def build(_context, b, _signature, arguments):
-        return b.bitcast(b.fptrunc(arguments[0], F16), I16)
-
-    return types.uint16(types.float32), build
 
 
 @kernel

@@ -3,7 +3,7 @@
 `tests/conftest.py` switches it on by importing it. What is compared before and after a test:
 
     processes    descendants of pytest, and anything that inherited this run's mark (so orphans are found too)
-    threads      Python's, and ZeroMQ's I/O threads; pools of OpenMP, BLAS and torch start once and stay
+    threads      Python's, and ZeroMQ's I/O threads; pools of OpenMP, BLAS, torch and tqdm start once and stay
     descriptors  /proc/self/fd by target; a socket is shown with its abstract address
     /dev/shm     entries by name
 
@@ -25,6 +25,7 @@ import pytest
 GRACE_S = 2.0
 # Opened by a library once per process, at first use.
 LASTING_FDS = ("/dev/urandom", "/dev/random", "/dev/nvidia", "anon_inode:[eventpoll]")
+LASTING_THREADS = ("tqdm_monitor",)
 LASTING_SHM = "__KMP_REGISTERED_LIB_"
 
 os.environ["WARMFRONT_TEST_RUN"] = uuid.uuid4().hex
@@ -93,7 +94,7 @@ def _processes() -> Counter[str]:
 
 
 def _threads() -> Counter[str]:
-    names = [f"{thread.name} {thread.ident}" for thread in threading.enumerate()]
+    names = [f"{thread.name} {thread.ident}" for thread in threading.enumerate() if thread.name not in LASTING_THREADS]
     for task in Path("/proc/self/task").iterdir():
         try:
             name = (task / "comm").read_text().strip()

@@ -1,0 +1,301 @@
+"""Packed files against their source, and the cache that holds them.  pytest tests/coordinator/test_packer.py"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.source import open_source
+from warmfront.shared.bundle import BundleLayout
+from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
+from warmfront.shared.model import ModelSpec
+from warmfront.shared.store import PackedModel
+from warmfront.shared.weights import Kind, row_bytes, unpack
+
+Make = Callable[..., Path]
+# 80 neurons: two groups and a half.
+SIZES = {"intermediate_size": 80, "attention_bias": True}
+KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8": Kind.Q8, "q4": Kind.Q4}
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of packed models in a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "warmfront" / "models"
+
+
+@pytest.fixture
+def folder(tiny_llama: Make) -> Path:
+    return tiny_llama(**SIZES)
+
+
+def pack(path: Path, dtype: str = "auto") -> Path:
+    return ensure_packed(path, dtype, lambda line: None, lambda done, total: None)
+
+
+def tensors_of(packed: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Everything in the file, read by the safetensors library, which checks that the tensors fill it."""
+    with safe_open(packed, "np") as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+
+
+@pytest.mark.parametrize("published", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["auto", *KINDS])
+def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, published: str) -> None:
+    path = tiny_llama(**SIZES, dtype=published)
+    source = open_source(path)
+    kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
+    tensors, metadata = tensors_of(pack(path, dtype))
+    assert metadata["format"] == "warmfront-1"
+    assert ModelSpec.from_json(metadata["spec"]) == source.spec
+    matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
+    assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))
+    vectors = {name for name in source.names() if name.endswith(("norm", "bias"))}
+    assert len(vectors) == 1 + 2 * (2 + 4)
+    assert set(tensors) == matrices | vectors | {"tokenizer", "layers.0.ffn", "layers.1.ffn"}
+    for name in matrices:
+        np.testing.assert_array_equal(tensors[name], source.tensor(name).packed(kind))
+    for name in vectors:
+        assert tensors[name].dtype == np.float32
+        np.testing.assert_array_equal(tensors[name], source.tensor(name).float32())
+    # And the values, by another way than packed bytes.
+    q, exact = tensors["layers.1.q"], source.tensor("layers.1.q").float32()
+    tolerance = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 4e-3, Kind.Q8: 4e-3, Kind.Q4: 0.06}[kind]
+    np.testing.assert_allclose(unpack(q, kind, 64), exact, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["auto", *KINDS])
+def test_bundles_are_gate_up_and_down_rows(folder: Path, dtype: str) -> None:
+    source, kind = open_source(folder), KINDS.get(dtype, Kind.F32)
+    row = row_bytes(kind, 64)
+    bundle = -(-3 * row // 64) * 64
+    tensors, _ = tensors_of(pack(folder, dtype))
+    for layer in range(2):
+        groups = tensors[f"layers.{layer}.ffn"]
+        assert groups.shape == (3, 32, bundle)
+        neurons = groups.reshape(96, bundle)
+        for at, part in enumerate(("gate", "up", "down")):
+            rows = source.tensor(f"layers.{layer}.{part}").packed(kind)
+            np.testing.assert_array_equal(neurons[:80, at * row : (at + 1) * row], rows)
+        assert not neurons[:80, 3 * row :].any(), "padding of a bundle"
+        assert not neurons[80:].any(), "padding of the last group"
+
+
+def test_gate_and_down_may_differ_in_type(tiny_gguf: Make) -> None:
+    """Quantised down matrices are turned, and kept as Q8."""
+    packed = pack(tiny_gguf(kind="Q4_0"))
+    with PackedModel(packed) as model:
+        assert model.layout == BundleLayout(hidden=256, ffn=512, gate_kind=Kind.Q4, down_kind=Kind.Q8)
+        groups = model.bytes_of("layers.0.ffn").reshape(512, -1)
+    source = open_source(packed.parents[3] / "tiny.gguf")
+    gate, down = source.tensor("layers.0.gate").packed(Kind.Q4), source.tensor("layers.0.down").packed(Kind.Q8)
+    np.testing.assert_array_equal(groups[:, :160], gate)
+    np.testing.assert_array_equal(groups[:, 320 : 320 + 272], down)
+
+
+def test_text_comes_along(folder: Path) -> None:
+    with PackedModel(pack(folder)) as model:
+        tokenizer = Tokenizer.from_str(model.bytes_of("tokenizer").tobytes().decode())
+        assert tokenizer.get_vocab() == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        ids = {name: tokenizer.token_to_id(settings[name]) for name in ("bos_token", "eos_token")}
+        assert model.text["chat_template"] == settings["chat_template"]
+        assert (model.text["bos_id"], model.text["eos_id"]) == (ids["bos_token"], ids["eos_token"])
+        assert ids["eos_token"] in model.text["eos_ids"]
+        assert model.text["add_bos"] is False
+
+
+def test_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    with PackedModel(pack(copy)) as model:
+        assert "tokenizer" not in model.entries
+        assert model.text == {}
+
+
+def test_a_tied_head_is_not_stored_twice(tiny_llama: Make) -> None:
+    assert "head" not in tensors_of(pack(tiny_llama(tie_word_embeddings=True)))[0]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8", "q4"])
+def test_file_size(folder: Path, dtype: str) -> None:
+    """The header, then every tensor once, nothing between."""
+    packed, kind = pack(folder, dtype), KINDS[dtype]
+    with packed.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    vocab = open_source(folder).spec.vocab
+    rows = row_bytes(kind, 64)
+    matrices = (2 * vocab + 2 * (64 + 32 + 32 + 64)) * rows
+    bundles = 2 * 96 * (-(-3 * rows // 64) * 64)
+    floats = 4 * (64 + 2 * (2 * 64 + 64 + 32 + 32 + 64))
+    tokenizer = len((folder / "tokenizer.json").read_bytes())
+    assert (8 + header) % 8 == 0
+    assert packed.stat().st_size == 8 + header + matrices + bundles + floats + tokenizer
+
+
+def test_progress_grows_to_the_size_of_the_file(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    packed = ensure_packed(folder, "auto", lambda line: None, lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert len(seen) > 10
+    assert {total for _, total in seen} == {packed.stat().st_size}
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_second_call_uses_the_first_ones_file(folder: Path, models: Path) -> None:
+    first = pack(folder)
+    before = first.stat()
+
+    def fail(*_args: object) -> None:
+        raise AssertionError("packed again")
+
+    assert ensure_packed(folder, "auto", fail, fail) == first
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert list(models.iterdir()) == [first]
+
+
+def test_types_lie_beside_each_other(folder: Path, models: Path) -> None:
+    assert {pack(folder, dtype) for dtype in ("auto", "f16", "q4")} == set(models.iterdir())
+    assert len(list(models.iterdir())) == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_another_content_is_packed_anew(folder: Path, tmp_path: Path, file: str) -> None:
+    """Small files even at the same time and size; of weights, samples and the time are looked at."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = pack(copy)
+    changed = copy / file
+    times = changed.stat()
+    data = changed.read_bytes()
+    if file == "model.safetensors":
+        changed.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        changed.write_bytes(data.replace(b": ", b" :", 1))
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed.stat().st_size == times.st_size
+    assert json.loads((copy / "config.json").read_bytes())
+    second = pack(copy)
+    assert second != first
+    if file == "model.safetensors":
+        assert second.read_bytes() != first.read_bytes()
+
+
+def test_a_moved_model_is_recognised(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    assert pack(copy) == pack(folder)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("half way")])
+def test_a_failure_leaves_nothing(
+    folder: Path, models: Path, error: BaseException, nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on file systems that know no files without a name; and packing works afterwards."""
+    if not nameless:
+        refuse_nameless_files(monkeypatch)
+
+    def fail(done: int, total: int) -> None:
+        if done > total // 2:
+            raise error
+
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(type(error)):
+        ensure_packed(folder, "auto", lambda line: None, fail)
+    assert list(models.iterdir()) == []
+    assert os.listdir("/proc/self/fd") == before
+    assert set(tensors_of(pack(folder))[0]) > {"embed", "norm"}
+    assert len(list(models.iterdir())) == 1
+
+
+def refuse_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def test_a_kill_while_writing_leaves_nothing(folder: Path, models: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from warmfront.coordinator.packer import ensure_packed\n"
+        "kill = lambda done, total: done > total // 2 and os.kill(os.getpid(), 9)\n"
+        "ensure_packed(Path(sys.argv[1]), 'auto', print, kill)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(folder)])
+    assert run.returncode == -signal.SIGKILL
+    assert list(models.iterdir()) == []
+    pack(folder)
+
+
+def test_no_room(folder: Path, models: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ResourceError) as caught:
+            pack(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    what_to_do = "set XDG_CACHE_HOME to a folder with room"
+    assert str(caught.value) == f"cannot write the packed model to {models}: File too large; {what_to_do}"
+    assert list(models.iterdir()) == []
+
+
+def test_a_second_run_waits_for_the_first(folder: Path, models: Path) -> None:
+    models.mkdir(parents=True)
+    said: list[str] = []
+    waiting = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        waiting.set()
+
+    with contextlib.ExitStack() as stack:
+        lock = os.open(models, os.O_RDONLY)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        packing = threading.Thread(target=ensure_packed, args=(folder, "auto", say, lambda done, total: None))
+        packing.start()
+        stack.callback(packing.join)
+        assert waiting.wait(10)
+        packing.join(0.05)
+        assert packing.is_alive()
+        assert list(models.iterdir()) == []
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    assert said == ["waiting for another warmfront that is packing a model"]
+    assert len(list(models.iterdir())) == 1
+
+
+def test_feed_forward_biases_are_refused(tiny_llama: Make, models: Path) -> None:
+    with pytest.raises(ModelError, match=r"feed-forward biases \(layers\.\d\.\w+\.bias\) are not supported yet$"):
+        pack(tiny_llama(mlp_bias=True))
+    assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["missing.gguf", "missing"])
+def test_no_such_model(tmp_path: Path, path: str) -> None:
+    with pytest.raises((ModelError, UsageError)) as caught:
+        pack(tmp_path / path)
+    assert isinstance(caught.value, WarmfrontError)
+    assert str(tmp_path / path) in str(caught.value)

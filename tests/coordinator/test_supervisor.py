@@ -1,0 +1,191 @@
+"""The supervisor with real processes that misbehave.  pytest tests/coordinator/test_supervisor.py
+
+Workers that do as they should are met in tests/integration.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from warmfront.coordinator.supervisor import Supervisor
+from warmfront.shared.errors import ModelError, ProtocolError, WorkerError
+from warmfront.shared.memory import create_shared
+from warmfront.shared.messages import Hello, Plan
+
+HELLO = """
+import os, sys, time
+from warmfront.shared.channel import WorkerChannel
+from warmfront.shared.messages import *
+channel = WorkerChannel.from_environment()
+channel.send(Hello(channel.token, sys.argv[1], os.getpid(), "cpu", 1, PROTOCOL))
+"""
+# After its plan it serves until told to leave.
+GOOD = f"""{HELLO}
+plan = channel.receive(20)
+channel.send(Progress(plan.index, 7))
+channel.send(Ready(7))
+while not isinstance(message := channel.receive(1), Shutdown):
+    channel.send(LoadReport(plan.index, [1], [2], [3]) if isinstance(message, ReportRequest) else Heartbeat())
+channel.close()
+"""
+
+
+class Bench:
+    """Starts supervisors of workers whose code is given, and notes what they ask for."""
+
+    def __init__(self, folder: Path, fd: int) -> None:
+        self._folder, self._fd = folder, fd
+        self.aborts = 0
+        self.supervisors: list[Supervisor] = []
+
+    def start(self, **codes: str) -> Supervisor:
+        for name, code in codes.items():
+            (self._folder / f"worker_{name}.py").write_text(code)
+        modules = {name: f"worker_{name}" for name in codes}
+        environment = {"PYTHONPATH": str(self._folder), "FOLDER": str(self._folder)}
+        supervisor = Supervisor(modules, self._fd, self._plans, self._abort, environment)
+        self.supervisors.append(supervisor)
+        return supervisor
+
+    def _plans(self, hellos: Mapping[str, Hello]) -> Mapping[str, Plan]:
+        return {name: Plan(index, "model", [0], b"", b"", "all") for index, name in enumerate(hellos)}
+
+    def _abort(self) -> None:
+        self.aborts += 1
+
+    def exists(self, name: str) -> None:
+        """Wait until a worker has made a file of that name."""
+        wait_for((self._folder / name).exists)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    fd = create_shared("warmfront-test", 4096)
+    bench = Bench(tmp_path, fd)
+    yield bench
+    for supervisor in bench.supervisors:
+        supervisor.stop()
+    os.close(fd)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def error_of(supervisor: Supervisor, kind: type[Exception]) -> str:
+    """The message of the error that ends the wait for readiness."""
+    with pytest.raises(kind) as caught:
+        wait_for(supervisor.ready)
+    return str(caught.value)
+
+
+def test_workers_that_do_as_they_should(bench: Bench) -> None:
+    supervisor = bench.start(cpu0=GOOD, cpu1=GOOD)
+    wait_for(supervisor.ready)
+    assert list(supervisor.hellos) == ["cpu0", "cpu1"]
+    assert supervisor.loaded[1] == 14
+    for _ in range(2):
+        assert {name: report.jobs for name, report in supervisor.reports().items()} == {"cpu0": 0, "cpu1": 1}
+    started = time.monotonic()
+    supervisor.stop()
+    supervisor.stop()
+    assert time.monotonic() - started < 5
+    supervisor.check()
+    assert bench.aborts == 0
+
+
+def test_a_worker_that_exits_at_once(bench: Bench) -> None:
+    supervisor = bench.start(cpu0="raise SystemExit(3)", cpu1=GOOD)
+    expected = "worker cpu0 exited with code 3 while starting: see its output above"
+    assert error_of(supervisor, WorkerError) == expected
+    assert bench.aborts >= 1
+    # And again, whoever asks.
+    with pytest.raises(WorkerError, match=re.escape(expected)):
+        supervisor.wait_for_error()
+
+
+def test_a_module_that_is_not_there(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    missing = Supervisor({"cpu0": "no_such_module"}, 0, lambda hellos: {}, lambda: None, {})
+    bench.supervisors.append(missing)
+    assert "worker cpu0 exited with code 1 while starting" in error_of(missing, WorkerError)
+    assert "no_such_module" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("phase", ["before its plan", "when ready"])
+def test_a_worker_that_is_killed(bench: Bench, phase: str) -> None:
+    supervisor = bench.start(cpu0=GOOD if phase == "when ready" else HELLO + "time.sleep(60)", cpu1=GOOD)
+    wait_for(supervisor.ready if phase == "when ready" else lambda: len(supervisor.hellos) == 2)
+    os.kill(supervisor.hellos["cpu0"].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"^worker cpu0 was killed by signal 9 while .*may be out of memory"):
+        wait_for(lambda: supervisor.check() is not None)
+
+
+def test_last_words_say_more_than_an_exit_code(bench: Bench) -> None:
+    words = "channel.send(Failure('ModelError', 'the file is gone'))\nchannel.close()\nraise SystemExit(1)"
+    supervisor = bench.start(cpu0=f"{HELLO}\n{words}")
+    assert error_of(supervisor, ModelError) == "worker cpu0: the file is gone"
+
+
+def test_a_worker_that_talks_nonsense(bench: Bench) -> None:
+    supervisor = bench.start(
+        cpu0=f"{HELLO}\nchannel.send(Ready(1))\ntime.sleep(60)", cpu1="import time; time.sleep(60)"
+    )
+    assert error_of(supervisor, ProtocolError) == "worker cpu0 sent Ready while starting: not expected there"
+
+
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("hello", [False, True])
+def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, hello: bool, deaf: bool) -> None:
+    """One that never said Hello is terminated at once, one that did after a second; one deaf to that is killed."""
+    code = (
+        f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO if hello else ''}\n"
+        "open(os.environ['FOLDER'] + '/started', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
+    supervisor = bench.start(cpu0=code)
+    bench.exists("started")
+    if hello:
+        wait_for(lambda: bool(supervisor.hellos))
+    started = time.monotonic()
+    supervisor.stop()
+    took = time.monotonic() - started
+    least, most = (1.5, 4) if deaf else (1.0, 3) if hello else (0.0, 0.9)
+    assert least <= took < most
+    supervisor.check()
+    assert not (Path("/proc") / (bench._folder / "started").read_text()).exists()
+    assert bench.aborts == 0
+
+
+def test_plans_that_cannot_be_made_end_everything(bench: Bench, tmp_path: Path) -> None:
+    def refuse(_hellos: Mapping[str, Hello]) -> Mapping[str, Plan]:
+        raise ModelError("it does not fit")
+
+    (tmp_path / "worker_good.py").write_text(GOOD)
+    supervisor = Supervisor({"cpu0": "worker_good"}, 0, refuse, lambda: None, {"PYTHONPATH": str(tmp_path)})
+    bench.supervisors.append(supervisor)
+    assert error_of(supervisor, ModelError) == "it does not fit"
+
+
+def test_reports_after_the_end(bench: Bench) -> None:
+    supervisor = bench.start(cpu0=GOOD)
+    wait_for(supervisor.ready)
+    supervisor.stop()
+    with pytest.raises(WorkerError, match=r"^the workers were stopped: load the model again$"):
+        supervisor.reports()
+
+
+def test_reports_after_an_error(bench: Bench) -> None:
+    supervisor = bench.start(cpu0="raise SystemExit(3)")
+    error_of(supervisor, WorkerError)
+    with pytest.raises(WorkerError, match="exited with code 3"):
+        supervisor.reports()

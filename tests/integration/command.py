@@ -1,0 +1,79 @@
+"""The `warmfront` command as the tests run it, and how they find what a run has left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from warmfront.shared.paths import cache_root
+from warmfront.shared.topology import read_topology
+
+WARMFRONT = os.fspath(Path(sys.executable).with_name("warmfront"))
+MARK = "WARMFRONT_TEST_COMMAND"
+CORES = sum(len(node.cores) for node in read_topology().nodes)
+needs_two_cores = pytest.mark.skipif(CORES < 2, reason="two workers need two cores")
+
+
+class Outcome(NamedTuple):
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*args: str | Path, timeout: float = 60, **options: Any) -> Outcome:
+    """Run `warmfront ARGS` to its end; `options` as of subprocess.run."""
+    options = {"stdin": subprocess.DEVNULL} | options
+    done = subprocess.run([WARMFRONT, *args], capture_output=True, text=True, timeout=timeout, check=False, **options)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(outcome: Outcome, code: int, *words: str) -> None:
+    """The command ended with `code` and exactly one line, with `words` in it, on stderr; nothing on stdout."""
+    assert outcome.err.startswith("warmfront: "), outcome
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.endswith("\n")
+    for word in words:
+        assert word in outcome.err
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+
+
+def link_cache(home: Path) -> Path:
+    """Make `home` an $XDG_CACHE_HOME with today's kernels and downloads but no packed models; returns their folder."""
+    root = cache_root()
+    (home / "warmfront").mkdir(parents=True)
+    for name in ("kernels", "downloads"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (home / "warmfront" / name).symlink_to((root / name).resolve())
+    return home / "warmfront" / "models"
+
+
+def marked(mark: str) -> dict[int, dict[str, str]]:
+    """Environments of the living processes that were started with `mark` as MARK, and their children, by pid."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (entry / "environ").read_bytes().decode(errors="replace")
+        except OSError:  # gone meanwhile, or another user's
+            continue
+        environment = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+        if environment.get(MARK) == mark:
+            found[int(entry.name)] = environment
+    return found
+
+
+def find_module(mark: str, module: str) -> int | None:
+    """The pid of the marked process that runs `python -m MODULE`."""
+    for pid in marked(mark):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if module in words:
+            return pid
+    return None

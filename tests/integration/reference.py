@@ -1,0 +1,96 @@
+"""Hugging Face transformers in float32, the reference of the equality and quality tests."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Floats = npt.NDArray[np.float32]
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def llama_from_gguf(path: Path) -> Any:
+    """The model of a GGUF file with tied embeddings, each weight dequantised to float32."""
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}
+
+    def field(name: str) -> Any:
+        return reader.fields[f"llama.{name}"].contents()
+
+    heads, kv_heads = field("attention.head_count"), field("attention.head_count_kv")
+    config = LlamaConfig(
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=len(tensors["token_embd.weight"]),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=field("context_length"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        tie_word_embeddings=True,
+    )
+    state = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+    }
+    for layer, (ours, theirs) in itertools.product(range(config.num_hidden_layers), GGUF_NAMES.items()):
+        values = tensors[f"blk.{layer}.{theirs}.weight"]
+        if theirs in ("attn_q", "attn_k"):
+            values = _halves(values, heads if theirs == "attn_q" else kv_heads)
+        state[f"model.layers.{layer}.{ours}.weight"] = values
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict({name: torch.from_numpy(v) for name, v in state.items()}, strict=False)
+    assert list(missing) == ["lm_head.weight"]
+    assert not unexpected
+    model.tie_weights()
+    return model.eval()
+
+
+def llama_from_folder(path: Path) -> Any:
+    """The model of a Hugging Face folder, widened to float32."""
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+
+
+def _dequantised(tensor: gguf.ReaderTensor) -> Floats:
+    shape = [int(size) for size in reversed(tensor.shape)]
+    values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    return np.array(values, np.float32)
+
+
+def _halves(values: Floats, heads: int) -> Floats:
+    """GGUF's neighbouring rows of a RoPE pair as transformers' halves of a head."""
+    pairs = values.reshape(heads, len(values) // heads // 2, 2, -1)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
+
+
+@torch.inference_mode()
+def all_logits(model: Any, ids: Sequence[int]) -> Floats:
+    """float32 [len(ids), vocab]: the logits after each token of `ids`."""
+    return np.asarray(model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy(), np.float32)
+
+
+def choices(model: Any, ids: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The most probable token after `ids`, and after each token of `answer` that follows: len(answer) + 1 of them.
+
+    An answer is the greedy one exactly if it is what was chosen at every step.
+    """
+    logits = all_logits(model, [*ids, *answer])
+    return [int(token) for token in logits[len(ids) - 1 :].argmax(1)]

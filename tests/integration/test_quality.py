@@ -1,0 +1,37 @@
+"""How much rounding costs, forced through fixed English.  pytest -s tests/integration/test_quality.py prints it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.integration.reference import all_logits
+from warmfront.coordinator.engine import Engine
+
+TOKENS = 200
+TEXT = (
+    "The old observatory stood on a hill above the town, and for more than a century its dome had turned with the "
+    "slow patience of a clock. In winter the roads were often closed by snow, so the astronomers kept a store of "
+    "bread, coffee and lamp oil in the cellar. Every clear night they opened the shutters, pointed the telescope at "
+    "the planets and wrote down what they saw in large books bound with green cloth. When the railway came, the town "
+    "grew, and the light of its streets began to wash out the faintest stars. The director complained to the mayor, "
+    "who answered that people had to see where they were going. In the end they agreed that the lamps near the hill "
+    "would be put out at midnight. Today the telescope is used by students, who come by bus on Thursday evenings, and "
+    "the green books have been photographed page by page so that anyone in the world can read them. A few of the "
+    "drawings show a comet that was visible for only three weeks and will not return for another eight hundred years."
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "least"), [("auto", 0.95), ("q8", 0.93), ("f16", 0.99), ("bf16", 0.99), ("q4", 0.7)])
+def test_most_probable_token(smollm2: Path, smollm2_in_transformers: Any, dtype: str, least: float) -> None:
+    """Of 200 tokens decoded one by one, how often the most probable next one is that of the float32 model."""
+    with Engine.load(str(smollm2), dtype=dtype) as engine:
+        ids = engine.prompt_ids(TEXT)[:TOKENS]
+        assert len(ids) == TOKENS
+        ours = np.array([int(logits.argmax()) for logits in engine.forced_logits(ids, prefill=1)])
+    theirs = all_logits(smollm2_in_transformers, ids).argmax(1)
+    agreement = float((ours == theirs).mean())
+    print(f"\n{dtype}: the most probable token agrees {agreement:.1%} of the time")
+    assert agreement >= least, f"{dtype} agrees {agreement:.1%} of the time, less than {least:.0%}"

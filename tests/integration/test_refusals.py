@@ -1,0 +1,225 @@
+"""What is wrong is said in one line, with the right exit code; nothing is left.
+
+pytest tests/integration/test_refusals.py
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, run
+from warmfront.coordinator.devices import cuda_devices
+from warmfront.coordinator.packer import ensure_packed
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+@pytest.fixture
+def relu(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(hidden_act="relu")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("", ["Missing command", "`warmfront --help`"]),
+        ("nonsense", ["No such command 'nonsense'", "`warmfront --help`"]),
+        ("generate", ["-p TEXT or --prompt-ids"]),
+        ("generate -p x --prompt-ids 1", ["either -p TEXT or --prompt-ids"]),
+        ("generate -p x --nonsense", ["No such option '--nonsense'", "`warmfront generate --help`"]),
+        ("generate -p x surplus", ["surplus"]),
+        ("generate -p", ["'-p' requires an argument"]),
+        ("generate -p x -n 0", ["'-n'", "x>=1"]),
+        ("generate -p x -n many", ["'-n'", "'many' is not a valid integer"]),
+        ("generate -p x --temperature -1", ["temperature", "0 or more"]),
+        ("generate -p x --temperature nan", ["temperature", "0 or more"]),
+        ("generate -p x --temperature inf", ["temperature", "0 or more"]),
+        ("generate -p x --temperature hot", ["'--temperature'", "not a valid float"]),
+        ("generate -p x --top-k -1", ["top_k", "0 (off) or more"]),
+        ("generate -p x --top-p 0", ["top_p", "above 0, up to 1"]),
+        ("generate -p x --top-p 1.5", ["top_p", "above 0, up to 1"]),
+        ("generate -p x --min-p 2", ["min_p", "between 0 and 1"]),
+        ("generate -p x --repetition-penalty 0", ["repetition_penalty", "above 0"]),
+        ("generate -p x --seed -1", ["seed", "0 or more"]),
+        ("generate -p x --seed 1.5", ["'--seed'", "not a valid integer"]),
+        ("generate -p x --workers two", ["'--workers'", "not a valid integer"]),
+        ("generate -p x --workers 0", ["0 workers", "--workers 1 or more"]),
+        ("generate -p x --threads 0", ["0 threads", "--threads 1 or more"]),
+        ("generate -p x --threads 1 --workers 2", ["2 workers of 1 threads", "--workers 1 or fewer"]),
+        (f"generate -p x --threads {CORES + 1}", [f"{CORES + 1} threads", f"--threads {CORES} or fewer"]),
+        (f"generate -p x --workers {CORES + 1}", [f"{CORES + 1} workers", f"--workers {CORES} or fewer"]),
+        ("generate -p x --dtype q5", ["'q5' is not one of", "'q4'"]),
+        ("generate -p x --selector some", ["'some' is not one of", "'exact'"]),
+        ("generate -p x --gpu rocm", ["'rocm'", "auto, none, host or cuda:N"]),
+        ("generate -p x --gpu cuda", ["'cuda'", "auto, none, host or cuda:N"]),
+        ("generate -p x --vram-budget much", ["'much' is not a size", "512MB"]),
+        ("generate -p x --vram-budget -1GB", ["'-1GB' is not a size", "512MB"]),
+        ("generate -p x --vram-budget 1GB --gpu none", ["--vram-budget with --gpu none", "leave one"]),
+        ("generate -p x --ctx 0", ["a context of 0 tokens", "--ctx 1 or more"]),
+        ("generate -p x --ctx long", ["'--ctx'", "not a valid integer"]),
+        ("generate --prompt-ids 1,x", ["'1,x'", "1,2,3"]),
+        ("generate --prompt-ids 1,,2", ["'1,,2'", "1,2,3"]),
+        ("generate --prompt-ids=", ["no list of token ids", "1,2,3"]),
+        ("chat --temperature -1", ["temperature", "0 or more"]),
+        ("info a b", ["(b)"]),
+        ("info --dtype q5", ["'q5' is not one of"]),
+    ],
+)
+def test_wrong_requests(args: str, words: list[str]) -> None:
+    """Nothing of these needs the model: they are refused at once."""
+    assert_refused(run(*args.split()), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        ("--ctx 513 -p x", 2, ["--ctx 513", "512 tokens", "pass no more"]),
+        ("--ctx 4 --prompt-ids 1,2,3,4", 2, ["4 tokens", "context holds 4", "--ctx"]),
+        ("--prompt-ids 1,300", 2, ["token id 300", "vocabulary of 300"]),
+        ("--prompt-ids=-1", 2, ["token id -1", "vocabulary of 300"]),
+        ("--prompt-ids 99999999999999999999", 2, ["token id 99999999999999999999", "vocabulary of 300"]),
+        ("--gpu host --vram-budget 1KB -p x", 2, ["1000 bytes holds no group", "larger --vram-budget"]),
+        ("--gpu host --vram-budget 0 -p x", 2, ["0 bytes holds no group", "larger --vram-budget"]),
+        ("--gpu host --vram-budget 900TB -p x", 1, ["900000.00 GB", "smaller --vram-budget"]),
+        ("--gpu cuda:99 -p x", 1, ["cuda:99"]),
+    ],
+)
+def test_requests_that_do_not_fit(relu: Path, args: str, code: int, words: list[str]) -> None:
+    assert_refused(run("generate", "-m", relu, *args.split()), code, *words)
+
+
+def test_empty_prompt(relu: Path) -> None:
+    assert_refused(run("generate", "-m", relu, "-p", ""), 2, "the prompt is empty")
+
+
+def test_prompt_that_is_no_text(relu: Path) -> None:
+    assert_refused(run("generate", "-m", relu, "-p", os.fsdecode(b"\xff\xfe")), 2, "not UTF-8")
+
+
+def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
+    outcome = run("generate", "-m", tiny_llama(hidden_act="silu"), "-p", "x", "--selector", "exact")
+    assert_refused(outcome, 2, "ReLU", "silu", "--selector all")
+
+
+@pytest.mark.skipif(cuda_devices() > 0, reason="there is a GPU to take the budget")
+def test_budget_without_gpu(relu: Path) -> None:
+    outcome = run("generate", "-m", relu, "-p", "x", "--vram-budget", "1GB")
+    assert_refused(outcome, 2, "no CUDA device", "--gpu host")
+
+
+def write_config(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "x", "-m"], ["chat", "-m"], ["info"]], ids=lambda c: c[0])
+def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..., Path]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "text.gguf").write_text("hello")
+    write_config(tmp_path / "broken", "{")
+    write_config(tmp_path / "mistral", '{"model_type": "mistral"}')
+    write_config(tmp_path / "bare", '{"model_type": "llama"}')
+    tiny_gguf("qwen.gguf", architecture="qwen2")
+    tiny_gguf("part.gguf", without=["blk.0.ffn_up.weight"])
+    for name, words in {
+        "absent": ["no such model", "smollm2-135m"],
+        "empty": ["no config.json", "GGUF file"],
+        "text.txt": ["is not a GGUF file"],
+        "text.gguf": ["not a whole GGUF file", "fetch it again"],
+        "broken": ["is not JSON", "fetch it again"],
+        "mistral": ["'mistral' is not supported", "llama is"],
+        "bare": ["'hidden_size' is missing"],
+        "qwen.gguf": ["'qwen2' is not supported", "llama is"],
+        "part.gguf": ["is missing", "incomplete"],
+    }.items():
+        assert_refused(run(*command, tmp_path / name), 1, *words)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 1000, 0.5, -1])
+def test_truncated_gguf(tiny_gguf: Callable[..., Path], kept: float) -> None:
+    path = tiny_gguf()
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+    assert_refused(run("generate", "-m", path, "--prompt-ids", "1"), 1, path.name)
+
+
+def test_without_a_tokenizer(tiny_gguf: Callable[..., Path]) -> None:
+    path = tiny_gguf()
+    assert run("generate", "-m", path, "--prompt-ids", "1", "-n", "2").code == 0
+    assert_refused(run("generate", "-m", path, "-p", "x"), 1, "without a tokenizer", "--prompt-ids")
+    assert_refused(run("chat", "-m", path), 2, "no chat template", "warmfront generate")
+
+
+class TestCache:
+    """A cache that is damaged, full or cannot be written."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        """An $XDG_CACHE_HOME without packed models."""
+        link_cache(tmp_path / "home")
+        return tmp_path / "home"
+
+    @pytest.fixture
+    def packed(self, home: Path, relu: Path) -> Path:
+        """The packed file of `relu` in `home`, which a test may damage."""
+        original = ensure_packed(relu, "auto", print, lambda _done, _total: None)
+        folder = home / "warmfront" / "models"
+        folder.mkdir()
+        return Path(shutil.copy(original, folder))
+
+    def generate(self, home: Path, model: Path, *args: str, limit: int | None = None) -> Any:
+        """Run with $XDG_CACHE_HOME at `home`, no file larger than `limit` bytes."""
+        command = [WARMFRONT, "generate", "-m", os.fspath(model), "-p", "x", "-n", "2", *args]
+        if limit is None:
+            return run(*command[1:], env=os.environ | {"XDG_CACHE_HOME": os.fspath(home)})
+        code = (
+            "import os, resource; "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); os.execv({WARMFRONT!r}, {command!r})"
+        )
+        return run("-c", code, executable=sys.executable, env=os.environ | {"XDG_CACHE_HOME": os.fspath(home)})
+
+    @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
+    def test_packed_file_is_truncated(self, relu: Path, home: Path, packed: Path, kept: float) -> None:
+        data = packed.read_bytes()
+        packed.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+        assert_refused(self.generate(home, relu), 1, packed.name, "damaged", "delete it")
+
+    @pytest.mark.parametrize("at", [0, 8, 9, 300])
+    def test_head_of_the_packed_file_is_damaged(self, relu: Path, home: Path, packed: Path, at: int) -> None:
+        data = bytearray(packed.read_bytes())
+        data[at : at + 4] = b"\xff\xfe\x01}"
+        packed.write_bytes(data)
+        assert_refused(self.generate(home, relu), 1, packed.name, "damaged", "delete it")
+
+    def test_a_deleted_file_is_made_again(self, relu: Path, home: Path, packed: Path) -> None:
+        data = packed.read_bytes()
+        packed.unlink()
+        assert self.generate(home, relu).code == 0
+        assert packed.read_bytes() == data
+
+    def test_no_room_for_the_packed_file(self, relu: Path, home: Path) -> None:
+        assert_refused(self.generate(home, relu, limit=1 << 16), 1, "cannot write the packed model", "XDG_CACHE_HOME")
+        assert list((home / "warmfront" / "models").iterdir()) == []
+
+    @pytest.mark.usefixtures("packed")
+    def test_no_room_for_the_board(self, relu: Path, home: Path) -> None:
+        assert_refused(self.generate(home, relu, limit=1 << 14), 1, "no room for", "shared memory")
+
+    def test_folder_cannot_be_written(self, relu: Path, smollm2: Path) -> None:
+        home = Path("/proc/self")  # refuses even root
+        assert_refused(self.generate(home, relu), 1, "cannot write the packed model", "XDG_CACHE_HOME")
+        outcome = run("info", env=os.environ | {"XDG_CACHE_HOME": os.fspath(home)})
+        assert_refused(outcome, 1, "cannot keep smollm2-135m", "XDG_CACHE_HOME")
+
+    def test_the_weights_are_gone_after_packing(self, relu: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(relu, folder)
+        ensure_packed(folder, "auto", print, lambda _done, _total: None)
+        (folder / "model.safetensors").unlink()
+        assert_refused(run("generate", "-m", folder, "-p", "x"), 1, "no model.safetensors")

@@ -1,0 +1,144 @@
+"""The board byte by byte, and shared with a process.  pytest tests/shared/test_board.py"""
+
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from warmfront.shared.board import Board, BoardSizes
+from warmfront.shared.errors import ProtocolError
+from warmfront.shared.memory import address, create_shared, map_shared
+
+# 15 owners are padded to 128 bytes; x and y are 4 * 32 * 16 = 2048 bytes.
+SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16)
+TOTAL = 7296
+
+
+def board_of(sizes: BoardSizes = SIZES) -> Board:
+    return Board.create(np.zeros(sizes.total, np.uint8), sizes)
+
+
+def test_sizes_by_hand() -> None:
+    assert SIZES.x_at == 512 + 128
+    assert SIZES.vector_bytes == 2048
+    assert [SIZES.worker_at(index) for index in range(2)] == [2688, 2688 + 2304]
+    assert SIZES.total == TOTAL
+    # 130 owners take two lines.
+    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256
+
+
+def test_every_byte() -> None:
+    """Each field written with values of its own lies where the diagram says, and nowhere else."""
+    board = board_of()
+    x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
+    board.abort[:] = 11
+    board.job[:] = 21, 22
+    board.order[:] = -1, 32, 33
+    board.owner[:] = np.arange(100, 115).reshape(3, 5)
+    board.x[:] = x
+    for index in range(2):
+        board.done[index][:] = 50 + index, 60 + index
+        board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
+        board.y[index][:] = y + index
+    parts = [
+        (0, b"WARMFRNT" + struct.pack("=6q", 1, 2, 3, 5, 32, 16)),
+        (128, struct.pack("=q", 11)),
+        (256, struct.pack("=2q", 21, 22)),
+        (384, struct.pack("=3q", -1, 32, 33)),
+        (512, bytes(range(100, 115))),
+        (640, struct.pack("=512f", *x)),
+    ]
+    for index, at in enumerate((2688, 4992)):
+        parts += [
+            (at, struct.pack("=2q", 50 + index, 60 + index)),
+            (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
+            (at + 256, struct.pack("=512f", *(y + index))),
+        ]
+    expected = bytearray(TOTAL)
+    for at, data in parts:
+        expected[at : at + len(data)] = data
+    assert board.mapping.tobytes() == bytes(expected)
+
+
+def test_owner_is_by_layer_and_group() -> None:
+    board = board_of()
+    board.owner[2, 3] = 7
+    assert board.mapping[512 + 2 * 5 + 3] == 7
+    assert board.owner.sum() == 7
+
+
+def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
+    fd = create_shared("warmfront-test", SIZES.total)
+    board = Board.create(map_shared(fd), SIZES)
+    os.close(fd)
+    lines = [address(field) for field in (board.abort, board.job, board.order, *board.done, *board.record)]
+    assert all(at % 128 == 0 for at in lines)
+    assert len(set(lines)) == len(lines)
+    assert all(address(vector) % 128 == 0 for vector in (board.x, *board.y))
+
+
+OTHER = """
+import sys
+from warmfront.shared.board import Board
+from warmfront.shared.memory import map_shared
+board = Board.attach(map_shared(int(sys.argv[1])))
+sizes = board.sizes
+print(sizes.workers, sizes.layers, sizes.groups, sizes.hidden, sizes.max_tokens, *board.order, board.x[5], flush=True)
+board.y[1][:3] = 1.5, 2.5, board.x[5]
+board.done[1][0] = board.job[0]
+board.owner[1] = 9
+"""
+
+
+def test_another_process_sees_and_writes_the_same_board() -> None:
+    fd = create_shared("warmfront-test", SIZES.total)
+    try:
+        board = Board.create(map_shared(fd), SIZES)
+        board.order[:] = 2, 16, 16
+        board.job[0] = 41
+        board.x[5] = -3.5
+        run = subprocess.run(
+            [sys.executable, "-c", OTHER, str(fd)], pass_fds=[fd], check=True, capture_output=True, text=True
+        )
+    finally:
+        os.close(fd)
+    assert run.stdout.split() == ["2", "3", "5", "32", "16", "2", "16", "16", "-3.5"]
+    assert board.y[1][:4].tolist() == [1.5, 2.5, -3.5, 0]
+    assert not board.y[0].any()
+    assert board.done[1][0] == 41
+    assert board.done[0][0] == 0
+    assert board.owner.tolist() == [[0] * 5, [9] * 5, [0] * 5]
+
+
+def test_attach_gives_what_create_laid_out() -> None:
+    made = board_of()
+    made.x[:] = np.arange(512)
+    read = Board.attach(made.mapping)
+    assert read.sizes == SIZES
+    np.testing.assert_array_equal(read.x, made.x)
+    read.done[1][0] = 5
+    assert made.done[1][0] == 5
+
+
+@pytest.mark.parametrize("mapping", [np.zeros(0, np.uint8), np.zeros(511, np.uint8), np.zeros(TOTAL, np.uint8)])
+def test_what_is_no_board(mapping: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="the shared memory handed over is no board"):
+        Board.attach(mapping)
+
+
+def test_another_version() -> None:
+    board = board_of()
+    board.mapping[8:16].view(np.int64)[:] = 2
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 1"):
+        Board.attach(board.mapping)
+
+
+@pytest.mark.parametrize("size", [TOTAL - 128, TOTAL + 128, 512])
+def test_a_header_that_does_not_fit_the_memory(size: int) -> None:
+    mapping = np.zeros(size, np.uint8)
+    mapping[:512] = board_of().mapping[:512]
+    with pytest.raises(ProtocolError, match=f"and {size} bytes"):
+        Board.attach(mapping)

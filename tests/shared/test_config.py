@@ -1,0 +1,131 @@
+"""What a user can wish for, and what cannot be meant.  pytest tests/shared/test_config.py"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from warmfront.shared.config import DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("0", 0),
+        ("1b", 1),
+        ("512MB", 512_000_000),
+        ("512 mb", 512_000_000),
+        ("1.5GiB", 1_610_612_736),
+        ("8G", 8_000_000_000),
+        ("8gi", 8 << 30),
+        ("2k", 2000),
+        ("2KiB", 2048),
+        ("3Ti", 3 << 40),
+        ("0.25TB", 250_000_000_000),
+        (" 7 M ", 7_000_000),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1e9", "1,5G", "1.G", ".5G", "5PB", "1 0G", "1GBB", "ib", "1i", "٤x"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a size: write it like 512MB, 1\.5GiB or 8G"):
+        parse_size(text)
+
+
+def test_defaults_leave_everything_open() -> None:
+    assert dataclasses.asdict(EngineConfig()) == {
+        "dtype": "auto",
+        "selector": "auto",
+        "workers": None,
+        "threads": None,
+        "gpu": "auto",
+        "vram_budget": None,
+        "context": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        *({"dtype": dtype} for dtype in DTYPES),
+        *({"selector": selector} for selector in SELECTORS),
+        *({"gpu": gpu} for gpu in ("auto", "none", "host", "cuda:0", "cuda:12")),
+        {"gpu": "host", "vram_budget": 1},
+        {"gpu": "none", "vram_budget": None},
+        {"context": 1},
+    ],
+)
+def test_what_can_be_meant(wish: dict[str, Any]) -> None:
+    assert dataclasses.asdict(EngineConfig(**wish)).items() >= wish.items()
+
+
+@pytest.mark.parametrize(
+    ("wish", "complaint"),
+    [
+        ({"dtype": "int3"}, "no weight type 'int3': use one of auto, f32, f16, bf16, q8, q4"),
+        ({"dtype": "F32"}, "no weight type 'F32'"),
+        ({"selector": "some"}, "no selector 'some': use one of auto, all, exact"),
+        ({"gpu": "cuda"}, "no GPU 'cuda': use auto, none, host or cuda:N"),
+        ({"gpu": "cuda:-1"}, "no GPU 'cuda:-1'"),
+        ({"gpu": "cuda:0 "}, "no GPU 'cuda:0 '"),
+        ({"gpu": "none", "vram_budget": 0}, "--vram-budget with --gpu none"),
+        ({"context": 0}, "a context of 0 tokens: pass --ctx 1 or more"),
+        ({"context": -5}, "a context of -5 tokens"),
+    ],
+)
+def test_what_cannot_be_meant(wish: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        EngineConfig(**wish)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"temperature": 0},
+        {"temperature": 1e9},
+        {"top_k": 0},
+        {"top_k": 10**9},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"repetition_penalty": 0.5},
+        {"seed": 0},
+    ],
+)
+def test_sampling_at_its_bounds(wish: dict[str, Any]) -> None:
+    assert dataclasses.asdict(Sampling(**wish)).items() >= wish.items()
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", (-0.1, INFINITE, NAN)),
+        ("top_k", (-1,)),
+        ("top_p", (0, -0.1, 1.01, NAN)),
+        ("min_p", (-0.01, 1.01, NAN)),
+        ("repetition_penalty", (0, -1, INFINITE, NAN)),
+        ("seed", (-1,)),
+    ],
+)
+def test_sampling_beyond_its_bounds(field: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(UsageError, match=f"^{field} is {value}: it must be [^\n]+$"):
+            Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("wishes", [EngineConfig(), Sampling()])
+def test_wishes_do_not_change(wishes: EngineConfig | Sampling) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(wishes, dataclasses.fields(wishes)[0].name, 1)

@@ -1,0 +1,168 @@
+"""The feed-forward kernels against float64 numpy.  pytest tests/shared/test_ffn.py"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+
+from warmfront.shared.bundle import BundleLayout
+from warmfront.shared.ffn import bundles_at, dense, dense_groups, open_gates, open_neurons, scratch_floats
+from warmfront.shared.memory import address
+from warmfront.shared.model import ACTIVATIONS
+from warmfront.shared.weights import Kind, pack, unpack
+
+HIDDEN, SLOTS = 96, 5
+KINDS = [*((kind, kind) for kind in Kind), (Kind.Q4, Kind.Q8), (Kind.F16, Kind.Q4), (Kind.Q8, Kind.F32)]
+ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]
+ACTIVATE: dict[str, Callable[[float], float]] = {
+    "silu": lambda g: g / (1 + math.exp(-g)),
+    "relu": lambda g: max(g, 0.0),
+    "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
+    "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
+}
+
+
+class Slots:
+    """Random bundles [slots * 32, bundle_bytes], surrounded by NaN, and what they hold in float64."""
+
+    def __init__(self, gate_kind: Kind, down_kind: Kind) -> None:
+        rng = np.random.default_rng(3)
+        self.layout = BundleLayout(hidden=HIDDEN, ffn=SLOTS * 32, gate_kind=gate_kind, down_kind=down_kind)
+        size = self.layout.bundle_bytes
+        self._memory = np.full((SLOTS * 32 + 2) * size, 0xFF, np.uint8)
+        bundles = self._memory[size:-size].reshape(SLOTS * 32, size)
+        self.at = address(bundles)
+        starts = (0, self.layout.up_offset, self.layout.down_offset)
+        self.gate, self.up, self.down = (np.zeros((SLOTS * 32, HIDDEN)) for _ in range(3))
+        for start, kind, part in zip(
+            starts, (gate_kind, gate_kind, down_kind), (self.gate, self.up, self.down), strict=True
+        ):
+            rows = pack(rng.normal(0, 0.2, part.shape).astype(np.float32), kind)
+            bundles[:, start : start + rows.shape[1]] = rows
+            part[:] = unpack(rows, kind, HIDDEN)
+
+    def neurons(self, order: list[int]) -> np.ndarray:
+        return np.concatenate([np.arange(32) + 32 * slot for slot in order])
+
+    def expect(self, activation: str, neurons: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """The sum of the neurons' outputs for float [tokens, hidden]."""
+        gates = np.vectorize(ACTIVATE[activation], otypes=[float])(x.astype(np.float64) @ self.gate[neurons].T)
+        return np.asarray((gates * (x.astype(np.float64) @ self.up[neurons].T)) @ self.down[neurons])
+
+
+@cache
+def slots_of(gate_kind: Kind, down_kind: Kind) -> Slots:
+    return Slots(gate_kind, down_kind)
+
+
+def inputs(tokens: int = 1) -> np.ndarray:
+    return np.random.default_rng(tokens).standard_normal((tokens, HIDDEN)).astype(np.float32)
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_dense(gate: Kind, down: Kind, activation: str) -> None:
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    for order in ORDERS:
+        neurons = slots.neurons(order)
+        for low, high in ((0, len(neurons)), (5, 23), (31, min(33, len(neurons))), (7, 7)):
+            sums = np.full(HIDDEN, 0.5, np.float32)
+            dense(bundles, np.array(order, np.int32), low, high, address(x), address(sums))
+            assert_close(sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0])
+
+
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_open_gates_and_neurons(gate: Kind, down: Kind) -> None:
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    for order in ORDERS:
+        neurons, ids = slots.neurons(order), np.array(order, np.int32)
+        exact = slots.gate[neurons] @ x[0].astype(np.float64)
+        for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
+            gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
+            count = open_gates(bundles, ids, low, high, address(x), gates, opened)
+            wanted = [i for i in range(low, high) if exact[i] > 0]
+            assert opened[:count].tolist() == wanted
+            assert_close(gates[:count], exact[wanted]) if wanted else None
+            assert np.isnan(gates[count:]).all()
+            sums = np.full(HIDDEN, -0.25, np.float32)
+            # In two parts, as two threads take them.
+            for first, last in ((0, count // 3), (count // 3, count)):
+                open_neurons(bundles, ids, gates, opened, first, last, address(x), address(sums))
+            assert_close(sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25)
+
+
+def test_no_gate_is_open_at_zero() -> None:
+    slots, x = slots_of(Kind.F32, Kind.F32), np.zeros((1, HIDDEN), np.float32)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
+    assert open_gates(bundles, np.arange(SLOTS, dtype=np.int32), 0, SLOTS * 32, address(x), gates, opened) == 0
+
+
+def panels_of(x: np.ndarray) -> np.ndarray:
+    """[tokens, hidden] as [panels, hidden, 16], the rest zero."""
+    padded = np.zeros((-(-len(x) // 16) * 16, HIDDEN), np.float32)
+    padded[: len(x)] = x
+    return np.ascontiguousarray(padded.reshape(-1, 16, HIDDEN).transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
+    slots = slots_of(gate, down)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
+        x = inputs(tokens)
+        wide = panels_of(x)
+        size = scratch_floats(HIDDEN, tokens)
+        scratch = np.full(size + 16, np.nan, np.float32)
+        for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
+            sums = np.full_like(wide, 0.5)
+            dense_groups(
+                bundles,
+                np.array(order, np.int32),
+                low,
+                high,
+                address(wide),
+                len(wide),
+                address(sums),
+                address(scratch),
+            )
+            expected = np.zeros((len(wide) * 16, HIDDEN))
+            if low < high:
+                expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
+            assert_close(sums.transpose(0, 2, 1).reshape(-1, HIDDEN), expected + 0.5)
+        # It keeps to its scratch memory, and needs all of it.
+        assert np.isnan(scratch[size:]).all()
+        assert not np.isnan(scratch[:size]).any()
+
+
+def test_results_repeat_to_the_bit() -> None:
+    slots, x = slots_of(Kind.Q4, Kind.Q4), inputs(16)
+    bundles = bundles_at(slots.at, slots.layout, 0)
+    ids, wide = np.arange(SLOTS, dtype=np.int32), panels_of(x)
+    scratch = np.empty(scratch_floats(HIDDEN, 16), np.float32)
+    results = set()
+    for _ in range(3):
+        one, many = np.zeros(HIDDEN, np.float32), np.zeros_like(wide)
+        dense(bundles, ids, 0, SLOTS * 32, address(x), address(one))
+        dense_groups(bundles, ids, 0, SLOTS, address(wide), 1, address(many), address(scratch))
+        results.add((one.tobytes(), many.tobytes()))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_far_from_zero_nothing_overflows(activation: str) -> None:
+    """There every activation is the gate or nothing."""
+    slots, x = slots_of(Kind.F32, Kind.F32), 300 * inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    sums = np.zeros(HIDDEN, np.float32)
+    dense(bundles, np.arange(SLOTS, dtype=np.int32), 0, SLOTS * 32, address(x), address(sums))
+    assert_close(sums, slots.expect("relu", np.arange(SLOTS * 32), x)[0])

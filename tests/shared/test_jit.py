@@ -1,0 +1,87 @@
+"""The cache of compiled kernels: warm when nothing changed, cold when a kernel did.  pytest tests/shared/test_jit.py"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = "from warmfront.shared import jit; print(jit._FOLDER)"
+# Says whether the cache is cold, runs a kernel, says it again, then how often the cache had it.
+RUN = """
+from warmfront.shared.jit import cache_is_cold
+from warmfront.shared.kernels import panels_of, share
+print(cache_is_cold(panels_of), panels_of(33), cache_is_cold(panels_of), cache_is_cold(panels_of, share),
+      sum(panels_of.stats.cache_hits.values()))
+"""
+COMPILE_ONLY = """
+import numba
+from warmfront.shared.jit import cache_is_cold, compile_for
+from warmfront.shared.kernels import panels_of
+compile_for(panels_of, 33)
+print(cache_is_cold(panels_of), panels_of.signatures == [(numba.int64,)])
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The packages copied to where they are imported from instead."""
+    for package in ("shared", "coordinator", "cpu_worker"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / "path" / "warmfront" / package, ignore=ignored)
+    return tmp_path / "path" / "warmfront"
+
+
+def run(code: str, copy: Path) -> list[str]:
+    """Run `code` on the copy, with a cache of its own; its output in words."""
+    environment = os.environ | {"PYTHONPATH": str(copy.parent), "XDG_CACHE_HOME": str(copy.parent.parent / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def append(source: Path) -> None:
+    source.write_text(source.read_text() + "\n# changed\n")
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(copy: Path) -> None:
+    assert run(RUN, copy) == ["True", "3", "False", "True", "0"]
+    assert run(RUN, copy) == ["False", "3", "False", "True", "1"]
+
+
+def test_compile_without_a_call(copy: Path) -> None:
+    assert run(COMPILE_ONLY, copy) == ["False", "True"]
+    assert run(RUN, copy)[-1] == "1"
+
+
+def test_a_changed_kernel_makes_another_cache_and_removes_the_old_one(copy: Path) -> None:
+    (before,) = run(FOLDER, copy)
+    assert Path(before).is_relative_to(copy.parent.parent / "cache" / "warmfront")
+    assert run(RUN, copy)[0] == "True"
+    append(copy / "shared/kernels.py")
+    (after,) = run(FOLDER, copy)
+    assert after != before
+    assert run(RUN, copy)[0] == "True"
+    assert [str(folder) for folder in Path(after).parent.iterdir()] == [after]
+
+
+@pytest.mark.parametrize(
+    ("source", "matters"),
+    [
+        ("shared/atomics.py", True),
+        ("coordinator/forward.py", True),
+        ("cpu_worker/executor.py", True),
+        # Imported by compiled code: their constants are in it.
+        ("shared/bundle.py", True),
+        ("shared/weights.py", True),
+        ("shared/messages.py", False),
+        ("coordinator/terminal.py", False),
+    ],
+)
+def test_what_matters(copy: Path, source: str, matters: bool) -> None:
+    before = run(FOLDER, copy)
+    append(copy / source)
+    assert (run(FOLDER, copy) != before) == matters
