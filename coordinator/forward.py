@@ -15,27 +15,26 @@ activation (`shared/kernels.py`), so that a weight row is a dot product in the o
 The rows of q and k are stored with the two halves of a rotated pair side by side.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
+from warmfront.shared.activation import exponentials, softmax_panel
 from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, shorts_at
 from warmfront.shared.board import LEAVE
+from warmfront.shared.gemm import LANES, in_pairs, multiply_columns, multiply_rows, panels_of, prepare
+from warmfront.shared.halves import to_half
 from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import (
     AHEAD_BYTES,
-    LANES,
     axpy,
     dot,
-    multiply,
-    panels_of,
+    quantise,
     row_stride,
     share,
-    to_half,
     widen,
 )
 from warmfront.shared.weights import Kind
@@ -47,9 +46,11 @@ Floats = npt.NDArray[np.float32]
 # Columns of Network.weights and Network.kinds.
 ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias")
 ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS = range(len(ROLES))
+# Positions whose values are widened at a time.
+ATTENTION_ROWS = 64
 # Words of State.job.
 TOKENS, POSITION, WANT_LOGITS, SEQUENCE = range(4)
-_F16 = int(Kind.F16)
+_F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # A worker that takes longer than this for one layer is taken for lost.
 _WORKER_PATIENCE_NS = 120_000_000_000
 
@@ -81,7 +82,7 @@ class State(NamedTuple):
     """What a team works on. `*_at` are addresses, the rest arrays.
 
     x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32, shared by the team;
-    scores: float32 [members, context]; scratch: float32 [members, n]; tokens: int64 [max_tokens];
+    scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
     keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`.
     """
 
@@ -95,7 +96,9 @@ class State(NamedTuple):
     att: Any
     proj: Any
     scores: Any
+    chances: Any
     scratch: Any
+    prepared: Any
     logits: Any
     keys_at: int
     values_at: int
@@ -162,22 +165,22 @@ def _linear(
     panels: int,
     lanes: int,
     scratch_at: int,
+    prepared_at: int,
 ) -> None:
     """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes]."""
     stride = row_stride(kind, cols)
     if lanes == 1:
         y = carray(floats_at(y_at), (rows,))
+        q_at = quantise(x_at, prepared_at, cols) if kind >= _Q8 else 0
         ahead = stride * (1 + AHEAD_BYTES // stride)
         for r in range(low, high):
             row_at = weights_at + r * stride
-            y[r] = dot(kind, row_at, x_at, cols, row_at + ahead)
+            y[r] = dot(kind, row_at, x_at, q_at, cols, row_at + ahead)
     else:
+        x_at = prepare(kind, x_at, prepared_at, cols, panels)
         for r in range(low, high, 8):
-            for i in range(8):
-                widen(kind, weights_at + (r + i) * stride, scratch_at + i * cols * 4, cols)
-            multiply(
-                scratch_at, cols * 4, 4, cols, x_at, cols * LANES * 4, y_at + r * LANES * 4, rows * LANES * 4, panels, 0
-            )
+            y_row_at, y_step = y_at + r * LANES * 4, rows * LANES * 4
+            multiply_rows(kind, weights_at + r * stride, stride, cols, x_at, y_row_at, y_step, panels, scratch_at)
     if bias_at != 0:
         bias = carray(floats_at(bias_at), (rows,))
         y = carray(floats_at(y_at), (panels * rows * lanes,))
@@ -265,6 +268,7 @@ def _project(
         panels,
         lanes,
         _address(st.scratch[member]),
+        _address(st.prepared[member]),
     )
     if part != V:
         _rotate(net, st, first, low, high, lanes)
@@ -273,41 +277,107 @@ def _project(
 
 
 @kernel
-def _attend(net: Network, st: State, layer: int, member: int, lanes: int) -> None:
-    """Causal attention of this thread's (head, token) pairs over the cache."""
-    head_dim, heads = net.head_dim, net.heads
-    rows = (heads + 2 * net.kv_heads) * head_dim
+def _attend_one(net: Network, st: State, layer: int, member: int) -> None:
+    """Attention of one token over the cache: this thread's share of the heads."""
+    head_dim, position = net.head_dim, st.job[POSITION]
     padded = (head_dim + 31) // 32 * 32
-    tokens = st.job[TOKENS]
     query, mixed = np.zeros(padded, np.float32), np.empty(padded, np.float32)
     query_at, mixed_at = _address(query), _address(mixed)
     scores = st.scores[member]
     stride = padded * (2 if st.cache_kind == _F16 else 4)
-    for head in range(heads):
-        first_row = _cache_row(net, st, layer, head // (heads // net.kv_heads), 0)
+    low, high = share(net.heads, 1, member, st.members)
+    for head in range(low, high):
+        first_row = _cache_row(net, st, layer, head // (net.heads // net.kv_heads), 0)
         keys_at, values_at = st.keys_at + first_row, st.values_at + first_row
-        for token in range(tokens):
-            if (head * tokens + token) % st.members != member:
-                continue
-            panel, lane = token // lanes, token % lanes
-            for i in range(head_dim):
-                query[i] = st.qkv[(panel * rows + head * head_dim + i) * lanes + lane] * net.score_scale
-            count = st.job[POSITION] + token + 1
-            highest = np.float32(-np.inf)
+        for i in range(head_dim):
+            query[i] = st.qkv[head * head_dim + i] * net.score_scale
+        count = position + 1
+        highest = np.float32(-np.inf)
+        for p in range(count):
+            row_at = keys_at + p * stride
+            scores[p] = dot(st.cache_kind, row_at, query_at, 0, padded, row_at + AHEAD_BYTES)
+            highest = max(highest, scores[p])
+        rounded = (count + LANES - 1) // LANES * LANES
+        scores[count:rounded] = np.float32(-np.inf)
+        total = exponentials(_address(scores), rounded, highest)
+        mixed[:] = 0
+        for p in range(count):
+            row_at = values_at + p * stride
+            axpy(st.cache_kind, scores[p], row_at, mixed_at, padded, row_at + AHEAD_BYTES)
+        for i in range(head_dim):
+            st.att[head * head_dim + i] = mixed[i] / total
+
+
+@kernel
+def _attend_panels(net: Network, st: State, layer: int, member: int, panels: int) -> None:
+    """Causal attention of several tokens: this thread's (key-value head, panel) pairs, as matrix products.
+
+    The query heads that share a key-value head are the panels of one product.
+    """
+    head_dim, group = net.head_dim, net.heads // net.kv_heads
+    padded = (head_dim + 31) // 32 * 32
+    stride = padded * (2 if st.cache_kind == _F16 else 4)
+    rows = (net.heads + 2 * net.kv_heads) * head_dim
+    queries, mixed = np.zeros(group * padded * LANES, np.float32), np.empty(group * padded * LANES, np.float32)
+    prepared = np.empty(group * padded * LANES, np.float32)
+    scratch, sums = np.empty(ATTENTION_ROWS * padded, np.float32), np.empty(LANES, np.float32)
+    scores, weights_at = st.scores[member], _address(st.chances[member])
+    for task in range(member, net.kv_heads * panels, st.members):
+        panel, kv_head = task // net.kv_heads, task % net.kv_heads
+        first = st.job[POSITION] + panel * LANES
+        count = (min(first + LANES, st.job[POSITION] + st.job[TOKENS]) + 7) // 8 * 8
+        for head in range(group):
+            source = st.qkv[(panel * rows + (kv_head * group + head) * head_dim) * LANES :]
+            target = queries[head * padded * LANES :]
+            for i in range(head_dim * LANES):
+                target[i] = source[i] * net.score_scale
+        queries_at = prepare(st.cache_kind, _address(queries), _address(prepared), padded, group)
+        first_row = _cache_row(net, st, layer, kv_head, 0)
+        for p in range(0, count, 8):
+            row_at, scores_at = st.keys_at + first_row + p * stride, _address(scores) + p * LANES * 4
+            multiply_rows(
+                st.cache_kind,
+                row_at,
+                stride,
+                padded,
+                queries_at,
+                scores_at,
+                count * LANES * 4,
+                group,
+                _address(scratch),
+            )
+        mixed[:] = 0
+        for head in range(group):
+            own = scores[head * count * LANES : (head + 1) * count * LANES]
+            for p in range(first + 1, count):
+                for lane in range(min(p - first, LANES)):
+                    own[p * LANES + lane] = np.float32(-1e30)
+            softmax_panel(_address(own), count, _address(sums))
             for p in range(count):
-                row_at = keys_at + p * stride
-                score = dot(st.cache_kind, row_at, query_at, padded, row_at + AHEAD_BYTES)
-                scores[p] = score
-                highest = max(highest, score)
-            mixed[:] = 0
-            total = np.float32(0)
-            for p in range(count):
-                weight = np.float32(math.exp(scores[p] - highest))
-                total += weight
-                row_at = values_at + p * stride
-                axpy(st.cache_kind, weight, row_at, mixed_at, padded, row_at + AHEAD_BYTES)
-            for i in range(head_dim):
-                st.att[(panel * heads * head_dim + head * head_dim + i) * lanes + lane] = mixed[i] / total
+                for lane in range(LANES):
+                    own[p * LANES + lane] /= sums[lane]
+        chances_at = prepare(st.cache_kind, _address(scores), weights_at, count, group)
+        for p in range(0, count, ATTENTION_ROWS):
+            some = min(ATTENTION_ROWS, count - p)
+            x_at = chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
+            row_at = st.values_at + first_row + p * stride
+            multiply_columns(
+                st.cache_kind,
+                row_at,
+                stride,
+                some,
+                padded,
+                x_at,
+                count,
+                _address(mixed),
+                padded * LANES * 4,
+                group,
+                _address(scratch),
+            )
+        for head in range(group):
+            target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
+            source = mixed[head * padded * LANES :]
+            target[: head_dim * LANES] = source[: head_dim * LANES]
 
 
 @kernel
@@ -356,7 +426,21 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
         x[k] = x[at + k * lanes]
     _normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
     low, high = share(net.vocab, 1, member, st.members)
-    _linear(net.head_kind, net.head, 0, net.hidden, low, high, _address(h), _address(st.logits), net.vocab, 1, 1, 0)
+    _linear(
+        net.head_kind,
+        net.head,
+        0,
+        net.hidden,
+        low,
+        high,
+        _address(h),
+        _address(st.logits),
+        net.vocab,
+        1,
+        1,
+        0,
+        _address(st.prepared[member]),
+    )
 
 
 @kernel
@@ -379,7 +463,10 @@ def forward(member: int, net: Network, st: State) -> int:
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
-        _attend(net, st, layer, member, lanes)
+        if lanes == 1:
+            _attend_one(net, st, layer, member)
+        else:
+            _attend_panels(net, st, layer, member, panels)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
@@ -396,6 +483,7 @@ def forward(member: int, net: Network, st: State) -> int:
             panels,
             lanes,
             scratch_at,
+            _address(st.prepared[member]),
         )
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:

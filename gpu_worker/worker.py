@@ -14,8 +14,8 @@ import numpy.typing as npt
 from warmfront.gpu_worker.device import Device, Floats
 from warmfront.shared.board import LEAVE, Board
 from warmfront.shared.bundle import GROUP
+from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
-from warmfront.shared.kernels import LANES
 from warmfront.shared.memory import address
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS

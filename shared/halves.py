@@ -1,0 +1,72 @@
+"""float16 to float32 and back in LLVM IR: by the machine's own instructions, else by integer arithmetic.
+
+x86 has had the instructions (F16C) since 2012, yet a virtual machine may hide them. LLVM would then call a function
+of libgcc that need not be in the process, and the compiled code would jump to nowhere.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["has", "to_half", "widened"]
+
+I16, I32 = ir.IntType(16), ir.IntType(32)
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+def has(context: Any, *features: str) -> bool:
+    """Whether the CPU that `context` compiles for has all of these LLVM features."""
+    return {f"+{feature}" for feature in features} <= set(context.codegen().magic_tuple()[2].split(","))
+
+
+def _has_instructions(context: Any) -> bool:
+    return bool(context.codegen().magic_tuple()[0].startswith("aarch64")) or has(context, "f16c")
+
+
+def widened(context: Any, b: Any, halves: Any) -> Any:
+    """A vector of float16 bits (i16) as float32."""
+    lanes = halves.type.count
+    longs, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
+    if _has_instructions(context):
+        return b.fpext(b.bitcast(halves, ir.VectorType(F16, lanes)), floats)
+
+    def every(value: int) -> Any:
+        return ir.Constant(longs, [value] * lanes)
+
+    bits = b.zext(halves, longs)
+    sign = b.shl(b.and_(bits, every(0x8000)), every(16))
+    magnitude = b.and_(bits, every(0x7FFF))
+    # In place but for the exponent's bias: 2^112 corrects it, for subnormal numbers too.
+    number = b.fmul(b.bitcast(b.shl(magnitude, every(13)), floats), ir.Constant(floats, [2.0**112] * lanes))
+    special = b.select(b.icmp_unsigned(">=", magnitude, every(0x7C00)), every(0x7F800000), every(0))
+    return b.bitcast(b.or_(b.or_(b.bitcast(number, longs), special), sign), floats)
+
+
+@intrinsic
+def to_half(context, value):
+    """The bits of `value` rounded to float16, ties to even."""
+
+    def build(context, b, _signature, arguments):
+        if _has_instructions(context):
+            return b.bitcast(b.fptrunc(arguments[0], F16), I16)
+
+        def long(number: int) -> Any:
+            return ir.Constant(I32, number)
+
+        bits = b.bitcast(arguments[0], I32)
+        magnitude = b.and_(bits, long(0x7FFFFFFF))
+        # Adding 0.5 rounds a subnormal half at its last place.
+        shifted = b.fadd(b.bitcast(magnitude, F32), ir.Constant(F32, 0.5))
+        small = b.sub(b.bitcast(shifted, I32), long(0x3F000000))
+        odd = b.and_(b.lshr(magnitude, long(13)), long(1))
+        rebiased = b.sub(b.add(magnitude, odd), long((112 << 23) - 0xFFF))
+        normal = b.lshr(rebiased, long(13))
+        large = b.select(b.icmp_unsigned(">", magnitude, long(0x7F800000)), long(0x7E00), long(0x7C00))
+        half = b.select(b.icmp_unsigned("<", magnitude, long(113 << 23)), small, normal)
+        half = b.select(b.icmp_unsigned(">=", magnitude, long(143 << 23)), large, half)
+        sign = b.and_(b.lshr(bits, long(16)), long(0x8000))
+        return b.trunc(b.or_(half, sign), I16)
+
+    return types.uint16(types.float32), build
