@@ -7,16 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.forward import (
-    POSITION,
-    ROLES,
-    SEQUENCE,
-    TOKENS,
-    WANT_LOGITS,
-    Network,
-    State,
-    serve_team,
-)
+from warmfront.coordinator.forward import serve_team
+from warmfront.coordinator.network import POSITION, ROLES, SEQUENCE, TOKENS, WANT_LOGITS, Network, State
 from warmfront.shared.board import Board
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.gemm import LANES

@@ -93,7 +93,8 @@ def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> int:
     for other in range(w.threads):
         count = w.opened_count[other, 0]
         start, end = max(low - first, 0), min(high - first, count)
-        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, q_at, w.sums[member].ctypes.data)
+        sums_at, scratch_at = w.sums[member].ctypes.data, w.scratch[member].ctypes.data
+        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, q_at, sums_at, scratch_at)
         first += count
     return high - low
 
@@ -111,7 +112,7 @@ def _compute(w: Worker, member: int, groups: int, tokens: int) -> int:
     if w.exact:
         return _sparse(w, member, groups * GROUP, q_at)
     low, high = share(groups * GROUP, 1, member, w.threads)
-    dense(w.bundles, slots, low, high, w.x_at, q_at, sums_at)
+    dense(w.bundles, slots, low, high, w.x_at, q_at, sums_at, w.scratch[member].ctypes.data)
     return high - low
 
 

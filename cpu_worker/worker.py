@@ -101,7 +101,7 @@ class CpuWorker:
             layer, group = self._places[low]
             run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
-            self._model.read_groups(int(layer), int(group), out.reshape(run, GROUP, -1))
+            self._model.read_groups(int(layer), int(group), out.reshape(run, size))
             self._loaded[member] += run * size
             low += run
         collapse(self._weights[count * member // threads * size : high * size])

@@ -82,10 +82,10 @@ class HostDevice:
                 q_at = quantise(x_at, address(self._quantised), hidden)
                 if sparse:
                     count = open_gates(b, slots, 0, neurons, x_at, q_at, self._gates, self._opened)
-                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, q_at, sums_at)
+                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, q_at, sums_at, self._scratch_at)
                     computed += count
                 else:
-                    dense(b, slots, 0, neurons, x_at, q_at, sums_at)
+                    dense(b, slots, 0, neurons, x_at, q_at, sums_at, self._scratch_at)
                     computed += neurons
                 out[token] = self._sums[:hidden]
         else:

@@ -13,24 +13,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import carray
 
 from warmfront.shared.activation import activate, activate_times
+from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.gemm import LANES, multiply_columns, multiply_rows, prepare
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot
+from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, settle
+from warmfront.shared.weights import Kind
 
 __all__ = ["Bundles", "bundles_at", "dense", "dense_groups", "open_gates", "open_neurons", "scratch_floats"]
 
+_Q4C = int(Kind.Q4C)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
 
 class Bundles(NamedTuple):
-    """Slots of groups in memory, [slots, 32, bundle_bytes] at `at`, and how to read and use them."""
+    """Slots of groups in memory, [slots, group_bytes] at `at`, and how to read and use them."""
 
     at: int
     bundle_bytes: int
+    group_bytes: int
+    tail_offset: int
     up_offset: int
     down_offset: int
     gate_kind: int
@@ -44,6 +50,8 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
     return Bundles(
         at=at,
         bundle_bytes=layout.bundle_bytes,
+        group_bytes=layout.group_bytes,
+        tail_offset=layout.tail_offset,
         up_offset=layout.up_offset,
         down_offset=layout.down_offset,
         gate_kind=int(layout.gate_kind),
@@ -61,7 +69,7 @@ def scratch_floats(hidden: int, max_tokens: int) -> int:
 
 @kernel
 def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
-    return b.at + (np.int64(slots[neuron // GROUP]) * GROUP + neuron % GROUP) * b.bundle_bytes
+    return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
 
 
 @kernel
@@ -71,22 +79,47 @@ def _ahead(b: Bundles) -> int:
 
 
 @kernel
-def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, q_at: int, sums_at: int) -> None:
-    """Add the output of the neuron at `at`, whose gate is known, while fetching the one at `ahead_at`."""
+def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, q_at: int, sums_at: int) -> Any:
+    """Add the output of the neuron at `at`, whose gate is known, while fetching the one at `ahead_at`.
+
+    Returns the factor of its down row.
+    """
     up = dot(b.gate_kind, at + b.up_offset, x_at, q_at, b.hidden, ahead_at + b.up_offset)
     factor = activate(b.activation, gate) * up
     axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)
+    return factor
 
 
 @kernel
-def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, sums_at: int) -> None:
-    """Add the outputs of neurons low..high for the one token at `x_at`."""
+def _sums_of_group(b: Bundles, sums_at: int, scratch_at: int) -> Any:
+    """Where axpys go: the sums, or for Q4C a group's own, zeroed."""
+    if b.down_kind != _Q4C:
+        return sums_at
+    carray(floats_at(scratch_at), (b.hidden,))[:] = 0
+    return scratch_at
+
+
+@kernel
+def _settle_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: int, sums_at: int) -> None:
+    """Q4C: add what the group of `neuron` has gathered to the sums."""
+    tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
+    settle(tail_at, group_at, factors, sums_at, b.hidden)
+
+
+@kernel
+def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, sums_at: int, scratch_at: int) -> None:
+    """Add the outputs of neurons low..high for the one token at `x_at` (`q_at`: what `quantise` made of it)."""
     ahead = _ahead(b)
+    group_at = _sums_of_group(b, sums_at, scratch_at)
+    factors = np.float32(0)
     for neuron in range(low, high):
         at = _bundle(b, slots, neuron)
         ahead_at = _bundle(b, slots, min(neuron + ahead, high - 1))
         gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
-        _add_output(b, at, ahead_at, gate, x_at, q_at, sums_at)
+        factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
+        if b.down_kind == _Q4C and (neuron == high - 1 or neuron % GROUP == GROUP - 1):
+            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            factors = np.float32(0)
 
 
 @kernel
@@ -105,13 +138,28 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: in
 
 @kernel
 def open_neurons(
-    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, x_at: int, q_at: int, sums_at: int
+    b: Bundles,
+    slots: Ints,
+    gates: Floats,
+    opened: Ints,
+    low: int,
+    high: int,
+    x_at: int,
+    q_at: int,
+    sums_at: int,
+    scratch_at: int,
 ) -> None:
     """Add the outputs of entries low..high of a list that `open_gates` made."""
     ahead = _ahead(b)
+    group_at = _sums_of_group(b, sums_at, scratch_at)
+    factors = np.float32(0)
     for i in range(low, high):
+        neuron = opened[i]
         ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
-        _add_output(b, _bundle(b, slots, opened[i]), ahead_at, gates[i], x_at, q_at, sums_at)
+        factors += _add_output(b, _bundle(b, slots, neuron), ahead_at, gates[i], x_at, q_at, group_at)
+        if b.down_kind == _Q4C and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
+            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            factors = np.float32(0)
 
 
 @kernel
@@ -137,5 +185,17 @@ def dense_groups(
             multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, group_step, panels, scratch_at)
         activate_times(b.activation, gate_at, up_at, size)
         h_at = prepare(b.down_kind, gate_at, factors_at, GROUP, panels)
-        at = first_at + b.down_offset
-        multiply_columns(b.down_kind, at, b.bundle_bytes, GROUP, hidden, h_at, GROUP, sums_at, step, panels, scratch_at)
+        multiply_columns(
+            b.down_kind,
+            first_at + b.down_offset,
+            b.bundle_bytes,
+            first_at + b.tail_offset,
+            GROUP,
+            hidden,
+            h_at,
+            GROUP,
+            sums_at,
+            step,
+            panels,
+            scratch_at,
+        )

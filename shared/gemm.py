@@ -30,7 +30,7 @@ PANELS = 3
 _F32 = int(Kind.F32)
 
 
-class _BFloat(ir.types._BaseFloatType):
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite lacks."""
 
     null = "0.0"
@@ -110,22 +110,48 @@ def _make_narrow(kind: int) -> Any:
 
 def _make_interleave(kind: int) -> Any:
     @intrinsic
-    def interleave_of_kind(context, even, odd, out, cols):
-        """Write two packed rows as pairs [cols]."""
+    def interleave_of_kind(context, even, odd, tail, out, cols):
+        """Write two packed rows as pairs [cols]; `tail`: of their group, for Q4C."""
 
         def build(context, b, _signature, arguments):
-            even, odd, out, cols = arguments
+            even, odd, tail, out, cols = arguments
             if _multiplies_bfloat(context):
                 with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                    blocks = (simd.weights_of(context, b, kind, row, cols, loop.index) for row in (even, odd))
+                    blocks = (_row_block(context, b, kind, row, tail, cols, loop.index) for row in (even, odd))
                     for half, couple in enumerate(zip(*blocks, strict=True)):
                         at = b.add(b.mul(loop.index, long(128)), long(64 * half))
                         store(b, out, at, _paired(b, *couple))
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), build
+        return types.void(*[types.int64] * 5), build
 
     return interleave_of_kind
+
+
+def _row_block(context: Any, b: Any, kind: int, row: Any, tail: Any, cols: Any, block: Any) -> list[Any]:
+    """32 weights of a down row as two float32 vectors."""
+    halves = simd.weights_of(context, b, kind, row, cols, block)
+    if kind != Kind.Q4C:
+        return list(halves)
+    starts = (b.add(b.mul(block, long(64)), long(32 * half)) for half in (0, 1))
+    return [
+        fma(b, numbers, *simd.column_scales(context, b, tail, cols, at))
+        for numbers, at in zip(halves, starts, strict=True)
+    ]
+
+
+@intrinsic
+def _widen_q4c(context, row, tail, out, cols):
+    """Write a Q4C row as float32 [cols]."""
+
+    def build(context, b, _signature, arguments):
+        row, tail, out, cols = arguments
+        with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+            for half, weights in enumerate(_row_block(context, b, Kind.Q4C, row, tail, cols, loop.index)):
+                store(b, out, b.add(b.mul(loop.index, long(128)), long(64 * half)), weights)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), build
 
 
 def _make_product(panels: int, pairs: bool) -> Any:
@@ -170,11 +196,13 @@ def _accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", V16, sums, *halves)
 
 
-_narrow_f16, _narrow_bf16, _narrow_q8, _narrow_q4 = (_make_narrow(kind) for kind in list(Kind)[1:])
-_interleave_f16, _interleave_bf16, _interleave_q8, _interleave_q4 = (_make_interleave(kind) for kind in list(Kind)[1:])
+_F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind if kind != Kind.F32)
+_narrow_f16, _narrow_bf16, _narrow_q8, _narrow_q4 = (_make_narrow(kind) for kind in (_F16, _BF16, _Q8, _Q4))
+_interleave_f16, _interleave_bf16, _interleave_q8, _interleave_q4, _interleave_q4c = (
+    _make_interleave(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4C)
+)
 _singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
 _pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
-_F16, _BF16, _Q8, _Q4 = (int(kind) for kind in list(Kind)[1:])
 
 
 @kernel
@@ -190,15 +218,17 @@ def _narrow(kind: int, row: int, out: int, cols: int) -> None:
 
 
 @kernel
-def _interleave(kind: int, even: int, odd: int, out: int, cols: int) -> None:
-    if kind == _Q4:
-        _interleave_q4(even, odd, out, cols)
+def _interleave(kind: int, even: int, odd: int, tail: int, out: int, cols: int) -> None:
+    if kind == _Q4C:
+        _interleave_q4c(even, odd, tail, out, cols)
+    elif kind == _Q4:
+        _interleave_q4(even, odd, tail, out, cols)
     elif kind == _Q8:
-        _interleave_q8(even, odd, out, cols)
+        _interleave_q8(even, odd, tail, out, cols)
     elif kind == _BF16:
-        _interleave_bf16(even, odd, out, cols)
+        _interleave_bf16(even, odd, tail, out, cols)
     else:
-        _interleave_f16(even, odd, out, cols)
+        _interleave_f16(even, odd, tail, out, cols)
 
 
 @kernel
@@ -271,6 +301,7 @@ def multiply_columns(
     kind: int,
     row: int,
     stride: int,
+    tail: int,
     rows: int,
     cols: int,
     x: int,
@@ -283,16 +314,19 @@ def multiply_columns(
     """y[p][column] += sum over `rows` packed rows of row[column] * x[p][row]; `rows` is even.
 
     `x` lies in panels [panels, x_rows, lanes] that come from `prepare(kind, ...)`; `scratch` has room for all rows in
-    float32.
+    float32; `tail`: of the rows' group, for Q4C.
     """
     pairs = in_pairs(kind)
     step = cols * 4
     if pairs:
         for r in range(0, rows, 2):
-            _interleave(kind, row + r * stride, row + (r + 1) * stride, scratch + r // 2 * step, cols)
+            _interleave(kind, row + r * stride, row + (r + 1) * stride, tail, scratch + r // 2 * step, cols)
     else:
         for r in range(rows):
-            widen(kind, row + r * stride, scratch + r * step, cols)
+            if kind == _Q4C:
+                _widen_q4c(row + r * stride, tail, scratch + r * step, cols)
+            else:
+                widen(kind, row + r * stride, scratch + r * step, cols)
     share = 2 if pairs else 1
     x_step = x_rows // share * LANES * 4
     for column in range(0, cols, ROWS):

@@ -2,7 +2,7 @@
 
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into. So the
 cache folder carries a digest of all sources that hold compiled code: a changed kernel can never be run from a stale
-copy. Older folders are removed when a new one is made.
+copy. The oldest folders are removed when a new one is made.
 """
 
 import hashlib
@@ -19,7 +19,17 @@ __all__ = ["cache_is_cold", "compile_for", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PACKAGES = ("shared", "coordinator", "cpu_worker")
+# Every file that compiled code comes from, or whose constants it holds.
+SOURCES = (
+    "shared/*.py",
+    "cpu_worker/*.py",
+    "coordinator/network.py",
+    "coordinator/linear.py",
+    "coordinator/attention.py",
+    "coordinator/forward.py",
+)
+# Caches of other versions that are kept, so that two installations do not make each other compile anew.
+_KEPT = 3
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
@@ -27,11 +37,9 @@ _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 def _cache_folder() -> Path:
     digest = hashlib.sha256(numba.__version__.encode())
     top = Path(__file__).parent.parent
-    for package in _PACKAGES:
-        for source in sorted((top / package).glob("*.py")):
-            text = source.read_bytes()
-            if b"jit import kernel" in text or b"@intrinsic" in text:
-                digest.update(text)
+    for pattern in SOURCES:
+        for source in sorted(top.glob(pattern)):
+            digest.update(source.read_bytes())
     return cache_root() / "kernels" / digest.hexdigest()[:16]
 
 
@@ -51,7 +59,8 @@ def compile_for(function: Any, *arguments: object) -> None:
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if not _FOLDER.exists():
-        for old in _FOLDER.parent.glob("*"):
+        others = sorted(_FOLDER.parent.glob("*"), key=lambda folder: -folder.stat().st_mtime)
+        for old in others[_KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
         _FOLDER.mkdir(parents=True, exist_ok=True)
     previous = numba.config.CACHE_DIR

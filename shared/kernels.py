@@ -18,7 +18,7 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.simd import FLOAT, I8, I16, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
 from warmfront.shared.weights import BLOCK, Kind
 
-__all__ = ["AHEAD_BYTES", "axpy", "dot", "quantise", "quantised_bytes", "row_stride", "share", "widen"]
+__all__ = ["AHEAD_BYTES", "axpy", "dot", "quantise", "quantised_bytes", "row_stride", "settle", "share", "widen"]
 
 # How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
 # few lines in flight by itself (docs/log.md).
@@ -26,7 +26,7 @@ AHEAD_BYTES = 2048
 V64 = vector(I8, 64)
 # The largest feature of a block: 127 * 128.
 _STEPS = 16256.0
-_F32, _F16, _BF16, _Q8, _Q4 = (int(kind) for kind in Kind)
+_F32, _F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind)
 
 
 def _multiplies_bytes(context: Any) -> bool:
@@ -146,12 +146,7 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any, scales_at: 
 
 
 @intrinsic
-def quantise(context, x, out, cols):
-    """Prepare float32 [cols] at `x` for `dot`, in `out` [quantised_bytes(cols)], which was zeroed once.
-
-    Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
-    """
-
+def _quantise(context, x, out, cols):
     def build(context, b, _signature, arguments):
         x, out, cols = arguments
         if not _multiplies_bytes(context):
@@ -162,6 +157,15 @@ def quantise(context, x, out, cols):
         return out
 
     return types.int64(types.int64, types.int64, types.int64), build
+
+
+@kernel
+def quantise(x: int, out: int, cols: int) -> Any:
+    """Prepare float32 [cols] at `x` for `dot`, in `out` [quantised_bytes(cols)], which was zeroed once.
+
+    Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
+    """
+    return _quantise(x, out, cols)
 
 
 def _make_dot(kind: int) -> Any:
@@ -209,9 +213,9 @@ def _make_widen(kind: int) -> Any:
     return widen_of_kind
 
 
-_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = (_make_dot(kind) for kind in Kind)
-_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4 = (_make_axpy(kind) for kind in Kind)
-_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind)
+_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = (_make_dot(kind) for kind in Kind if kind != Kind.Q4C)
+_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4, _axpy_q4c = (_make_axpy(kind) for kind in Kind)
+_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind if kind != Kind.Q4C)
 
 
 @kernel
@@ -233,8 +237,13 @@ def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
 
 @kernel
 def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> None:
-    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`."""
-    if kind == _Q4:
+    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`.
+
+    A row of Q4C adds its bare numbers: see `settle`.
+    """
+    if kind == _Q4C:
+        _axpy_q4c(factor, row, y, cols, ahead)
+    elif kind == _Q4:
         _axpy_q4(factor, row, y, cols, ahead)
     elif kind == _Q8:
         _axpy_q8(factor, row, y, cols, ahead)
@@ -244,6 +253,24 @@ def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> Non
         _axpy_bf16(factor, row, y, cols, ahead)
     else:
         _axpy_f32(factor, row, y, cols, ahead)
+
+
+@intrinsic
+def settle(context, tail, numbers, factors, y, cols):
+    """Q4C: after a group's axpys into `numbers`, y += scale * numbers + minimum * sum of factors; zeroes numbers."""
+
+    def build(context, b, _signature, arguments):
+        tail, numbers, factors, y, cols = arguments
+        every = splat(b, factors)
+        with cgutils.for_range(b, b.udiv(cols, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            scale, minimum = simd.column_scales(context, b, tail, cols, b.mul(loop.index, long(32)))
+            result = fma(b, scale, load(b, numbers, at, V16), load(b, y, at, V16))
+            store(b, y, at, fma(b, minimum, every, result))
+            store(b, numbers, at, ir.Constant(V16, [0.0] * LANES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), build
 
 
 @kernel

@@ -23,9 +23,11 @@ __all__ = [
     "I64",
     "LANES",
     "Q4",
+    "Q4C",
     "Q8",
     "V16",
     "call",
+    "column_scales",
     "fma",
     "load",
     "long",
@@ -42,7 +44,7 @@ LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 V16 = ir.VectorType(FLOAT, LANES)
-F32, F16, BF16, Q8, Q4 = (int(kind) for kind in Kind)
+F32, F16, BF16, Q8, Q4, Q4C = (int(kind) for kind in Kind)
 
 
 def vector(element: Any, lanes: int = LANES) -> Any:
@@ -113,9 +115,9 @@ def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:
 
 
 def weights_of(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
-    """Weights 0..15 and 16..31 of `block` of a packed row, as two float32 vectors."""
-    first = b.mul(block, long({F32: 128, F16: 64, BF16: 64, Q8: 32, Q4: 16}[kind]))
-    second = b.add(first, long({F32: 64, F16: 32, BF16: 32, Q8: 16, Q4: 8}[kind]))
+    """Weights 0..15 and 16..31 of `block` of a packed row, as two float32 vectors; of Q4C the bare numbers."""
+    first = b.mul(block, long({F32: 128, F16: 64, BF16: 64, Q8: 32, Q4: 16, Q4C: 16}[kind]))
+    second = b.add(first, long({F32: 64, F16: 32, BF16: 32, Q8: 16, Q4: 8, Q4C: 8}[kind]))
     if kind == F32:
         return load(b, row, first, V16), load(b, row, second, V16)
     if kind == F16:
@@ -132,13 +134,22 @@ def weights_of(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any)
         longs = (b.sext(load(b, row, at, vector(I8)), vector(I32)) for at in (first, second))
         low, high = (b.fmul(b.sitofp(each, V16), scale) for each in longs)
         return low, high
-    half = b.udiv(cols, long(2))
-    scale = _half(context, b, row, b.add(half, scale_at))
-    minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, long(BLOCK // 2))), scale_at))
     both = b.zext(load(b, row, first, vector(I8)), vector(I32))
     nibbles = (
         b.and_(both, ir.Constant(vector(I32), [15] * LANES)),
         b.lshr(both, ir.Constant(vector(I32), [4] * LANES)),
     )
-    low, high = (fma(b, b.sitofp(nibble, V16), scale, minimum) for nibble in nibbles)
-    return low, high
+    low, high = (b.sitofp(nibble, V16) for nibble in nibbles)
+    if kind == Q4C:
+        return low, high
+    half = b.udiv(cols, long(2))
+    scale = _half(context, b, row, b.add(half, scale_at))
+    minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, long(BLOCK // 2))), scale_at))
+    return fma(b, low, scale, minimum), fma(b, high, scale, minimum)
+
+
+def column_scales(context: Any, b: Any, tail: Any, cols: Any, at: Any) -> tuple[Any, Any]:
+    """Scale and minimum of 16 columns, the first at byte offset `at` of the scales, from a group's tail."""
+    minima = b.add(at, b.mul(cols, long(2)))
+    scale, minimum = (widened(context, b, load(b, tail, start, vector(I16))) for start in (at, minima))
+    return scale, minimum
