@@ -1,5 +1,6 @@
 """The chat loop: reads a line, renders the conversation by the model's template, streams the answer."""
 
+import io
 import sys
 
 import click
@@ -19,7 +20,7 @@ def converse(engine: Engine, sampling: Sampling, stop: tuple[str, ...], system: 
     """
     messages = [{"role": "system", "content": system}] if system else []
     engine.tokenizer.render_chat([*messages, {"role": "user", "content": ""}])  # fails now if there is no template
-    _enable_line_editing()
+    _prepare_input()
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -57,6 +58,9 @@ def _answer(engine: Engine, messages: list[dict[str, str]], sampling: Sampling, 
     return "".join(pieces)
 
 
-def _enable_line_editing() -> None:
+def _prepare_input() -> None:
+    """Editing on a terminal; bytes that are no text must not end the talk."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         import readline  # noqa: F401  input() uses it once it is imported

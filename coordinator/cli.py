@@ -93,7 +93,7 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str
     return options, sampling, stop
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 @click.version_option(package_name="warmfront")
 def cli() -> None:
     """Run language models that do not fit the GPU: hot neurons there, cold neurons on the CPU."""
@@ -175,17 +175,17 @@ def _run() -> int:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (click.Abort, KeyboardInterrupt):
-        click.echo(err=True)
         return 130
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "warmfront"
+        _complain(f"{error.format_message()} See `{command} --help`.")
+        return error.exit_code
     except click.ClickException as error:
         _complain(error.format_message())
         return error.exit_code
     except WarmfrontError as error:
         _complain(str(error))
         return error.exit_code
-    except BrokenPipeError:
-        sys.stdout = None  # nobody reads: nothing is left to flush
-        return 1
     except OSError as error:
         _complain(str(error))
         return 1

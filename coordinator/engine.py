@@ -220,7 +220,8 @@ class Engine:
     ) -> Iterator[Token]:
         """Yield the tokens that follow `prompt` (text or token ids) as they are computed.
 
-        Ends after `max_new_tokens`, at an end-of-turn token, before a stop string, or when the context is full.
+        Ends after `max_new_tokens`, at an end-of-turn token, before a stop string, or when the context is full. The
+        end-of-turn token itself is yielded only if it brings text that was held back for a stop string.
         Raises UsageError if the prompt does not fit the context, WorkerError if a worker dies.
         """
         ids = self.prompt_ids(prompt)
@@ -236,15 +237,15 @@ class Engine:
             self.stats.new_tokens = len(answer)
             self.stats.decode_s = time.monotonic() - first_at
             if token in self.tokenizer.end_ids:
-                break
+                if rest := stops.rest():
+                    yield Token(token, rest)
+                return
             piece = stops.push(text.push(token))
-            yield Token(token, piece)
-            if stops.found or len(ids) + len(answer) >= self.context:
-                break
-            if len(answer) < max_new_tokens:
-                logits = self._decode(token)
-        if rest := stops.rest():
-            yield Token(answer[-1], rest)
+            last = len(answer) == max_new_tokens or len(ids) + len(answer) >= self.context
+            yield Token(token, piece + stops.rest() if last else piece)
+            if last or stops.found:
+                return
+            logits = self._decode(token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""

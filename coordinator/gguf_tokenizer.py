@@ -86,13 +86,14 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> T
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{path}: the tokenizer's fields do not fit together ({error})") from error
     bos = fields.get("tokenizer.ggml.bos_token_id", bos)
-    ends = [fields.get("tokenizer.ggml.eos_token_id", eos)]
-    ends += [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    eos = fields.get("tokenizer.ggml.eos_token_id", eos)
+    ends = [eos, *(fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))]
     special = ((i, token) for i, token in enumerate(tokens) if types[i] == CONTROL)
     return TokenizerFiles(
         json=tokenizer.to_str(),
         chat_template=fields.get("tokenizer.chat_template"),
         bos_id=bos,
+        eos_id=eos,
         eos_ids=end_ids(special, ends),
         add_bos=bos is not None and bool(fields.get("tokenizer.ggml.add_bos_token", add_bos)),
     )

@@ -237,21 +237,26 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles | None:
         raise ModelError(f"{path} is not a tokenizer ({error}); fetch it again") from error
     settings = _load(folder / "tokenizer_config.json") or {}
     generation = _load(folder / "generation_config.json") or {}
-    bos = settings.get("bos_token")
-    bos_text = bos.get("content") if isinstance(bos, dict) else bos
-    bos_id = tokenizer.token_to_id(bos_text) if bos_text else config.get("bos_token_id")
+    ends = [number for source in (generation, config) for number in _ids(source.get("eos_token_id"))]
+    bos_id = _named(tokenizer, settings.get("bos_token"), config.get("bos_token_id"))
     add_bos = settings.get("add_bos_token")
     if add_bos is None:
         add_bos = tokenizer.encode("").ids[:1] == [bos_id]
     special = ((i, token.content) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    ends = [number for source in (generation, config) for number in _ids(source.get("eos_token_id"))]
     return TokenizerFiles(
         json=text,
         chat_template=_chat_template(folder, settings),
         bos_id=bos_id,
+        eos_id=_named(tokenizer, settings.get("eos_token"), ends[0] if ends else None),
         eos_ids=end_ids(special, ends),
         add_bos=bos_id is not None and bool(add_bos),
     )
+
+
+def _named(tokenizer: Any, token: Any, otherwise: int | None) -> int | None:
+    """Id of a token that the settings name as text or as an object with `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if text else otherwise
 
 
 def _ids(value: Any) -> list[int]:

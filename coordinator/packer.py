@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class PackingPlan:
         tokenizer = self.source.tokenizer
         text: dict[str, Any] = {}
         if tokenizer is not None:
-            text = {field: getattr(tokenizer, field) for field in ("chat_template", "bos_id", "eos_ids", "add_bos")}
+            text = {field: value for field, value in asdict(tokenizer).items() if field != "json"}
         metadata = {
             "format": FORMAT,
             "spec": self.source.spec.to_json(),

@@ -28,7 +28,8 @@ class Sampler:
         if wish.temperature == 0:
             return int(np.argmax(logits))
         order, probabilities = self._candidates(logits.astype(np.float64) / wish.temperature)
-        return int(order[np.searchsorted(np.cumsum(probabilities), self._random.random() * probabilities.sum())])
+        bounds = np.cumsum(probabilities)  # whose last differs from the sum by rounding: a draw must stay below it
+        return int(order[np.searchsorted(bounds, self._random.random() * bounds[-1])])
 
     def _candidates(self, logits: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """Tokens that the filters leave, most probable first, and their weights."""

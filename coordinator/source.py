@@ -83,11 +83,13 @@ class TokenizerFiles:
     """What text needs: a tokenizer.json and how prompts begin and answers end.
 
     Encode with `add_special_tokens=False` and put `bos_id` first if `add_bos`; generation stops at any of `eos_ids`.
+    `eos_id` is the one that chat templates write.
     """
 
     json: str
     chat_template: str | None
     bos_id: int | None
+    eos_id: int | None
     eos_ids: tuple[int, ...]
     add_bos: bool
 

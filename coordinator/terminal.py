@@ -21,7 +21,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._shown = ""
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
 
     def show(self, what: str, done: int, total: int) -> None:
         """Draw `done` of `total` bytes of `what`."""

@@ -31,6 +31,10 @@ class Tokenizer:
         """Token ids of `text`, after the beginning-of-text token if the model wants one."""
         if self._fast is None:
             raise ModelError(f"{self._name} came without a tokenizer.json: give the prompt as --prompt-ids 1,2,3")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a command line keeps bytes that are no text
+            raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         bos = self._text.get("bos_id")
         if with_start and self._text.get("add_bos") and bos is not None and ids[:1] != [bos]:
@@ -56,14 +60,24 @@ class Tokenizer:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
         try:
             return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._special("bos_id"),
+                eos_token=self._special("eos_id"),
             )
         except TemplateError as error:
             raise ModelError(f"the chat template of {self._name} fails: {error}") from error
+
+    def _special(self, role: str) -> str:
+        """The text of the token with that role, "" without one."""
+        token = self._text.get(role)
+        return "" if self._fast is None or token is None else self._fast.id_to_token(token) or ""
 
 
 class TextStream:

@@ -1,8 +1,9 @@
 """How messages travel: ZeroMQ over an abstract Unix socket, one ROUTER for all workers, a DEALER in each.
 
 An abstract socket has no file: nothing is left behind after SIGKILL. Its name is random, the kernel lets only this
-user's processes in, and a peer is ignored until its `Hello` carries the coordinator's token. Address and token reach a
-worker through its environment, which only the same user can read; a command line is public.
+user's processes in, and a peer is ignored until its `Hello` (or the `Failure` of one that could not even say that)
+carries the coordinator's token. Address and token reach a worker through its environment, which only the same user can
+read; a command line is public.
 
 Only control messages travel here; activations go over the board. A channel is a socket, and a ZeroMQ socket belongs
 to **one thread**: open, use and close a channel in the same one. Each has a context of its own, closed with it.
@@ -163,7 +164,7 @@ class CoordinatorChannel(_Channel):
         except ProtocolError as error:
             return [] if name is None else [(name, Failure.of(error))]
         if name is None:
-            if not isinstance(message, Hello) or not self._knows(message.token):
+            if not isinstance(message, Hello | Failure) or not self._knows(message.token):
                 return []
             name = self._names[route] = message.name
             self._routes[name] = route

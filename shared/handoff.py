@@ -55,6 +55,12 @@ BARRIER_SPINS, HANDOFF_SPINS = 100, 0
 
 
 @kernel
+def _reached(seen: int, sequence: int) -> bool:
+    """Whether `seen` is `sequence` or later, across the wrap-around; unsigned, for overflow of signed is undefined."""
+    return bool(np.uint64(seen) - np.uint64(sequence) < np.uint64(1 << 63))
+
+
+@kernel
 def announce(line: int, sequence: int) -> None:
     """Publish `sequence` on `line` and wake its sleepers."""
     store_release(line, sequence)
@@ -77,14 +83,14 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
     0 for none. Returns DONE, ABORTED or LATE.
     """
     for _ in range(spins):
-        if load_acquire(line) - sequence >= 0:
+        if _reached(load_acquire(line), sequence):
             return DONE
         pause()
     patience_ends = 0
     rounds = 0
     while True:
         seen = load_acquire(line)
-        if seen - sequence >= 0:
+        if _reached(seen, sequence):
             return DONE
         if load_acquire(abort) != 0:
             return ABORTED

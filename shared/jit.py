@@ -28,8 +28,8 @@ SOURCES = (
     "coordinator/attention.py",
     "coordinator/forward.py",
 )
-# Caches of other versions that are kept, so that two installations do not make each other compile anew.
-_KEPT = 3
+# Caches that are kept, those of other versions too, so that two installations do not make each other compile anew.
+_KEPT = 4
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
@@ -59,10 +59,9 @@ def compile_for(function: Any, *arguments: object) -> None:
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if not _FOLDER.exists():
-        others = sorted(_FOLDER.parent.glob("*"), key=lambda folder: -folder.stat().st_mtime)
-        for old in others[_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
         _FOLDER.mkdir(parents=True, exist_ok=True)
+        for old in sorted(_FOLDER.parent.glob("*"), key=lambda folder: -folder.stat().st_mtime)[_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
     previous = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_FOLDER)
     try:

@@ -108,17 +108,19 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The worker's last words. `kind` names a class of `errors.py`."""
+    """The worker's last words. `kind` names a class of `errors.py`; `token` and `name` as in `Hello`, if before it."""
 
     kind: str
     message: str
+    token: str = ""
+    name: str = ""
 
     @classmethod
-    def of(cls, error: Exception) -> Self:
+    def of(cls, error: Exception, token: str = "", name: str = "") -> Self:
         """What to send about `error`; what was not raised on purpose becomes a WorkerError that names its class."""
         if isinstance(error, WarmfrontError):
-            return cls(type(error).__name__, str(error))
-        return cls(WorkerError.__name__, f"{type(error).__name__}: {error}")
+            return cls(type(error).__name__, str(error), token, name)
+        return cls(WorkerError.__name__, f"{type(error).__name__}: {error}", token, name)
 
     def error(self, worker: str) -> WarmfrontError:
         """The error to raise in the coordinator, of the class that `worker` raised."""

@@ -72,7 +72,7 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], S
             if plan is not None:
                 _serve(channel, make, plan, Board.attach(map_shared(fd)))
         except Exception as error:
-            channel.send(Failure.of(error))
+            channel.send(Failure.of(error, channel.token, name))
             return 1
     return 0
 

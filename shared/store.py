@@ -69,7 +69,7 @@ class PackedModel:
             end = max(entry.offset + entry.nbytes for entry in self.entries.values())
             if end != os.fstat(self._fd).st_size:
                 raise ValueError("wrong size")
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             self.close()
             raise ModelError(
                 f"the packed model {path} is damaged ({error}); delete it, it will be made again"

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.leak_check import no_leaks  # noqa: F401
+
 CORPUS = """The lighthouse keeper wrote in his diary that the sea had been calm for 12 days.
 def front(x: int) -> int:\n    return x * 2  # warm\n"""
 CHAT_TEMPLATE = (

@@ -11,7 +11,7 @@ import pytest
 
 from warmfront.gpu_worker.device import open_device
 from warmfront.gpu_worker.host import HostDevice
-from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.weights import Kind
@@ -99,13 +99,19 @@ def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+# What 200 neurons, 7 groups of 32, of 96 float32 take beside the slots, for up to 16 tokens: x and the sums; 32 rows
+# widened, gates and ups of one group; the gate and the number of every neuron whose gate is open.
+ACTIVATION_BYTES = 4 * (2 * 16 * 96)
+PARTIAL_BYTES = 4 * (32 * 96 + 2 * 32 * 16) + (4 + 4) * 7 * 32
+
+
 def test_ledger() -> None:
     """Planned equals allocated, and what is allocated is no longer free."""
     layout = layout_of(Kind.F32, Kind.Q8)
     device = HostDevice(capacity=2_000_000)
     plan = device.ledger(layout, 9, 4)
-    # Seven groups are the most that a layer has: gates and ups of 4 tokens.
-    assert plan == {"slots": 9 * GROUP * 896, "activations": 2 * 4 * 4 * 7 * GROUP, "partials": 0}
+    # A bundle: 384 bytes of gate, as many of up, 102 of down, up to a multiple of 64.
+    assert plan == {"slots": 9 * 32 * 896, "activations": ACTIVATION_BYTES, "partials": PARTIAL_BYTES}
     assert device.allocated() == {}
     device.reserve(layout, 0, 9, 4)
     assert device.allocated() == plan
@@ -115,10 +121,19 @@ def test_ledger() -> None:
     assert device.free_bytes() == 2_000_000
 
 
+def test_ledger_grows_by_panels() -> None:
+    """16 tokens cost what one does; the 17th starts another panel of x, sums, gates and ups."""
+    device, layout = HostDevice(), layout_of(Kind.F16, Kind.F16)
+    one, full, more = (device.ledger(layout, 1, tokens) for tokens in (1, 16, 17))
+    assert one == full
+    assert more["activations"] == 2 * ACTIVATION_BYTES
+    assert more["partials"] == PARTIAL_BYTES + 4 * 2 * 32 * 16
+
+
 def test_capacity() -> None:
     """Exactly full is fine, a byte less is not."""
     layout = layout_of(Kind.F16, Kind.F16)
-    needed = sum(HostDevice().ledger(layout, 3, 2).values())
+    needed = 3 * 32 * 576 + ACTIVATION_BYTES + PARTIAL_BYTES
     HostDevice(capacity=needed).reserve(layout, 0, 3, 2)
     with pytest.raises(ResourceError, match=r"^host \(emulated GPU\): 3 slots need 0.1 MiB[^\n]*$"):
         HostDevice(capacity=needed - 1).reserve(layout, 0, 3, 2)

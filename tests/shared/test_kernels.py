@@ -1,13 +1,31 @@
-"""Compiled row arithmetic against float64 numpy: `pytest tests/shared/test_kernels.py`."""
+"""Compiled row arithmetic against float64 numpy, for this machine and for the plainest.
+
+Run: pytest tests/shared/test_kernels.py
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from warmfront.shared import kernels
+from warmfront.shared.halves import to_half
+from warmfront.shared.jit import kernel
 from warmfront.shared.memory import address
 from warmfront.shared.weights import Kind, pack, unpack
 
 COLS = 96
+PAGE = 4096
+
+
+@kernel
+def round_all(values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(values)):
+        out[i] = to_half(values[i])
 
 
 def rows_of(kind: Kind, rows: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -24,14 +42,47 @@ def test_dot_axpy_widen(kind: Kind) -> None:
     packed, values = rows_of(kind)
     x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
     assert kernels.row_stride(kind, COLS) == packed.shape[1]
-    for row, reference in zip(packed, values, strict=True):
-        assert kernels.dot(kind, address(row), address(x), COLS) == pytest.approx(reference @ x, abs=1e-5)
+    ahead = [*map(address, packed[1:]), address(packed[-1])]
+    for row, reference, ahead_at in zip(packed, values, ahead, strict=True):
+        assert kernels.dot(kind, address(row), address(x), COLS, ahead_at) == pytest.approx(reference @ x, abs=1e-5)
         y = x.copy()
-        kernels.axpy(kind, np.float32(0.37), address(row), address(y), COLS)
+        kernels.axpy(kind, np.float32(0.37), address(row), address(y), COLS, ahead_at)
         np.testing.assert_allclose(y, x + np.float32(0.37) * reference, atol=1e-6)
         wide = np.empty(COLS, np.float32)
         kernels.widen(kind, address(row), address(wide), COLS)
         np.testing.assert_allclose(wide, reference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
+    """Not the result, and an address where nothing is does not fault."""
+    packed, _ = rows_of(kind, 1)
+    x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
+    results = []
+    for ahead_at in (address(packed), 0, PAGE, -PAGE):
+        y = np.zeros(COLS, np.float32)
+        kernels.axpy(kind, np.float32(0.37), address(packed), address(y), COLS, ahead_at)
+        results.append((kernels.dot(kind, address(packed), address(x), COLS, ahead_at), *y))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_stays_within_its_row(kind: Kind) -> None:
+    """Neighbours of the row are NaN in every type, neighbours of the output keep their values."""
+    packed, values = rows_of(kind, 1)
+    fenced = np.full(packed.size + 256, 0xFF, np.uint8)
+    fenced[128:-128] = packed[0]
+    row = address(fenced) + 128
+    x, y, wide = (np.full(COLS + 64, np.nan, np.float32) for _ in range(3))
+    inner = slice(32, 32 + COLS)
+    x[inner] = y[inner] = 1
+    x_at, y_at, wide_at = (address(vector[inner]) for vector in (x, y, wide))
+    assert kernels.dot(kind, row, x_at, COLS, row) == pytest.approx(values.sum(), abs=1e-5)
+    kernels.axpy(kind, np.float32(1), row, y_at, COLS, row)
+    kernels.widen(kind, row, wide_at, COLS)
+    for vector in (y, wide):
+        assert np.isnan(vector).sum() == 64
+        assert not np.isnan(vector[inner]).any()
 
 
 @pytest.mark.parametrize("panels", [1, 2, 3, 4, 5, 7])
@@ -50,9 +101,27 @@ def test_multiply_in_both_orientations(panels: int, adding: int) -> None:
         np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
+def test_every_half_is_widened_exactly() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(halves.size, np.float32)
+    kernels.widen(Kind.F16, address(halves), address(wide), halves.size)
+    np.testing.assert_array_equal(wide, halves.view(np.float16).astype(np.float32))
+    assert np.array_equal(np.signbit(wide), np.signbit(halves.view(np.float16)))
+
+
 def test_to_half_rounds_like_numpy() -> None:
-    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    assert [kernels.to_half(v) for v in values] == values.astype(np.float16).view(np.uint16).tolist()
+    """Random values, all midpoints between two halves, overflow, subnormal numbers, infinities, NaN."""
+    rng = np.random.default_rng(0)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2
+    special = np.array([65504, 65519.996, 65520, 1e6, np.inf, -np.inf, np.nan, -0.0, 1e-8, 2.0**-25], np.float32)
+    values = np.concatenate((rng.standard_normal(1000, np.float32), halves, middles, -middles, special))
+    out = np.zeros(values.size, np.uint16)
+    round_all(values, out)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(out.view(np.float16), expected)
+    assert np.array_equal(np.signbit(out.view(np.float16)), np.signbit(expected))
 
 
 @pytest.mark.parametrize(("total", "unit", "members"), [(10, 1, 3), (96, 8, 5), (7, 8, 2), (0, 1, 2), (33, 8, 4)])
@@ -60,3 +129,27 @@ def test_shares_cover_everything_once(total: int, unit: int, members: int) -> No
     ranges = [kernels.share(total, unit, m, members) for m in range(members)]
     assert [i for low, high in ranges for i in range(low, high)] == list(range(total))
     assert all(low % unit == 0 or low == high for low, high in ranges)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are x86's")
+@pytest.mark.parametrize(("cpu", "features"), [("x86-64", ""), ("x86-64-v3", "+avx2,+fma,+f16c")])
+def test_other_machines(tmp_path: Path, cpu: str, features: str) -> None:
+    """These tests again, compiled for SSE2 alone and for AVX2, whatever this machine has."""
+    if os.environ.get("NUMBA_CPU_NAME"):
+        pytest.skip("this is such a run")
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if not {feature.removeprefix("+") for feature in features.split(",") if feature} <= flags:
+        pytest.skip(f"this machine cannot run {cpu}")
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}", __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
