@@ -113,6 +113,7 @@ class Engine:
         self._cached: list[int] = []  # the tokens that the KV cache holds
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
+        self._closing.callback(self._forget)
 
     @classmethod
     def load(
@@ -207,6 +208,11 @@ class Engine:
             )
         return place(layout, layers, threads, budget)
 
+    def _forget(self) -> None:
+        """Let go of the memory: the supervisor's callbacks make a cycle, which the collector may find much later."""
+        for name in ("_team", "_board"):
+            self.__dict__.pop(name, None)
+
     def _abort(self) -> None:
         self._board.abort[0] = 1
 
@@ -276,6 +282,7 @@ class Engine:
 
     def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`; what the cache already holds of them is not computed again."""
+        self._check_open()
         started = time.monotonic()
         known = 0
         while known < min(len(self._cached), len(ids) - 1) and self._cached[known] == ids[known]:
@@ -294,12 +301,15 @@ class Engine:
         return self._logits
 
     def _run(self, tokens: list[int], want_logits: bool) -> None:
-        if self._closed:
-            raise UsageError("this engine is closed: load the model again")
+        self._check_open()
         self._supervisor.check()
         if not self._team.run(tokens, len(self._cached), want_logits):
             self._supervisor.wait_for_error()
         self._cached += tokens
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this engine is closed: load the model again")
 
     @property
     def _logits(self) -> npt.NDArray[np.float32]:
@@ -307,6 +317,7 @@ class Engine:
 
     def workers(self) -> list[WorkerStats]:
         """What each worker has done since the model was loaded."""
+        self._check_open()
         reports = self._supervisor.reports()
         stats = []
         for index, (name, hello) in enumerate(self._supervisor.hellos.items()):

@@ -15,222 +15,41 @@ activation (`shared/kernels.py`), so that a weight row is a dot product in the o
 The rows of q and k are stored with the two halves of a rotated pair side by side.
 """
 
-import math
-from typing import Any, NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, shorts_at
+from warmfront.coordinator.attention import attend_one, attend_panels, cache, rotate
+from warmfront.coordinator.linear import address_of, linear, normalise
+from warmfront.coordinator.network import (
+    ATTN_NORM,
+    FFN_NORM,
+    K_BIAS,
+    OUT,
+    OUT_BIAS,
+    Q_BIAS,
+    SEQUENCE,
+    TOKENS,
+    V_BIAS,
+    WANT_LOGITS,
+    K,
+    Network,
+    Q,
+    State,
+    V,
+)
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at
 from warmfront.shared.board import LEAVE
-from warmfront.shared.halves import to_half
+from warmfront.shared.gemm import LANES, panels_of
 from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import (
-    AHEAD_BYTES,
-    LANES,
-    axpy,
-    dot,
-    multiply,
-    panels_of,
-    row_stride,
-    share,
-    widen,
-)
-from warmfront.shared.weights import Kind
+from warmfront.shared.kernels import row_stride, share, widen
 
-__all__ = ["POSITION", "ROLES", "SEQUENCE", "TOKENS", "WANT_LOGITS", "Network", "State", "serve_team"]
+__all__ = ["serve_team"]
 
 Floats = npt.NDArray[np.float32]
-
-# Columns of Network.weights and Network.kinds.
-ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias")
-ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS = range(len(ROLES))
-# Words of State.job.
-TOKENS, POSITION, WANT_LOGITS, SEQUENCE = range(4)
-_F16 = int(Kind.F16)
 # A worker that takes longer than this for one layer is taken for lost.
 _WORKER_PATIENCE_NS = 120_000_000_000
-
-
-class Network(NamedTuple):
-    """Sizes and weights: int and float32 scalars, and int64 [layers, roles] addresses and weight types."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    norm_eps: Any
-    score_scale: Any
-    weights: Any
-    kinds: Any
-    embed: int
-    embed_kind: int
-    head: int
-    head_kind: int
-    norm: int
-    # float32 [context, head_dim / 2]
-    cos: Any
-    sin: Any
-
-
-class State(NamedTuple):
-    """What a team works on. `*_at` are addresses, the rest arrays.
-
-    x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32, shared by the team;
-    scores: float32 [members, context]; scratch: float32 [members, n]; tokens: int64 [max_tokens];
-    keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`.
-    """
-
-    members: int
-    job: Any
-    tokens: Any
-    status: Any
-    x: Any
-    h: Any
-    qkv: Any
-    att: Any
-    proj: Any
-    scores: Any
-    scratch: Any
-    logits: Any
-    keys_at: int
-    values_at: int
-    cache_kind: int
-    context: int
-    # Handoff: the team's own lines, then the board's.
-    go_at: int
-    finished_at: int
-    barrier_at: int
-    abort_at: int
-    job_at: int
-    order: Any
-    board_x: Any
-    # int64 [workers]: addresses of the done line and of y of each.
-    done_at: Any
-    y_at: Any
-    barrier_spins: int
-    worker_spins: int
-
-
-@kernel
-def _address(array: Any) -> Any:
-    return array.ctypes.data
-
-
-@kernel
-def _normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
-    """Root mean square norm of every token."""
-    weight = carray(floats_at(weight_at), (hidden,))
-    if lanes == 1:
-        total = np.float32(0)
-        for k in range(hidden):
-            total += x[k] * x[k]
-        factor = np.float32(1) / np.sqrt(total / np.float32(hidden) + eps)
-        for k in range(hidden):
-            out[k] = x[k] * factor * weight[k]
-        return
-    factors = np.empty(LANES, np.float32)
-    for p in range(panels):
-        panel = x[p * hidden * LANES : (p + 1) * hidden * LANES]
-        result = out[p * hidden * LANES : (p + 1) * hidden * LANES]
-        factors[:] = 0
-        for k in range(hidden):
-            for lane in range(LANES):
-                factors[lane] += panel[k * LANES + lane] * panel[k * LANES + lane]
-        for lane in range(LANES):
-            factors[lane] = np.float32(1) / np.sqrt(factors[lane] / np.float32(hidden) + eps)
-        for k in range(hidden):
-            for lane in range(LANES):
-                result[k * LANES + lane] = panel[k * LANES + lane] * factors[lane] * weight[k]
-
-
-@kernel
-def _linear(
-    kind: int,
-    weights_at: int,
-    bias_at: int,
-    cols: int,
-    low: int,
-    high: int,
-    x_at: int,
-    y_at: int,
-    rows: int,
-    panels: int,
-    lanes: int,
-    scratch_at: int,
-) -> None:
-    """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes]."""
-    stride = row_stride(kind, cols)
-    if lanes == 1:
-        y = carray(floats_at(y_at), (rows,))
-        ahead = stride * (1 + AHEAD_BYTES // stride)
-        for r in range(low, high):
-            row_at = weights_at + r * stride
-            y[r] = dot(kind, row_at, x_at, cols, row_at + ahead)
-    else:
-        for r in range(low, high, 8):
-            for i in range(8):
-                widen(kind, weights_at + (r + i) * stride, scratch_at + i * cols * 4, cols)
-            multiply(
-                scratch_at, cols * 4, 4, cols, x_at, cols * LANES * 4, y_at + r * LANES * 4, rows * LANES * 4, panels, 0
-            )
-    if bias_at != 0:
-        bias = carray(floats_at(bias_at), (rows,))
-        y = carray(floats_at(y_at), (panels * rows * lanes,))
-        for p in range(panels):
-            for r in range(low, high):
-                for lane in range(lanes):
-                    y[(p * rows + r) * lanes + lane] += bias[r]
-
-
-@kernel
-def _cache_row(net: Network, st: State, layer: int, head: int, position: int) -> int:
-    """Byte offset of one head's row in the key and in the value cache."""
-    padded = (net.head_dim + 31) // 32 * 32
-    size = 2 if st.cache_kind == _F16 else 4
-    return ((layer * net.kv_heads + head) * st.context + position) * padded * size
-
-
-@kernel
-def _store_row(net: Network, st: State, cache_at: int, layer: int, row: int, position: int, value: Any) -> None:
-    """Write one element of k or v: `row` of the kv_heads * head_dim."""
-    row_at = cache_at + _cache_row(net, st, layer, row // net.head_dim, position)
-    column = row % net.head_dim
-    if st.cache_kind == _F16:
-        carray(shorts_at(row_at), (net.head_dim,))[column] = to_half(value)
-    else:
-        carray(floats_at(row_at), (net.head_dim,))[column] = value
-
-
-@kernel
-def _rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
-    """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
-    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    for token in range(st.job[TOKENS]):
-        at = (token // lanes) * rows * lanes + token % lanes
-        cos, sin = net.cos[st.job[POSITION] + token], net.sin[st.job[POSITION] + token]
-        pair = (low - first) % net.head_dim // 2
-        for row in range(low, high, 2):
-            even, odd = at + row * lanes, at + (row + 1) * lanes
-            a, b = st.qkv[even], st.qkv[odd]
-            st.qkv[even], st.qkv[odd] = a * cos[pair] - b * sin[pair], b * cos[pair] + a * sin[pair]
-            pair += 1
-            if 2 * pair == net.head_dim:
-                pair = 0
-
-
-@kernel
-def _cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
-    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache."""
-    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    for token in range(st.job[TOKENS]):
-        at = (token // lanes) * rows * lanes + token % lanes
-        for row in range(low, high):
-            _store_row(net, st, cache_at, layer, row - first, st.job[POSITION] + token, st.qkv[at + row * lanes])
 
 
 @kernel
@@ -252,62 +71,25 @@ def _project(
     low, high = max(low, first), min(high, first + count)
     if low >= high:
         return
-    _linear(
+    linear(
         net.kinds[layer, part],
         net.weights[layer, part],
         net.weights[layer, bias],
         net.hidden,
         low - first,
         high - first,
-        _address(st.h[member]),
-        _address(st.qkv) + first * lanes * 4,
+        address_of(st.h[member]),
+        address_of(st.qkv) + first * lanes * 4,
         rows,
         panels,
         lanes,
-        _address(st.scratch[member]),
+        address_of(st.scratch[member]),
+        address_of(st.prepared[member]),
     )
     if part != V:
-        _rotate(net, st, first, low, high, lanes)
+        rotate(net, st, first, low, high, lanes)
     if part != Q:
-        _cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, lanes)
-
-
-@kernel
-def _attend(net: Network, st: State, layer: int, member: int, lanes: int) -> None:
-    """Causal attention of this thread's (head, token) pairs over the cache."""
-    head_dim, heads = net.head_dim, net.heads
-    rows = (heads + 2 * net.kv_heads) * head_dim
-    padded = (head_dim + 31) // 32 * 32
-    tokens = st.job[TOKENS]
-    query, mixed = np.zeros(padded, np.float32), np.empty(padded, np.float32)
-    query_at, mixed_at = _address(query), _address(mixed)
-    scores = st.scores[member]
-    stride = padded * (2 if st.cache_kind == _F16 else 4)
-    for head in range(heads):
-        first_row = _cache_row(net, st, layer, head // (heads // net.kv_heads), 0)
-        keys_at, values_at = st.keys_at + first_row, st.values_at + first_row
-        for token in range(tokens):
-            if (head * tokens + token) % st.members != member:
-                continue
-            panel, lane = token // lanes, token % lanes
-            for i in range(head_dim):
-                query[i] = st.qkv[(panel * rows + head * head_dim + i) * lanes + lane] * net.score_scale
-            count = st.job[POSITION] + token + 1
-            highest = np.float32(-np.inf)
-            for p in range(count):
-                row_at = keys_at + p * stride
-                score = dot(st.cache_kind, row_at, query_at, padded, row_at + AHEAD_BYTES)
-                scores[p] = score
-                highest = max(highest, score)
-            mixed[:] = 0
-            total = np.float32(0)
-            for p in range(count):
-                weight = np.float32(math.exp(scores[p] - highest))
-                total += weight
-                row_at = values_at + p * stride
-                axpy(st.cache_kind, weight, row_at, mixed_at, padded, row_at + AHEAD_BYTES)
-            for i in range(head_dim):
-                st.att[(panel * heads * head_dim + head * head_dim + i) * lanes + lane] = mixed[i] / total
+        cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, lanes)
 
 
 @kernel
@@ -340,7 +122,7 @@ def _embed(net: Network, st: State, member: int, lanes: int) -> None:
     x, h = st.x[member], st.h[member]
     x[:] = 0
     for token in range(st.job[TOKENS]):
-        widen(net.embed_kind, net.embed + st.tokens[token] * stride, _address(h), net.hidden)
+        widen(net.embed_kind, net.embed + st.tokens[token] * stride, address_of(h), net.hidden)
         at = (token // lanes) * net.hidden * lanes + token % lanes
         for k in range(net.hidden):
             x[at + k * lanes] = h[k]
@@ -354,9 +136,23 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
     at = (last // lanes) * net.hidden * lanes + last % lanes
     for k in range(net.hidden):
         x[k] = x[at + k * lanes]
-    _normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
+    normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
     low, high = share(net.vocab, 1, member, st.members)
-    _linear(net.head_kind, net.head, 0, net.hidden, low, high, _address(h), _address(st.logits), net.vocab, 1, 1, 0)
+    linear(
+        net.head_kind,
+        net.head,
+        0,
+        net.hidden,
+        low,
+        high,
+        address_of(h),
+        address_of(st.logits),
+        net.vocab,
+        1,
+        1,
+        0,
+        address_of(st.prepared[member]),
+    )
 
 
 @kernel
@@ -368,41 +164,45 @@ def forward(member: int, net: Network, st: State) -> int:
     panels = panels_of(tokens)
     count = panels * hidden * lanes
     x, h = st.x[member], st.h[member]
-    scratch_at = _address(st.scratch[member])
+    scratch_at = address_of(st.scratch[member])
     low, high = share(hidden, 8, member, st.members)
     _embed(net, st, member, lanes)
     for layer in range(net.layers):
-        _normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes)
         _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes)
         _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
-        _attend(net, st, layer, member, lanes)
+        if lanes == 1:
+            attend_one(net, st, layer, member)
+        else:
+            attend_panels(net, st, layer, member, panels)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
-        _linear(
+        linear(
             net.kinds[layer, OUT],
             net.weights[layer, OUT],
             net.weights[layer, OUT_BIAS],
             q_rows,
             low,
             high,
-            _address(st.att),
-            _address(st.proj),
+            address_of(st.att),
+            address_of(st.proj),
             hidden,
             panels,
             lanes,
             scratch_at,
+            address_of(st.prepared[member]),
         )
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
         for i in range(count):
             x[i] += st.proj[i]
-        _normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         sequence = st.job[SEQUENCE] + layer + 1
         if member == 0:
             _post(st, sequence, layer, h, count, lanes)

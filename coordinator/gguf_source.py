@@ -1,6 +1,6 @@
 """GGUF files of the llama architecture.
 
-Block-quantised `down` matrices become Q8: GGUF's blocks run along the neurons, ours must run along one neuron.
+GGUF's blocks of a `down` matrix run across neurons: Q4_0, Q4_1 and Q4_K keep them so (Q4C), other blocks become Q8.
 Does not cover: PowerInfer's predictors, experts, files split over several parts, YaRN.
 See also: `gguf_blocks.py` for the weight blocks, `gguf_tokenizer.py` for the vocabulary.
 """
@@ -22,7 +22,7 @@ from warmfront.coordinator.gguf_tokenizer import read_tokenizer
 from warmfront.coordinator.source import SourceTensor, check_sizes, file_shapes
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model import ModelSpec
-from warmfront.shared.weights import Kind
+from warmfront.shared.weights import BLOCK, Kind, join_nibbles, split_q4
 
 __all__ = ["GgufSource"]
 
@@ -120,6 +120,8 @@ class GgufSource:
         down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
         other = Counter(t.type for t in self._tensors.values() if not t.transposed)
         for block, count in down.items():
+            if repack(block) is not None and kind_of(block) == Kind.Q4:
+                continue
             self.notes.append(f"{count} down matrices of type {block.name} are turned and kept as Q8")
         for block, count in other.items():
             if block == Type.Q4_K:
@@ -147,7 +149,8 @@ class GgufTensor(SourceTensor):
         elif self.type in FLOATS:
             super().__init__(shape[::-1], kind)
         else:
-            super().__init__(shape[::-1], Kind.Q8, step=self._block_size)
+            across = kind == Kind.Q4 and repack(self.type) is not None
+            super().__init__(shape[::-1], Kind.Q4C if across else Kind.Q8, step=self._block_size)
 
     def _widen(self, start: int, stop: int) -> Floats:
         if len(self.shape) == 1:
@@ -162,9 +165,22 @@ class GgufTensor(SourceTensor):
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
         exact = repack(self.type)
-        if exact is None or self.transposed or kind != self.kind:
+        if exact is None or kind != self.kind or (self.transposed and kind != Kind.Q4C):
             return super()._pack(start, stop, kind)
+        if kind == Kind.Q4C:
+            q, _, _ = self._split()
+            return join_nibbles(np.ascontiguousarray(q.T[start:stop]).reshape(stop - start, -1, BLOCK))
         return exact(np.ascontiguousarray(self._data[start:stop]))
+
+    def column_scales(self) -> npt.NDArray[np.float16]:
+        _, scale, minimum = self._split()
+        return np.ascontiguousarray(np.stack((scale.T, minimum.T), axis=1))
+
+    def _split(self) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """Numbers, scales and minima as they lie in the file, [out, in] and [out, in / 32]."""
+        exact = repack(self.type)
+        assert exact is not None
+        return split_q4(exact(np.ascontiguousarray(self._data)), self.shape[0])
 
 
 class Metadata:

@@ -150,16 +150,13 @@ class PackingPlan:
         wanted = None if dtype == "auto" else Kind[dtype.upper()]
         layers = range(spec.layers)
 
-        def widest(*parts: str) -> Kind:
-            return (
-                wanted
-                if wanted is not None
-                else min(source.tensor(f"layers.{i}.{p}").kind for i in layers for p in parts)
-            )
-
-        self.layout = BundleLayout(
-            hidden=spec.hidden, ffn=spec.ffn, gate_kind=widest("gate", "up"), down_kind=widest("down")
-        )
+        # The widest that any layer has: all bundles are alike.
+        gate = min(source.tensor(f"layers.{i}.{part}").kind for i in layers for part in ("gate", "up"))
+        down = min(source.tensor(f"layers.{i}.down").kind for i in layers)
+        if wanted is not None:
+            gate = wanted
+            down = down if (wanted, down) == (Kind.Q4, Kind.Q4C) else wanted  # 4 bits already, without rounding anew
+        self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         matrices = ["embed", *(["head"] if "head" in self.names else [])]
@@ -174,7 +171,7 @@ class PackingPlan:
         if source.tokenizer is not None:
             self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
         for i in layers:
-            self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, GROUP, self.layout.bundle_bytes))
+            self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
 
     def _check(self) -> None:
         biased = [n for n in self.names if n.endswith((".gate.bias", ".up.bias", ".down.bias"))]
@@ -227,7 +224,8 @@ class PackingPlan:
 
     def _bundles(self, layer: str) -> Bytes:
         layout = self.layout
-        out = np.zeros((layout.groups * GROUP, layout.bundle_bytes), np.uint8)
+        out = np.zeros((layout.groups, layout.group_bytes), np.uint8)
+        bundles = out[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
         parts = (
             ("gate", 0, layout.gate_kind),
             ("up", layout.up_offset, layout.gate_kind),
@@ -235,5 +233,12 @@ class PackingPlan:
         )
         for part, start, kind in parts:
             rows = self.source.tensor(f"{layer}.{part}").packed(kind)
-            out[: len(rows), start : start + rows.shape[1]] = rows
+            padded = np.zeros((layout.groups * GROUP, rows.shape[1]), np.uint8)
+            padded[: len(rows)] = rows
+            bundles[:, :, start : start + rows.shape[1]] = padded.reshape(layout.groups, GROUP, -1)
+        if layout.down_kind == Kind.Q4C:
+            scales = self.source.tensor(f"{layer}.down").column_scales()
+            out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
+                layout.groups, -1
+            )
         return out

@@ -73,6 +73,10 @@ class SourceTensor(ABC):
             out[start:stop] = self._pack(start, stop, kind)
         return out
 
+    def column_scales(self) -> npt.NDArray[np.float16]:
+        """With kind Q4C: scale and minimum of each column, for every 32 rows: float16 [rows / 32, 2, cols]."""
+        raise ValueError(f"tensors of kind {self.kind.name} have no column scales")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:

@@ -7,20 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.forward import (
-    POSITION,
-    ROLES,
-    SEQUENCE,
-    TOKENS,
-    WANT_LOGITS,
-    Network,
-    State,
-    serve_team,
-)
+from warmfront.coordinator.forward import serve_team
+from warmfront.coordinator.network import POSITION, ROLES, SEQUENCE, TOKENS, WANT_LOGITS, Network, State
 from warmfront.shared.board import Board
 from warmfront.shared.errors import WorkerError
+from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
 from warmfront.shared.jit import compile_for
+from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse
 from warmfront.shared.process import pin, set_name
 from warmfront.shared.store import PackedModel
@@ -38,7 +32,8 @@ def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
     spec = model.spec
     kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
     padded = -(-spec.head_dim // 32) * 32
-    return kind, spec.layers * spec.kv_heads * context * padded * (4 if kind == Kind.F32 else 2)
+    rows = spec.layers * spec.kv_heads * context + LANES  # the last head is read in eights of positions
+    return kind, rows * padded * (4 if kind == Kind.F32 else 2)
 
 
 def cache_bytes(model: PackedModel, context: int) -> int:
@@ -129,6 +124,9 @@ class Team:
         width = spec.heads * spec.head_dim
         most = board.sizes.max_tokens
         lines = address(self._lines)
+        widest = max(spec.hidden, width)
+        scores = spec.heads // spec.kv_heads * (self._context + LANES) * LANES
+        prepared = max(quantised_bytes(widest), 2 * most * widest)
 
         def floats(*shape: int) -> npt.NDArray[np.float32]:
             return np.zeros(shape, np.float32)
@@ -143,8 +141,10 @@ class Team:
             qkv=floats(most * (width + 2 * spec.kv_heads * spec.head_dim)),
             att=floats(most * width),
             proj=floats(most * spec.hidden),
-            scores=floats(members, self._context),
+            scores=floats(members, scores),
+            chances=floats(members, scores // 2),
             scratch=floats(members, 8 * max(spec.hidden, width)),
+            prepared=np.zeros((members, prepared), np.uint8),
             logits=self.logits,
             keys_at=address(self._keys),
             values_at=address(self._values),

@@ -14,9 +14,10 @@ from warmfront.shared.atomics import clock_ns, fetch_add, floats_at
 from warmfront.shared.board import LEAVE
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import Bundles, dense, dense_groups, open_gates, open_neurons
+from warmfront.shared.gemm import panels_of
 from warmfront.shared.handoff import DONE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import panels_of, share
+from warmfront.shared.kernels import quantise, share
 
 __all__ = ["BUSY_NS", "BYTES", "JOBS", "NEURONS", "Worker", "serve"]
 
@@ -46,6 +47,7 @@ class Worker(NamedTuple):
     opened: Any
     opened_count: Any
     computed: Any
+    quantised: Any
     sums: Any
     scratch: Any
     started: Any
@@ -76,11 +78,11 @@ def _owned_groups(w: Worker, member: int, layer: int) -> int:
 
 
 @kernel
-def _sparse(w: Worker, member: int, neurons: int) -> int:
+def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> int:
     """One token by `exact`; returns how many neurons this thread computed, or -1 if aborted."""
     b, slots = w.bundles, w.owned[member]
     low, high = share(neurons, 1, member, w.threads)
-    w.opened_count[member, 0] = open_gates(b, slots, low, high, w.x_at, w.gates[member], w.opened[member])
+    w.opened_count[member, 0] = open_gates(b, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
     if barrier(w.barrier_at, w.threads, w.barrier_spins, w.abort_at) != DONE:
         return -1
     total = 0
@@ -91,7 +93,8 @@ def _sparse(w: Worker, member: int, neurons: int) -> int:
     for other in range(w.threads):
         count = w.opened_count[other, 0]
         start, end = max(low - first, 0), min(high - first, count)
-        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, w.sums[member].ctypes.data)
+        sums_at, scratch_at = w.sums[member].ctypes.data, w.scratch[member].ctypes.data
+        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, q_at, sums_at, scratch_at)
         first += count
     return high - low
 
@@ -105,10 +108,11 @@ def _compute(w: Worker, member: int, groups: int, tokens: int) -> int:
         scratch_at = w.scratch[member].ctypes.data
         dense_groups(w.bundles, slots, low, high, w.x_at, panels_of(tokens), sums_at, scratch_at)
         return (high - low) * GROUP
+    q_at = quantise(w.x_at, w.quantised[member].ctypes.data, w.bundles.hidden)
     if w.exact:
-        return _sparse(w, member, groups * GROUP)
+        return _sparse(w, member, groups * GROUP, q_at)
     low, high = share(groups * GROUP, 1, member, w.threads)
-    dense(w.bundles, slots, low, high, w.x_at, sums_at)
+    dense(w.bundles, slots, low, high, w.x_at, q_at, sums_at, w.scratch[member].ctypes.data)
     return high - low
 
 

@@ -15,6 +15,7 @@ from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
 from warmfront.shared.jit import compile_for
+from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
@@ -57,6 +58,7 @@ class CpuWorker:
             opened=np.zeros((threads, neurons), np.int32),
             opened_count=np.zeros((threads, 16), np.int64),
             computed=np.zeros((threads, 16), np.int64),
+            quantised=np.zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
             sums=np.zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
             scratch=np.zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
             started=np.zeros(1, np.int64),
@@ -99,7 +101,7 @@ class CpuWorker:
             layer, group = self._places[low]
             run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
-            self._model.read_groups(int(layer), int(group), out.reshape(run, GROUP, -1))
+            self._model.read_groups(int(layer), int(group), out.reshape(run, size))
             self._loaded[member] += run * size
             low += run
         collapse(self._weights[count * member // threads * size : high * size])

@@ -44,10 +44,10 @@ class Device(Protocol):
         """What is allocated, in bytes by purpose; equal to the ledger after `reserve`, empty before."""
 
     def store(self, slot: int, group: Bytes) -> None:
-        """Copy a group, uint8 [32, bundle_bytes], into a slot."""
+        """Copy a group, uint8 [group_bytes], into a slot."""
 
     def store_many(self, first_slot: int, groups: Bytes) -> None:
-        """Copy groups, uint8 [n, 32, bundle_bytes], into slots first_slot, first_slot + 1, ..."""
+        """Copy groups, uint8 [n, group_bytes], into slots first_slot, first_slot + 1, ..."""
 
     def execute(self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats) -> tuple[int, int]:
         """Set `out` [tokens, hidden] to the sum over the neurons of `slots` of their outputs for `x` [tokens, hidden].

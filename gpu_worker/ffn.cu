@@ -6,8 +6,9 @@
 //
 // Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
 //
-// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET and
-// BUNDLE_BYTES as macros, and the grids. Slots hold groups of 32 bundles, see shared/bundle.py and shared/weights.py.
+// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET,
+// BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/bundle.py and
+// shared/weights.py.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
 // tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
 
@@ -20,7 +21,7 @@ constexpr int UNITS = HIDDEN / UNIT;
 constexpr int BLOCKS = HIDDEN / 32;
 constexpr unsigned ALL = 0xffffffffu;
 
-enum Kind { F32, F16, BF16, Q8, Q4 };
+enum Kind { F32, F16, BF16, Q8, Q4, Q4C };
 enum Activation { SILU, RELU, GELU, GELU_TANH };
 
 #ifdef __CUDACC__
@@ -73,7 +74,7 @@ __device__ constexpr int alignment(int offset, int bytes) {
 // First column of a unit's quad 0 or 1. A 4-bit byte holds two weights that are 16 columns apart.
 template <int KIND>
 __device__ __forceinline__ int column(int unit, int quad) {
-    return KIND == Q4 ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
+    return KIND == Q4 || KIND == Q4C ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
 }
 
 // Widens one unit of the row at OFFSET of a bundle.
@@ -103,8 +104,11 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
     } else {
         unsigned words[1];
         load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
-        const byte* scales = row + HIDDEN / 2 + 2 * (unit / 4);
-        const float scale = half_at(scales), minimum = half_at(scales + 2 * BLOCKS);
+        float scale = 1, minimum = 0;  // Q4C: the bare numbers, to which `down` applies the group's tail
+        if constexpr (KIND == Q4) {
+            const byte* scales = row + HIDDEN / 2 + 2 * (unit / 4);
+            scale = half_at(scales), minimum = half_at(scales + 2 * BLOCKS);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             to[i] = fmaf(static_cast<float>(words[0] >> 8 * i & 15u), scale, minimum);
@@ -143,7 +147,7 @@ __device__ __forceinline__ float activate(float gate) {
 }
 
 // One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
-// slots [slot][32][BUNDLE_BYTES], ids [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
+// slots [slot][GROUP_BYTES], ids [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
 // active += the (neuron, token) pairs computed, counted when sparse.
 extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
                                    const float* __restrict__ x, int tokens, int sparse, float* __restrict__ h,
@@ -152,7 +156,8 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     const int job = static_cast<int>(blockIdx.x) * WARPS + static_cast<int>(threadIdx.x) / 32;
     if (job >= groups * GROUP * tokens) return;
     const int neuron = job / tokens, token = job % tokens;
-    const byte* bundle = slots + (static_cast<long long>(ids[neuron / GROUP]) * GROUP + neuron % GROUP) * BUNDLE_BYTES;
+    const byte* group = slots + static_cast<long long>(ids[neuron / GROUP]) * GROUP_BYTES;
+    const byte* bundle = group + neuron % GROUP * BUNDLE_BYTES;
     const float* input = x + static_cast<long long>(token) * HIDDEN;
     const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
     float value = 0;
@@ -173,8 +178,9 @@ extern "C" __global__ void down(const byte* __restrict__ slots, const int* __res
     float sum[UNIT] = {};
     for (int g = static_cast<int>(blockIdx.y) * WARPS + warp; g < groups; g += static_cast<int>(gridDim.y) * WARPS) {
         const float mine = h[(static_cast<long long>(blockIdx.z) * groups + g) * GROUP + lane];
-        const byte* group = slots + static_cast<long long>(ids[g]) * GROUP * BUNDLE_BYTES;
+        const byte* group = slots + static_cast<long long>(ids[g]) * GROUP_BYTES;
         unsigned open = __ballot_sync(ALL, mine != 0);
+        float numbers[UNIT] = {}, factors = 0;
         while (open) {
             const int neuron = __ffs(static_cast<int>(open)) - 1;
             open &= open - 1;
@@ -183,7 +189,20 @@ extern "C" __global__ void down(const byte* __restrict__ slots, const int* __res
                 float weights[UNIT];
                 widen<DOWN_KIND, DOWN_OFFSET>(group + neuron * BUNDLE_BYTES, unit, weights);
 #pragma unroll
-                for (int i = 0; i < UNIT; ++i) sum[i] = fmaf(factor, weights[i], sum[i]);
+                for (int i = 0; i < UNIT; ++i) {
+                    float& target = DOWN_KIND == Q4C ? numbers[i] : sum[i];
+                    target = fmaf(factor, weights[i], target);
+                }
+                factors += factor;
+            }
+        }
+        if constexpr (DOWN_KIND == Q4C) {
+            if (unit < UNITS) {
+#pragma unroll
+                for (int i = 0; i < UNIT; ++i) {
+                    const byte* scale = group + TAIL_OFFSET + 2 * (column<Q4C>(unit, i / 4) + i % 4);
+                    sum[i] = fmaf(half_at(scale), numbers[i], fmaf(half_at(scale + 2 * HIDDEN), factors, sum[i]));
+                }
             }
         }
     }

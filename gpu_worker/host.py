@@ -13,7 +13,8 @@ import numpy.typing as npt
 from warmfront.gpu_worker.device import Bytes, Floats, Ledger, ensure_fits
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.ffn import bundles_at, dense, dense_groups, open_gates, open_neurons, scratch_floats
-from warmfront.shared.kernels import LANES
+from warmfront.shared.gemm import LANES
+from warmfront.shared.kernels import quantise, quantised_bytes
 from warmfront.shared.memory import address, anonymous
 from warmfront.shared.topology import read_topology
 
@@ -55,6 +56,7 @@ class HostDevice:
         self._gates = partials[: 4 * neurons].view(np.float32)
         self._opened = partials[4 * neurons : 8 * neurons].view(np.int32)
         self._scratch_at = address(partials[8 * neurons :])
+        self._quantised = np.zeros(quantised_bytes(layout.hidden), np.uint8)
         self._bundles = bundles_at(address(self._memory["slots"]), layout, activation)
 
     def allocated(self) -> Ledger:
@@ -77,12 +79,13 @@ class HostDevice:
             computed = 0
             for token in range(tokens):
                 self._x[:hidden], self._sums[:hidden] = x[token], 0
+                q_at = quantise(x_at, address(self._quantised), hidden)
                 if sparse:
-                    count = open_gates(b, slots, 0, neurons, x_at, self._gates, self._opened)
-                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, sums_at)
+                    count = open_gates(b, slots, 0, neurons, x_at, q_at, self._gates, self._opened)
+                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, q_at, sums_at, self._scratch_at)
                     computed += count
                 else:
-                    dense(b, slots, 0, neurons, x_at, sums_at)
+                    dense(b, slots, 0, neurons, x_at, q_at, sums_at, self._scratch_at)
                     computed += neurons
                 out[token] = self._sums[:hidden]
         else:

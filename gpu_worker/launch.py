@@ -64,6 +64,8 @@ def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
         "UP_OFFSET": layout.up_offset,
         "DOWN_OFFSET": layout.down_offset,
         "BUNDLE_BYTES": layout.bundle_bytes,
+        "GROUP_BYTES": layout.group_bytes,
+        "TAIL_OFFSET": layout.tail_offset,
     }
     return ("-std=c++17", *(f"-D{name}={value}" for name, value in macros.items()))
 

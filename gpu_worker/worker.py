@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from warmfront.gpu_worker.device import Device, Floats
 from warmfront.shared.board import LEAVE, Board
-from warmfront.shared.bundle import GROUP
+from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
-from warmfront.shared.kernels import LANES
 from warmfront.shared.memory import address
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
@@ -68,7 +67,7 @@ class GpuWorker:
         while slot < len(self._places):
             layer, group = (int(v) for v in self._places[slot])
             run = run_of(self._places[slot : slot + _BATCH])
-            groups = np.empty((run, GROUP, layout.bundle_bytes), np.uint8)
+            groups = np.empty((run, layout.group_bytes), np.uint8)
             model.read_groups(layer, group, groups)
             self._device.store_many(slot, groups)
             slot += run

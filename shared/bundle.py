@@ -1,8 +1,10 @@
 """The byte layout of packed feed-forward weights: neuron bundles and groups of them.
 
     layer   = groups x group                   the last group is padded with all-zero neurons
-    group   = 32 x bundle                      the unit that is owned, stored and moved
+    group   = 32 x bundle | tail               the unit that is owned, stored and moved
     bundle  = [gate row | up row | down row | zeros up to a multiple of 64 bytes]
+    tail    = with down rows of type Q4C: [float16 scale, float16 minimum] of each column, for the 32 down rows
+              together: hidden scales, hidden minima, zeros up to a multiple of 64 bytes; else nothing
 
 Gate and up rows are of `gate_kind`; the down row, the neuron's column of W_down, is of `down_kind`. A row is
 packed as in `weights.py`. Computing a neuron: h = activation(gate . x) * (up . x), FFN(x) = sum over h * down.
@@ -18,6 +20,10 @@ __all__ = ["GROUP", "BundleLayout"]
 GROUP = 32
 
 _ALIGNMENT = 64
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +58,21 @@ class BundleLayout:
     @property
     def bundle_bytes(self) -> int:
         """Length of a neuron's bundle, padding included."""
-        return -(-(self.down_offset + self.down_row_bytes) // _ALIGNMENT) * _ALIGNMENT
+        return _padded(self.down_offset + self.down_row_bytes)
 
     @property
     def group_bytes(self) -> int:
         """Length of a group."""
+        return self.tail_offset + self._tail_bytes
+
+    @property
+    def tail_offset(self) -> int:
+        """Where the tail starts in a group."""
         return GROUP * self.bundle_bytes
+
+    @property
+    def _tail_bytes(self) -> int:
+        return _padded(4 * self.hidden) if self.down_kind == Kind.Q4C else 0
 
     @property
     def groups(self) -> int:

@@ -9,32 +9,34 @@ A list of slots says where the groups are; neuron i of the list is neuron i % 32
 to float32 sums that belong to one thread, in the order of the list.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
+from warmfront.shared.activation import activate, activate_times
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.gemm import LANES, multiply_columns, multiply_rows, prepare
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import AHEAD_BYTES, LANES, axpy, dot, multiply, widen
-from warmfront.shared.model import ACTIVATIONS
+from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, settle
+from warmfront.shared.weights import Kind
 
 __all__ = ["Bundles", "bundles_at", "dense", "dense_groups", "open_gates", "open_neurons", "scratch_floats"]
 
+_Q4C = int(Kind.Q4C)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
-_SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
-
 
 class Bundles(NamedTuple):
-    """Slots of groups in memory, [slots, 32, bundle_bytes] at `at`, and how to read and use them."""
+    """Slots of groups in memory, [slots, group_bytes] at `at`, and how to read and use them."""
 
     at: int
     bundle_bytes: int
+    group_bytes: int
+    tail_offset: int
     up_offset: int
     down_offset: int
     gate_kind: int
@@ -44,10 +46,12 @@ class Bundles(NamedTuple):
 
 
 def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
-    """Describe slots at address `at`; `activation` is an index into ACTIVATIONS."""
+    """Describe slots at address `at`; `activation` is an index into `model.ACTIVATIONS`."""
     return Bundles(
         at=at,
         bundle_bytes=layout.bundle_bytes,
+        group_bytes=layout.group_bytes,
+        tail_offset=layout.tail_offset,
         up_offset=layout.up_offset,
         down_offset=layout.down_offset,
         gate_kind=int(layout.gate_kind),
@@ -58,25 +62,14 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
 
 
 def scratch_floats(hidden: int, max_tokens: int) -> int:
-    """Floats of scratch that `dense_groups` needs: 32 widened rows, and gate and up of 32 neurons."""
-    return GROUP * hidden + 2 * GROUP * -(-max_tokens // LANES) * LANES
-
-
-@kernel
-def _activate(code: int, value: Any) -> Any:
-    if code == _RELU:
-        return max(value, np.float32(0))
-    if code == _SILU:
-        return value / (np.float32(1) + np.float32(math.exp(-value)))
-    if code == _GELU:
-        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.erf(value * np.float32(0.7071067811865476))))
-    inner = np.float32(0.7978845608028654) * (value + np.float32(0.044715) * value * value * value)
-    return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
+    """Floats of scratch for `dense_groups`: 32 widened rows, gate and up of 32 neurons, x and factors as prepared."""
+    tokens = -(-max_tokens // LANES) * LANES
+    return GROUP * hidden + 2 * GROUP * tokens + tokens * hidden // 2 + GROUP * tokens // 2
 
 
 @kernel
 def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
-    return b.at + (np.int64(slots[neuron // GROUP]) * GROUP + neuron % GROUP) * b.bundle_bytes
+    return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
 
 
 @kernel
@@ -86,31 +79,56 @@ def _ahead(b: Bundles) -> int:
 
 
 @kernel
-def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, sums_at: int) -> None:
-    """Add the output of the neuron at `at`, whose gate is known, while fetching the rows of the one at `ahead_at`."""
-    up = dot(b.gate_kind, at + b.up_offset, x_at, b.hidden, ahead_at + b.up_offset)
-    factor = _activate(b.activation, gate) * up
+def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, q_at: int, sums_at: int) -> Any:
+    """Add the output of the neuron at `at`, whose gate is known, while fetching the one at `ahead_at`.
+
+    Returns the factor of its down row.
+    """
+    up = dot(b.gate_kind, at + b.up_offset, x_at, q_at, b.hidden, ahead_at + b.up_offset)
+    factor = activate(b.activation, gate) * up
     axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)
+    return factor
 
 
 @kernel
-def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, sums_at: int) -> None:
-    """Add the outputs of neurons low..high for the one token at `x_at`."""
+def _sums_of_group(b: Bundles, sums_at: int, scratch_at: int) -> Any:
+    """Where axpys go: the sums, or for Q4C a group's own, zeroed."""
+    if b.down_kind != _Q4C:
+        return sums_at
+    carray(floats_at(scratch_at), (b.hidden,))[:] = 0
+    return scratch_at
+
+
+@kernel
+def _settle_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: int, sums_at: int) -> None:
+    """Q4C: add what the group of `neuron` has gathered to the sums."""
+    tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
+    settle(tail_at, group_at, factors, sums_at, b.hidden)
+
+
+@kernel
+def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, sums_at: int, scratch_at: int) -> None:
+    """Add the outputs of neurons low..high for the one token at `x_at` (`q_at`: what `quantise` made of it)."""
     ahead = _ahead(b)
+    group_at = _sums_of_group(b, sums_at, scratch_at)
+    factors = np.float32(0)
     for neuron in range(low, high):
         at = _bundle(b, slots, neuron)
         ahead_at = _bundle(b, slots, min(neuron + ahead, high - 1))
-        gate = dot(b.gate_kind, at, x_at, b.hidden, ahead_at)
-        _add_output(b, at, ahead_at, gate, x_at, sums_at)
+        gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
+        factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
+        if b.down_kind == _Q4C and (neuron == high - 1 or neuron % GROUP == GROUP - 1):
+            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            factors = np.float32(0)
 
 
 @kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, gates: Floats, opened: Ints) -> int:
+def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, gates: Floats, opened: Ints) -> int:
     """List those of neurons low..high whose gate is open, with their gates; returns their number."""
     count = 0
     for neuron in range(low, high):
         ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
-        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, b.hidden, ahead_at)
+        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, q_at, b.hidden, ahead_at)
         if gate > 0:
             gates[count] = gate
             opened[count] = neuron
@@ -120,13 +138,28 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, gates: F
 
 @kernel
 def open_neurons(
-    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, x_at: int, sums_at: int
+    b: Bundles,
+    slots: Ints,
+    gates: Floats,
+    opened: Ints,
+    low: int,
+    high: int,
+    x_at: int,
+    q_at: int,
+    sums_at: int,
+    scratch_at: int,
 ) -> None:
     """Add the outputs of entries low..high of a list that `open_gates` made."""
     ahead = _ahead(b)
+    group_at = _sums_of_group(b, sums_at, scratch_at)
+    factors = np.float32(0)
     for i in range(low, high):
+        neuron = opened[i]
         ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
-        _add_output(b, _bundle(b, slots, opened[i]), ahead_at, gates[i], x_at, sums_at)
+        factors += _add_output(b, _bundle(b, slots, neuron), ahead_at, gates[i], x_at, q_at, group_at)
+        if b.down_kind == _Q4C and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
+            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            factors = np.float32(0)
 
 
 @kernel
@@ -136,22 +169,33 @@ def dense_groups(
     """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike."""
     hidden, size = b.hidden, panels * GROUP * LANES
     gate_at = scratch_at + GROUP * hidden * 4
-    gate, up = carray(floats_at(gate_at), (size,)), carray(floats_at(gate_at + 4 * size), (size,))
-    panel_bytes, wide_bytes = hidden * LANES * 4, GROUP * LANES * 4
+    up_at = gate_at + 4 * size
+    input_at = up_at + 4 * size
+    factors_at = input_at + panels * LANES * hidden * 2
+    step, group_step = hidden * LANES * 4, GROUP * LANES * 4
+    x_at = prepare(b.gate_kind, x_at, input_at, hidden, panels)
     for slot in range(low, high):
         first_at = _bundle(b, slots, slot * GROUP)
-        for part in range(2):
-            for row in range(0, GROUP, 8):
-                for i in range(8):
-                    at = first_at + (row + i) * b.bundle_bytes + part * b.up_offset
-                    widen(b.gate_kind, at, scratch_at + i * hidden * 4, hidden)
-                out_at = gate_at + part * 4 * size + row * LANES * 4
-                multiply(scratch_at, hidden * 4, 4, hidden, x_at, panel_bytes, out_at, wide_bytes, panels, 0)
-        for i in range(size):
-            gate[i] = _activate(b.activation, gate[i]) * up[i]
-        for row in range(GROUP):
-            at = first_at + row * b.bundle_bytes + b.down_offset
-            widen(b.down_kind, at, scratch_at + row * hidden * 4, hidden)
-        for column in range(0, hidden, 8):
-            out_at = sums_at + column * LANES * 4
-            multiply(scratch_at + column * 4, 4, hidden * 4, GROUP, gate_at, wide_bytes, out_at, panel_bytes, panels, 1)
+        for row in range(0, GROUP, 8):
+            at, offset = first_at + row * b.bundle_bytes, row * LANES * 4
+            multiply_rows(
+                b.gate_kind, at, b.bundle_bytes, hidden, x_at, gate_at + offset, group_step, panels, scratch_at
+            )
+            at += b.up_offset
+            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, group_step, panels, scratch_at)
+        activate_times(b.activation, gate_at, up_at, size)
+        h_at = prepare(b.down_kind, gate_at, factors_at, GROUP, panels)
+        multiply_columns(
+            b.down_kind,
+            first_at + b.down_offset,
+            b.bundle_bytes,
+            first_at + b.tail_offset,
+            GROUP,
+            hidden,
+            h_at,
+            GROUP,
+            sums_at,
+            step,
+            panels,
+            scratch_at,
+        )

@@ -10,15 +10,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["to_half", "widened"]
+__all__ = ["has", "to_half", "widened"]
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
+def has(context: Any, *features: str) -> bool:
+    """Whether the CPU that `context` compiles for has all of these LLVM features."""
+    return {f"+{feature}" for feature in features} <= set(context.codegen().magic_tuple()[2].split(","))
+
+
 def _has_instructions(context: Any) -> bool:
-    triple, _cpu, features = context.codegen().magic_tuple()
-    return triple.startswith("aarch64") or "+f16c" in features.split(",")
+    return bool(context.codegen().magic_tuple()[0].startswith("aarch64")) or has(context, "f16c")
 
 
 def widened(context: Any, b: Any, halves: Any) -> Any:

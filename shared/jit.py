@@ -2,7 +2,7 @@
 
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into. So the
 cache folder carries a digest of all sources that hold compiled code, and of those that they import: a changed kernel
-can never be run from a stale copy. Older folders are removed when a new one is made.
+can never be run from a stale copy. The oldest folders are removed when a new one is made.
 """
 
 import hashlib
@@ -21,20 +21,22 @@ __all__ = ["cache_is_cold", "compile_for", "kernel"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGES = ("shared", "coordinator", "cpu_worker")
-_IMPORT = re.compile(rb"^from warmfront\.shared\.(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^from warmfront\.(\w+)\.(\w+) import", re.MULTILINE)
+# Caches that are kept, so that two installations do not make each other compile anew.
+_KEPT = 4
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
 def _cache_folder() -> Path:
     top = Path(__file__).parent.parent
-    sources = [source.read_bytes() for package in _PACKAGES for source in sorted((top / package).glob("*.py"))]
-    compiled = [text for text in sources if b"jit import kernel" in text or b"@intrinsic" in text]
-    # Constants that compiled code imports are compiled in.
-    imported = {name.decode() for text in compiled for name in _IMPORT.findall(text)}
+    sources = [source for package in _PACKAGES for source in (top / package).glob("*.py")]
+    compiled = {source for source in sources if re.search("jit import kernel|@intrinsic", source.read_text())}
+    # Constants and types that compiled code imports are compiled in.
+    imported = {top / package / f"{module}.py" for c in compiled for package, module in _IMPORT.findall(c.read_text())}
     digest = hashlib.sha256(numba.__version__.encode())
-    for text in [*compiled, *((top / "shared" / f"{name}.py").read_bytes() for name in sorted(imported))]:
-        digest.update(text)
+    for source in sorted(compiled | imported):
+        digest.update(source.read_bytes())
     return cache_root() / "kernels" / digest.hexdigest()[:16]
 
 
@@ -54,9 +56,9 @@ def compile_for(function: Any, *arguments: object) -> None:
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if not _FOLDER.exists():
-        for old in set(_FOLDER.parent.glob("*")) - {_FOLDER}:  # which another process may have made meanwhile
-            shutil.rmtree(old, ignore_errors=True)
         _FOLDER.mkdir(parents=True, exist_ok=True)
+        for old in sorted(_FOLDER.parent.glob("*"), key=lambda folder: -folder.stat().st_mtime)[_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
     previous = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_FOLDER)
     try:

@@ -1,15 +1,10 @@
-"""Compiled arithmetic on packed rows: dot, axpy and widen for every weight type, and a small GEMM.
+"""Compiled arithmetic on packed rows (layouts: `weights.py`): dot, axpy and widen for every weight type.
 
-All are explicit vectors of LLVM IR, 16 lanes wide, that LLVM lowers to whatever the machine has (one AVX-512
-register, two of AVX2, four of NEON). Multiply-adds are `fmuladd`: fused where the machine can. Every function
-has a fixed order of operations, so results repeat bit for bit. Row layouts: `weights.py`.
-
-Activations of several tokens are kept in *panels*: [panel][feature][lane], one token a lane, 16 tokens a panel.
-Then a weight meets 16 tokens in one instruction, no horizontal sum is needed, and a single token is the same
-layout with one lane. `gemm` multiplies 8 widened rows by up to 3 panels: 24 accumulators of the 32 registers.
+Rows are fetched ahead by the caller's hint. Where the CPU multiplies bytes (AVX-512 VNNI), dots with 8- and 4-bit
+rows take the input quantised to 15 bits by blocks of 32 (`quantise`), in two bytes: less than half the instructions of
+floats, and the same tokens (8 bits change one greedy token in twenty, docs/log.md). Elsewhere they take it as it is.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -17,126 +12,168 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from warmfront.shared.halves import widened
+from warmfront.shared import simd
+from warmfront.shared.halves import has, widened
 from warmfront.shared.jit import kernel
-from warmfront.shared.weights import BLOCK, Kind, row_bytes
+from warmfront.shared.simd import FLOAT, I8, I16, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
+from warmfront.shared.weights import BLOCK, Kind
 
-__all__ = ["AHEAD_BYTES", "LANES", "axpy", "dot", "multiply", "panels_of", "row_stride", "share", "widen"]
+__all__ = ["AHEAD_BYTES", "axpy", "dot", "quantise", "quantised_bytes", "row_stride", "settle", "share", "widen"]
 
-LANES = 16
 # How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
-# few lines in flight by itself (scripts/bench_kernels.py).
+# few lines in flight by itself (docs/log.md).
 AHEAD_BYTES = 2048
-ROWS = 8
-PANELS = 3
-
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F32 = ir.FloatType()
-V16 = ir.VectorType(F32, LANES)
-_F32, _F16, _BF16, _Q8, _Q4 = (int(kind) for kind in Kind)
+V64 = vector(I8, 64)
+# The largest feature of a block: 127 * 128.
+_STEPS = 16256.0
+_F32, _F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind)
 
 
-def _vector(element: Any) -> Any:
-    return ir.VectorType(element, LANES)
+def _multiplies_bytes(context: Any) -> bool:
+    return has(context, "avx512vnni", "avx512bw")
 
 
-def _long(value: int) -> Any:
-    return ir.Constant(I64, value)
+def _float_dot(context: Any, b: Any, kind: int, row: Any, x: Any, cols: Any, ahead: Any) -> Any:
+    sums = (simd.zeros(b), simd.zeros(b))
+    with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+        simd.prefetch(b, kind, ahead, loop.index)
+        for half, weights in enumerate(simd.weights_of(context, b, kind, row, cols, loop.index)):
+            at = b.add(b.mul(loop.index, long(128)), long(64 * half))
+            b.store(fma(b, weights, load(b, x, at, V16), b.load(sums[half])), sums[half])
+    return simd.total(b, b.fadd(b.load(sums[0]), b.load(sums[1])))
 
 
-def _load(b: Any, address: Any, offset: Any, type_: Any) -> Any:
-    value = b.load(b.inttoptr(b.add(address, offset), type_.as_pointer()))
-    value.align = 1
-    return value
+def _byte_dot(context: Any, b: Any, kind: int, row: Any, q: Any, cols: Any, ahead: Any) -> Any:
+    """Two blocks at a time: bytes times bytes in one instruction, then one multiply-add by the scales.
+
+    An 8-bit weight is read as unsigned (+ 128), which the block sums take back.
+    """
+    blocks = b.udiv(cols, long(BLOCK))
+    scales_at, sums_at = _quantised_parts(b, q, cols)
+    weights_bytes = cols if kind == _Q8 else b.udiv(cols, long(2))
+    sums, offsets = simd.zeros(b), simd.zeros(b)
+    lanes, nothing = ir.Constant(vector(I64), list(range(LANES))), ir.Constant(V16, [0.0] * LANES)
+    with cgutils.for_range(b, b.udiv(b.add(blocks, long(15)), long(16)), intp=I64) as chunk:
+        first = b.mul(chunk.index, long(16))
+        left = b.sub(blocks, first)
+        valid = b.icmp_signed("<", lanes, splat(b, left))
+        floats_at, halves_at = b.mul(first, long(4)), b.mul(first, long(2))
+
+        def halves(start: Any, at: Any = halves_at, valid: Any = valid) -> Any:
+            wide = widened(context, b, load(b, row, b.add(start, at), vector(I16)))
+            return b.select(valid, wide, nothing)
+
+        scale = halves(weights_bytes)
+        factors = b.fmul(scale, load(b, scales_at, floats_at, V16))
+        if kind == _Q8:
+            offset = b.fmul(scale, ir.Constant(V16, [-128.0] * LANES))
+        else:
+            offset = halves(b.add(weights_bytes, b.mul(blocks, long(2))))
+        b.store(fma(b, offset, load(b, sums_at, floats_at, V16), b.load(offsets)), offsets)
+        pairs = b.udiv(b.add(left, long(1)), long(2))
+        pairs = b.select(b.icmp_signed("<", pairs, long(8)), pairs, long(8))
+        with cgutils.for_range(b, pairs, intp=I64) as pair:
+            at = b.add(b.mul(chunk.index, long(8)), pair.index)
+            simd.prefetch(b, kind, ahead, b.mul(at, long(2)), 2)
+            weights = _unsigned_pair(b, kind, row, at)
+            products = ir.Constant(vector(I32), [0] * LANES)
+            for start in (long(0), _padded(b, cols)):
+                part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
+                products = b.shl(products, ir.Constant(vector(I32), [7] * LANES))
+                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, weights, part)
+            lane = splat(b, b.trunc(b.mul(pair.index, long(2)), I32))
+            which = b.add(ir.Constant(vector(I32), ([0] * 4 + [1] * 4) * 2), lane)
+            factor = call(b, "llvm.x86.avx512.permvar.sf.512", V16, factors, which)
+            b.store(fma(b, b.sitofp(products, V16), factor, b.load(sums)), sums)
+    return simd.total(b, b.fadd(b.load(sums), b.load(offsets)))
 
 
-def _store(b: Any, address: Any, offset: Any, value: Any) -> None:
-    b.store(value, b.inttoptr(b.add(address, offset), value.type.as_pointer())).align = 1
-
-
-def _splat(b: Any, scalar: Any) -> Any:
-    nothing = ir.Constant(_vector(scalar.type), ir.Undefined)
-    one = b.insert_element(nothing, scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, nothing, ir.Constant(_vector(I32), [0] * LANES))
-
-
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    name = "llvm.fmuladd.v16f32"
-    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(V16, [V16] * 3), name)
-    return b.call(function, [x, y, z])
-
-
-def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:
-    """The float16 at `offset`, in all lanes. Spread before it is widened: a scalar load of 16 bits merges into an old
-    register, and the kernel would wait for its own accumulator (measured: half the speed)."""
-    return widened(context, b, _splat(b, _load(b, row, offset, I16)))
-
-
-def _block(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
-    """Weights 0..15 and 16..31 of `block` as two float32 vectors."""
-    at = {_F32: 128, _F16: 64, _BF16: 64, _Q8: 32, _Q4: 16}[kind]
-    first = b.mul(block, _long(at))
-    second = b.add(first, _long(at // 2))
-    if kind == _F32:
-        return _load(b, row, first, V16), _load(b, row, second, V16)
-    if kind == _F16:
-        low, high = (widened(context, b, _load(b, row, o, _vector(I16))) for o in (first, second))
-        return low, high
-    if kind == _BF16:
-        shift = ir.Constant(_vector(I32), [16] * LANES)
-        low, high = (
-            b.bitcast(b.shl(b.zext(_load(b, row, o, _vector(I16)), _vector(I32)), shift), V16) for o in (first, second)
-        )
-        return low, high
-    scale_at = b.mul(block, _long(2))
+def _unsigned_pair(b: Any, kind: int, row: Any, pair: Any) -> Any:
+    """64 weights as bytes, in the order that `quantise` gives the input."""
     if kind == _Q8:
-        scale = _half(context, b, row, b.add(cols, scale_at))
-        low, high = (
-            b.fmul(b.sitofp(b.sext(_load(b, row, o, _vector(I8)), _vector(I32)), V16), scale) for o in (first, second)
-        )
-        return low, high
-    half = b.udiv(cols, _long(2))
-    scale = _half(context, b, row, b.add(half, scale_at))
-    minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, _long(BLOCK // 2))), scale_at))
-    both = b.zext(_load(b, row, first, _vector(I8)), _vector(I32))
-    nibbles = (
-        b.and_(both, ir.Constant(_vector(I32), [15] * LANES)),
-        b.lshr(both, ir.Constant(_vector(I32), [4] * LANES)),
-    )
-    low, high = (_fma(b, b.sitofp(nibble, V16), scale, minimum) for nibble in nibbles)
-    return low, high
+        both = load(b, row, b.mul(pair, long(64)), V64)
+        order = [*range(16), *range(32, 48), *range(16, 32), *range(48, 64)]
+        swapped = b.shuffle_vector(both, both, ir.Constant(vector(I32, 64), order))
+        return b.xor(swapped, ir.Constant(V64, [128] * 64))
+    half = vector(I8, 32)
+    nibbles = load(b, row, b.mul(pair, long(32)), half)
+    low, high = b.and_(nibbles, ir.Constant(half, [15] * 32)), b.lshr(nibbles, ir.Constant(half, [4] * 32))
+    return b.shuffle_vector(low, high, ir.Constant(vector(I32, 64), list(range(64))))
 
 
-def _prefetch(b: Any, kind: int, ahead: Any, block: Any) -> None:
-    """Fetch what `block` is to its row, of the row at `ahead`."""
-    name = "llvm.prefetch.p0"
-    arguments = [I8.as_pointer(), I32, I32, I32]
-    function = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(ir.VoidType(), arguments), name)
-    size = row_bytes(kind, BLOCK)
-    for line in range(0, size, 64):
-        at = b.add(ahead, b.add(b.mul(block, _long(size)), _long(line)))
-        b.call(function, [b.inttoptr(at, I8.as_pointer()), *(ir.Constant(I32, value) for value in (0, 3, 1))])
+def quantised_bytes(cols: int) -> int:
+    """Bytes of a quantised input: 15 bits a feature, x = (128 * high + low) * scale.
+
+    int8 high parts and int8 low parts [cols padded to 64] each, of each two blocks the first halves, then the second
+    halves; float32 scales and float32 block sums [blocks padded to 16] each. What is padding stays zero.
+    """
+    return 2 * 64 * -(-cols // 64) + 2 * 64 * -(-cols // (16 * BLOCK))
 
 
-def _zeros(b: Any) -> Any:
-    return cgutils.alloca_once_value(b, ir.Constant(V16, [0.0] * LANES))
+def _padded(b: Any, cols: Any) -> Any:
+    return b.mul(b.udiv(b.add(cols, long(63)), long(64)), long(64))
+
+
+def _quantised_parts(b: Any, q: Any, cols: Any) -> tuple[Any, Any]:
+    """Addresses of the scales and of the block sums of a quantised input."""
+    floats = b.mul(b.udiv(b.add(cols, long(16 * BLOCK - 1)), long(16 * BLOCK)), long(64))
+    scales_at = b.add(q, b.mul(_padded(b, cols), long(2)))
+    return scales_at, b.add(scales_at, floats)
+
+
+def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any, scales_at: Any, sums_at: Any) -> None:
+    at = b.mul(block, long(128))
+    halves = [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)]
+    most = call(b, "llvm.maxnum.v16f32", V16, *(call(b, "llvm.fabs.v16f32", V16, half) for half in halves))
+    top = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, most)
+    some = b.fcmp_ordered(">", top, ir.Constant(FLOAT, 0.0))
+    inverse = b.select(some, b.fdiv(ir.Constant(FLOAT, _STEPS), top), ir.Constant(FLOAT, 0.0))
+    scale = b.fdiv(top, ir.Constant(FLOAT, _STEPS))
+    place = b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
+    whole = []
+    for half, values in enumerate(halves):
+        rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
+        whole.append(b.fptosi(rounded, vector(I32)))
+        seven = ir.Constant(vector(I32), [7] * LANES)
+        high = b.ashr(b.add(whole[half], ir.Constant(vector(I32), [64] * LANES)), seven)
+        low = b.sub(whole[half], b.shl(high, seven))
+        at = b.add(place, long(32 * half))
+        store(b, out, at, b.trunc(high, vector(I8)))
+        store(b, out, b.add(at, _padded(b, cols)), b.trunc(low, vector(I8)))
+    summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
+    store(b, scales_at, b.mul(block, long(4)), scale)
+    store(b, sums_at, b.mul(block, long(4)), b.fmul(b.sitofp(summed, FLOAT), scale))
+
+
+@intrinsic
+def _quantise(context, x, out, cols):
+    def build(context, b, _signature, arguments):
+        x, out, cols = arguments
+        if not _multiplies_bytes(context):
+            return x
+        scales_at, sums_at = _quantised_parts(b, out, cols)
+        with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+            _quantise_block(b, x, out, cols, loop.index, scales_at, sums_at)
+        return out
+
+    return types.int64(types.int64, types.int64, types.int64), build
+
+
+@kernel
+def quantise(x: int, out: int, cols: int) -> Any:
+    """Prepare float32 [cols] at `x` for `dot`, in `out` [quantised_bytes(cols)], which was zeroed once.
+
+    Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
+    """
+    return _quantise(x, out, cols)
 
 
 def _make_dot(kind: int) -> Any:
     @intrinsic
     def dot_of_kind(context, row, x, cols, ahead):
-        def build(ctx, b, _signature, arguments):
-            row, x, cols, ahead = arguments
-            sums = (_zeros(b), _zeros(b))
-            with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
-                _prefetch(b, kind, ahead, loop.index)
-                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
-                    at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
-                    b.store(_fma(b, weights, _load(b, x, at, V16), b.load(sums[half])), sums[half])
-            total = b.fadd(b.load(sums[0]), b.load(sums[1]))
-            name = "llvm.vector.reduce.fadd.v16f32"
-            reduce = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(F32, [F32, V16]), name)
-            return b.call(reduce, [ir.Constant(F32, 0.0), total], fastmath=("reassoc",))
+        def build(context, b, _signature, arguments):
+            make = _byte_dot if kind in (_Q8, _Q4) and _multiplies_bytes(context) else _float_dot
+            return make(context, b, kind, *arguments)
 
         return types.float32(types.int64, types.int64, types.int64, types.int64), build
 
@@ -146,15 +183,15 @@ def _make_dot(kind: int) -> Any:
 def _make_axpy(kind: int) -> Any:
     @intrinsic
     def axpy_of_kind(context, factor, row, y, cols, ahead):
-        def build(ctx, b, _signature, arguments):
+        def build(context, b, _signature, arguments):
             factor, row, y, cols, ahead = arguments
-            factors = _splat(b, factor)
-            with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
-                _prefetch(b, kind, ahead, loop.index)
-                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
-                    at = b.add(b.mul(loop.index, _long(128)), _long(64 * half))
-                    _store(b, y, at, _fma(b, weights, factors, _load(b, y, at, V16)))
-            return ctx.get_dummy_value()
+            factors = splat(b, factor)
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                simd.prefetch(b, kind, ahead, loop.index)
+                for half, weights in enumerate(simd.weights_of(context, b, kind, row, cols, loop.index)):
+                    at = b.add(b.mul(loop.index, long(128)), long(64 * half))
+                    store(b, y, at, fma(b, weights, factors, load(b, y, at, V16)))
+            return context.get_dummy_value()
 
         return types.void(types.float32, types.int64, types.int64, types.int64, types.int64), build
 
@@ -164,64 +201,33 @@ def _make_axpy(kind: int) -> Any:
 def _make_widen(kind: int) -> Any:
     @intrinsic
     def widen_of_kind(context, row, out, cols):
-        def build(ctx, b, _signature, arguments):
+        def build(context, b, _signature, arguments):
             row, out, cols = arguments
-            with cgutils.for_range(b, b.udiv(cols, _long(BLOCK)), intp=I64) as loop:
-                for half, weights in enumerate(_block(ctx, b, kind, row, cols, loop.index)):
-                    _store(b, out, b.add(b.mul(loop.index, _long(128)), _long(64 * half)), weights)
-            return ctx.get_dummy_value()
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                for half, weights in enumerate(simd.weights_of(context, b, kind, row, cols, loop.index)):
+                    store(b, out, b.add(b.mul(loop.index, long(128)), long(64 * half)), weights)
+            return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), build
 
     return widen_of_kind
 
 
-def _make_gemm(panels: int) -> Any:
-    @intrinsic
-    def gemm_of_panels(context, w, row_step, k_step, count, x, x_step, y, y_step, adding):
-        """y[p][r][:] (+)= sum over k < count of w[r * row_step + k * k_step] * x[p][k][:] for 8 rows r."""
-
-        def build(ctx, b, _signature, arguments):
-            w, row_step, k_step, count, x, x_step, y, y_step, adding = arguments
-            sums = [[_zeros(b) for _ in range(panels)] for _ in range(ROWS)]
-            cells = [
-                (sums[r][p], b.add(b.mul(y_step, _long(p)), _long(64 * r))) for r in range(ROWS) for p in range(panels)
-            ]
-            with b.if_then(b.icmp_signed("!=", adding, _long(0))):
-                for cell, at in cells:
-                    b.store(_load(b, y, at, V16), cell)
-            rows = [b.add(w, b.mul(row_step, _long(r))) for r in range(ROWS)]
-            with cgutils.for_range(b, count, intp=I64) as loop:
-                at = b.mul(loop.index, _long(64))
-                tokens = [_load(b, x, b.add(b.mul(x_step, _long(p)), at), V16) for p in range(panels)]
-                k = b.mul(loop.index, k_step)
-                for r in range(ROWS):
-                    weight = _splat(b, _load(b, rows[r], k, F32))
-                    for p in range(panels):
-                        b.store(_fma(b, weight, tokens[p], b.load(sums[r][p])), sums[r][p])
-            for cell, at in cells:
-                _store(b, y, at, b.load(cell))
-            return ctx.get_dummy_value()
-
-        return types.void(*[types.int64] * 9), build
-
-    return gemm_of_panels
-
-
-_dots: list[Callable[..., Any]] = [_make_dot(kind) for kind in Kind]
-_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = _dots
-_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4 = (_make_axpy(kind) for kind in Kind)
-_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind)
-_gemm_1, _gemm_2, _gemm_3 = (_make_gemm(panels) for panels in (1, 2, 3))
+_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = (_make_dot(kind) for kind in Kind if kind != Kind.Q4C)
+_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4, _axpy_q4c = (_make_axpy(kind) for kind in Kind)
+_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind if kind != Kind.Q4C)
 
 
 @kernel
-def dot(kind: int, row: int, x: int, cols: int, ahead: int) -> Any:
-    """Inner product of the packed row at `row` with float32 [cols] at `x`, while fetching the row at `ahead`."""
+def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
+    """Inner product of the packed row at `row` with float32 [cols] at `x`, while fetching the row at `ahead`.
+
+    `q`: what `quantise` returned for x; only quantised rows use it.
+    """
     if kind == _Q4:
-        return _dot_q4(row, x, cols, ahead)
+        return _dot_q4(row, q, cols, ahead)
     if kind == _Q8:
-        return _dot_q8(row, x, cols, ahead)
+        return _dot_q8(row, q, cols, ahead)
     if kind == _F16:
         return _dot_f16(row, x, cols, ahead)
     if kind == _BF16:
@@ -231,8 +237,13 @@ def dot(kind: int, row: int, x: int, cols: int, ahead: int) -> Any:
 
 @kernel
 def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> None:
-    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`."""
-    if kind == _Q4:
+    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`.
+
+    A row of Q4C adds its bare numbers: see `settle`.
+    """
+    if kind == _Q4C:
+        _axpy_q4c(factor, row, y, cols, ahead)
+    elif kind == _Q4:
         _axpy_q4(factor, row, y, cols, ahead)
     elif kind == _Q8:
         _axpy_q8(factor, row, y, cols, ahead)
@@ -242,6 +253,24 @@ def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> Non
         _axpy_bf16(factor, row, y, cols, ahead)
     else:
         _axpy_f32(factor, row, y, cols, ahead)
+
+
+@intrinsic
+def settle(context, tail, numbers, factors, y, cols):
+    """Q4C: after a group's axpys into `numbers`, y += scale * numbers + minimum * sum of factors; zeroes numbers."""
+
+    def build(context, b, _signature, arguments):
+        tail, numbers, factors, y, cols = arguments
+        every = splat(b, factors)
+        with cgutils.for_range(b, b.udiv(cols, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            scale, minimum = simd.column_scales(context, b, tail, cols, b.mul(loop.index, long(32)))
+            result = fma(b, scale, load(b, numbers, at, V16), load(b, y, at, V16))
+            store(b, y, at, fma(b, minimum, every, result))
+            store(b, numbers, at, ir.Constant(V16, [0.0] * LANES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), build
 
 
 @kernel
@@ -260,28 +289,6 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
 
 
 @kernel
-def multiply(
-    w: int, row_step: int, k_step: int, count: int, x: int, x_step: int, y: int, y_step: int, panels: int, adding: int
-) -> None:
-    """8 rows times `panels` panels: y[p][r][lane] (+)= sum_k w[r][k] * x[p][k][lane].
-
-    w: float32, element (r, k) at w + r * row_step + k * k_step; x and y: panel p at + p * step; steps in bytes.
-    """
-    p = 0
-    while p < panels:
-        left = panels - p
-        if left >= PANELS:
-            _gemm_3(w, row_step, k_step, count, x + p * x_step, x_step, y + p * y_step, y_step, adding)
-            p += 3
-        elif left == 2:
-            _gemm_2(w, row_step, k_step, count, x + p * x_step, x_step, y + p * y_step, y_step, adding)
-            p += 2
-        else:
-            _gemm_1(w, row_step, k_step, count, x + p * x_step, x_step, y + p * y_step, y_step, adding)
-            p += 1
-
-
-@kernel
 def row_stride(kind: int, cols: int) -> int:
     """Compiled `weights.row_bytes`."""
     if kind == _Q4:
@@ -291,12 +298,6 @@ def row_stride(kind: int, cols: int) -> int:
     if kind == _F32:
         return 4 * cols
     return 2 * cols
-
-
-@kernel
-def panels_of(tokens: int) -> int:
-    """Panels that hold `tokens` tokens; a single token is a panel of one lane."""
-    return (tokens + LANES - 1) // LANES
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 Tensors:
     embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`weights.py`); head is absent when tied
-    layers.{i}.ffn                       U8 [groups, 32, bundle_bytes]: neuron bundles (`bundle.py`)
+    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
 Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model import ModelSpec
 from warmfront.shared.weights import Kind
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "run_of"]
 
-FORMAT = "warmfront-1"
+FORMAT = "warmfront-2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class PackedModel:
         return self.bytes_of(name).view(np.float32)
 
     def read_groups(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> None:
-        """Fill `out`, uint8 [n, 32, bundle_bytes], with groups first .. first + n - 1 of `layer`."""
-        assert out.shape[1:] == (GROUP, self.layout.bundle_bytes)
+        """Fill `out`, uint8 [n, group_bytes], with groups first .. first + n - 1 of `layer`."""
+        assert out.shape[1] == self.layout.group_bytes
         self.read_into(f"layers.{layer}.ffn", out, first * self.layout.group_bytes)
 
     def close(self) -> None:

@@ -9,8 +9,10 @@ A row holds `cols` weights (a multiple of 32) and is contiguous:
     Q4    cols/2 bytes, then cols/32 x float16 scale, then cols/32 x float16 minimum
                                                                    w = q * scale + minimum, q in 0..15
           byte j of a 32-block holds weight j in its low and weight j + 16 in its high nibble
+    Q4C   cols/2 bytes as in Q4, the numbers alone: blocks run across 32 rows, which share a scale and a minimum per
+          column (`bundle.py`). Only down rows, of files whose blocks lie so.
 
-Q4 holds GGUF's Q4_0 and Q4_1 exactly (Q4_0: minimum = -8 * scale), Q8 holds Q8_0 exactly.
+Q4 holds GGUF's Q4_0 and Q4_1 exactly (Q4_0: minimum = -8 * scale), Q8 holds Q8_0 exactly; Q4C holds their ffn_down.
 The compiled counterparts are in `kernels.py`.
 """
 
@@ -19,7 +21,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "Kind", "pack", "row_bytes", "unpack"]
+__all__ = ["BLOCK", "Kind", "join_nibbles", "join_q4", "pack", "row_bytes", "split_q4", "unpack"]
 
 BLOCK = 32
 
@@ -35,6 +37,7 @@ class Kind(IntEnum):
     BF16 = 2
     Q8 = 3
     Q4 = 4
+    Q4C = 5
 
     @property
     def bits(self) -> float:
@@ -47,11 +50,13 @@ def row_bytes(kind: int, cols: int) -> int:
     if cols % BLOCK:
         raise ValueError(f"rows of {cols} weights: not a multiple of {BLOCK}")
     blocks = cols // BLOCK
-    return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, cols // 2 + 4 * blocks)[kind]
+    return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, cols // 2 + 4 * blocks, cols // 2)[kind]
 
 
 def pack(values: Floats, kind: int) -> Bytes:
-    """Round float32 [rows, cols] to the nearest of `kind`: uint8 [rows, row_bytes]."""
+    """Round float32 [rows, cols] to the nearest of `kind`, which is not Q4C: uint8 [rows, row_bytes]."""
+    if kind == Kind.Q4C:
+        raise ValueError("rows of Q4C cannot be packed apart from their group")
     values = np.ascontiguousarray(values, np.float32)
     rows, cols = values.shape
     out = np.empty((rows, row_bytes(kind, cols)), np.uint8)
@@ -81,14 +86,22 @@ def pack(values: Floats, kind: int) -> Bytes:
 
 def join_q4(q: Bytes, scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.float16]) -> Bytes:
     """Assemble Q4 rows from q [rows, blocks, 32] in 0..15 and scale, minimum [rows, blocks]."""
-    rows = q.shape[0]
-    nibbles = q[:, :, :16] | (q[:, :, 16:] << 4)
-    parts = (
-        nibbles.reshape(rows, -1),
-        np.ascontiguousarray(scale).view(np.uint8),
-        np.ascontiguousarray(minimum).view(np.uint8),
-    )
-    return np.concatenate(parts, axis=1)
+    halves = (np.ascontiguousarray(part).view(np.uint8) for part in (scale, minimum))
+    return np.concatenate((join_nibbles(q), *halves), axis=1)
+
+
+def join_nibbles(q: Bytes) -> Bytes:
+    """The 4-bit numbers q [rows, blocks, 32] of rows of Q4 or Q4C: uint8 [rows, cols / 2]."""
+    return np.asarray(q[:, :, :16] | (q[:, :, 16:] << 4), np.uint8).reshape(len(q), -1)
+
+
+def split_q4(data: Bytes, cols: int) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    """The inverse of `join_q4`: q [rows, cols] in 0..15, scale and minimum [rows, cols / 32]."""
+    rows, half, blocks = len(data), cols // 2, cols // BLOCK
+    nibbles = data[:, :half].reshape(rows, blocks, 16)
+    q = np.concatenate((nibbles & 15, nibbles >> 4), axis=2, dtype=np.uint8).reshape(rows, cols)
+    scales = np.ascontiguousarray(data[:, half:]).view(np.float16)
+    return q, scales[:, :blocks], scales[:, blocks:]
 
 
 def unpack(data: Bytes, kind: int, cols: int) -> Floats:
@@ -106,12 +119,11 @@ def unpack(data: Bytes, kind: int, cols: int) -> Floats:
         q8 = data[:, :cols].view(np.int8).reshape(rows, blocks, BLOCK).astype(np.float32)
         scale = np.ascontiguousarray(data[:, cols:]).view(np.float16).astype(np.float32)
         return np.asarray(q8 * scale[:, :, None], np.float32).reshape(rows, cols)
-    half = cols // 2
-    nibbles = data[:, :half].reshape(rows, blocks, 16)
-    q4 = np.concatenate((nibbles & 15, nibbles >> 4), axis=2).astype(np.float32)
-    scales = np.ascontiguousarray(data[:, half:]).view(np.float16).astype(np.float32)
-    scale, minimum = scales[:, :blocks, None], scales[:, blocks:, None]
-    return np.asarray(q4 * scale + minimum, np.float32).reshape(rows, cols)
+    if kind == Kind.Q4C:
+        raise ValueError("rows of Q4C cannot be unpacked apart from their group")
+    q4, *parts = split_q4(data, cols)
+    scale4, minimum = (part.astype(np.float32)[:, :, None] for part in parts)
+    return np.asarray(q4.reshape(rows, blocks, BLOCK) * scale4 + minimum, np.float32).reshape(rows, cols)
 
 
 def _round_bf16(values: Floats) -> npt.NDArray[np.uint16]:

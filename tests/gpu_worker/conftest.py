@@ -52,13 +52,15 @@ def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
     if kind == Kind.Q8:
         return [(row[j] - 256 * (row[j] > 127)) * number(cols + 2 * (j // 32)) for j in range(cols)]
     nibbles = [row[j // 32 * 16 + j % 16] >> 4 * (j % 32 // 16) & 15 for j in range(cols)]
+    if kind == Kind.Q4C:
+        return [float(q) for q in nibbles]
     scales, minima = cols // 2, cols // 2 + cols // 16
     return [q * number(scales + 2 * (j // 32)) + number(minima + 2 * (j // 32)) for j, q in enumerate(nibbles)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Groups of random neurons, uint8 [groups, 32, bundle_bytes], and inputs x [tokens, hidden]."""
+    """Groups of random neurons, uint8 [groups, group_bytes], and inputs x [tokens, hidden]."""
 
     layout: BundleLayout
     activation: str
@@ -68,22 +70,36 @@ class Case:
     @classmethod
     def random(cls, layout: BundleLayout, activation: str, tokens: int) -> "Case":
         rng = np.random.default_rng(0)
-        neurons = layout.groups * GROUP
-        groups = np.zeros((neurons, layout.bundle_bytes), np.uint8)
+        shape = (layout.groups * GROUP, layout.hidden)
+        groups = np.zeros((layout.groups, layout.group_bytes), np.uint8)
+        bundles = groups[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
         kinds = (layout.gate_kind, layout.gate_kind, layout.down_kind)
         for offset, kind in zip((0, layout.up_offset, layout.down_offset), kinds, strict=True):
-            rows = pack(rng.normal(size=(neurons, layout.hidden), scale=0.1).astype(np.float32), kind)
-            groups[:, offset : offset + rows.shape[1]] = rows
+            if kind == Kind.Q4C:
+                rows = rng.integers(0, 256, (shape[0], layout.hidden // 2), dtype=np.uint8)
+                tail = rng.normal(size=(layout.groups, 2 * layout.hidden), scale=0.02).astype(np.float16)
+                groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = tail.view(np.uint8)
+            else:
+                rows = pack(rng.normal(size=shape, scale=0.1).astype(np.float32), kind)
+            bundles[:, :, offset : offset + rows.shape[1]] = rows.reshape(layout.groups, GROUP, -1)
         x = rng.normal(size=(tokens, layout.hidden)).astype(np.float32)
-        return cls(layout, activation, groups.reshape(layout.groups, GROUP, -1), x)
+        return cls(layout, activation, groups, x)
 
     def expect(self, picked: list[int], sparse: bool) -> tuple[Doubles, int]:
         """The output of the picked groups and the (neuron, token) pairs computed."""
         layout = self.layout
-        bundles = self.groups[picked].reshape(-1, layout.bundle_bytes)
+        groups = self.groups[picked]
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
 
         def matrix(offset: int, kind: Kind) -> Doubles:
-            return np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
+            rows = np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
+            if kind == Kind.Q4C:
+                tails = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden].copy().view(np.float16)
+                scale, minimum = np.repeat(tails.astype(np.float64).reshape(-1, 2, layout.hidden), GROUP, 0).swapaxes(
+                    0, 1
+                )
+                rows = rows * scale + minimum
+            return rows
 
         x = self.x.astype(np.float64)
         gates = x @ matrix(0, layout.gate_kind).T

@@ -36,7 +36,9 @@ def filled(case: Any, slots: int = 10) -> HostDevice:
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize(
-    ("gate", "down"), [(kind, kind) for kind in Kind] + [(Kind.Q8, Kind.F32), (Kind.Q4, Kind.BF16)]
+    ("gate", "down"),
+    [(kind, kind) for kind in Kind if kind != Kind.Q4C]
+    + [(Kind.Q8, Kind.F32), (Kind.Q4, Kind.BF16), (Kind.Q4, Kind.Q4C), (Kind.F32, Kind.Q4C)],
 )
 def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, sparse: bool, picked: list[int]) -> None:
     case = random_case(layout_of(gate, down), "relu", tokens)

@@ -77,7 +77,9 @@ def test_keys_on_a_terminal(smollm2: Path) -> None:
         assert time.monotonic() - pressed < 1
         assert "100," not in rest
 
-        terminal.press(f"half a line{CTRL_C}")
+        terminal.press("half a line")
+        terminal.read_until("half a line")
+        terminal.press(CTRL_C)
         terminal.read_until("> ", timeout=5)
 
         terminal.press("What is the capital of France?\n")
@@ -87,7 +89,6 @@ def test_keys_on_a_terminal(smollm2: Path) -> None:
         assert terminal.wait() == 0
     assert "Traceback" not in terminal.text
     assert "warmfront:" not in terminal.text
-    assert terminal.text.count("half a line") == 1
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
-"""Killed at random moments, a run ends within two seconds and leaves nothing.  pytest tests/integration/test_faults.py"""
+"""Killed at a random moment, a run ends within two seconds and leaves nothing.
+
+pytest tests/integration/test_faults.py
+"""
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -183,6 +187,30 @@ def test_a_closed_engine_says_so(engine: Engine) -> None:
     engine.close()
     with pytest.raises(UsageError, match="closed"):
         take(engine, 1, 0, lambda: None)
+    with pytest.raises(UsageError, match="closed"):
+        engine.workers()
+
+
+def test_a_closed_engine_gives_its_memory_back(engine: Engine) -> None:
+    def boards() -> int:
+        return sum("warmfront-board" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    gc.collect()
+    before = boards()
+    gc.disable()
+    try:
+        engine.close()
+    finally:
+        gc.enable()
+    assert boards() == before - 1
+
+
+def test_an_answer_that_outlives_its_engine(engine: Engine) -> None:
+    answer = engine.generate([1, 2, 3])
+    next(answer)
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        next(answer)
 
 
 @needs_two_cores

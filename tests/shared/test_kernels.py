@@ -22,6 +22,17 @@ COLS = 96
 PAGE = 4096
 
 
+# Q4C rows are bare numbers: tests/shared/test_ffn.py.
+ROW_KINDS = [kind for kind in Kind if kind != Kind.Q4C]
+
+
+def dot(kind: Kind, row: int, x: np.ndarray, ahead: int) -> float:
+    """The kernel on `x`, quantised as it wants it."""
+    prepared = np.zeros(kernels.quantised_bytes(COLS), np.uint8)
+    q = kernels.quantise(address(x), address(prepared), COLS)
+    return float(kernels.dot(kind, row, address(x), q, COLS, ahead))
+
+
 @kernel
 def round_all(values: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(values)):
@@ -37,14 +48,14 @@ def rows_of(kind: Kind, rows: int = 8) -> tuple[np.ndarray, np.ndarray]:
     return buffer[1:].reshape(packed.shape), unpack(packed, kind, COLS).astype(np.float64)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_dot_axpy_widen(kind: Kind) -> None:
     packed, values = rows_of(kind)
     x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
     assert kernels.row_stride(kind, COLS) == packed.shape[1]
     ahead = [*map(address, packed[1:]), address(packed[-1])]
     for row, reference, ahead_at in zip(packed, values, ahead, strict=True):
-        assert kernels.dot(kind, address(row), address(x), COLS, ahead_at) == pytest.approx(reference @ x, abs=1e-5)
+        assert dot(kind, address(row), x, ahead_at) == pytest.approx(reference @ x, abs=2e-3)
         y = x.copy()
         kernels.axpy(kind, np.float32(0.37), address(row), address(y), COLS, ahead_at)
         np.testing.assert_allclose(y, x + np.float32(0.37) * reference, atol=1e-6)
@@ -53,7 +64,7 @@ def test_dot_axpy_widen(kind: Kind) -> None:
         np.testing.assert_allclose(wide, reference, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
     """Not the result, and an address where nothing is does not fault."""
     packed, _ = rows_of(kind, 1)
@@ -62,11 +73,11 @@ def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
     for ahead_at in (address(packed), 0, PAGE, -PAGE):
         y = np.zeros(COLS, np.float32)
         kernels.axpy(kind, np.float32(0.37), address(packed), address(y), COLS, ahead_at)
-        results.append((kernels.dot(kind, address(packed), address(x), COLS, ahead_at), *y))
+        results.append((dot(kind, address(packed), x, ahead_at), *y))
     assert len(set(results)) == 1
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_stays_within_its_row(kind: Kind) -> None:
     """Neighbours of the row are NaN in every type, neighbours of the output keep their values."""
     packed, values = rows_of(kind, 1)
@@ -77,28 +88,12 @@ def test_stays_within_its_row(kind: Kind) -> None:
     inner = slice(32, 32 + COLS)
     x[inner] = y[inner] = 1
     x_at, y_at, wide_at = (address(vector[inner]) for vector in (x, y, wide))
-    assert kernels.dot(kind, row, x_at, COLS, row) == pytest.approx(values.sum(), abs=1e-5)
+    assert dot(kind, row, x[inner], row) == pytest.approx(values.sum(), abs=2e-3)
     kernels.axpy(kind, np.float32(1), row, y_at, COLS, row)
     kernels.widen(kind, row, wide_at, COLS)
     for vector in (y, wide):
         assert np.isnan(vector).sum() == 64
         assert not np.isnan(vector[inner]).any()
-
-
-@pytest.mark.parametrize("panels", [1, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize("adding", [0, 1])
-def test_multiply_in_both_orientations(panels: int, adding: int) -> None:
-    rng = np.random.default_rng(panels)
-    w = rng.standard_normal((8, COLS)).astype(np.float32)
-    x = rng.standard_normal((panels, COLS, 16)).astype(np.float32)
-    before = rng.standard_normal((panels, 8, 16)).astype(np.float32)
-    expected = np.einsum("rk,pkl->prl", w.astype(np.float64), x) + adding * before
-    for weights, row_step, k_step in ((w, 4 * COLS, 4), (np.ascontiguousarray(w.T), 4, 32)):
-        y = before.copy()
-        kernels.multiply(
-            address(weights), row_step, k_step, COLS, address(x), COLS * 64, address(y), 8 * 64, panels, adding
-        )
-        np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
 def test_every_half_is_widened_exactly() -> None:

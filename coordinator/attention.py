@@ -1,0 +1,178 @@
+"""Positions, KV cache and causal attention of the compiled pass.
+
+One token: each head's scores are dot products with the cached keys, its output an axpy of each cached value. Several
+tokens: matrix products, with 16 tokens in the lanes and the query heads that share a key-value head as panels.
+Cache rows are packed rows of float16 (float32 for float32 models), one per layer, head and position.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from warmfront.coordinator.linear import address_of
+from warmfront.coordinator.network import POSITION, TOKENS, Network, State
+from warmfront.shared.activation import exponentials, softmax_panel
+from warmfront.shared.atomics import floats_at, shorts_at
+from warmfront.shared.gemm import LANES, in_pairs, multiply_columns, multiply_rows, prepare
+from warmfront.shared.halves import to_half
+from warmfront.shared.jit import kernel
+from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, share
+from warmfront.shared.weights import Kind
+
+__all__ = ["attend_one", "attend_panels", "cache", "rotate"]
+
+# Positions whose values are widened at a time.
+_ROWS = 64
+_F16 = int(Kind.F16)
+
+
+@kernel
+def _cache_row(net: Network, st: State, layer: int, head: int, position: int) -> int:
+    """Byte offset of one head's row in the key and in the value cache."""
+    padded = (net.head_dim + 31) // 32 * 32
+    size = 2 if st.cache_kind == _F16 else 4
+    return ((layer * net.kv_heads + head) * st.context + position) * padded * size
+
+
+@kernel
+def _store_row(net: Network, st: State, cache_at: int, layer: int, row: int, position: int, value: Any) -> None:
+    """Write one element of k or v: `row` of the kv_heads * head_dim."""
+    row_at = cache_at + _cache_row(net, st, layer, row // net.head_dim, position)
+    column = row % net.head_dim
+    if st.cache_kind == _F16:
+        carray(shorts_at(row_at), (net.head_dim,))[column] = to_half(value)
+    else:
+        carray(floats_at(row_at), (net.head_dim,))[column] = value
+
+
+@kernel
+def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
+    """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
+    for token in range(st.job[TOKENS]):
+        at = (token // lanes) * rows * lanes + token % lanes
+        cos, sin = net.cos[st.job[POSITION] + token], net.sin[st.job[POSITION] + token]
+        pair = (low - first) % net.head_dim // 2
+        for row in range(low, high, 2):
+            even, odd = at + row * lanes, at + (row + 1) * lanes
+            a, b = st.qkv[even], st.qkv[odd]
+            st.qkv[even], st.qkv[odd] = a * cos[pair] - b * sin[pair], b * cos[pair] + a * sin[pair]
+            pair += 1
+            if 2 * pair == net.head_dim:
+                pair = 0
+
+
+@kernel
+def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
+    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
+    for token in range(st.job[TOKENS]):
+        at = (token // lanes) * rows * lanes + token % lanes
+        for row in range(low, high):
+            _store_row(net, st, cache_at, layer, row - first, st.job[POSITION] + token, st.qkv[at + row * lanes])
+
+
+@kernel
+def attend_one(net: Network, st: State, layer: int, member: int) -> None:
+    """Attention of one token over the cache: this thread's share of the heads."""
+    head_dim, position = net.head_dim, st.job[POSITION]
+    padded = (head_dim + 31) // 32 * 32
+    query, mixed = np.zeros(padded, np.float32), np.empty(padded, np.float32)
+    query_at, mixed_at = address_of(query), address_of(mixed)
+    scores = st.scores[member]
+    stride = padded * (2 if st.cache_kind == _F16 else 4)
+    low, high = share(net.heads, 1, member, st.members)
+    for head in range(low, high):
+        first_row = _cache_row(net, st, layer, head // (net.heads // net.kv_heads), 0)
+        keys_at, values_at = st.keys_at + first_row, st.values_at + first_row
+        for i in range(head_dim):
+            query[i] = st.qkv[head * head_dim + i] * net.score_scale
+        count = position + 1
+        highest = np.float32(-np.inf)
+        for p in range(count):
+            row_at = keys_at + p * stride
+            scores[p] = dot(st.cache_kind, row_at, query_at, 0, padded, row_at + AHEAD_BYTES)
+            highest = max(highest, scores[p])
+        rounded = (count + LANES - 1) // LANES * LANES
+        scores[count:rounded] = np.float32(-np.inf)
+        total = exponentials(address_of(scores), rounded, highest)
+        mixed[:] = 0
+        for p in range(count):
+            row_at = values_at + p * stride
+            axpy(st.cache_kind, scores[p], row_at, mixed_at, padded, row_at + AHEAD_BYTES)
+        for i in range(head_dim):
+            st.att[head * head_dim + i] = mixed[i] / total
+
+
+@kernel
+def attend_panels(net: Network, st: State, layer: int, member: int, panels: int) -> None:
+    """Causal attention of several tokens: this thread's (key-value head, panel) pairs, as matrix products.
+
+    The query heads that share a key-value head are the panels of one product.
+    """
+    head_dim, group = net.head_dim, net.heads // net.kv_heads
+    padded = (head_dim + 31) // 32 * 32
+    stride = padded * (2 if st.cache_kind == _F16 else 4)
+    rows = (net.heads + 2 * net.kv_heads) * head_dim
+    queries, mixed = np.zeros(group * padded * LANES, np.float32), np.empty(group * padded * LANES, np.float32)
+    prepared = np.empty(group * padded * LANES, np.float32)
+    scratch, sums = np.empty(_ROWS * padded, np.float32), np.empty(LANES, np.float32)
+    scores, weights_at = st.scores[member], address_of(st.chances[member])
+    for task in range(member, net.kv_heads * panels, st.members):
+        panel, kv_head = task // net.kv_heads, task % net.kv_heads
+        first = st.job[POSITION] + panel * LANES
+        count = (min(first + LANES, st.job[POSITION] + st.job[TOKENS]) + 7) // 8 * 8
+        for head in range(group):
+            source = st.qkv[(panel * rows + (kv_head * group + head) * head_dim) * LANES :]
+            target = queries[head * padded * LANES :]
+            for i in range(head_dim * LANES):
+                target[i] = source[i] * net.score_scale
+        queries_at = prepare(st.cache_kind, address_of(queries), address_of(prepared), padded, group)
+        first_row = _cache_row(net, st, layer, kv_head, 0)
+        for p in range(0, count, 8):
+            row_at, scores_at = st.keys_at + first_row + p * stride, address_of(scores) + p * LANES * 4
+            multiply_rows(
+                st.cache_kind,
+                row_at,
+                stride,
+                padded,
+                queries_at,
+                scores_at,
+                count * LANES * 4,
+                group,
+                address_of(scratch),
+            )
+        mixed[:] = 0
+        for head in range(group):
+            own = scores[head * count * LANES : (head + 1) * count * LANES]
+            for p in range(first + 1, count):
+                for lane in range(min(p - first, LANES)):
+                    own[p * LANES + lane] = np.float32(-1e30)
+            softmax_panel(address_of(own), count, address_of(sums))
+            for p in range(count):
+                for lane in range(LANES):
+                    own[p * LANES + lane] /= sums[lane]
+        chances_at = prepare(st.cache_kind, address_of(scores), weights_at, count, group)
+        for p in range(0, count, _ROWS):
+            some = min(_ROWS, count - p)
+            x_at = chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
+            row_at = st.values_at + first_row + p * stride
+            multiply_columns(
+                st.cache_kind,
+                row_at,
+                stride,
+                0,
+                some,
+                padded,
+                x_at,
+                count,
+                address_of(mixed),
+                padded * LANES * 4,
+                group,
+                address_of(scratch),
+            )
+        for head in range(group):
+            target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
+            source = mixed[head * padded * LANES :]
+            target[: head_dim * LANES] = source[: head_dim * LANES]
