@@ -64,6 +64,15 @@ def bound(values: Floats, kind: Kind) -> Floats:
     return np.broadcast_to((half_step + slack)[:, :, None], blocks.shape).reshape(values.shape)
 
 
+def columns(tensor: source_module.SourceTensor) -> Floats:
+    """What a Q4C tensor holds: its numbers by the scales and minima of each 32 rows."""
+    rows, cols = tensor.shape
+    nibbles = tensor.packed(Kind.Q4C).reshape(rows, cols // 32, 16)
+    numbers = np.concatenate((nibbles & 15, nibbles >> 4), axis=2).reshape(-1, 32, cols).astype(np.float32)
+    scale, minimum = tensor.column_scales().astype(np.float32).swapaxes(0, 1)[:, :, None]
+    return (numbers * scale + minimum).reshape(rows, cols)
+
+
 @pytest.mark.parametrize("kind", [*EXACT, "Q4_K", *ROUNDED])
 def test_float32_is_what_the_gguf_package_reads(tiny_gguf: Make, kind: str) -> None:
     path = tiny_gguf(kind=kind)
@@ -82,10 +91,15 @@ def test_exact_types_are_repacked_without_loss(tiny_gguf: Make, kind: str) -> No
     source = open_source(path)
     for name, values in expected(path).items():
         tensor = source.tensor(name)
-        if values.ndim == 2 and (name != "layers.0.down" or kind in ("F32", "F16", "BF16")):
+        if name == "layers.0.down" and kind.startswith("Q4"):
+            assert tensor.kind == Kind.Q4C
+            np.testing.assert_array_equal(columns(tensor), values)
+        elif values.ndim == 2 and (name != "layers.0.down" or kind in ("F32", "F16", "BF16")):
             assert tensor.kind == EXACT[kind], name
             np.testing.assert_array_equal(unpack(tensor.packed(tensor.kind), tensor.kind, values.shape[1]), values)
-    assert source.notes == (["1 down matrices of type " + kind + " are turned and kept as Q8"] if "Q" in kind else [])
+    assert source.notes == (
+        ["1 down matrices of type " + kind + " are turned and kept as Q8"] if kind == "Q8_0" else []
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", *ROUNDED])
@@ -95,8 +109,13 @@ def test_other_types_are_rounded_to_the_nearest(tiny_gguf: Make, kind: str) -> N
     for name, values in expected(path).items():
         tensor = source.tensor(name)
         if values.ndim == 2:
-            wanted = Kind.Q8 if name == "layers.0.down" else ROUNDED.get(kind, Kind.Q4)
+            wanted = ROUNDED.get(kind, Kind.Q4)
+            if name == "layers.0.down":
+                wanted = Kind.Q4C if kind == "Q4_K" else Kind.Q8
             assert tensor.kind == wanted, name
+            if wanted == Kind.Q4C:
+                assert np.abs(columns(tensor) - values).max() <= np.abs(values).max() * 2**-10
+                continue
             error = np.abs(unpack(tensor.packed(wanted), wanted, values.shape[1]) - values)
             limit = np.abs(values).max() * 2**-10 if kind == "Q4_K" and wanted == Kind.Q4 else bound(values, wanted)
             assert (error <= limit).all(), name

@@ -169,7 +169,7 @@ def test_sharded_folder(tiny_llama: Make) -> None:
         ({"rope_parameters": [1]}, "not a llama configuration"),
         ({"hidden_size": 72, "head_dim": 16}, "hidden size 72 is not a multiple of 32"),
         ({"head_dim": 20, "hidden_size": 64}, "heads x head size 80 is not a multiple of 32"),
-        ({"head_dim": 1, "num_attention_heads": 32}, "head size 1 is odd"),
+        ({"head_dim": 4, "num_attention_heads": 16}, "head size 4 is not a multiple of 8"),
         ({"num_hidden_layers": 0}, "layers is 0"),
         ({"num_key_value_heads": 3}, "do not share"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight"),

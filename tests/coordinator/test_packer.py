@@ -63,7 +63,7 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-1"
+    assert metadata["format"] == "warmfront-2"
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))
@@ -89,7 +89,7 @@ def test_bundles_are_gate_up_and_down_rows(folder: Path, dtype: str) -> None:
     tensors, _ = tensors_of(pack(folder, dtype))
     for layer in range(2):
         groups = tensors[f"layers.{layer}.ffn"]
-        assert groups.shape == (3, 32, bundle)
+        assert groups.shape == (3, 32 * bundle)
         neurons = groups.reshape(96, bundle)
         for at, part in enumerate(("gate", "up", "down")):
             rows = source.tensor(f"layers.{layer}.{part}").packed(kind)
@@ -99,15 +99,29 @@ def test_bundles_are_gate_up_and_down_rows(folder: Path, dtype: str) -> None:
 
 
 def test_gate_and_down_may_differ_in_type(tiny_gguf: Make) -> None:
-    """Quantised down matrices are turned, and kept as Q8."""
-    packed = pack(tiny_gguf(kind="Q4_0"))
+    """Of Q5_0 all become Q8; with dtype f16, all are F16."""
+    for dtype, kind in (("auto", Kind.Q8), ("f16", Kind.F16), ("q4", Kind.Q4)):
+        with PackedModel(pack(tiny_gguf(kind="Q5_0"), dtype)) as model:
+            assert model.layout == BundleLayout(hidden=256, ffn=512, gate_kind=kind, down_kind=kind)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "q4"])
+@pytest.mark.parametrize("published", ["Q4_0", "Q4_1"])
+def test_down_of_four_bits_is_kept_exactly(tiny_gguf: Make, published: str, dtype: str) -> None:
+    """Its blocks run across neurons: the numbers in the bundles, scale and minimum of each column in the tail."""
+    packed = pack(tiny_gguf(kind=published), dtype)
     with PackedModel(packed) as model:
-        assert model.layout == BundleLayout(hidden=256, ffn=512, gate_kind=Kind.Q4, down_kind=Kind.Q8)
-        groups = model.bytes_of("layers.0.ffn").reshape(512, -1)
+        layout = model.layout
+        assert layout == BundleLayout(hidden=256, ffn=512, gate_kind=Kind.Q4, down_kind=Kind.Q4C)
+        groups = model.bytes_of("layers.0.ffn").reshape(16, -1)
     source = open_source(packed.parents[3] / "tiny.gguf")
-    gate, down = source.tensor("layers.0.gate").packed(Kind.Q4), source.tensor("layers.0.down").packed(Kind.Q8)
-    np.testing.assert_array_equal(groups[:, :160], gate)
-    np.testing.assert_array_equal(groups[:, 320 : 320 + 272], down)
+    bundles = groups[:, : 32 * 448].reshape(512, 448)
+    np.testing.assert_array_equal(bundles[:, :160], source.tensor("layers.0.gate").packed(Kind.Q4))
+    nibbles = bundles[:, 320 : 320 + 128].reshape(512, 8, 16)
+    numbers = np.concatenate((nibbles & 15, nibbles >> 4), axis=2).reshape(16, 32, 256).astype(np.float32)
+    tails = groups[:, 32 * 448 :].copy().view(np.float16).astype(np.float32).reshape(16, 2, 1, 256)
+    down = (numbers * tails[:, 0] + tails[:, 1]).reshape(512, 256)
+    np.testing.assert_array_equal(down, source.tensor("layers.0.down").float32())
 
 
 def test_text_comes_along(folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_stays_within_its_row(kind: Kind) -> None:
     x, y, wide = (np.full(COLS + 64, np.nan, np.float32) for _ in range(3))
     inner = slice(32, 32 + COLS)
     x[inner] = y[inner] = 1
-    x_at, y_at, wide_at = (address(vector[inner]) for vector in (x, y, wide))
+    y_at, wide_at = (address(vector[inner]) for vector in (y, wide))
     assert dot(kind, row, x[inner], row) == pytest.approx(values.sum(), abs=2e-3)
     kernels.axpy(kind, np.float32(1), row, y_at, COLS, row)
     kernels.widen(kind, row, wide_at, COLS)

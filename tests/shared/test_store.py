@@ -33,7 +33,7 @@ SPEC = ModelSpec(
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-1",
+    "format": "warmfront-2",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
@@ -44,7 +44,7 @@ TENSORS: dict[str, tuple[str, np.ndarray]] = {
     **{
         f"layers.{i}.ffn": (
             "U8",
-            np.random.default_rng(i).integers(0, 256, (GROUPS, 32, BUNDLE), dtype=np.uint8),
+            np.random.default_rng(i).integers(0, 256, (GROUPS, 32 * BUNDLE), dtype=np.uint8),
         )
         for i in range(2)
     },
@@ -85,8 +85,8 @@ def test_what_the_file_says(path: Path) -> None:
         assert {name: entry.shape for name, entry in model.entries.items()} == {
             "embed": (5, 64),
             "norm": (32,),
-            "layers.0.ffn": (3, 32, 128),
-            "layers.1.ffn": (3, 32, 128),
+            "layers.0.ffn": (3, 4096),
+            "layers.1.ffn": (3, 4096),
         }
         assert [entry.kind for entry in model.entries.values()] == [Kind.F16, None, None, None]
         assert [entry.nbytes for entry in model.entries.values()] == [320, 128, 12288, 12288]
@@ -106,7 +106,7 @@ def test_tensors(path: Path) -> None:
 def test_groups(path: Path, first: int, count: int) -> None:
     with PackedModel(path) as model:
         for layer in range(2):
-            out = np.zeros((count, 32, BUNDLE), np.uint8)
+            out = np.zeros((count, 32 * BUNDLE), np.uint8)
             model.read_groups(layer, first, out)
             np.testing.assert_array_equal(out, TENSORS[f"layers.{layer}.ffn"][1][first : first + count])
 
