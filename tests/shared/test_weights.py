@@ -43,7 +43,7 @@ def test_rows_are_whole_blocks(cols: int) -> None:
 
 
 def test_the_kinds_are_ordered_from_wide_to_narrow() -> None:
-    assert [kind.name for kind in sorted(Kind)] == ["F32", "F16", "BF16", "Q8", "Q4"]
+    assert [kind.name for kind in sorted(Kind)] == ["F32", "F16", "BF16", "Q8", "Q4", "Q4C"]
 
 
 # Two rows of two blocks that every type but Q8 holds exactly: j / 2 - 1 up and down again, so that Q4 has scale 1/2
