@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from warmfront.coordinator.packer import ensure_packed
 from warmfront.shared.paths import cache_root
 from warmfront.shared.topology import read_topology
 
@@ -30,6 +31,12 @@ def run(*args: str | Path, timeout: float = 60, **options: Any) -> Outcome:
     options = {"stdin": subprocess.DEVNULL} | options
     done = subprocess.run([WARMFRONT, *args], capture_output=True, text=True, timeout=timeout, check=False, **options)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def prepack(model: Path, dtype: str = "auto") -> Path:
+    """Pack `model` here, where torch is already imported: a command would take two seconds. Returns `model`."""
+    ensure_packed(model, dtype, print, lambda _done, _total: None)
+    return model
 
 
 def assert_refused(outcome: Outcome, code: int, *words: str) -> None:

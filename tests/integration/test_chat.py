@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import WARMFRONT, run
+from tests.integration.command import WARMFRONT, prepack, run
 from tests.integration.terminal import CTRL_C, CTRL_D, Terminal
 from warmfront.coordinator.engine import Engine
 
@@ -48,7 +48,7 @@ def test_the_system_prompt_and_stop_strings_count(smollm2: Path) -> None:
 
 
 def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
-    model = tiny_llama(hidden_act="relu", max_position_embeddings=4096)
+    model = prepack(tiny_llama(hidden_act="relu", max_position_embeddings=4096))
     command = [WARMFRONT, "chat", "-m", os.fspath(model)]
     done = subprocess.run(command, input=b"\xff\xfe\nhello\n", capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -57,7 +57,9 @@ def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
 def test_conversation_that_outgrows_the_context(tiny_llama: Callable[..., Path]) -> None:
     """Too long a line is refused and forgotten; the chat goes on."""
     lines = ["word " * 40, "hi"]
-    outcome = run("chat", "-m", tiny_llama(hidden_act="relu"), "--ctx", "60", stdin=None, input="\n".join(lines))
+    outcome = run(
+        "chat", "-m", prepack(tiny_llama(hidden_act="relu")), "--ctx", "60", stdin=None, input="\n".join(lines)
+    )
     assert outcome.code == 0
     assert outcome.err.startswith("warmfront: the prompt has ")
     assert outcome.err.count("\n") == 1
@@ -79,6 +81,7 @@ def test_keys_on_a_terminal(smollm2: Path) -> None:
 
         terminal.press("half a line")
         terminal.read_until("half a line")
+        time.sleep(0.2)  # readline must be waiting again: a signal just before that is seen with the next key only
         terminal.press(CTRL_C)
         terminal.read_until("> ", timeout=5)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, run
+from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, prepack, run
 from warmfront.coordinator.devices import cuda_devices
 from warmfront.coordinator.packer import ensure_packed
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 @pytest.fixture
 def relu(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama(hidden_act="relu")
+    return prepack(tiny_llama(hidden_act="relu"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_prompt_that_is_no_text(relu: Path) -> None:
 
 
 def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
-    outcome = run("generate", "-m", tiny_llama(hidden_act="silu"), "-p", "x", "--selector", "exact")
+    outcome = run("generate", "-m", prepack(tiny_llama(hidden_act="silu")), "-p", "x", "--selector", "exact")
     assert_refused(outcome, 2, "ReLU", "silu", "--selector all")
 
 
@@ -150,7 +150,7 @@ def test_truncated_gguf(tiny_gguf: Callable[..., Path], kept: float) -> None:
 
 
 def test_without_a_tokenizer(tiny_gguf: Callable[..., Path]) -> None:
-    path = tiny_gguf()
+    path = prepack(tiny_gguf())
     assert run("generate", "-m", path, "--prompt-ids", "1", "-n", "2").code == 0
     assert_refused(run("generate", "-m", path, "-p", "x"), 1, "without a tokenizer", "--prompt-ids")
     assert_refused(run("chat", "-m", path), 2, "no chat template", "warmfront generate")
@@ -220,6 +220,6 @@ class TestCache:
     def test_the_weights_are_gone_after_packing(self, relu: Path, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         shutil.copytree(relu, folder)
-        ensure_packed(folder, "auto", print, lambda _done, _total: None)
+        prepack(folder)
         (folder / "model.safetensors").unlink()
         assert_refused(run("generate", "-m", folder, "-p", "x"), 1, "no model.safetensors")
