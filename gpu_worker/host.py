@@ -40,8 +40,10 @@ class HostDevice:
             "slots": slots * layout.group_bytes,
             # x and the sums, in panels.
             "activations": 2 * 4 * panels * LANES * layout.hidden,
-            # Widened rows; open gates and their neurons.
-            "partials": 4 * scratch_floats(layout.hidden, max_tokens) + 8 * layout.groups * GROUP,
+            # Open gates and their neurons; x quantised; widened rows and the like.
+            "partials": 8 * layout.groups * GROUP
+            + quantised_bytes(layout.hidden)
+            + 4 * scratch_floats(layout.hidden, max_tokens),
         }
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
@@ -55,8 +57,8 @@ class HostDevice:
         neurons = layout.groups * GROUP
         self._gates = partials[: 4 * neurons].view(np.float32)
         self._opened = partials[4 * neurons : 8 * neurons].view(np.int32)
-        self._scratch_at = address(partials[8 * neurons :])
-        self._quantised = np.zeros(quantised_bytes(layout.hidden), np.uint8)
+        self._quantised_at = address(partials[8 * neurons :])
+        self._scratch_at = self._quantised_at + quantised_bytes(layout.hidden)
         self._bundles = bundles_at(address(self._memory["slots"]), layout, activation)
 
     def allocated(self) -> Ledger:
@@ -79,7 +81,7 @@ class HostDevice:
             computed = 0
             for token in range(tokens):
                 self._x[:hidden], self._sums[:hidden] = x[token], 0
-                q_at = quantise(x_at, address(self._quantised), hidden)
+                q_at = quantise(x_at, self._quantised_at, hidden)
                 if sparse:
                     count = open_gates(b, slots, 0, neurons, x_at, q_at, self._gates, self._opened)
                     open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, q_at, sums_at, self._scratch_at)

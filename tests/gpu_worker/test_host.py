@@ -23,6 +23,16 @@ def layout_of(gate: Kind, down: Kind) -> BundleLayout:
     return BundleLayout(hidden=96, ffn=200, gate_kind=gate, down_kind=down)
 
 
+def assert_close(out: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    """`tolerance` is relative to the largest value expected."""
+    np.testing.assert_allclose(out, expected, rtol=max(1e-4, tolerance), atol=tolerance * np.abs(expected).max())
+
+
+# What inputs lose by being quantised to 15 bits for dots with 8- and 4-bit rows, and products of several tokens by
+# being made of bfloat16, where the machine does that.
+QUANTISED, BFLOAT = 2e-4, 2e-2
+
+
 def filled(case: Any, slots: int = 10) -> HostDevice:
     """Group g in slot g + 2, in two stores."""
     device = HostDevice()
@@ -46,7 +56,11 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     out = np.full(case.x.shape, np.nan, np.float32)
     computed, nanoseconds = device.execute(np.array(picked, np.int32) + 2, case.x, sparse, out)
     expected, pairs = case.expect(picked, sparse)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    if tokens > 1 and not sparse:
+        tolerance = 1e-5 if gate == down == Kind.F32 else BFLOAT
+    else:
+        tolerance = QUANTISED if gate in (Kind.Q8, Kind.Q4) else 1e-5
+    assert_close(out, expected, tolerance)
     assert computed == pairs
     assert nanoseconds > 0
 
@@ -58,7 +72,7 @@ def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> No
     out = np.empty_like(case.x)
     computed, _ = filled(case).execute(np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
     expected, pairs = case.expect(list(range(7)), sparse)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert_close(out, expected, 1e-5 if sparse else BFLOAT)
     assert computed == pairs
 
 
@@ -70,7 +84,7 @@ def test_large_gates(random_case: MakeCase, activation: str) -> None:
     out = np.empty_like(case.x)
     filled(case).execute(np.array([2], np.int32), case.x, False, out)
     expected, _ = case.expect([0], False)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -96,13 +110,15 @@ def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
     out = np.empty_like(case.x)
     device.execute(np.array([2], np.int32), case.x, False, out)
     expected, _ = case.expect([6], False)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert_close(out, expected, QUANTISED)
 
 
-# What 200 neurons, 7 groups of 32, of 96 float32 take beside the slots, for up to 16 tokens: x and the sums; 32 rows
-# widened, gates and ups of one group; the gate and the number of every neuron whose gate is open.
+# What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. x and the sums:
 ACTIVATION_BYTES = 4 * (2 * 16 * 96)
-PARTIAL_BYTES = 4 * (32 * 96 + 2 * 32 * 16) + (4 + 4) * 7 * 32
+# Gate and number of every open neuron; x in two bytes (padded to 64) and two floats a block (padded to 16); 32 rows
+# widened, gates and ups of a group; x and the products of gate and up as bfloat16.
+PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 2 * 32 * 16
+PARTIAL_BYTES = (4 + 4) * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 32 * 96 + PANEL_BYTES
 
 
 def test_ledger() -> None:
@@ -122,12 +138,12 @@ def test_ledger() -> None:
 
 
 def test_ledger_grows_by_panels() -> None:
-    """16 tokens cost what one does; the 17th starts another panel of x, sums, gates and ups."""
+    """16 tokens cost what one does; the 17th starts another panel."""
     device, layout = HostDevice(), layout_of(Kind.F16, Kind.F16)
     one, full, more = (device.ledger(layout, 1, tokens) for tokens in (1, 16, 17))
     assert one == full
     assert more["activations"] == 2 * ACTIVATION_BYTES
-    assert more["partials"] == PARTIAL_BYTES + 4 * 2 * 32 * 16
+    assert more["partials"] == PARTIAL_BYTES + PANEL_BYTES
 
 
 def test_capacity() -> None:

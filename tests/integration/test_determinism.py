@@ -11,7 +11,7 @@ from warmfront.coordinator.engine import Engine
 from warmfront.shared.config import Sampling
 
 PROMPT = "Once upon a time, in a village by the sea,"
-NEW_TOKENS = 20
+NEW_TOKENS = 12
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 1234}
 IN_EACH_ENGINE, COMMANDS = 8, 4
 
@@ -38,7 +38,7 @@ def test_twenty_of_twenty(smollm2: Path, wishes: dict[str, Any]) -> None:
         answers.append(json.loads(outcome.out)["token_ids"])
     assert len(answers) == 20
     assert [answer == answers[0] for answer in answers] == [True] * 20
-    assert len(set(answers[0])) > 8
+    assert len(set(answers[0])) > 5
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 ROUNDS = 20_000
 # Words of each message: several cache lines, so that a reader could see half of one.
 WORDS = 64
-LIMIT_NS = 60_000_000_000
+LIMIT_NS = 20_000_000_000
 LAST = 2**63 - 1
 # Offsets in a region: lines, then one message for each direction.
 ABORT, PING, PONG, BARRIER, MESSAGES, SIZE = 0, LINE, 2 * LINE, 3 * LINE, 8 * LINE, 8 * LINE + 2 * 8 * WORDS
@@ -110,7 +110,9 @@ class Region:
     def word(self, offset: int) -> np.ndarray:
         return self.bytes[offset : offset + 8].view(np.int64)
 
-    def wait(self, sequence: int = 1, deadline_ns: int = 0) -> int:
+    def wait(self, sequence: int = 1, deadline_ns: int | None = None) -> int:
+        if deadline_ns is None:
+            deadline_ns = time.monotonic_ns() + LIMIT_NS
         return int(await_sequence(self.at + PING, sequence, self.at + ABORT, 0, deadline_ns))
 
 
