@@ -12,18 +12,19 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import Placement, place
 from warmfront.coordinator.sampling import Sampler
+from warmfront.coordinator.stats import Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.coordinator.tokenizer import Tokenizer
@@ -36,59 +37,16 @@ from warmfront.shared.messages import Hello, Plan
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
-__all__ = ["Engine", "Stats", "Token", "WorkerStats"]
+__all__ = ["Engine"]
 
 # Tokens of one prefill job: 8 panels of 16.
 MAX_TOKENS = 128
 LANES = 16
-DEFAULT_CONTEXT = 4096
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
 _LOOK_S = 0.005
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-
-
-class Token(NamedTuple):
-    """One generated token; `text` is what it completes, and may be empty."""
-
-    id: int
-    text: str
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first."""
-
-    load_s: float = 0.0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    prefilled: int = 0
-
-    @property
-    def prefill_tps(self) -> float:
-        """Prompt tokens computed per second."""
-        return self.prefilled / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tps(self) -> float:
-        """New tokens per second, without the first."""
-        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned."""
-
-    name: str
-    device: str
-    pid: int
-    busy_s: float
-    neurons: int
-    groups: int
-    jobs: int
 
 
 def _quiet(_message: str) -> None:
@@ -106,8 +64,8 @@ class Engine:
         self.model = model
         self.config = config
         self.tokenizer = Tokenizer(model)
-        self.selector = _choose_selector(config, model)
-        self.context = _choose_context(config, model)
+        self.selector = choose_selector(config, model)
+        self.context = choose_context(config, model)
         self.stats = Stats()
         self._closed = False
         self._cached: list[int] = []  # the tokens that the KV cache holds
@@ -127,7 +85,7 @@ class Engine:
         started = time.monotonic()
         config = EngineConfig(**wishes)
         cores = plan_cores(read_topology(), config.workers, config.threads)
-        gpu = _choose_gpu(config)
+        gpu = choose_gpu(config)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         packed = PackedModel(path)
         try:
@@ -350,42 +308,3 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _choose_gpu(config: EngineConfig) -> str | None:
-    """The device of the GPU worker, None for none."""
-    if config.gpu == "none":
-        return None
-    if config.gpu != "auto":
-        return config.gpu
-    from warmfront.coordinator.devices import cuda_devices
-
-    if cuda_devices() > 0:
-        return "cuda:0"
-    if config.vram_budget is not None:
-        raise UsageError(
-            "--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one"
-        )
-    return None
-
-
-def _choose_selector(config: EngineConfig, model: PackedModel) -> str:
-    """`exact` where it is lossless, else `all`."""
-    if config.selector == "auto":
-        return "exact" if model.spec.sparse else "all"
-    if config.selector == "exact" and not model.spec.sparse:
-        raise UsageError(
-            f"selector exact needs a ReLU-like model, {model.spec.name} uses {model.spec.activation}: "
-            "use --selector all"
-        )
-    return config.selector
-
-
-def _choose_context(config: EngineConfig, model: PackedModel) -> int:
-    if config.context is None:
-        return min(model.spec.context, DEFAULT_CONTEXT)
-    if config.context > model.spec.context:
-        raise UsageError(
-            f"--ctx {config.context}, but {model.spec.name} was trained for {model.spec.context} tokens: pass no more"
-        )
-    return config.context

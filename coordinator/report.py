@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from warmfront.coordinator.engine import Engine, Token
+from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.stats import Token
 
 __all__ = ["as_object", "as_text", "rates"]
 

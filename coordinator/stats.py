@@ -1,0 +1,48 @@
+"""What generation yields and what it costs: tokens, rates, each worker's share."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Stats", "Token", "WorkerStats"]
+
+
+class Token(NamedTuple):
+    """One generated token; `text` is what it completes, and may be empty."""
+
+    id: int
+    text: str
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefilled: int = 0
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens computed per second."""
+        return self.prefilled / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """New tokens per second, without the first."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned."""
+
+    name: str
+    device: str
+    pid: int
+    busy_s: float
+    neurons: int
+    groups: int
+    jobs: int
