@@ -12,6 +12,8 @@ from warmfront.shared.config import Sampling
 
 PROMPT = "Once upon a time, in a village by the sea,"
 NEW_TOKENS = 12
+# Everything that could get into the way: two CPU workers, the emulated GPU with a third of the neurons.
+WISHES: dict[str, Any] = {"threads": 2, "workers": 2, "gpu": "host", "vram_budget": 20_000_000}
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 1234}
 IN_EACH_ENGINE, COMMANDS = 8, 4
 
@@ -19,20 +21,15 @@ IN_EACH_ENGINE, COMMANDS = 8, 4
 @pytest.mark.slow
 @needs_two_cores
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(
-    "wishes",
-    [{"threads": 2, "workers": 2}, {"threads": 2, "gpu": "host", "vram_budget": 40_000_000}],
-    ids=["two workers", "gpu"],
-)
-def test_twenty_of_twenty(smollm2: Path, wishes: dict[str, Any]) -> None:
+def test_twenty_of_twenty(smollm2: Path) -> None:
     answers = []
     for _ in range(2):
-        with Engine.load(str(smollm2), **wishes) as engine:
+        with Engine.load(str(smollm2), **WISHES) as engine:
             for _ in range(IN_EACH_ENGINE):
                 engine.reset()
                 tokens = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=Sampling(**SAMPLING))
                 answers.append([token.id for token in tokens])
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in (wishes | SAMPLING).items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (WISHES | SAMPLING).items()]
     for _ in range(COMMANDS):
         outcome = run("generate", "-m", smollm2, "-p", PROMPT, f"-n{NEW_TOKENS}", "--json", *options)
         answers.append(json.loads(outcome.out)["token_ids"])
