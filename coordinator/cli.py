@@ -14,6 +14,7 @@ import click
 from warmfront.coordinator.terminal import Bars, say
 from warmfront.shared.config import DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError, WarmfrontError
+from warmfront.shared.process import hold_interrupts
 
 __all__ = ["cli", "main"]
 
@@ -116,8 +117,9 @@ def generate(
     wishes, sampling, stop = _split(options)
     EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
 
-    from warmfront.coordinator.engine import Engine
-    from warmfront.coordinator.report import as_object, as_text
+    with hold_interrupts():
+        from warmfront.coordinator.engine import Engine
+        from warmfront.coordinator.report import as_object, as_text
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
@@ -145,8 +147,9 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
     wishes, sampling, stop = _split(options)
     EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
 
-    from warmfront.coordinator.chat import converse
-    from warmfront.coordinator.engine import Engine
+    with hold_interrupts():
+        from warmfront.coordinator.chat import converse
+        from warmfront.coordinator.engine import Engine
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()

@@ -34,6 +34,7 @@ from warmfront.shared.config import EngineConfig, Sampling
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
+from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
@@ -94,15 +95,17 @@ class Engine:
             packed.close()
             raise
         try:
-            engine._start(cores, gpu, say, partial(progress, "loading"))
+            with hold_interrupts():
+                engine._start(cores, gpu, say)
+            engine._wait(partial(progress, "loading"))
         except BaseException:
             engine.close()
             raise
         engine.stats.load_s = time.monotonic() - started
         return engine
 
-    def _start(self, cores: CorePlan, gpu: str | None, say: Say, progress: Callable[[int, int], None]) -> None:
-        """Make the board, start the workers and the team, wait until all have loaded."""
+    def _start(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
+        """Make the board, start the workers and the team."""
         self._check_memory()
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
@@ -127,6 +130,9 @@ class Engine:
         self._team = Team(self.model, self._board, cores.coordinator, self.context)
         self._closing.callback(self._team.stop)
         self._team.start()
+
+    def _wait(self, progress: Callable[[int, int], None]) -> None:
+        """Until the workers and the team have loaded."""
         while not (self._supervisor.ready() and self._team.ready()):
             parts = (self._team.progress(), self._supervisor.loaded)
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))

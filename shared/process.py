@@ -3,15 +3,17 @@
 Linux only. `die_with_parent` and `ignore_interrupts` are called first thing in a worker's main thread.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
 
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["die_with_parent", "ignore_interrupts", "pin", "python_module_command", "set_name"]
+__all__ = ["die_with_parent", "hold_interrupts", "ignore_interrupts", "pin", "python_module_command", "set_name"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -37,6 +39,22 @@ def ignore_interrupts() -> None:
     """Leave Ctrl-C to the coordinator, which stops its workers in order; SIGTERM ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends. An import may lose it: what its weakref callbacks raise is dropped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def pin(cpus: Collection[int]) -> None:
