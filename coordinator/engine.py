@@ -95,8 +95,7 @@ class Engine:
             packed.close()
             raise
         try:
-            with hold_interrupts():
-                engine._start(cores, gpu, say)
+            engine._start(cores, gpu, say)
             engine._wait(partial(progress, "loading"))
         except BaseException:
             engine.close()
@@ -121,9 +120,10 @@ class Engine:
         )
         self._closing.callback(self._supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
-        from warmfront.coordinator.forward import serve_team
-        from warmfront.coordinator.team import Team
-        from warmfront.shared.jit import cache_is_cold
+        with hold_interrupts():
+            from warmfront.coordinator.forward import serve_team
+            from warmfront.coordinator.team import Team
+            from warmfront.shared.jit import cache_is_cold
 
         if cache_is_cold(serve_team):
             say("compiling kernels (first run only)")
