@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.process import pin, python_module_command, set_name
+from warmfront.shared.process import hold_interrupts, pin, python_module_command, set_name
 
 CHILD = """
 import os, sys, time
@@ -123,3 +123,29 @@ def test_module_command_ignores_modules_in_the_working_directory(tmp_path: Path)
     assert command[0] == sys.executable
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "usage" in done.stdout
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = False
+    try:
+        with pytest.raises(KeyboardInterrupt), hold_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            reached = True
+        assert reached
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_are_left_alone_by_other_threads() -> None:
+    seen = []
+
+    def work() -> None:
+        with hold_interrupts():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
