@@ -127,11 +127,16 @@ def test_module_command_ignores_modules_in_the_working_directory(tmp_path: Path)
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    reached = False
-    try:
-        with pytest.raises(KeyboardInterrupt), hold_interrupts():
+    reached = []
+
+    def interrupted() -> None:
+        with hold_interrupts():
             signal.raise_signal(signal.SIGINT)
-            reached = True
+            reached.append(True)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert reached
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
