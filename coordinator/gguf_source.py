@@ -1,13 +1,16 @@
-"""GGUF files of the llama architecture.
+"""GGUF files of the llama architecture, and PowerInfer's of ReLU models.
 
 GGUF's blocks of a `down` matrix run across neurons: Q4_0, Q4_1 and Q4_K keep them so (Q4C), other blocks become Q8.
-Does not cover: PowerInfer's predictors, experts, files split over several parts, YaRN.
+PowerInfer's files begin with PWRI instead of GGUF, hold `down` one row per neuron (`ffn_down_t`) and, in all layers
+or in none, predictors (`fc1`, `fc2`).
+Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
 See also: `gguf_blocks.py` for the weight blocks, `gguf_tokenizer.py` for the vocabulary.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +22,9 @@ from gguf import GGMLQuantizationType as Type
 from warmfront.coordinator import rope
 from warmfront.coordinator.gguf_blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
 from warmfront.coordinator.gguf_tokenizer import read_tokenizer
-from warmfront.coordinator.source import SourceTensor, check_sizes, file_shapes
+from warmfront.coordinator.source import SourceTensor, check_predictor, check_sizes, file_shapes, predictor_shapes
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.weights import BLOCK, Kind, join_nibbles, split_q4
 
 __all__ = ["GgufSource"]
@@ -43,6 +46,12 @@ PARTS = {
     "ffn_up": "up",
     "ffn_down": "down",
 }
+POWERINFER_MAGIC = b"PWRI"
+POWERINFER_PARTS = {name: part for name, part in PARTS.items() if part != "down"} | {
+    "ffn_down_t": "down",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -62,11 +71,16 @@ class GgufSource:
         if metadata.get("llama.expert_count", int, 0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense llama models are")
         found = {tensor.name: tensor for tensor in reader.tensors}
+        self._powerinfer = reader.powerinfer or any(".ffn_down_t." in name for name in found)
         factors = found.pop(ROPE_FACTORS, None)
         named = {self._canonical(name): tensor for name, tensor in found.items()}
         if "embed" not in named:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
-        self.spec = _spec(metadata, _shape(named["embed"])[0], None if factors is None else np.array(factors.data))
+        self.spec = replace(
+            _spec(metadata, _shape(named["embed"])[0], None if factors is None else np.array(factors.data)),
+            activation="relu" if self._powerinfer else "silu",
+            predictor=_predictor(metadata) if any(name.endswith((".fc1", ".fc2")) for name in named) else None,
+        )
         check_sizes(path, self.spec)
         self._tensors = self._checked(named)
         self._note_conversions()
@@ -82,39 +96,42 @@ class GgufSource:
         if name in TOP:
             return TOP[name]
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        part = PARTS.get(match[2]) if match else None
+        parts = POWERINFER_PARTS if self._powerinfer else PARTS
+        part = parts.get(match[2]) if match else None
         if match is None or part is None:
-            if re.fullmatch(r"blk\.\d+\.(fc[12]|ffn_down_t)\..*|.*gpu_(idx|bucket).*", name):
-                raise ModelError(f"{self.path}: has {name}; PowerInfer predictors are not supported yet")
-            raise ModelError(
-                f"{self.path}: tensor {name} does not belong to a llama model; such models are not supported"
-            )
+            model = "PowerInfer llama model" if self._powerinfer else "llama model"
+            raise ModelError(f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported")
         return f"layers.{match[1]}.{part}" + (".bias" if match[3] == "bias" else "")
 
     def _checked(self, named: Mapping[str, gguf.ReaderTensor]) -> dict[str, "GgufTensor"]:
         """Every tensor that the model must have and the biases it may have, of the right shape."""
         tensors: dict[str, GgufTensor] = {}
         for name, shape in file_shapes(self.spec, head="head" in named):
-            if name not in named:
-                raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
-            tensors[name] = self._tensor(name, named[name], shape)
-            bias = named.get(f"{name}.bias")
-            if bias is not None:
-                tensors[f"{name}.bias"] = self._tensor(f"{name}.bias", bias, shape[:1])
+            tensors[name] = self._tensor(name, named, shape)
+            if f"{name}.bias" in named:
+                tensors[f"{name}.bias"] = self._tensor(f"{name}.bias", named, shape[:1])
+        if self.spec.predictor is not None:
+            for name, shape in predictor_shapes(self.spec, {name: _shape(tensor) for name, tensor in named.items()}):
+                tensors[name] = self._tensor(name, named, shape)
         extra = sorted(named.keys() - tensors.keys())
         if extra:
             raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
         return tensors
 
-    def _tensor(self, name: str, tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> "GgufTensor":
-        have = _shape(tensor)
+    def _tensor(self, name: str, named: Mapping[str, gguf.ReaderTensor], shape: tuple[int, ...]) -> "GgufTensor":
+        tensor = named.get(name)
+        if tensor is None:
+            raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
+        have, down = _shape(tensor), name.endswith(".down")
+        if down and self._powerinfer:
+            shape = shape[::-1]
         if have != shape:
             raise ModelError(
                 f"{self.path}: tensor {tensor.name} has shape {have} instead of {shape}; the file is damaged"
             )
         if kind_of(tensor.tensor_type) is None or (len(shape) == 1 and tensor.tensor_type not in FLOATS):
             raise ModelError(f"{self.path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be read")
-        return GgufTensor(tensor, transposed=name.endswith(".down"))
+        return GgufTensor(tensor, transposed=down and not self._powerinfer)
 
     def _note_conversions(self) -> None:
         down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
@@ -202,10 +219,23 @@ class Metadata:
         return value
 
 
-def _read(path: Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # the package has no types
+    """Reads PowerInfer's files too, which are GGUF but for the first four bytes."""
+
+    @property
+    def powerinfer(self) -> bool:
+        return bytes(self.data[:4]) == POWERINFER_MAGIC
+
+    def _get(self, offset: int, *args: Any, **options: Any) -> npt.NDArray[Any]:
+        if offset == 0 and self.powerinfer:
+            return np.array([gguf.GGUF_MAGIC])
+        return np.asarray(super()._get(offset, *args, **options))
+
+
+def _read(path: Path) -> tuple[_Reader, dict[str, Any]]:
     """The mapped file and its decoded fields."""
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
@@ -219,6 +249,12 @@ def _read(path: Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """Rows first; GGUF writes the contiguous dimension first."""
     return tuple(int(n) for n in reversed(tensor.shape)) or (0,)
+
+
+def _predictor(metadata: Metadata) -> Predictor:
+    predictor = Predictor(threshold=metadata.get("powerinfer.sparse_threshold", float, 0.0))
+    check_predictor(metadata.path, predictor)
+    return predictor
 
 
 def _spec(metadata: Metadata, vocab: int, rope_factors: Floats | None) -> ModelSpec:

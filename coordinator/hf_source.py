@@ -1,11 +1,14 @@
 """Hugging Face folders of the llama family: config.json, safetensors (one file or an index of several), tokenizer.json.
 
+A folder may have low-rank predictors too, in `predictor.safetensors`: tensors layers.{i}.fc1.weight [r, hidden] and
+layers.{i}.fc2.weight [ffn, r] for every layer, and as metadata the fields of `model.Predictor`, which are optional.
 Covers the activations of `model.ACTIVATIONS`, biases, tied embeddings and RoPE as it is, linear or llama3.
 Does not cover: quantised checkpoints, pickled weights, other model types.
 """
 
 import json
 from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,17 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from warmfront.coordinator import rope
-from warmfront.coordinator.source import SourceTensor, TokenizerFiles, check_sizes, end_ids, file_shapes
+from warmfront.coordinator.source import (
+    SourceTensor,
+    TokenizerFiles,
+    check_predictor,
+    check_sizes,
+    end_ids,
+    file_shapes,
+    predictor_shapes,
+)
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.weights import Kind
 
 __all__ = ["HfSource"]
@@ -67,6 +78,11 @@ class HfSource:
             raise ModelError(f"{folder / 'config.json'} is not a llama configuration: {error}") from error
         check_sizes(folder, self.spec)
         self._tensors = _tensors(folder, config, self.spec)
+        predictor = folder / "predictor.safetensors"
+        if predictor.exists():
+            settings, matrices = _predictor(predictor, self.spec)
+            self.spec = replace(self.spec, predictor=settings)
+            self._tensors |= matrices
         self.tokenizer = _tokenizer(folder, config)
 
     def names(self) -> Set[str]:
@@ -224,6 +240,40 @@ class _Files:
         if values.get_dtype() not in KINDS:
             raise ModelError(f"{path}: tensor {name} has type {values.get_dtype()}; {', '.join(KINDS)} are supported")
         return HfTensor(values, KINDS[values.get_dtype()], part, head_dim)
+
+
+def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:
+    """The predictors' settings and matrices; there is no part of it that may be missing or unknown."""
+    try:
+        file: Any = safe_open(path, framework="pt")
+        values = {name: file.get_slice(name) for name in list(file.keys())}
+        metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged ({error}); make it anew or remove it") from error
+    settings: dict[str, Any] = {name: metadata[name] for name in ("input", "activation") if name in metadata}
+    try:
+        predictor = Predictor(**settings, threshold=float(metadata.get("threshold", 0)))
+    except ValueError:
+        raise ModelError(f"{path}: threshold '{metadata['threshold']}' is not a number; write one like 0.5") from None
+    check_predictor(path, predictor)
+    tensors: dict[str, HfTensor] = {}
+    shapes = {name.removesuffix(".weight"): tuple(found.get_shape()) for name, found in values.items()}
+    for name, shape in predictor_shapes(spec, shapes):
+        published = f"{name}.weight"
+        found = values.pop(published, None)
+        if found is None:
+            raise ModelError(f"{path}: tensor {published} is missing; make predictors for every layer")
+        have, kind = tuple(found.get_shape()), found.get_dtype()
+        if have != shape:
+            raise ModelError(f"{path}: tensor {published} has shape {have} instead of {shape}; it is of another model")
+        if kind not in KINDS:
+            raise ModelError(f"{path}: tensor {published} has type {kind}; save it as one of {', '.join(KINDS)}")
+        tensors[name] = HfTensor(found, KINDS[kind], name.rpartition(".")[2], spec.head_dim)
+    if values:
+        raise ModelError(
+            f"{path}: tensor {min(values)} is unknown; only fc1.weight and fc2.weight of each layer are read"
+        )
+    return predictor, tensors
 
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles | None:

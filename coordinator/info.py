@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from warmfront.coordinator.default_model import resolve
 from warmfront.coordinator.packer import PackingPlan
-from warmfront.coordinator.source import open_source
+from warmfront.coordinator.source import Source, open_source
 
 __all__ = ["describe", "render"]
 
@@ -18,7 +19,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
     sizes: Counter[str] = Counter()
     for name in plan.shapes:
         sizes[_part(name)] += plan.size(name)
-    kinds = Counter(kind.name.lower() for name, kind in plan.kinds.items() if name.startswith("layers."))
+    kinds = Counter(kind.name.lower() for name, kind in plan.kinds.items() if _part(name) == "attention")
     return {
         "model": spec.name,
         "architecture": spec.architecture,
@@ -32,6 +33,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
         "context": spec.context,
         "activation": spec.activation,
         "sparse": spec.sparse,
+        "predictor": _predictor(source),
         "selectors": ["all", "exact"] if spec.sparse else ["all"],
         "dtypes": {
             "attention": "/".join(sorted(kinds)),
@@ -46,11 +48,22 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
     }
 
 
+def _predictor(source: Source) -> dict[str, Any] | None:
+    """The predictors' settings and the smallest and largest rank of a layer; None without predictors."""
+    spec = source.spec
+    if spec.predictor is None:
+        return None
+    ranks = [source.tensor(f"layers.{i}.fc1").shape[0] for i in range(spec.layers)]
+    return asdict(spec.predictor) | {"rank": [min(ranks), max(ranks)]}
+
+
 def _part(name: str) -> str:
     if name.endswith(".ffn"):
         return "feed-forward"
     if name in ("embed", "head"):
         return "embedding and head"
+    if name.endswith((".fc1", ".fc2")):
+        return "predictor"
     return "attention" if name.split(".")[-1] in ("q", "k", "v", "o") else "rest"
 
 
@@ -68,6 +81,10 @@ def render(facts: dict[str, Any]) -> str:
         f"  chat template  {'yes' if facts['chat'] else 'no'}",
         "  weights        " + ", ".join(f"{part} {kind}" for part, kind in facts["dtypes"].items()),
     ]
+    if facts["predictor"] is not None:
+        low, high = facts["predictor"]["rank"]
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        lines.append(f"  predictor      {ranks}, active above {facts['predictor']['threshold']:g}")
     lines += [f"  {part:<20} {size / 1e6:10.1f} MB {size / total:6.1%}" for part, size in facts["bytes"].items()]
     lines.append(f"  {'in all':<20} {total / 1e6:10.1f} MB")
     lines += [f"  note: {note}" for note in facts["notes"]]

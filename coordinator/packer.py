@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.source import Source, open_source
+from warmfront.coordinator.source import Source, model_files, open_source, padded
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.paths import cache_root
@@ -62,10 +62,9 @@ def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: 
 
 def _fingerprint(path: Path, dtype: str) -> str:
     """A digest of what identifies the content without reading all of it: names, sizes, times and samples."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256(f"{FORMAT} {dtype}".encode())
     try:
-        for file in files:
+        for file in model_files(path):
             with file.open("rb") as stream:
                 status = os.fstat(stream.fileno())
                 digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -165,6 +164,14 @@ class PackingPlan:
             tensor = source.tensor(name)
             self.kinds[name] = tensor.kind if wanted is None else wanted
             self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
+        if spec.predictor is not None:
+            for i in layers:
+                rank = padded(source.tensor(f"layers.{i}.fc1").shape[0])
+                for part, rows in (("fc1", rank), ("fc2", self.layout.groups * GROUP)):
+                    name, tensor = f"layers.{i}.{part}", source.tensor(f"layers.{i}.{part}")
+                    # Four bits would miss neurons that fire.
+                    self.kinds[name] = tensor.kind if wanted is None else min(wanted, Kind.Q8)
+                    self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
         for name in sorted(self.names):
             if name.endswith(("norm", ".bias")):
                 self.shapes[name] = ("F32", tuple(source.tensor(name).shape))
@@ -214,7 +221,7 @@ class PackingPlan:
     def data(self, name: str) -> npt.NDArray[Any]:
         """The bytes of one tensor of the packed file."""
         if name in self.kinds:
-            return np.ascontiguousarray(self.source.tensor(name).packed(self.kinds[name]))
+            return _with_rows(self.source.tensor(name).packed(self.kinds[name]), self.shapes[name][1][0])
         if name == "tokenizer":
             assert self.source.tokenizer is not None
             return np.frombuffer(self.source.tokenizer.json.encode(), np.uint8)
@@ -233,12 +240,18 @@ class PackingPlan:
         )
         for part, start, kind in parts:
             rows = self.source.tensor(f"{layer}.{part}").packed(kind)
-            padded = np.zeros((layout.groups * GROUP, rows.shape[1]), np.uint8)
-            padded[: len(rows)] = rows
-            bundles[:, :, start : start + rows.shape[1]] = padded.reshape(layout.groups, GROUP, -1)
+            whole = _with_rows(rows, layout.groups * GROUP)
+            bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)
         if layout.down_kind == Kind.Q4C:
             scales = self.source.tensor(f"{layer}.down").column_scales()
             out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
                 layout.groups, -1
             )
         return out
+
+
+def _with_rows(rows: Bytes, count: int) -> Bytes:
+    """Packed rows and as many rows of zero weights as make `count`."""
+    if len(rows) == count:
+        return rows
+    return np.concatenate((rows, np.zeros((count - len(rows), rows.shape[1]), np.uint8)))

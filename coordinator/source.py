@@ -8,14 +8,17 @@
     layers.{i}.o                   [hidden, heads * head_dim]
     layers.{i}.gate, .up           [ffn, hidden]
     layers.{i}.down                [ffn, hidden]: row i is column i of W_down, the neuron's own
+    layers.{i}.fc1                 [r, hidden], if the spec has a predictor; r may differ between layers
+    layers.{i}.fc2                 [ffn, r], likewise
     layers.{i}.{q,...,down}.bias   [out], when the model has it
 
 Rows of q and k come in interleaved pair order: rows 2j and 2j + 1 of a head are the pair that RoPE turns with
 frequency j. The readers are in `gguf_source.py` and `hf_source.py`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,10 +27,22 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.model import PREDICTOR_ACTIVATIONS, PREDICTOR_INPUTS, ModelSpec, Predictor
 from warmfront.shared.weights import BLOCK, Kind, pack, row_bytes
 
-__all__ = ["Source", "SourceTensor", "TokenizerFiles", "check_sizes", "end_ids", "file_shapes", "open_source"]
+__all__ = [
+    "Source",
+    "SourceTensor",
+    "TokenizerFiles",
+    "check_predictor",
+    "check_sizes",
+    "end_ids",
+    "file_shapes",
+    "model_files",
+    "open_source",
+    "padded",
+    "predictor_shapes",
+]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -57,16 +72,21 @@ class SourceTensor(ABC):
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
         """The same rows as packed rows; a reader whose blocks map exactly overrides this."""
-        return pack(self._widen(start, stop), kind)
+        values = self._widen(start, stop)
+        missing = padded(self.shape[1]) - self.shape[1]
+        return pack(np.pad(values, ((0, 0), (0, missing))) if missing else values, kind)
 
     def float32(self) -> Floats:
         """The whole tensor, dequantised."""
         return np.array(self._widen(0, self.shape[0]), np.float32)
 
     def packed(self, kind: Kind) -> Bytes:
-        """The matrix as uint8 [rows, row_bytes(kind, cols)], made in pieces so that it is never whole in float32."""
+        """The matrix as uint8 [rows, row_bytes(kind, padded(cols))], zeros in the columns added.
+
+        It is made in pieces, so that it is never whole in float32.
+        """
         rows, cols = self.shape
-        out = np.empty((rows, row_bytes(kind, cols)), np.uint8)
+        out = np.empty((rows, row_bytes(kind, padded(cols))), np.uint8)
         rows_at_once = max(CHUNK // cols // self._step, 1) * self._step
         for start in range(0, rows, rows_at_once):
             stop = min(start + rows_at_once, rows)
@@ -113,12 +133,30 @@ def open_source(path: Path) -> Source:
     from warmfront.coordinator.gguf_source import GgufSource
     from warmfront.coordinator.hf_source import HfSource
 
+    model_files(path)
     if path.is_dir():
         return HfSource(path)
     if path.suffix == ".gguf" and path.is_file():
         return GgufSource(path)
     problem = "is not a GGUF file (*.gguf) or a Hugging Face folder" if path.exists() else "does not exist"
     raise ModelError(f"{path} {problem}; give one of the two")
+
+
+def model_files(path: Path) -> list[Path]:
+    """`path`, or the files of the folder; raises ModelError for a pipe or a device, whose reader might wait forever."""
+    try:
+        files = sorted(p for p in path.iterdir() if not p.is_dir()) if path.is_dir() else [path]
+        for file in files:
+            if file.exists() and not file.is_file():
+                raise ModelError(f"{file} is a pipe or a device; only regular files are read, remove it")
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
+    return files
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to a multiple of the 32 weights of a block."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def file_shapes(spec: ModelSpec, *, head: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -138,6 +176,26 @@ def file_shapes(spec: ModelSpec, *, head: bool) -> Iterator[tuple[str, tuple[int
         yield f"layers.{i}.gate", (spec.ffn, spec.hidden)
         yield f"layers.{i}.up", (spec.ffn, spec.hidden)
         yield f"layers.{i}.down", (spec.hidden, spec.ffn)
+
+
+def predictor_shapes(spec: ModelSpec, have: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the predictors' matrices, where r is as many as each fc1 of `have` has rows, 1 at least."""
+    for i in range(spec.layers):
+        rank = max((have.get(f"layers.{i}.fc1") or (1,))[0], 1)
+        yield f"layers.{i}.fc1", (rank, spec.hidden)
+        yield f"layers.{i}.fc2", (spec.ffn, rank)
+
+
+def check_predictor(path: Path, predictor: Predictor) -> None:
+    """Raise ModelError for settings that do not exist."""
+    for what, value, known in (
+        ("input", predictor.input, PREDICTOR_INPUTS),
+        ("activation", predictor.activation, PREDICTOR_ACTIVATIONS),
+    ):
+        if value not in known:
+            raise ModelError(f"{path}: predictor {what} '{value}' is not supported; {' and '.join(known)} are")
+    if not math.isfinite(predictor.threshold):
+        raise ModelError(f"{path}: predictor threshold {predictor.threshold} is not a number; the file is damaged")
 
 
 def check_sizes(path: Path, spec: ModelSpec) -> None:

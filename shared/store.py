@@ -3,6 +3,9 @@
 Tensors:
     embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`weights.py`); head is absent when tied
     layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
+    layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
+    layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
+                                         up to a multiple of 32; absent in models without predictors (`model.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
 Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
@@ -29,7 +32,7 @@ from warmfront.shared.weights import Kind
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "run_of"]
 
-FORMAT = "warmfront-2"
+FORMAT = "warmfront-3"
 
 
 @dataclass(frozen=True, slots=True)
