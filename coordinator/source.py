@@ -145,12 +145,12 @@ def open_source(path: Path) -> Source:
 def model_files(path: Path) -> list[Path]:
     """`path`, or the files of the folder; raises ModelError for a pipe or a device, whose reader might wait forever."""
     try:
-        files = sorted(p for p in path.iterdir() if not p.is_dir()) if path.is_dir() else [path]
-        for file in files:
-            if file.exists() and not file.is_file():
-                raise ModelError(f"{file} is a pipe or a device; only regular files are read, remove it")
+        files = sorted(p for p in path.iterdir() if p.exists() and not p.is_dir()) if path.is_dir() else [path]
+        special = [file for file in files if file.exists() and not file.is_file()]
     except OSError as error:
         raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
+    if special:
+        raise ModelError(f"{special[0]} is a pipe or a device; a model's files must be regular files")
     return files
 
 

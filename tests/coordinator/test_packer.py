@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,16 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.source import open_source
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind, row_bytes, unpack
 
@@ -122,6 +125,99 @@ def test_down_of_four_bits_is_kept_exactly(tiny_gguf: Make, published: str, dtyp
     tails = groups[:, 32 * 448 :].copy().view(np.float16).astype(np.float32).reshape(16, 2, 1, 256)
     down = (numbers * tails[:, 0] + tails[:, 1]).reshape(512, 256)
     np.testing.assert_array_equal(down, source.tensor("layers.0.down").float32())
+
+
+RANKS = (40, 7)
+
+
+def predictors() -> dict[str, np.ndarray]:
+    """fc1 [r, 64] and fc2 [80, r] of two layers, r of neither a multiple of 32."""
+    rng = np.random.default_rng(7)
+    return {
+        f"layers.{i}.{part}": rng.normal(0, 0.3, shape).astype(np.float32)
+        for i, rank in enumerate(RANKS)
+        for part, shape in (("fc1", (rank, 64)), ("fc2", (80, rank)))
+    }
+
+
+@pytest.fixture
+def predicting(folder: Path, tmp_path: Path) -> Path:
+    """The folder with those predictors."""
+    copy = shutil.copytree(folder, tmp_path / "predicting")
+    metadata = {"input": "normed", "threshold": "0.25"}
+    save_file({f"{name}.weight": v for name, v in predictors().items()}, copy / "predictor.safetensors", metadata)
+    return copy
+
+
+@pytest.mark.parametrize("dtype", ["auto", *KINDS])
+def test_predictors_are_padded_with_zeros(predicting: Path, dtype: str) -> None:
+    """To whole blocks of ranks and whole groups of neurons; in 4 bits they would lose neurons, so they get 8."""
+    kind = {"auto": Kind.F32, "q4": Kind.Q8}.get(dtype, KINDS.get(dtype, Kind.F32))
+    tensors, metadata = tensors_of(pack(predicting, dtype))
+    assert ModelSpec.from_json(metadata["spec"]).predictor == Predictor("normed", "relu", 0.25)
+    for i, rank in enumerate((64, 32)):
+        for part, shape in (("fc1", (rank, 64)), ("fc2", (96, rank))):
+            name = f"layers.{i}.{part}"
+            assert json.loads(metadata["kinds"])[name] == kind
+            values = predictors()[name]
+            whole = np.zeros(shape, np.float32)
+            whole[: values.shape[0], : values.shape[1]] = values
+            assert (tensors[name].dtype, tensors[name].shape) == (np.uint8, (shape[0], row_bytes(kind, shape[1])))
+            assert not tensors[name][len(values) :].any(), "rows of the padding"
+            exact = {"f32": whole.view(np.uint8), "f16": whole.astype(np.float16).view(np.uint8)}
+            if kind.name.lower() in exact:
+                np.testing.assert_array_equal(tensors[name], exact[kind.name.lower()])
+            found = unpack(tensors[name], kind, shape[1])
+            assert not found[:, values.shape[1] :].any(), "columns of the padding"
+            np.testing.assert_allclose(found, whole, atol=0.01)
+
+
+def test_bundles_are_the_same_with_predictors(folder: Path, predicting: Path) -> None:
+    plain, _ = tensors_of(pack(folder))
+    with_them, _ = tensors_of(pack(predicting))
+    assert with_them.keys() - plain.keys() == predictors().keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(with_them[name], values)
+
+
+def test_predictions_of_the_packed_matrices(predicting: Path) -> None:
+    """Who fires is what the published matrices say, at any input."""
+    x = np.random.default_rng(1).normal(size=(50, 64)).astype(np.float32)
+    with PackedModel(pack(predicting)) as model:
+        assert model.spec.predictor is not None
+        threshold = model.spec.predictor.threshold
+        for i, rank in enumerate((64, 32)):
+            fc1, fc2 = (model.bytes_of(f"layers.{i}.{part}").view(np.float32) for part in ("fc1", "fc2"))
+            logits = np.maximum(x @ fc1.reshape(rank, 64).T, 0) @ fc2.reshape(96, rank).T
+            published = predictors()
+            theirs = np.maximum(x @ published[f"layers.{i}.fc1"].T, 0) @ published[f"layers.{i}.fc2"].T
+            certain = np.abs(theirs - threshold) > 1e-4
+            assert 0.1 < (theirs > threshold).mean() < 0.9
+            np.testing.assert_array_equal((logits[:, :80] > threshold)[certain], (theirs > threshold)[certain])
+            assert not logits[:, 80:].any()
+
+
+@pytest.mark.parametrize(("published", "kind"), [("F16", Kind.F16), ("Q8_0", Kind.Q8), ("Q4_0", Kind.Q4)])
+def test_powerinfer_file(tiny_gguf: Make, published: str, kind: Kind) -> None:
+    """Its blocks are kept by `auto`, down rows' too; dtype q4 widens predictors to 8 bits."""
+    shapes = {"blk.0.ffn_down_t.weight": (512, 256), "blk.0.fc1.weight": (96, 256), "blk.0.fc2.weight": (512, 96)}
+    path = tiny_gguf(kind=published, shapes=shapes, without=["blk.0.ffn_down.weight"])
+    theirs = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    with PackedModel(pack(path)) as model:
+        assert model.spec.activation == "relu"
+        layout = model.layout
+        assert layout == BundleLayout(hidden=256, ffn=512, gate_kind=kind, down_kind=kind)
+        for part, cols in (("fc1", 256), ("fc2", 96)):
+            entry = model.entries[f"layers.0.{part}"]
+            assert entry.kind == kind
+            found = unpack(model.bytes_of(f"layers.0.{part}").reshape(entry.shape), kind, cols)
+            np.testing.assert_array_equal(found, theirs[f"blk.0.{part}.weight"])
+        bundles = model.bytes_of("layers.0.ffn").reshape(512, layout.bundle_bytes)
+        rows = bundles[:, layout.down_offset : layout.down_offset + layout.down_row_bytes]
+        np.testing.assert_array_equal(unpack(rows, kind, 256), theirs["blk.0.ffn_down_t.weight"])
+    with PackedModel(pack(path, "q4")) as model:
+        assert {model.entries[f"layers.0.{part}"].kind for part in ("fc1", "fc2")} == {Kind.Q8}
+        assert (model.layout.gate_kind, model.layout.down_kind) == (Kind.Q4, Kind.Q4)
 
 
 def test_text_comes_along(folder: Path) -> None:
@@ -305,6 +401,30 @@ def test_feed_forward_biases_are_refused(tiny_llama: Make, models: Path) -> None
     with pytest.raises(ModelError, match=r"feed-forward biases \(layers\.\d\.\w+\.bias\) are not supported yet$"):
         pack(tiny_llama(mlp_bias=True))
     assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "copy/model.safetensors", "copy/README.md"])
+def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path, models: Path, name: str) -> None:
+    """Nobody ever writes into it."""
+    shutil.copytree(folder, tmp_path / "copy")
+    pipe = tmp_path / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(ModelError, match=f"^{re.escape(str(pipe))} is a pipe or a device; "):
+        pack(pipe if pipe.suffix == ".gguf" else pipe.parent)
+    assert not models.exists()
+
+
+def test_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"model\.gguf is a pipe or a device; "):
+        pack(tmp_path / "model.gguf")
+
+
+def test_a_dangling_link_beside_the_model_is_ignored(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").symlink_to(tmp_path / "nothing")
+    assert pack(copy).exists()
 
 
 @pytest.mark.parametrize("path", ["missing.gguf", "missing"])

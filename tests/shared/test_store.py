@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.store import PackedModel, run_of
 from warmfront.shared.weights import Kind
 
@@ -92,6 +93,16 @@ def test_what_the_file_says(path: Path) -> None:
         assert [entry.nbytes for entry in model.entries.values()] == [320, 128, 12288, 12288]
 
 
+def test_spec_with_a_predictor(tmp_path: Path) -> None:
+    spec = replace(SPEC, predictor=Predictor(input="normed", activation="none", threshold=-0.25))
+    fields = fields_of()
+    fields["__metadata__"]["spec"] = spec.to_json()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes_of(fields))
+    with PackedModel(path) as model:
+        assert model.spec == spec
+
+
 def test_tensors(path: Path) -> None:
     with PackedModel(path) as model:
         for name, (_, values) in TENSORS.items():
@@ -168,6 +179,7 @@ def test_damaged_files(tmp_path: Path, data: bytes) -> None:
         ({"format": "warmfront-0"}, "format warmfront-0"),
         ({"spec": "{}"}, "rope_frequencies"),
         ({"spec": json.dumps(json.loads(SPEC.to_json()) | {"shoe_size": 44})}, "shoe_size"),
+        ({"spec": json.dumps(json.loads(SPEC.to_json()) | {"predictor": {"rank": 8}})}, "rank"),
         ({"kinds": json.dumps({"embed": 1, "gate": 3})}, "down"),
         ({"kinds": json.dumps({"embed": 9, "gate": 3, "down": 4})}, "9"),
         ({"kinds": "["}, ""),
