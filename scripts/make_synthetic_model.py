@@ -21,6 +21,7 @@ What makes the model behave like a sparse one:
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -579,7 +580,7 @@ def write_model(folder: Path, maker: Maker, formats: Sequence[str]) -> None:
             stack.callback(sink.close)
         needed, free = sum(sink.nbytes for sink in sinks), shutil.disk_usage(folder).free
         if needed > free:
-            raise OSError(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
         started = time.perf_counter()
         for name, values in maker.weights():
             for sink in sinks:
@@ -651,7 +652,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.chmod(0o755)
         os.rename(folder, wish.out)
     except OSError as error:
-        reason = error.strerror or (str(error) if "needed" in str(error) else "the disk did not take all of it")
+        reason = error.strerror or "the disk did not take all of it"  # numpy's has no text
         print(f"make_synthetic_model.py: cannot write {wish.out}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
