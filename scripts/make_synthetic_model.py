@@ -30,7 +30,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +247,7 @@ class Maker:
         rng = self._rng(WORDS)
         return [rng.permutation(np.arange(FIRST_WORD + k, self.shape.vocab, topics)) for k in range(topics)]
 
-    def _embeddings(self) -> Iterator[tuple[str, Tensor]]:
+    def _embeddings(self) -> Generator[tuple[str, Tensor], None, Tensor]:
         """Embedding and head; returns the sample texts' residual stream."""
         shape = self.shape
         values = self._normal(shape.vocab, shape.hidden, EMBED)
@@ -325,7 +325,7 @@ class Maker:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over the sample texts, [text, position, channel]."""
         size = self.shape.head_dim
-        q, k, v = (rows.unflatten(-1, (-1, size)).transpose(1, 2) for rows in (q, k, v))
+        q, k, v = (rows.view(*rows.shape[:2], -1, size).transpose(1, 2) for rows in (q, k, v))
         angles = torch.outer(
             torch.arange(q.shape[2], dtype=torch.float32), ROPE_BASE ** -(torch.arange(0, size, 2) / size)
         )
