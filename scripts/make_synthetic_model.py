@@ -641,6 +641,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the model; returns the exit code."""
     wish, shape = parse(arguments)
     started = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums, and with them the last bits, depend on how many there are
     folder = None
     try:
         # Next to its place, so that it gets there in one step and whole.
@@ -659,6 +661,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("make_synthetic_model.py: interrupted", file=sys.stderr)
         return 130
     finally:
+        torch.set_num_threads(threads)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     count = sum(math.prod(size) for name, size in shape.tensors() if name.rpartition(".")[2] not in PREDICTOR)
