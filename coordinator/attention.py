@@ -1,30 +1,34 @@
 """Positions, KV cache and causal attention of the compiled pass.
 
-One token: each head's scores are dot products with the cached keys, its output an axpy of each cached value. Several
-tokens: matrix products, with 16 tokens in the lanes and the query heads that share a key-value head as panels.
+One token: 16 dots with cached keys at a time, for all query heads that share them, then a sum of the cached values; the
+positions are split into chunks where the key-value heads do not divide evenly over the threads. Several tokens: matrix
+products, with 16 tokens in the lanes and the query heads that share a key-value head as panels.
 Cache rows are packed rows of float16 (float32 for float32 models), one per layer, head and position.
 """
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.linear import address_of
 from warmfront.coordinator.network import POSITION, TOKENS, Network, State
-from warmfront.shared.activation import exponentials, softmax_panel
+from warmfront.shared.activation import exponentials, highest_of, softmax_panel
 from warmfront.shared.atomics import floats_at, shorts_at
 from warmfront.shared.gemm import LANES, in_pairs, multiply_columns, multiply_rows, prepare
 from warmfront.shared.halves import to_half
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, share
+from warmfront.shared.kernels import share
+from warmfront.shared.rows import ROWS, add_rows, dot_rows
 from warmfront.shared.weights import Kind
 
-__all__ = ["attend_one", "attend_panels", "cache", "rotate"]
+__all__ = ["attend_one", "attend_panels", "cache", "join", "rotate"]
 
 # Positions whose values are widened at a time.
 _ROWS = 64
 _F16 = int(Kind.F16)
+Floats = npt.NDArray[np.float32]
 
 
 @kernel
@@ -75,34 +79,66 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
 
 @kernel
 def attend_one(net: Network, st: State, layer: int, member: int) -> None:
-    """Attention of one token over the cache: this thread's share of the heads."""
-    head_dim, position = net.head_dim, st.job[POSITION]
+    """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
+
+    Leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
+    """
+    head_dim, group = net.head_dim, net.heads // net.kv_heads
     padded = (head_dim + 31) // 32 * 32
-    query, mixed = np.zeros(padded, np.float32), np.empty(padded, np.float32)
-    query_at, mixed_at = address_of(query), address_of(mixed)
-    scores = st.scores[member]
     stride = padded * (2 if st.cache_kind == _F16 else 4)
-    low, high = share(net.heads, 1, member, st.members)
-    for head in range(low, high):
-        first_row = _cache_row(net, st, layer, head // (net.heads // net.kv_heads), 0)
-        keys_at, values_at = st.keys_at + first_row, st.values_at + first_row
-        for i in range(head_dim):
-            query[i] = st.qkv[head * head_dim + i] * net.score_scale
-        count = position + 1
-        highest = np.float32(-np.inf)
-        for p in range(count):
-            row_at = keys_at + p * stride
-            scores[p] = dot(st.cache_kind, row_at, query_at, 0, padded, row_at + AHEAD_BYTES)
-            highest = max(highest, scores[p])
-        rounded = (count + LANES - 1) // LANES * LANES
-        scores[count:rounded] = np.float32(-np.inf)
-        total = exponentials(address_of(scores), rounded, highest)
+    queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
+    scores_at, chance = address_of(st.scores[member]), st.scores[member]
+    low, high = share(net.kv_heads * st.chunks, 1, member, st.members)
+    for task in range(low, high):
+        kv_head, chunk = task // st.chunks, task % st.chunks
+        start, end = share(st.job[POSITION] + 1, ROWS, chunk, st.chunks)
+        count = (end - start + ROWS - 1) // ROWS * ROWS
+        first_row = _cache_row(net, st, layer, kv_head, start)
+        for head in range(group):
+            at = (kv_head * group + head) * head_dim
+            for i in range(head_dim):
+                queries[head, i] = st.qkv[at + i] * net.score_scale
+        for p in range(0, count, ROWS):
+            for head in range(group):
+                at = scores_at + (head * count + p) * 4
+                dot_rows(
+                    st.cache_kind, st.keys_at + first_row + p * stride, stride, address_of(queries[head]), padded, at
+                )
+        for head in range(group):
+            chance[head * count + end - start : (head + 1) * count] = np.float32(-np.inf)
+            at = scores_at + head * count * 4
+            number = kv_head * group + head
+            st.tops[chunk, number] = highest_of(at, count)
+            st.totals[chunk, number] = exponentials(at, count, st.tops[chunk, number])
         mixed[:] = 0
-        for p in range(count):
-            row_at = values_at + p * stride
-            axpy(st.cache_kind, scores[p], row_at, mixed_at, padded, row_at + AHEAD_BYTES)
-        for i in range(head_dim):
-            st.att[head * head_dim + i] = mixed[i] / total
+        for p in range(0, count, _ROWS):
+            some = min(_ROWS, count - p)
+            for head in range(group):
+                row_at, at = st.values_at + first_row + p * stride, scores_at + (head * count + p) * 4
+                add_rows(st.cache_kind, row_at, stride, at, some, address_of(mixed[head]), padded)
+        for head in range(group):
+            at = (kv_head * group + head) * head_dim
+            for i in range(head_dim):
+                st.partial[chunk, at + i] = mixed[head, i]
+
+
+@kernel
+def join(net: Network, st: State, out: Floats) -> None:
+    """The attention of one token [heads * head_dim], from the chunks; each thread does all of it for itself."""
+    for head in range(net.heads):
+        top = np.float32(-np.inf)
+        for chunk in range(st.chunks):
+            top = max(top, st.tops[chunk, head])
+        total = np.float32(0)
+        for chunk in range(st.chunks):
+            total += st.totals[chunk, head] * np.exp(st.tops[chunk, head] - top)
+        result = out[head * net.head_dim : (head + 1) * net.head_dim]
+        result[:] = 0
+        for chunk in range(st.chunks):
+            factor = np.exp(st.tops[chunk, head] - top) / total
+            part = st.partial[chunk, head * net.head_dim : (head + 1) * net.head_dim]
+            for i in range(net.head_dim):
+                result[i] += factor * part[i]
 
 
 @kernel

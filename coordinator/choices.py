@@ -27,15 +27,20 @@ def choose_gpu(config: EngineConfig) -> str | None:
 
 
 def choose_selector(config: EngineConfig, model: PackedModel) -> str:
-    """`exact` where it is lossless, else `all`."""
-    if config.selector == "auto":
-        return "exact" if model.spec.sparse else "all"
-    if config.selector == "exact" and not model.spec.sparse:
+    """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
+    spec, wish = model.spec, config.selector
+    if wish == "auto":
+        return "lowrank" if spec.predictor is not None else "exact" if spec.sparse else "all"
+    if wish in ("exact", "lowbit") and not spec.sparse:
         raise UsageError(
-            f"selector exact needs a ReLU-like model, {model.spec.name} uses {model.spec.activation}: "
-            "use --selector all"
+            f"selector {wish} needs a ReLU-like model, {spec.name} uses {spec.activation}: use --selector all"
         )
-    return config.selector
+    if wish == "lowrank" and spec.predictor is None:
+        raise UsageError(
+            f"selector lowrank needs predictors, {spec.name} has none: give it a predictor.safetensors, or use "
+            + ("--selector exact" if spec.sparse else "--selector all")
+        )
+    return wish
 
 
 def choose_context(config: EngineConfig, model: PackedModel) -> int:

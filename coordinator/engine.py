@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from warmfront.coordinator.choices import choose_context, choose_gpu, choose_sel
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import Placement, place
+from warmfront.coordinator.sample_text import SAMPLE_TEXT
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -38,6 +39,9 @@ from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
+if TYPE_CHECKING:
+    from warmfront.coordinator.lowbit import Lowbit
+
 __all__ = ["Engine"]
 
 # Tokens of one prefill job: 8 panels of 16.
@@ -46,6 +50,10 @@ LANES = 16
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
 _LOOK_S = 0.005
+# Of how many decoded tokens one has its selection measured.
+_MEASURE_EVERY = 64
+# Texts that a model writes itself to be calibrated on, and their tokens.
+_OWN_TEXTS, _OWN_TOKENS = 4, 48
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
@@ -69,6 +77,8 @@ class Engine:
         self.context = choose_context(config, model)
         self.stats = Stats()
         self._closed = False
+        self._decoded, self._measures = 0, False
+        self._lowbit: Lowbit | None = None
         self._cached: list[int] = []  # the tokens that the KV cache holds
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
@@ -97,6 +107,8 @@ class Engine:
         try:
             engine._start(cores, gpu, say)
             engine._wait(partial(progress, "loading"))
+            engine._calibrate(say)
+            engine._measures = config.measure
         except BaseException:
             engine.close()
             raise
@@ -122,12 +134,16 @@ class Engine:
         # The workers are starting by now; numba's import and compilation here run beside theirs.
         with hold_interrupts():
             from warmfront.coordinator.forward import serve_team
+            from warmfront.coordinator.lowbit import open_lowbit
             from warmfront.coordinator.team import Team
             from warmfront.shared.jit import cache_is_cold
 
         if cache_is_cold(serve_team):
             say("compiling kernels (first run only)")
-        self._team = Team(self.model, self._board, cores.coordinator, self.context)
+        if self.selector == "lowbit":
+            self._lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
+            self._closing.callback(self._lowbit.file.close)
+        self._team = Team(self.model, self._board, cores.coordinator, self.context, self.selector, self._lowbit)
         self._closing.callback(self._team.stop)
         self._team.start()
 
@@ -137,6 +153,45 @@ class Engine:
             parts = (self._team.progress(), self._supervisor.loaded)
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)
+
+    def _calibrate(self, say: Say) -> None:
+        """Find the thresholds of the low-bit copies, if nobody has yet: on sample text, prefilled densely."""
+        lowbit = self._lowbit
+        if lowbit is None or lowbit.calibrated:
+            return
+        from warmfront.coordinator.lowbit import calibrate
+
+        lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
+        say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
+        calibrate(lowbit, self.model, self.feed_forward_inputs(self._sample()))
+        self.reset()
+
+    def _sample(self) -> list[int]:
+        """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
+        if self.tokenizer.present:
+            ids = self.tokenizer.encode(SAMPLE_TEXT)[: self.context - 1]
+            if len(set(ids)) > len(ids) // 4:
+                return ids
+        sampling = Sampling(temperature=1.0, seed=0)
+        starts = np.random.default_rng(0).integers(self.model.spec.vocab, size=_OWN_TEXTS)
+        ids = []
+        for start in starts:
+            answer = self.generate([int(start)], max_new_tokens=_OWN_TOKENS, sampling=sampling)
+            ids += [int(start), *(token.id for token in answer)]
+        return ids
+
+    def feed_forward_inputs(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """What the feed-forward layers get, after their norm, for each token: float32 [layers, len(ids), hidden].
+
+        Only with the selector lowbit.
+        """
+        self.reset()
+        most, inputs = self._board.sizes.max_tokens, []
+        for at in range(0, len(ids), most):
+            some = list(ids[at : at + most])
+            self._run(some, False, capture=True)
+            inputs.append(self._team.captured(len(some)))
+        return np.concatenate(inputs, axis=1)
 
     def _make_plans(self, cores: CorePlan, hellos: Mapping[str, Hello]) -> dict[str, Plan]:
         """Place the neurons and tell each worker; called by the supervisor once all have said Hello."""
@@ -261,13 +316,15 @@ class Engine:
         return self._logits
 
     def _decode(self, token: int) -> npt.NDArray[np.float32]:
-        self._run([token], True)
+        measure = self._measures and self._decoded % _MEASURE_EVERY == 0
+        self._decoded += 1
+        self._run([token], True, measure=measure)
         return self._logits
 
-    def _run(self, tokens: list[int], want_logits: bool) -> None:
+    def _run(self, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False) -> None:
         self._check_open()
         self._supervisor.check()
-        if not self._team.run(tokens, len(self._cached), want_logits):
+        if not self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture):
             self._supervisor.wait_for_error()
         self._cached += tokens
 

@@ -6,7 +6,8 @@ another wrote. Per layer:
     norm -> q, k, v rows (split)   RoPE at once, k and v straight into the cache      | barrier
     attention (split by head)                                                         | barrier
     output projection rows (split)                                                    | barrier
-    x += projection; norm; member 0 posts the job on the board; all wait for the workers
+    x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
+    member 0 posts the job on the board; all wait for the workers
     x += each worker's part
 
 Every thread keeps its own x and repeats the small work on it (norm, additions): cheaper than two more barriers.
@@ -19,16 +20,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.attention import attend_one, attend_panels, cache, rotate
+from warmfront.coordinator.attention import attend_one, attend_panels, cache, join, rotate
 from warmfront.coordinator.linear import address_of, linear, normalise
 from warmfront.coordinator.network import (
     ATTN_NORM,
+    CAPTURE,
     FFN_NORM,
     K_BIAS,
+    MEASURE,
     OUT,
     OUT_BIAS,
     Q_BIAS,
     SEQUENCE,
+    STEPS,
     TOKENS,
     V_BIAS,
     WANT_LOGITS,
@@ -38,7 +42,8 @@ from warmfront.coordinator.network import (
     State,
     V,
 )
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at
+from warmfront.coordinator.predictor import predict
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, longs_at
 from warmfront.shared.board import LEAVE
 from warmfront.shared.gemm import LANES, panels_of
 from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
@@ -50,6 +55,7 @@ __all__ = ["serve_team"]
 Floats = npt.NDArray[np.float32]
 # A worker that takes longer than this for one layer is taken for lost.
 _WORKER_PATIENCE_NS = 120_000_000_000
+_START, _QKV, _ATTENTION, _OUTPUT, _PREDICTOR, _POST, _MERGE = range(len(STEPS))
 
 
 @kernel
@@ -99,6 +105,7 @@ def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lane
     st.order[0] = layer
     st.order[1] = st.job[TOKENS]
     st.order[2] = lanes
+    st.order[3] = st.job[MEASURE]
     announce(st.job_at, sequence)
 
 
@@ -114,6 +121,23 @@ def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
         for i in range(count):
             x[i] += y[i]
     return DONE
+
+
+@kernel
+def _note(st: State, layer: int, member: int, step: int) -> None:
+    """The first thread writes down when it came to the end of a step."""
+    if member == 0:
+        st.times[layer, step] = clock_ns()
+
+
+@kernel
+def _note_workers(st: State, layer: int, member: int) -> None:
+    """The first thread keeps when each worker began and ended its part of the layer."""
+    _note(st, layer, member, _MERGE)
+    if member == 0:
+        for worker in range(st.record_at.shape[0]):
+            record = carray(longs_at(st.record_at[worker]), (2,))
+            st.spans[layer, worker, 0], st.spans[layer, worker, 1] = record[0], record[1]
 
 
 @kernel
@@ -168,6 +192,7 @@ def forward(member: int, net: Network, st: State) -> int:
     low, high = share(hidden, 8, member, st.members)
     _embed(net, st, member, lanes)
     for layer in range(net.layers):
+        _note(st, layer, member, _START)
         normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes)
         _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes)
@@ -175,6 +200,7 @@ def forward(member: int, net: Network, st: State) -> int:
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
+        _note(st, layer, member, _QKV)
         if lanes == 1:
             attend_one(net, st, layer, member)
         else:
@@ -182,6 +208,11 @@ def forward(member: int, net: Network, st: State) -> int:
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
+        _note(st, layer, member, _ATTENTION)
+        attended = st.att
+        if lanes == 1:
+            attended = st.h[member]
+            join(net, st, attended)
         linear(
             net.kinds[layer, OUT],
             net.weights[layer, OUT],
@@ -189,7 +220,7 @@ def forward(member: int, net: Network, st: State) -> int:
             q_rows,
             low,
             high,
-            address_of(st.att),
+            address_of(attended),
             address_of(st.proj),
             hidden,
             panels,
@@ -203,12 +234,22 @@ def forward(member: int, net: Network, st: State) -> int:
         for i in range(count):
             x[i] += st.proj[i]
         normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        _note(st, layer, member, _OUTPUT)
+        if net.predicts and lanes == 1:
+            result = predict(net, st, layer, member)
+            if result != DONE:
+                return result
+        _note(st, layer, member, _PREDICTOR)
         sequence = st.job[SEQUENCE] + layer + 1
         if member == 0:
             _post(st, sequence, layer, h, count, lanes)
+            if st.job[CAPTURE] != 0:
+                st.captured[layer, :count] = h[:count]
+        _note(st, layer, member, _POST)
         result = _merge(st, sequence, x, count)
         if result != DONE:
             return result
+        _note_workers(st, layer, member)
     if st.job[WANT_LOGITS] != 0:
         _output(net, st, member, lanes)
     return DONE

@@ -2,17 +2,22 @@
 
 from typing import Any, NamedTuple
 
-__all__ = ["POSITION", "ROLES", "SEQUENCE", "TOKENS", "WANT_LOGITS", "Network", "State"]
+__all__ = ["CAPTURE", "MEASURE", "POSITION", "ROLES", "SEQUENCE", "STEPS", "TOKENS", "WANT_LOGITS", "Network", "State"]
 
 # Columns of Network.weights and Network.kinds.
-ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias")
-ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS = range(len(ROLES))
+ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias", "fc1", "fc2", "lowbit")
+ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, FC1, FC2, LOWBIT = range(len(ROLES))
 # Words of State.job.
-TOKENS, POSITION, WANT_LOGITS, SEQUENCE = range(4)
+TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE = range(6)
+# Columns of State.times: when the team's first thread was done with each part of a layer.
+STEPS = ("start", "qkv", "attention", "output", "predictor", "post", "merge")
 
 
 class Network(NamedTuple):
-    """Sizes and weights: int and float32 scalars, and int64 [layers, roles] addresses and weight types."""
+    """Sizes and weights: int and float32 scalars, and int64 [layers, roles] addresses and weight types.
+
+    The kind of a low-bit copy is its number of bits.
+    """
 
     layers: int
     hidden: int
@@ -32,6 +37,14 @@ class Network(NamedTuple):
     # float32 [context, head_dim / 2]
     cos: Any
     sin: Any
+    # Prediction: whether there is any; of its input; int64 [layers]; float32 [layers]; 0 where it is low-rank.
+    predicts: bool
+    groups: int
+    normed: bool
+    rectified: bool
+    ranks: Any
+    thresholds: Any
+    lowbit_stride: int
 
 
 class State(NamedTuple):
@@ -39,7 +52,10 @@ class State(NamedTuple):
 
     x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32, shared by the team;
     scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
-    keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`.
+    keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`. Attention to one token is
+    split into `chunks` of the positions: partial [chunks, heads * head_dim], tops and totals [chunks, heads]. inner:
+    float32 [rank]; mask: uint32 [groups] on the board; captured: float32 [layers, max_tokens * hidden] or empty; times:
+    int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
     """
 
     members: int
@@ -53,9 +69,17 @@ class State(NamedTuple):
     proj: Any
     scores: Any
     chances: Any
+    chunks: int
+    partial: Any
+    tops: Any
+    totals: Any
     scratch: Any
     prepared: Any
     logits: Any
+    inner: Any
+    captured: Any
+    times: Any
+    spans: Any
     keys_at: int
     values_at: int
     cache_kind: int
@@ -68,8 +92,10 @@ class State(NamedTuple):
     job_at: int
     order: Any
     board_x: Any
-    # int64 [workers]: addresses of the done line and of y of each.
+    mask: Any
+    # int64 [workers]: addresses of the done line, of the record and of y of each.
     done_at: Any
+    record_at: Any
     y_at: Any
     barrier_spins: int
     worker_spins: int

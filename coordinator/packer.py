@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,27 @@ import numpy.typing as npt
 from warmfront.coordinator.source import Source, model_files, open_source, padded
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError
+from warmfront.shared.model import ModelSpec
 from warmfront.shared.paths import cache_root
 from warmfront.shared.store import FORMAT
 from warmfront.shared.weights import Kind, row_bytes
 
-__all__ = ["PackingPlan", "ensure_packed"]
+__all__ = [
+    "PackingPlan",
+    "Shapes",
+    "ensure_packed",
+    "locked",
+    "packed_header",
+    "published",
+    "tensor_bytes",
+    "write_tensors",
+]
 
 MATRICES = ("q", "k", "v", "o")
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
+# Of the packed file's tensors, by name: element type as safetensors calls it, and shape.
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
@@ -46,12 +58,12 @@ def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: 
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, say):
+        with locked(folder, say):
             if not target.exists():
                 source = open_source(path)
                 for note in source.notes:
                     say(note)
-                with _published(target) as fd:
+                with published(target) as fd:
                     _write(fd, source, dtype, progress)
     except OSError as error:
         raise ResourceError(
@@ -77,7 +89,8 @@ def _fingerprint(path: Path, dtype: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Only one process at a time packs into `folder`."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
@@ -91,7 +104,7 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _published(target: Path) -> Iterator[int]:
+def published(target: Path) -> Iterator[int]:
     """A file descriptor whose file appears as `target` when the block ends well, and never else."""
     partial = target.with_suffix(".partial")
     try:
@@ -119,13 +132,18 @@ def _published(target: Path) -> Iterator[int]:
 
 def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
     plan = PackingPlan(source, dtype)
-    header = plan.header()
-    total = len(header) + plan.nbytes
+    write_tensors(fd, plan.header(), map(plan.data, plan.shapes), plan.nbytes, progress)
+
+
+def write_tensors(
+    fd: int, header: bytes, tensors: Iterable[npt.NDArray[Any]], nbytes: int, progress: Progress = lambda *_: None
+) -> None:
+    """Write a whole file: the header, then the tensors, `nbytes` in all, one after the other."""
+    total = len(header) + nbytes
     os.posix_fallocate(fd, 0, total)
     _write_all(fd, header, 0)
     done = len(header)
-    for name in plan.shapes:
-        data = plan.data(name)
+    for data in tensors:
         _write_all(fd, data.reshape(-1).view(np.uint8).data, done)
         done += data.nbytes
         progress(done, total)
@@ -136,6 +154,25 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(fd, view[: 1 << 30], offset)
         view, offset = view[count:], offset + count
+
+
+def tensor_bytes(element: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of the packed file."""
+    return int(np.prod(shape)) * (4 if element == "F32" else 1)
+
+
+def packed_header(spec: ModelSpec, kinds: Mapping[str, int], text: Mapping[str, Any], shapes: Shapes) -> bytes:
+    """The safetensors header: length, then JSON padded to 8 bytes."""
+    metadata = {"format": FORMAT, "spec": spec.to_json(), "kinds": json.dumps(kinds), "text": json.dumps(text)}
+    fields: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (element, shape) in shapes.items():
+        end = offset + tensor_bytes(element, shape)
+        fields[name] = {"dtype": element, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    body = json.dumps(fields).encode()
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body
 
 
 class PackingPlan:
@@ -157,7 +194,7 @@ class PackingPlan:
             down = down if (wanted, down) == (Kind.Q4, Kind.Q4C) else wanted  # 4 bits already, without rounding anew
         self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
         self.kinds: dict[str, Kind] = {}
-        self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.shapes: Shapes = {}
         matrices = ["embed", *(["head"] if "head" in self.names else [])]
         matrices += [f"layers.{i}.{part}" for i in layers for part in MATRICES]
         for name in matrices:
@@ -187,36 +224,22 @@ class PackingPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(self.size(name) for name in self.shapes)
 
     def size(self, name: str) -> int:
         """Bytes of one tensor of the packed file."""
-        element, shape = self.shapes[name]
-        return int(np.prod(shape)) * (4 if element == "F32" else 1)
+        return tensor_bytes(*self.shapes[name])
 
     def header(self) -> bytes:
-        """The safetensors header: length, then JSON padded to 8 bytes."""
+        """The head of the packed file."""
         kinds = {name: int(kind) for name, kind in self.kinds.items()}
         kinds |= {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
         tokenizer = self.source.tokenizer
         text: dict[str, Any] = {}
         if tokenizer is not None:
             text = {field: value for field, value in asdict(tokenizer).items() if field != "json"}
-        metadata = {
-            "format": FORMAT,
-            "spec": self.source.spec.to_json(),
-            "kinds": json.dumps(kinds),
-            "text": json.dumps(text),
-        }
-        fields: dict[str, Any] = {"__metadata__": metadata}
-        offset = 0
-        for name, (element, shape) in self.shapes.items():
-            end = offset + self.size(name)
-            fields[name] = {"dtype": element, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        body = json.dumps(fields).encode()
-        body += b" " * (-len(body) % 8)
-        return struct.pack("<Q", len(body)) + body
+        return packed_header(self.source.spec, kinds, text, self.shapes)
 
     def data(self, name: str) -> npt.NDArray[Any]:
         """The bytes of one tensor of the packed file."""

@@ -1,5 +1,6 @@
 """The coordinator's team of resident threads: holds the attention weights and the KV cache, runs `forward`."""
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -8,14 +9,30 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.forward import serve_team
-from warmfront.coordinator.network import POSITION, ROLES, SEQUENCE, TOKENS, WANT_LOGITS, Network, State
+from warmfront.coordinator.lowbit import Lowbit
+from warmfront.coordinator.network import (
+    CAPTURE,
+    LOWBIT,
+    MEASURE,
+    POSITION,
+    ROLES,
+    SEQUENCE,
+    STEPS,
+    TOKENS,
+    WANT_LOGITS,
+    Network,
+    State,
+)
 from warmfront.shared.board import Board
+from warmfront.shared.config import PREDICTING
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
+from warmfront.shared.lowbit import lowbit_bytes
 from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.model import Predictor
 from warmfront.shared.process import pin, set_name
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
@@ -32,7 +49,7 @@ def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
     spec = model.spec
     kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
     padded = -(-spec.head_dim // 32) * 32
-    rows = spec.layers * spec.kv_heads * context + LANES  # the last head is read in eights of positions
+    rows = spec.layers * spec.kv_heads * context + LANES  # the last head is read in sixteens of positions
     return kind, rows * padded * (4 if kind == Kind.F32 else 2)
 
 
@@ -44,8 +61,11 @@ def cache_bytes(model: PackedModel, context: int) -> int:
 class Team:
     """Runs tokens through the model. Make it, `start()` it, wait for `ready()`, then `run()` jobs one at a time."""
 
-    def __init__(self, model: PackedModel, board: Board, cpus: Sequence[int], context: int) -> None:
+    def __init__(
+        self, model: PackedModel, board: Board, cpus: Sequence[int], context: int, selector: str, lowbit: Lowbit | None
+    ) -> None:
         self._model, self._board, self._cpus, self._context = model, board, cpus, context
+        self._selector, self._lowbit = selector, lowbit
         self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
         self._loaded = 0
         self._weights, self._at = self._allocate()
@@ -65,38 +85,50 @@ class Team:
         """Bytes of the weights that the coordinator holds."""
         return self._weights.nbytes
 
-    def _names(self) -> list[str]:
-        """The tensors that the coordinator keeps: everything but the feed-forward bundles."""
-        return [n for n in self._model.entries if not n.endswith(".ffn") and n != "tokenizer"]
+    def _files(self) -> dict[str, PackedModel]:
+        """The tensors that the coordinator keeps, and where to find them: all but the bundles and idle predictors."""
+        idle = (".ffn",) if self._selector == "lowrank" else (".ffn", ".fc1", ".fc2")
+        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n != "tokenizer"}
+        if self._lowbit is not None:
+            files |= dict.fromkeys(self._lowbit.file.entries, self._lowbit.file)
+        return files
 
     def _allocate(self) -> tuple[npt.NDArray[np.uint8], dict[str, int]]:
         offsets, total = {}, 0
-        for name in self._names():
+        for name, file in self._files().items():
             offsets[name] = total
-            total += -(-self._model.entries[name].nbytes // _ALIGN) * _ALIGN
+            total += -(-file.entries[name].nbytes // _ALIGN) * _ALIGN
         weights = anonymous(total)
         return weights, {name: address(weights) + offset for name, offset in offsets.items()}
 
     def _fill(self, member: int) -> None:
         """Read the tensors that start in this thread's share of the memory."""
         low, high = (len(self._weights) * i // len(self._cpus) for i in (member, member + 1))
-        for name, at in self._at.items():
-            start, size = at - address(self._weights), self._model.entries[name].nbytes
+        for name, file in self._files().items():
+            start, size = self._at[name] - address(self._weights), file.entries[name].nbytes
             if low <= start < high:
-                self._model.read_into(name, self._weights[start : start + size])
+                file.read_into(name, self._weights[start : start + size])
                 self._loaded += size
         collapse(self._weights[low:high])
 
     def _describe(self) -> Network:
-        spec, at = self._model.spec, self._at
+        spec, at, files = self._model.spec, self._at, self._files()
         weights = np.zeros((spec.layers, len(ROLES)), np.int64)
         kinds = np.zeros((spec.layers, len(ROLES)), np.int64)
+        ranks = np.zeros(spec.layers, np.int64)
         for layer in range(spec.layers):
             for column, role in enumerate(ROLES):
                 name = f"layers.{layer}.{role}"
                 if name in at:
                     weights[layer, column] = at[name]
-                    kinds[layer, column] = self._model.entries[name].kind or 0
+                    kinds[layer, column] = files[name].entries[name].kind or 0
+                    if role == "fc1":
+                        ranks[layer] = files[name].entries[name].shape[0]
+        predictor, lowbit = spec.predictor or Predictor(), self._lowbit
+        thresholds = np.full(spec.layers, predictor.threshold, np.float32)
+        if lowbit is not None:
+            kinds[:, LOWBIT] = lowbit.bits
+            thresholds = lowbit.thresholds
         angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
         head = "head" if "head" in at else "embed"
         return Network(
@@ -117,6 +149,13 @@ class Team:
             norm=at["norm"],
             cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
             sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
+            predicts=self._selector in PREDICTING,
+            groups=self._model.layout.groups,
+            normed=predictor.input == "normed",
+            rectified=predictor.activation == "relu",
+            ranks=ranks,
+            thresholds=thresholds,
+            lowbit_stride=lowbit_bytes(lowbit.bits, spec.hidden) if lowbit is not None else 0,
         )
 
     def _prepare(self) -> State:
@@ -126,7 +165,11 @@ class Team:
         lines = address(self._lines)
         widest = max(spec.hidden, width)
         scores = spec.heads // spec.kv_heads * (self._context + LANES) * LANES
-        prepared = max(quantised_bytes(widest), 2 * most * widest)
+        rank = int(self._network.ranks.max())
+        prepared = max(quantised_bytes(max(widest, rank)), 2 * most * widest)
+        # As many chunks of the positions as make the key-value heads divide evenly over the threads.
+        chunks = members // math.gcd(members, spec.kv_heads)
+        captured = (spec.layers, most * spec.hidden) if self._lowbit is not None else (0, 0)
 
         def floats(*shape: int) -> npt.NDArray[np.float32]:
             return np.zeros(shape, np.float32)
@@ -137,15 +180,23 @@ class Team:
             tokens=np.zeros(most, np.int64),
             status=np.zeros(members, np.int64),
             x=floats(members, most * spec.hidden),
-            h=floats(members, most * spec.hidden),
+            h=floats(members, most * widest),
             qkv=floats(most * (width + 2 * spec.kv_heads * spec.head_dim)),
             att=floats(most * width),
             proj=floats(most * spec.hidden),
             scores=floats(members, scores),
             chances=floats(members, scores // 2),
+            chunks=chunks,
+            partial=floats(chunks, width),
+            tops=floats(chunks, spec.heads),
+            totals=floats(chunks, spec.heads),
             scratch=floats(members, 8 * max(spec.hidden, width)),
             prepared=np.zeros((members, prepared), np.uint8),
             logits=self.logits,
+            inner=floats(rank),
+            captured=floats(*captured),
+            times=np.zeros((spec.layers, len(STEPS)), np.int64),
+            spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
             keys_at=address(self._keys),
             values_at=address(self._values),
             cache_kind=int(self._kind),
@@ -157,7 +208,9 @@ class Team:
             job_at=address(board.job),
             order=board.order,
             board_x=board.x,
+            mask=board.mask,
             done_at=np.array([address(line) for line in board.done], np.int64),
+            record_at=np.array([address(record) for record in board.record], np.int64),
             y_at=np.array([address(y) for y in board.y], np.int64),
             barrier_spins=BARRIER_SPINS,
             worker_spins=HANDOFF_SPINS,
@@ -189,12 +242,16 @@ class Team:
             raise self._errors[0]
         return all(serving.is_set() for serving in self._serving)
 
-    def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> bool:
+    def run(
+        self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+    ) -> bool:
         """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
 
+        `measure`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
         Returns False if the board was aborted. A KeyboardInterrupt waits for the job to end before it goes on.
         """
         self._state.tokens[: len(tokens)] = tokens
+        self._state.job[MEASURE], self._state.job[CAPTURE] = measure, capture
         self._post(len(tokens), position, want_logits)
         interrupt: KeyboardInterrupt | None = None
         while True:
@@ -208,6 +265,14 @@ class Team:
         if result == DONE and LATE in self._state.status:
             raise WorkerError("a worker did not answer for two minutes")
         return bool(result == DONE)
+
+    def captured(self, tokens: int) -> npt.NDArray[np.float32]:
+        """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
+        layers, hidden = self._model.spec.layers, self._model.spec.hidden
+        lanes = 1 if tokens == 1 else LANES
+        panels = -(-tokens // lanes)
+        wide = self._state.captured[:, : panels * hidden * lanes].reshape(layers, panels, hidden, lanes)
+        return np.ascontiguousarray(wide.swapaxes(2, 3).reshape(layers, -1, hidden)[:, :tokens])
 
     def _post(self, tokens: int, position: int, want_logits: bool) -> None:
         job, state = self._state.job, self._state

@@ -23,6 +23,11 @@ class Tokenizer:
             self._fast = FastTokenizer.from_str(model.bytes_of("tokenizer").tobytes().decode())
 
     @property
+    def present(self) -> bool:
+        """Whether text can be encoded."""
+        return self._fast is not None
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return frozenset(self._text.get("eos_ids", ()))

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, NEURONS, Worker, serve
+from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, MEASURED, NEURONS, Worker, serve
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
+from warmfront.shared.config import PREDICTING
 from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
 from warmfront.shared.jit import compile_for
@@ -39,7 +40,7 @@ class CpuWorker:
         slot[home] = np.arange(np.count_nonzero(home))
         self._places = np.argwhere(home)
         self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes)
-        self._load = np.zeros((sizes.layers, 4), np.int64)
+        self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = np.zeros(3 * LINE // 8 + 16, np.int64)
         lines_at = -(-address(self._lines) // LINE) * LINE
@@ -48,12 +49,17 @@ class CpuWorker:
             me=plan.index,
             threads=threads,
             exact=plan.selector == "exact",
+            predicted=plan.selector in PREDICTING,
+            skip=plan.selector in PREDICTING and spec.sparse,
             bundles=bundles_at(address(self._weights), layout, ACTIVATIONS.index(spec.activation)),
             gate_row_bytes=layout.gate_row_bytes,
             down_row_bytes=layout.down_row_bytes,
             slot=slot,
             owner=board.owner,
             owned=np.zeros((threads, sizes.groups), np.int32),
+            mask=board.mask,
+            words=np.zeros((threads, sizes.groups), np.uint32),
+            listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
             gates=np.zeros((threads, neurons), np.float32),
             opened=np.zeros((threads, neurons), np.int32),
             opened_count=np.zeros((threads, 16), np.int64),
@@ -120,7 +126,7 @@ class CpuWorker:
         """Work on single tokens so far, by layer."""
         load: npt.NDArray[np.int64] = self._load.copy()
         columns = [load[:, column].tolist() for column in (BUSY_NS, NEURONS, BYTES)]
-        return LoadReport(int(load[:, JOBS].sum()), *columns)
+        return LoadReport(int(load[:, JOBS].sum()), *columns, load[:, MEASURED:].sum(0).tolist())
 
     def stop(self) -> None:
         """Join the threads; the board has been aborted."""

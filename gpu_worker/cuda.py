@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker import launch
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger, ensure_fits
-from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.gpu_worker.device import Bytes, Floats, Ledger, Words, ensure_fits
+from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 
 __all__ = ["CudaDevice"]
@@ -89,7 +89,9 @@ class CudaDevice:
                 self._upload(self._memory["slots"].ptr + (first_slot + start) * size, staging[: len(part) * size])
                 staged.record(self._stream)
 
-    def execute(self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats) -> tuple[int, int]:
+    def execute(
+        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+    ) -> tuple[int, int]:
         tokens, groups = len(x), len(slots)
         if groups == 0:
             out[:] = 0
@@ -97,12 +99,14 @@ class CudaDevice:
         at, pinned = self._offsets, self._pinned
         row = 4 * tokens * self._layout.hidden
         pinned[at.ids : at.ids + 4 * groups].view(np.int32)[:] = slots
+        words = pinned[at.mask : at.mask + 4 * groups].view(np.uint32)
+        words[:] = 0xFFFFFFFF if mask is None else mask
         pinned[at.x : at.x + row].view(np.float32).reshape(x.shape)[:] = x
         pinned[at.active : at.active + 8] = 0
         with self._guard("compute on"), self._card:
             base = self._memory["activations"].ptr
             self._begin.record(self._stream)
-            # ids, x; then the zeroed counter.
+            # ids, mask, x; then the zeroed counter.
             self._upload(base + at.ids, pinned[at.ids : at.x + row])
             self._upload(base + at.active, pinned[at.active : at.active + 8])
             self._launch(groups, tokens, sparse)
@@ -112,7 +116,7 @@ class CudaDevice:
             busy = round(self._cuda.get_elapsed_time(self._begin, self._end) * 1e6)
         out[:] = pinned[at.out : at.out + row].view(np.float32).reshape(out.shape)
         active = int(pinned[at.active : at.active + 8].view(np.uint64)[0])
-        return active if sparse else groups * GROUP * tokens, busy
+        return active if sparse else int(np.unpackbits(words.view(np.uint8)).sum()) * tokens, busy
 
     def close(self) -> None:
         self._memory = {}
@@ -120,11 +124,13 @@ class CudaDevice:
     def _launch(self, groups: int, tokens: int, sparse: bool) -> None:
         grids = launch.grids(self._layout, groups, tokens)
         at, base = self._offsets, self._memory["activations"].ptr
-        slots, ids, x = (np.uint64(p) for p in (self._memory["slots"].ptr, base + at.ids, base + at.x))
+        slots, ids = np.uint64(self._memory["slots"].ptr), np.uint64(base + at.ids)
+        mask, x = np.uint64(base + at.mask), np.uint64(base + at.x)
         h, active, out = (np.uint64(base + offset) for offset in (at.h, at.active, at.out))
         partials = np.uint64(self._memory["partials"].ptr) if grids.segments > 1 else out
         n, t = np.int32(groups), np.int32(tokens)
-        self._gate_up(grids.gate_up, _BLOCK, (slots, ids, n, x, t, np.int32(sparse), h, active), stream=self._stream)
+        arguments = (slots, ids, mask, n, x, t, np.int32(sparse), h, active)
+        self._gate_up(grids.gate_up, _BLOCK, arguments, stream=self._stream)
         self._down(grids.down, _BLOCK, (slots, ids, n, h, partials), stream=self._stream)
         if grids.segments > 1:
             length = np.int32(tokens * self._layout.hidden)

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["Bytes", "Device", "Floats", "Ledger", "ensure_fits", "open_device"]
+__all__ = ["Bytes", "Device", "Floats", "Ledger", "Words", "ensure_fits", "open_device"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint32]
 # Bytes of device memory by purpose: "slots", "activations", "partials".
 Ledger = dict[str, int]
 
@@ -49,13 +50,15 @@ class Device(Protocol):
     def store_many(self, first_slot: int, groups: Bytes) -> None:
         """Copy groups, uint8 [n, group_bytes], into slots first_slot, first_slot + 1, ..."""
 
-    def execute(self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats) -> tuple[int, int]:
+    def execute(
+        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+    ) -> tuple[int, int]:
         """Set `out` [tokens, hidden] to the sum over the neurons of `slots` of their outputs for `x` [tokens, hidden].
 
         At most one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate is not positive
-        contribute nothing and their up rows are not read. Returns (neurons computed, summed over the tokens: those
-        whose gate passed if sparse, else all, padding included; nanoseconds from
-        the first copy to the device to the last one back). For the same
+        contribute nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose
+        bits are 0. Returns (neurons computed, summed over the tokens: those whose gate passed if sparse, else all of
+        the mask, padding included; nanoseconds from the first copy to the device to the last one back). For the same
         slots in the same order the result is the same to the bit.
         """
 

@@ -1,6 +1,6 @@
 // Feed-forward of the neurons that rest in slots of device memory, in three kernels:
 //
-//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 where a sparse gate is closed
+//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 where the mask has no bit or a sparse gate is closed
 //   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
 //   reduce   out[token][column] = sum over segments
 //
@@ -147,11 +147,11 @@ __device__ __forceinline__ float activate(float gate) {
 }
 
 // One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
-// slots [slot][GROUP_BYTES], ids [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
+// slots [slot][GROUP_BYTES], ids [groups], mask [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
 // active += the (neuron, token) pairs computed, counted when sparse.
-extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
-                                   const float* __restrict__ x, int tokens, int sparse, float* __restrict__ h,
-                                   unsigned long long* active) {
+extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __restrict__ ids,
+                                   const unsigned* __restrict__ mask, int groups, const float* __restrict__ x,
+                                   int tokens, int sparse, float* __restrict__ h, unsigned long long* active) {
     const int lane = threadIdx.x % 32;
     const int job = static_cast<int>(blockIdx.x) * WARPS + static_cast<int>(threadIdx.x) / 32;
     if (job >= groups * GROUP * tokens) return;
@@ -159,11 +159,13 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     const byte* group = slots + static_cast<long long>(ids[neuron / GROUP]) * GROUP_BYTES;
     const byte* bundle = group + neuron % GROUP * BUNDLE_BYTES;
     const float* input = x + static_cast<long long>(token) * HIDDEN;
-    const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
     float value = 0;
-    if (!sparse || !(gate <= 0)) {  // a NaN passes, to be seen in the output
-        value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
-        if (sparse && lane == 0) atomicAdd(active, 1ull);
+    if (mask[neuron / GROUP] >> neuron % GROUP & 1) {
+        const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
+        if (!sparse || !(gate <= 0)) {  // a NaN passes, to be seen in the output
+            value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
+            if (sparse && lane == 0) atomicAdd(active, 1ull);
+        }
     }
     if (lane == 0) h[static_cast<long long>(token) * groups * GROUP + neuron] = value;
 }

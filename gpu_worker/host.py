@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger, ensure_fits
+from warmfront.gpu_worker.device import Bytes, Floats, Ledger, Words, ensure_fits
 from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.ffn import bundles_at, dense, dense_groups, open_gates, open_neurons, scratch_floats
+from warmfront.shared.ffn import bundles_at, dense_groups, list_masked, listed_neurons, scratch_floats
 from warmfront.shared.gemm import LANES
 from warmfront.shared.kernels import quantise, quantised_bytes
 from warmfront.shared.memory import address, anonymous
@@ -40,8 +40,8 @@ class HostDevice:
             "slots": slots * layout.group_bytes,
             # x and the sums, in panels.
             "activations": 2 * 4 * panels * LANES * layout.hidden,
-            # Open gates and their neurons; x quantised; widened rows and the like.
-            "partials": 8 * layout.groups * GROUP
+            # The neurons to compute; x quantised; widened rows and the like.
+            "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
             + 4 * scratch_floats(layout.hidden, max_tokens),
         }
@@ -55,9 +55,8 @@ class HostDevice:
         self._x, self._sums = np.split(floats, 2)
         partials = self._memory["partials"]
         neurons = layout.groups * GROUP
-        self._gates = partials[: 4 * neurons].view(np.float32)
-        self._opened = partials[4 * neurons : 8 * neurons].view(np.int32)
-        self._quantised_at = address(partials[8 * neurons :])
+        self._listed = partials[: 4 * neurons].view(np.int32)
+        self._quantised_at = address(partials[4 * neurons :])
         self._scratch_at = self._quantised_at + quantised_bytes(layout.hidden)
         self._bundles = bundles_at(address(self._memory["slots"]), layout, activation)
 
@@ -72,23 +71,23 @@ class HostDevice:
         start = first_slot * size
         self._memory["slots"][start : start + groups.nbytes] = groups.reshape(-1)
 
-    def execute(self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats) -> tuple[int, int]:
+    def execute(
+        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+    ) -> tuple[int, int]:
         start = time.perf_counter_ns()
-        tokens, hidden, neurons = len(x), self._layout.hidden, len(slots) * GROUP
+        tokens, hidden = len(x), self._layout.hidden
         b, x_at, sums_at = self._bundles, address(self._x), address(self._sums)
         self._sums[:] = 0
-        if sparse or tokens == 1:
+        if sparse or mask is not None or tokens == 1:
+            words = np.full(len(slots), 0xFFFFFFFF, np.uint32) if mask is None else mask
+            count = list_masked(words, len(slots), self._listed)
             computed = 0
             for token in range(tokens):
                 self._x[:hidden], self._sums[:hidden] = x[token], 0
                 q_at = quantise(x_at, self._quantised_at, hidden)
-                if sparse:
-                    count = open_gates(b, slots, 0, neurons, x_at, q_at, self._gates, self._opened)
-                    open_neurons(b, slots, self._gates, self._opened, 0, count, x_at, q_at, sums_at, self._scratch_at)
-                    computed += count
-                else:
-                    dense(b, slots, 0, neurons, x_at, q_at, sums_at, self._scratch_at)
-                    computed += neurons
+                computed += listed_neurons(
+                    b, slots, self._listed, 0, count, sparse, x_at, q_at, sums_at, self._scratch_at
+                )
                 out[token] = self._sums[:hidden]
         else:
             panels = -(-tokens // LANES)
@@ -99,7 +98,7 @@ class HostDevice:
             dense_groups(b, slots, 0, len(slots), x_at, panels, sums_at, self._scratch_at)
             wide = self._sums[:size].reshape(panels, hidden, LANES).transpose(0, 2, 1).reshape(-1, hidden)
             out[:] = wide[:tokens]
-            computed = neurons * tokens
+            computed = len(slots) * GROUP * tokens
         return computed, time.perf_counter_ns() - start
 
     def close(self) -> None:

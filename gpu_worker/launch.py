@@ -2,7 +2,8 @@
 
 The workspace is one block of device memory, each part on a 256-byte boundary:
 
-    ids    i32 [max_groups]              `-. one copy to the device
+    ids    i32 [max_groups]              `.
+    mask   u32 [max_groups]                | one copy to the device
     x      f32 [max_tokens, hidden]       -'
     active u64                           `-. one copy back
     out    f32 [max_tokens, hidden]       -'
@@ -42,6 +43,7 @@ class Workspace(NamedTuple):
     """Offsets in bytes, and the total."""
 
     ids: int
+    mask: int
     x: int
     active: int
     out: int
@@ -90,7 +92,7 @@ def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
 def workspace(layout: BundleLayout, max_groups: int, max_tokens: int) -> Workspace:
     """Where the parts of the workspace lie for launches of up to `max_groups` groups."""
     row = 4 * max_tokens * layout.hidden
-    sizes = (4 * max_groups, row, _ALIGNMENT, row, 4 * max_tokens * max_groups * GROUP)
+    sizes = (4 * max_groups, 4 * max_groups, row, _ALIGNMENT, row, 4 * max_tokens * max_groups * GROUP)
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)

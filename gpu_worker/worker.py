@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from warmfront.gpu_worker.device import Device, Floats
 from warmfront.shared.board import LEAVE, Board
+from warmfront.shared.config import PREDICTING
 from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
 from warmfront.shared.memory import address
@@ -39,6 +40,7 @@ class GpuWorker:
         self._slot[owned] = np.arange(len(self._places))
         self._busy = np.zeros((sizes.layers, 3), np.int64)
         self._jobs = 0
+        self._measured = np.zeros(4, np.int64)
         self._loaded = 0
         self._total = len(self._places)
         self._error: BaseException | None = None
@@ -49,7 +51,7 @@ class GpuWorker:
     def _live(self) -> None:
         try:
             with PackedModel(Path(self._plan.model)) as model:
-                self._layout = model.layout
+                self._layout, self._skips = model.layout, model.spec.sparse
                 self._fill(model)
             self._serving.set()
             self._serve()
@@ -84,7 +86,7 @@ class GpuWorker:
             while result == LATE:
                 deadline = time.monotonic_ns() + _LOOK_UP_NS
                 result = await_sequence(job_at, sequence, abort_at, HANDOFF_SPINS, deadline)
-            layer, tokens, lanes = (int(v) for v in board.order)
+            layer, tokens, lanes = (int(v) for v in board.order[:3])
             if result != DONE or layer == LEAVE:
                 return
             started = time.monotonic_ns()
@@ -96,10 +98,18 @@ class GpuWorker:
     def _execute(self, layer: int, tokens: int, lanes: int) -> int:
         """Compute the owned groups of `layer` for the board's x into this worker's y."""
         board, hidden = self._board, self._board.sizes.hidden
-        slots = self._slot[layer][board.owner[layer] == self._plan.index]
+        owned = board.owner[layer] == self._plan.index
+        slots = self._slot[layer][owned]
         x, y = board.x, board.y[self._plan.index]
         if lanes == 1:
-            neurons, _ = self._device.execute(slots, x[None, :hidden], self._plan.selector == "exact", y[None, :hidden])
+            predicted = self._plan.selector in PREDICTING
+            sparse = self._plan.selector == "exact" or (predicted and self._skips)
+            mask = board.mask[owned] if predicted else None
+            one = x[None, :hidden]
+            neurons, _ = self._device.execute(slots, one, sparse, y[None, :hidden], mask)
+            if board.order[3] != 0 and mask is not None:
+                fired, _ = self._device.execute(slots, one, True, np.empty_like(one))
+                self._measured += (1, int(np.unpackbits(mask.view(np.uint8)).sum()), fired, neurons)
             return neurons
         out = np.zeros((-(-tokens // LANES) * LANES, hidden), np.float32)
         neurons, _ = self._device.execute(slots, _from_panels(x, tokens, hidden), False, out[:tokens])
@@ -127,7 +137,7 @@ class GpuWorker:
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
         load: npt.NDArray[np.int64] = self._busy.copy()
-        return LoadReport(self._jobs, *(load[:, column].tolist() for column in range(3)))
+        return LoadReport(self._jobs, *(load[:, column].tolist() for column in range(3)), self._measured.tolist())
 
     def stop(self) -> None:
         """Join the thread; the board has been aborted."""

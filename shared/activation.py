@@ -13,9 +13,9 @@ from warmfront.shared import simd
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.jit import kernel
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.simd import I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
+from warmfront.shared.simd import FLOAT, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
 
-__all__ = ["activate", "activate_times", "exponentials", "softmax_panel"]
+__all__ = ["activate", "activate_times", "exponentials", "highest_of", "softmax_panel"]
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
@@ -56,6 +56,21 @@ def exponentials(context, values, count, highest):
         return simd.total(b, b.load(sums))
 
     return types.float32(types.int64, types.int64, types.float32), build
+
+
+@intrinsic
+def highest_of(context, values, count):
+    """The highest of `count` floats, a multiple of 16."""
+
+    def build(context, b, _signature, arguments):
+        values, count = arguments
+        highest = cgutils.alloca_once_value(b, _every(-3e38))
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            row = load(b, values, b.mul(loop.index, long(64)), V16)
+            b.store(call(b, "llvm.maxnum.v16f32", V16, row, b.load(highest)), highest)
+        return call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, b.load(highest))
+
+    return types.float32(types.int64, types.int64), build
 
 
 @intrinsic

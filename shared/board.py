@@ -8,10 +8,13 @@
     256         ├──────────────────────────────────────────────────────────────┤
                 │ job      a handoff line: sequence, sleepers                  │
     384         ├──────────────────────────────────────────────────────────────┤
-                │ order    layer (-1: leave the loop), tokens, lanes           │
+                │ order    layer (-1: leave the loop), tokens, lanes, measure  │
     512         ├──────────────────────────────────────────────────────────────┤
                 │ owner    uint8 [layers, groups]: index of the worker that    │
                 │          computes the group; padded to 128                   │
+                ├──────────────────────────────────────────────────────────────┤
+                │ mask     uint32 [groups]: with a predicting selector, bit i  │
+                │          = compute neuron i of the group; padded to 128      │
                 ├──────────────────────────────────────────────────────────────┤
                 │ x        float32 [panels, hidden, lanes]: the input, room    │
                 │          for max_tokens tokens; padded to 128                │
@@ -21,9 +24,12 @@
                 │ y        float32 like x: its part of the feed-forward sum    │
                 └──────────────────────────────────────────────────────────────┘
 
-The coordinator writes order and x, then announces job = n. Each worker computes the groups that `owner` gives it,
+The coordinator writes order, mask and x, then announces job = n. Each worker computes the groups that `owner` gives it,
 writes y and its record, then announces done = n. The coordinator adds the parts up. It changes `owner` only while
 no job is under way. Everything is in the machine's byte order: the board never leaves the machine.
+
+The mask holds for single tokens; several are computed densely. With `measure` set, the workers also compute the neurons
+that were not selected and note what the selection missed (`messages.LoadReport`).
 
 Lanes: a single token has one lane; several tokens come 16 to a panel (see `kernels.py`).
 """
@@ -39,7 +45,7 @@ from warmfront.shared.memory import address
 __all__ = ["ABORT_AT", "JOB_AT", "LEAVE", "ORDER_AT", "Board", "BoardSizes"]
 
 MAGIC = b"WARMFRNT"
-VERSION = 1
+VERSION = 2
 LINE = 128
 ABORT_AT, JOB_AT, ORDER_AT, OWNER_AT = 128, 256, 384, 512
 # The layer of a job that tells the workers to leave their loop.
@@ -61,9 +67,14 @@ class BoardSizes:
     max_tokens: int
 
     @property
+    def mask_at(self) -> int:
+        """Offset of the mask."""
+        return OWNER_AT + _padded(self.layers * self.groups)
+
+    @property
     def x_at(self) -> int:
         """Offset of x."""
-        return OWNER_AT + _padded(self.layers * self.groups)
+        return self.mask_at + _padded(4 * self.groups)
 
     @property
     def vector_bytes(self) -> int:
@@ -94,9 +105,10 @@ class Board:
         words = mapping[:OWNER_AT].view(np.int64)
         self.abort = words[ABORT_AT // 8 : ABORT_AT // 8 + 1]
         self.job = words[JOB_AT // 8 : JOB_AT // 8 + 2]
-        self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 3]
+        self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 4]
         count = sizes.layers * sizes.groups
         self.owner = mapping[OWNER_AT : OWNER_AT + count].reshape(sizes.layers, sizes.groups)
+        self.mask = mapping[sizes.mask_at : sizes.mask_at + 4 * sizes.groups].view(np.uint32)
         self.x = self._vector(sizes.x_at)
         self.done = [self._words(index, 0, 2) for index in range(sizes.workers)]
         self.record = [self._words(index, LINE, 4) for index in range(sizes.workers)]

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from warmfront.shared.errors import UsageError
 
-__all__ = ["DTYPES", "GPU_PATTERN", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
+__all__ = ["DTYPES", "GPU_PATTERN", "PREDICTING", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
 
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
-SELECTORS = ("auto", "all", "exact")
+SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
+# Selectors that guess the neurons before the workers are asked.
+PREDICTING = frozenset({"lowrank", "lowbit"})
 GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -32,22 +34,31 @@ class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
 
     workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
-    core); vram_budget: bytes of neurons for the GPU; context: tokens that the KV cache holds.
+    core); vram_budget: bytes of neurons for the GPU; context: tokens that the KV cache holds; measure: compare the
+    selected neurons with those that fire, on one token of 64. For the selector lowbit: bits of its copies of the gates,
+    and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
     selector: str = "auto"
+    bits: int = 2
+    recall: float = 0.99
     workers: int | None = None
     threads: int | None = None
     gpu: str = "auto"
     vram_budget: int | None = None
     context: int | None = None
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.selector not in SELECTORS:
             raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
+        if self.bits not in (1, 2, 4):
+            raise UsageError(f"low-bit copies of {self.bits} bits: use 1, 2 or 4")
+        if not 0.5 <= self.recall < 1:
+            raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")
         if not GPU_PATTERN.fullmatch(self.gpu):
             raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
         if self.vram_budget is not None and self.gpu == "none":

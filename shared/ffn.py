@@ -1,6 +1,8 @@
 """Compiled feed-forward arithmetic over neuron bundles: what every worker on a CPU computes.
 
-    all       gate and up dot, axpy of the down row            `dense`
+    all       gate and up dot, axpy of the down row            `listed_neurons`
+    lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
+    lowbit    gate turns out closed end there
     exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
               those whose gate is open
     prefill   several tokens: small GEMMs over whole groups    `dense_groups`
@@ -13,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
 
 from warmfront.shared.activation import activate, activate_times
 from warmfront.shared.atomics import floats_at
@@ -21,13 +25,24 @@ from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.gemm import LANES, multiply_columns, multiply_rows, prepare
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, settle
+from warmfront.shared.simd import I32, call
 from warmfront.shared.weights import Kind
 
-__all__ = ["Bundles", "bundles_at", "dense", "dense_groups", "open_gates", "open_neurons", "scratch_floats"]
+__all__ = [
+    "Bundles",
+    "bundles_at",
+    "dense_groups",
+    "list_masked",
+    "listed_neurons",
+    "open_gates",
+    "open_neurons",
+    "scratch_floats",
+]
 
 _Q4C = int(Kind.Q4C)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
+Words = npt.NDArray[np.uint32]
 
 
 class Bundles(NamedTuple):
@@ -106,20 +121,62 @@ def _settle_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: 
     settle(tail_at, group_at, factors, sums_at, b.hidden)
 
 
+@intrinsic
+def _lowest_bit(context, word):
+    """The number of the lowest bit set in a word that is not 0."""
+
+    def build(context, b, _signature, arguments):
+        return call(b, "llvm.cttz.i32", I32, arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int32(types.uint32), build
+
+
 @kernel
-def dense(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, sums_at: int, scratch_at: int) -> None:
-    """Add the outputs of neurons low..high for the one token at `x_at` (`q_at`: what `quantise` made of it)."""
+def list_masked(words: Words, groups: int, listed: Ints) -> int:
+    """List the neurons whose bits are set in the first `groups` words, 32 neurons a word; returns their number."""
+    count = 0
+    for group in range(groups):
+        word = words[group]
+        while word != 0:
+            listed[count] = group * GROUP + _lowest_bit(word)
+            count += 1
+            word &= word - np.uint32(1)
+    return count
+
+
+@kernel
+def listed_neurons(
+    b: Bundles,
+    slots: Ints,
+    listed: Ints,
+    low: int,
+    high: int,
+    skip: bool,
+    x_at: int,
+    q_at: int,
+    sums_at: int,
+    scratch_at: int,
+) -> int:
+    """Add the outputs of entries low..high of a list of neurons, in ascending order, for the one token at `x_at`.
+
+    `q_at`: what `quantise` made of it; `skip`: leave a neuron whose gate is not positive. Returns how many were not
+    left.
+    """
     ahead = _ahead(b)
     group_at = _sums_of_group(b, sums_at, scratch_at)
-    factors = np.float32(0)
-    for neuron in range(low, high):
+    factors, computed = np.float32(0), 0
+    for i in range(low, high):
+        neuron = listed[i]
         at = _bundle(b, slots, neuron)
-        ahead_at = _bundle(b, slots, min(neuron + ahead, high - 1))
+        ahead_at = _bundle(b, slots, listed[min(i + ahead, high - 1)])
         gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
-        factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
-        if b.down_kind == _Q4C and (neuron == high - 1 or neuron % GROUP == GROUP - 1):
+        if not skip or gate > 0:
+            computed += 1
+            factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
+        if b.down_kind == _Q4C and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
             _settle_group(b, slots, neuron, factors, group_at, sums_at)
             factors = np.float32(0)
+    return computed
 
 
 @kernel

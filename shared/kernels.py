@@ -5,6 +5,7 @@ rows take the input quantised to 15 bits by blocks of 32 (`quantise`), in two by
 floats, and the same tokens (8 bits change one greedy token in twenty, docs/log.md). Elsewhere they take it as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -18,7 +19,19 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.simd import FLOAT, I8, I16, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
 from warmfront.shared.weights import BLOCK, Kind
 
-__all__ = ["AHEAD_BYTES", "axpy", "dot", "quantise", "quantised_bytes", "row_stride", "settle", "share", "widen"]
+__all__ = [
+    "AHEAD_BYTES",
+    "axpy",
+    "byte_dot",
+    "dot",
+    "multiplies_bytes",
+    "quantise",
+    "quantised_bytes",
+    "row_stride",
+    "settle",
+    "share",
+    "widen",
+]
 
 # How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
 # few lines in flight by itself (docs/log.md).
@@ -29,7 +42,8 @@ _STEPS = 16256.0
 _F32, _F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind)
 
 
-def _multiplies_bytes(context: Any) -> bool:
+def multiplies_bytes(context: Any) -> bool:
+    """Whether code for this CPU takes inputs quantised."""
     return has(context, "avx512vnni", "avx512bw")
 
 
@@ -44,13 +58,39 @@ def _float_dot(context: Any, b: Any, kind: int, row: Any, x: Any, cols: Any, ahe
 
 
 def _byte_dot(context: Any, b: Any, kind: int, row: Any, q: Any, cols: Any, ahead: Any) -> Any:
-    """Two blocks at a time: bytes times bytes in one instruction, then one multiply-add by the scales.
+    blocks = b.udiv(cols, long(BLOCK))
+    scales_at = b.add(row, cols if kind == _Q8 else b.udiv(cols, long(2)))
 
-    An 8-bit weight is read as unsigned (+ 128), which the block sums take back.
+    def weights(pair: Any) -> Any:
+        simd.prefetch(b, kind, ahead, b.mul(pair, long(2)), 2)
+        return _unsigned_pair(b, kind, row, pair)
+
+    def scales(at: Any) -> Any:
+        return widened(context, b, load(b, scales_at, at, vector(I16)))
+
+    def minima(at: Any) -> Any:
+        return widened(context, b, load(b, scales_at, b.add(at, b.mul(blocks, long(2))), vector(I16)))
+
+    return byte_dot(b, q, cols, weights, scales, 128 if kind == _Q8 else minima)
+
+
+def byte_dot(
+    b: Any,
+    q: Any,
+    cols: Any,
+    weights: Callable[[Any], Any],
+    scales: Callable[[Any], Any],
+    zero: float | Callable[[Any], Any],
+) -> Any:
+    """The dot of unsigned byte weights with a quantised input, in code that multiplies bytes.
+
+    `weights(i)`: 64 numbers, blocks 2i and 2i + 1 in the order of `quantise`; `scales(offset)`: the scales of 16
+    blocks at a byte offset into the float16 scales; `zero`: the number that stands for weight 0, or what gives the
+    blocks' minima in the same way. Two blocks at a time: bytes times bytes in one instruction, then one multiply-add by
+    the scales; what a number's zero adds, the block sums take back.
     """
     blocks = b.udiv(cols, long(BLOCK))
     scales_at, sums_at = _quantised_parts(b, q, cols)
-    weights_bytes = cols if kind == _Q8 else b.udiv(cols, long(2))
     sums, offsets = simd.zeros(b), simd.zeros(b)
     lanes, nothing = ir.Constant(vector(I64), list(range(LANES))), ir.Constant(V16, [0.0] * LANES)
     with cgutils.for_range(b, b.udiv(b.add(blocks, long(15)), long(16)), intp=I64) as chunk:
@@ -58,29 +98,23 @@ def _byte_dot(context: Any, b: Any, kind: int, row: Any, q: Any, cols: Any, ahea
         left = b.sub(blocks, first)
         valid = b.icmp_signed("<", lanes, splat(b, left))
         floats_at, halves_at = b.mul(first, long(4)), b.mul(first, long(2))
-
-        def halves(start: Any, at: Any = halves_at, valid: Any = valid) -> Any:
-            wide = widened(context, b, load(b, row, b.add(start, at), vector(I16)))
-            return b.select(valid, wide, nothing)
-
-        scale = halves(weights_bytes)
+        scale = b.select(valid, scales(halves_at), nothing)
         factors = b.fmul(scale, load(b, scales_at, floats_at, V16))
-        if kind == _Q8:
-            offset = b.fmul(scale, ir.Constant(V16, [-128.0] * LANES))
+        if callable(zero):
+            offset = b.select(valid, zero(halves_at), nothing)
         else:
-            offset = halves(b.add(weights_bytes, b.mul(blocks, long(2))))
+            offset = b.fmul(scale, ir.Constant(V16, [-float(zero)] * LANES))
         b.store(fma(b, offset, load(b, sums_at, floats_at, V16), b.load(offsets)), offsets)
         pairs = b.udiv(b.add(left, long(1)), long(2))
         pairs = b.select(b.icmp_signed("<", pairs, long(8)), pairs, long(8))
         with cgutils.for_range(b, pairs, intp=I64) as pair:
             at = b.add(b.mul(chunk.index, long(8)), pair.index)
-            simd.prefetch(b, kind, ahead, b.mul(at, long(2)), 2)
-            weights = _unsigned_pair(b, kind, row, at)
+            numbers = weights(at)
             products = ir.Constant(vector(I32), [0] * LANES)
             for start in (long(0), _padded(b, cols)):
                 part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
                 products = b.shl(products, ir.Constant(vector(I32), [7] * LANES))
-                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, weights, part)
+                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, part)
             lane = splat(b, b.trunc(b.mul(pair.index, long(2)), I32))
             which = b.add(ir.Constant(vector(I32), ([0] * 4 + [1] * 4) * 2), lane)
             factor = call(b, "llvm.x86.avx512.permvar.sf.512", V16, factors, which)
@@ -149,7 +183,7 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any, scales_at: 
 def _quantise(context, x, out, cols):
     def build(context, b, _signature, arguments):
         x, out, cols = arguments
-        if not _multiplies_bytes(context):
+        if not multiplies_bytes(context):
             return x
         scales_at, sums_at = _quantised_parts(b, out, cols)
         with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
@@ -172,7 +206,7 @@ def _make_dot(kind: int) -> Any:
     @intrinsic
     def dot_of_kind(context, row, x, cols, ahead):
         def build(context, b, _signature, arguments):
-            make = _byte_dot if kind in (_Q8, _Q4) and _multiplies_bytes(context) else _float_dot
+            make = _byte_dot if kind in (_Q8, _Q4) and multiplies_bytes(context) else _float_dot
             return make(context, b, kind, *arguments)
 
         return types.float32(types.int64, types.int64, types.int64, types.int64), build

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Raise it with any change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,17 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A worker's work since it became ready: jobs in all; time, neurons and bytes read per layer."""
+    """A worker's work since it became ready: jobs in all; time, neurons and bytes read per layer.
+
+    `measured`: of the jobs whose selection was compared with the truth: their number, the neurons selected, those of
+    all owned that fired, and those that were selected and fired.
+    """
 
     jobs: int
     busy_ns: list[int]
     neurons: list[int]
     bytes: list[int]
+    measured: list[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "long",
     "prefetch",
+    "prefetch_line",
     "splat",
     "store",
     "total",
@@ -103,9 +104,13 @@ def prefetch(b: Any, kind: int, ahead: Any, block: Any, blocks: int = 1) -> None
     """Fetch what `blocks` from `block` on are to their row, of the row at `ahead`."""
     size = row_bytes(kind, BLOCK)
     for line in range(0, size * blocks, 64):
-        at = b.add(ahead, b.add(b.mul(block, long(size)), long(line)))
-        hints = (ir.Constant(I32, value) for value in (0, 3, 1))
-        call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(at, I8.as_pointer()), *hints)
+        prefetch_line(b, b.add(ahead, b.add(b.mul(block, long(size)), long(line))))
+
+
+def prefetch_line(b: Any, address: Any) -> None:
+    """Fetch the cache line at `address`, which may be any."""
+    hints = (ir.Constant(I32, value) for value in (0, 3, 1))
+    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), *hints)
 
 
 def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:

@@ -39,7 +39,7 @@ from warmfront.shared.messages import (
 NAMES = ("cpu0", "gpu0")
 PLANS = {name: Plan(index, "m", [index], b"", b"", "all") for index, name in enumerate(NAMES)}
 HELLOS = {name: Hello("token", name, 100, "cpu", 1 << 30, PROTOCOL) for name in NAMES}
-REPORT = LoadReport(1, [2], [3], [4])
+REPORT = LoadReport(1, [2], [3], [4], [])
 
 
 class Machine:

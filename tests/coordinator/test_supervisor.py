@@ -30,7 +30,7 @@ plan = channel.receive(20)
 channel.send(Progress(plan.index, 7))
 channel.send(Ready(7))
 while not isinstance(message := channel.receive(1), Shutdown):
-    channel.send(LoadReport(plan.index, [1], [2], [3]) if isinstance(message, ReportRequest) else Heartbeat())
+    channel.send(LoadReport(plan.index, [1], [2], [3], []) if isinstance(message, ReportRequest) else Heartbeat())
 channel.close()
 """
 

@@ -85,8 +85,10 @@ class Case:
         x = rng.normal(size=(tokens, layout.hidden)).astype(np.float32)
         return cls(layout, activation, groups, x)
 
-    def expect(self, picked: list[int], sparse: bool) -> tuple[Doubles, int]:
-        """The output of the picked groups and the (neuron, token) pairs computed."""
+    def expect(
+        self, picked: list[int], sparse: bool, chosen: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[Doubles, int]:
+        """The output of the picked groups (of their `chosen` neurons) and the (neuron, token) pairs computed."""
         layout = self.layout
         groups = self.groups[picked]
         bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
@@ -104,9 +106,11 @@ class Case:
         x = self.x.astype(np.float64)
         gates = x @ matrix(0, layout.gate_kind).T
         h = np.vectorize(ACTIVATE[self.activation])(gates) * (x @ matrix(layout.up_offset, layout.gate_kind).T)
+        visited = np.ones(gates.shape, bool) if chosen is None else np.broadcast_to(chosen, gates.shape)
         if sparse:
-            h[gates <= 0] = 0
-        computed = int((gates > 0).sum()) if sparse else gates.size
+            visited = visited & (gates > 0)
+        h[~visited] = 0
+        computed = int(visited.sum())
         return h @ matrix(layout.down_offset, layout.down_kind), computed
 
 

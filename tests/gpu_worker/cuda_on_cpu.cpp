@@ -104,9 +104,9 @@ static void launch(const unsigned* grid, std::function<void()> body) {
     }
 }
 
-extern "C" void run_gate_up(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* x,
-                            int tokens, int sparse, float* h, unsigned long long* active) {
-    launch(grid, [=] { gate_up(slots, ids, groups, x, tokens, sparse, h, active); });
+extern "C" void run_gate_up(const unsigned* grid, const byte* slots, const int* ids, const unsigned* mask, int groups,
+                            const float* x, int tokens, int sparse, float* h, unsigned long long* active) {
+    launch(grid, [=] { gate_up(slots, ids, mask, groups, x, tokens, sparse, h, active); });
 }
 extern "C" void run_down(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* h,
                          float* out) {

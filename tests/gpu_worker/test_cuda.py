@@ -55,6 +55,11 @@ def check(device: Device, case: Any, sparse: bool) -> None:
     assert first.tobytes() == second.tobytes()
     assert computed == pairs
     assert nanoseconds > 0
+    mask = np.resize(np.array([0x80000001, 0, 0xFFFFFFFF, 0x00F0], np.uint32), len(places))
+    chosen = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+    expected, pairs = case.expect(picked, sparse, chosen)
+    assert device.execute(places, case.x, sparse, first, mask)[0] == pairs
+    np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert device.execute(places[:0], case.x, sparse, first) == (0, 0)
     assert not first.any()
     device.close()
@@ -136,5 +141,5 @@ def test_buffers_cover_every_launch(hidden: int) -> None:
         assert grids.reduce[0] * 256 >= tokens * hidden
         assert segments == 1 or segments * tokens <= rows
     at = launch.workspace(layout, layout.groups, 129)
-    sizes = (4 * layout.groups, 4 * 129 * hidden, 8, 4 * 129 * hidden, 4 * 129 * layout.groups * 32)
+    sizes = (4 * layout.groups, 4 * layout.groups, 4 * 129 * hidden, 8, 4 * 129 * hidden, 4 * 129 * layout.groups * 32)
     assert all(start % 256 == 0 and start + size <= end for start, size, end in zip(at, sizes, at[1:], strict=False))

@@ -12,9 +12,9 @@ from warmfront.shared.board import Board, BoardSizes
 from warmfront.shared.errors import ProtocolError
 from warmfront.shared.memory import address, create_shared, map_shared
 
-# 15 owners are padded to 128 bytes; x and y are 4 * 32 * 16 = 2048 bytes.
+# 15 owners and 5 words of the mask are padded to 128 bytes each; x and y are 4 * 32 * 16 = 2048 bytes.
 SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16)
-TOTAL = 7296
+TOTAL = 7424
 
 
 def board_of(sizes: BoardSizes = SIZES) -> Board:
@@ -22,12 +22,13 @@ def board_of(sizes: BoardSizes = SIZES) -> Board:
 
 
 def test_sizes_by_hand() -> None:
-    assert SIZES.x_at == 512 + 128
+    assert SIZES.x_at == 512 + 128 + 128
     assert SIZES.vector_bytes == 2048
-    assert [SIZES.worker_at(index) for index in range(2)] == [2688, 2688 + 2304]
+    assert [SIZES.worker_at(index) for index in range(2)] == [2816, 2816 + 2304]
     assert SIZES.total == TOTAL
-    # 130 owners take two lines.
-    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256
+    # 130 owners take two lines, 33 words of the mask too.
+    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 128
+    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 256
 
 
 def test_every_byte() -> None:
@@ -36,22 +37,24 @@ def test_every_byte() -> None:
     x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
     board.abort[:] = 11
     board.job[:] = 21, 22
-    board.order[:] = -1, 32, 33
+    board.order[:] = -1, 32, 33, 34
     board.owner[:] = np.arange(100, 115).reshape(3, 5)
+    board.mask[:] = np.arange(5) + 0xFFFFFF00
     board.x[:] = x
     for index in range(2):
         board.done[index][:] = 50 + index, 60 + index
         board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=6q", 1, 2, 3, 5, 32, 16)),
+        (0, b"WARMFRNT" + struct.pack("=6q", 2, 2, 3, 5, 32, 16)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
-        (384, struct.pack("=3q", -1, 32, 33)),
+        (384, struct.pack("=4q", -1, 32, 33, 34)),
         (512, bytes(range(100, 115))),
-        (640, struct.pack("=512f", *x)),
+        (640, struct.pack("=5I", *range(0xFFFFFF00, 0xFFFFFF05))),
+        (768, struct.pack("=512f", *x)),
     ]
-    for index, at in enumerate((2688, 4992)):
+    for index, at in enumerate((2816, 5120)):
         parts += [
             (at, struct.pack("=2q", 50 + index, 60 + index)),
             (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
@@ -97,7 +100,7 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
     fd = create_shared("warmfront-test", SIZES.total)
     try:
         board = Board.create(map_shared(fd), SIZES)
-        board.order[:] = 2, 16, 16
+        board.order[:] = 2, 16, 16, 0
         board.job[0] = 41
         board.x[5] = -3.5
         run = subprocess.run(
@@ -105,7 +108,7 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
         )
     finally:
         os.close(fd)
-    assert run.stdout.split() == ["2", "3", "5", "32", "16", "2", "16", "16", "-3.5"]
+    assert run.stdout.split() == ["2", "3", "5", "32", "16", "2", "16", "16", "0", "-3.5"]
     assert board.y[1][:4].tolist() == [1.5, 2.5, -3.5, 0]
     assert not board.y[0].any()
     assert board.done[1][0] == 41
@@ -131,8 +134,8 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 
 def test_another_version() -> None:
     board = board_of()
-    board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 1"):
+    board.mapping[8:16].view(np.int64)[:] = 3
+    with pytest.raises(ProtocolError, match=f"board of version 3 and {TOTAL} bytes: this is version 2"):
         Board.attach(board.mapping)
 
 

@@ -41,11 +41,14 @@ def test_defaults_leave_everything_open() -> None:
     assert dataclasses.asdict(EngineConfig()) == {
         "dtype": "auto",
         "selector": "auto",
+        "bits": 2,
+        "recall": 0.99,
         "workers": None,
         "threads": None,
         "gpu": "auto",
         "vram_budget": None,
         "context": None,
+        "measure": False,
     }
 
 

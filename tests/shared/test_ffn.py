@@ -1,14 +1,23 @@
 """The feed-forward kernels against float64 numpy.  pytest tests/shared/test_ffn.py"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import numpy as np
 import pytest
 
 from warmfront.shared.bundle import BundleLayout
-from warmfront.shared.ffn import Bundles, bundles_at, dense, dense_groups, open_gates, open_neurons, scratch_floats
+from warmfront.shared.ffn import (
+    Bundles,
+    bundles_at,
+    dense_groups,
+    list_masked,
+    listed_neurons,
+    open_gates,
+    open_neurons,
+    scratch_floats,
+)
 from warmfront.shared.kernels import quantise, quantised_bytes
 from warmfront.shared.memory import address
 from warmfront.shared.model import ACTIVATIONS
@@ -98,22 +107,61 @@ class Input:
         self.q_at = quantise(self.at, address(self._prepared), HIDDEN)
 
 
-def run_dense(bundles: Bundles, ids: np.ndarray, low: int, high: int, x: np.ndarray, sums: np.ndarray) -> None:
+def run_listed(
+    bundles: Bundles,
+    ids: np.ndarray,
+    listed: Iterable[int],
+    x: np.ndarray,
+    sums: np.ndarray,
+    low: int = 0,
+    high: int | None = None,
+    *,
+    skip: bool = False,
+) -> int:
     one, scratch = Input(x), np.full(HIDDEN, np.nan, np.float32)
-    dense(bundles, ids, low, high, one.at, one.q_at, address(sums), address(scratch))
+    every = np.array([*listed], np.int32)
+    end = len(every) if high is None else high
+    return int(listed_neurons(bundles, ids, every, low, end, skip, one.at, one.q_at, address(sums), address(scratch)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
-def test_dense(gate: Kind, down: Kind, activation: str) -> None:
+def test_listed_neurons(gate: Kind, down: Kind, activation: str) -> None:
     slots, x = slots_of(gate, down), inputs()
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
     for order in ORDERS:
         neurons = slots.neurons(order)
         for low, high in ((0, len(neurons)), (5, 23), (31, min(33, len(neurons))), (7, 7)):
             sums = np.full(HIDDEN, 0.5, np.float32)
-            run_dense(bundles, np.array(order, np.int32), low, high, x[0], sums)
+            count = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), x[0], sums, low, high)
+            assert count == high - low
             assert_close(sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
+
+
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_listed_neurons_with_gaps(gate: Kind, down: Kind) -> None:
+    """Some neurons of some groups; with `skip` those whose gate is closed are not counted, and make no difference."""
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    for order in ORDERS:
+        neurons, ids = slots.neurons(order), np.array(order, np.int32)
+        listed = np.flatnonzero(np.random.default_rng(len(order)).random(len(neurons)) < 0.2)
+        expected = slots.expect("relu", neurons[listed], x)[0]
+        fired = int((slots.gate[neurons[listed]] @ x[0].astype(np.float64) > 0).sum())
+        for skip, count in ((False, len(listed)), (True, fired)):
+            sums = np.zeros(HIDDEN, np.float32)
+            assert run_listed(bundles, ids, listed, x[0], sums, skip=skip) == count
+            assert_close(sums, expected, QUANTISED)
+
+
+def test_list_masked() -> None:
+    words = np.array([0, 0xFFFFFFFF, 0x80000001, 0x00000100, 0xFFFFFFFF], np.uint32)
+    listed = np.full(5 * 32, -1, np.int32)
+    count = list_masked(words, 4, listed)
+    bits = np.unpackbits(words[:4].view(np.uint8), bitorder="little")
+    assert listed[:count].tolist() == np.flatnonzero(bits).tolist()
+    assert (listed[count:] == -1).all()
+    assert list_masked(words, 1, listed) == 0
 
 
 @pytest.mark.parametrize(("gate", "down"), KINDS)
@@ -195,7 +243,7 @@ def test_results_repeat_to_the_bit() -> None:
     results = set()
     for _ in range(3):
         one, many = np.zeros(HIDDEN, np.float32), np.zeros_like(wide)
-        run_dense(bundles, ids, 0, SLOTS * 32, x[0], one)
+        run_listed(bundles, ids, range(SLOTS * 32), x[0], one)
         dense_groups(bundles, ids, 0, SLOTS, address(wide), 1, address(many), address(scratch))
         results.add((one.tobytes(), many.tobytes()))
     assert len(results) == 1
@@ -207,5 +255,5 @@ def test_far_from_zero_nothing_overflows(activation: str) -> None:
     slots, x = slots_of(Kind.F32, Kind.F32), 300 * inputs()
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
     sums = np.zeros(HIDDEN, np.float32)
-    run_dense(bundles, np.arange(SLOTS, dtype=np.int32), 0, SLOTS * 32, x[0], sums)
+    run_listed(bundles, np.arange(SLOTS, dtype=np.int32), range(SLOTS * 32), x[0], sums)
     assert_close(sums, slots.expect("relu", np.arange(SLOTS * 32), x)[0])

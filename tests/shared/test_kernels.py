@@ -140,7 +140,9 @@ def test_other_machines(tmp_path: Path, cpu: str, features: str) -> None:
         "NUMBA_CPU_FEATURES": features,
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
-    files = [Path(__file__).with_name(f"test_{module}.py") for module in ("kernels", "gemm", "activation")]
+    files = [
+        Path(__file__).with_name(f"test_{module}.py") for module in ("kernels", "rows", "lowbit", "gemm", "activation")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
     run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
