@@ -53,6 +53,17 @@ class Trace(NamedTuple):
         return self.open.float().mean(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Torch's threads would wait for each other on busy cores; transformers' readers outlive the loading."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script as a module."""
