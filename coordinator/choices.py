@@ -2,6 +2,7 @@
 
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
+from warmfront.shared.model import ModelSpec
 from warmfront.shared.store import PackedModel
 
 __all__ = ["DEFAULT_CONTEXT", "choose_context", "choose_gpu", "choose_selector"]
@@ -26,20 +27,21 @@ def choose_gpu(config: EngineConfig) -> str | None:
     return None
 
 
+def selectors_for(spec: ModelSpec) -> list[str]:
+    """The selectors that a model can be run with, the one of `auto` first."""
+    predicting = ["lowrank"] if spec.predictor is not None else []
+    return [*predicting, "exact", "lowbit", "all"] if spec.sparse else [*predicting, "all"]
+
+
 def choose_selector(config: EngineConfig, model: PackedModel) -> str:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
     spec, wish = model.spec, config.selector
+    able = selectors_for(spec)
     if wish == "auto":
-        return "lowrank" if spec.predictor is not None else "exact" if spec.sparse else "all"
-    if wish in ("exact", "lowbit") and not spec.sparse:
-        raise UsageError(
-            f"selector {wish} needs a ReLU-like model, {spec.name} uses {spec.activation}: use --selector all"
-        )
-    if wish == "lowrank" and spec.predictor is None:
-        raise UsageError(
-            f"selector lowrank needs predictors, {spec.name} has none: give it a predictor.safetensors, or use "
-            + ("--selector exact" if spec.sparse else "--selector all")
-        )
+        return able[0]
+    if wish not in able:
+        lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
+        raise UsageError(f"--selector {wish}, but {spec.name} {lack}; use {' or '.join(able)}")
     return wish
 
 

@@ -1,4 +1,4 @@
-"""The command line: `warmfront generate`, `chat`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
@@ -6,13 +6,13 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from warmfront.coordinator.terminal import Bars, say
-from warmfront.shared.config import DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import BITS, DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.process import hold_interrupts
 
@@ -34,16 +34,31 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class TokenIds(click.ParamType[list[int]]):
+class Numbers(click.ParamType[list[int]]):
     """1,2,3."""
 
-    name = "ids"
+    name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         try:
             return [int(part) for part in str(value).split(",")]
         except ValueError:
-            self.fail(f"{value!r} is no list of token ids: write it like 1,2,3", param, ctx)
+            self.fail(f"{value!r} is no list of numbers: write it like 1,2,3", param, ctx)
+
+
+class Names(click.ParamType[list[str]]):
+    """One or more of the given names: a,b,c."""
+
+    name = "names"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        chosen = str(value).split(",")
+        if wrong := [name for name in chosen if name not in self._names]:
+            self.fail(f"{wrong[0]!r} is none of {', '.join(self._names)}", param, ctx)
+        return chosen
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -55,25 +70,36 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-model_options = _together(
-    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
+run_options = _together(
     click.option(
         "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
     ),
-)
-engine_options = _together(
-    model_options,
     click.option(
-        "--selector",
-        type=click.Choice(SELECTORS),
-        default=_ENGINE.selector,
+        "--bits",
+        type=click.Choice([str(bits) for bits in BITS]),
+        default=str(_ENGINE.bits),
         show_default=True,
-        help="Which neurons are computed; auto: exact where it is lossless, else all.",
+        callback=lambda _ctx, _param, value: int(value),
+        help="Selector lowbit: bits of the gates' copies.",
+    ),
+    click.option(
+        "--recall", type=float, default=_ENGINE.recall, show_default=True, help="Selector lowbit: recall by mass."
     ),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for neurons, such as 6GB."),
+)
+engine_options = _together(
+    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
+    click.option(
+        "--selector",
+        type=click.Choice(SELECTORS),
+        default=_ENGINE.selector,
+        show_default=True,
+        help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
+    ),
+    run_options,
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
 sampling_options = _together(
@@ -102,19 +128,27 @@ def cli() -> None:
 
 @cli.command()
 @click.option("-p", "--prompt", help="Text to continue.")
-@click.option("--prompt-ids", type=TokenIds(), help="Exact token ids instead of text: 1,2,3.")
+@click.option("--prompt-ids", type=Numbers(), help="Exact token ids instead of text: 1,2,3.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=DEFAULT_NEW_TOKENS, show_default=True)
 @engine_options
 @sampling_options
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
 def generate(
-    prompt: str | None, prompt_ids: list[int] | None, max_new_tokens: int, stats: bool, as_json: bool, **options: Any
+    prompt: str | None,
+    prompt_ids: list[int] | None,
+    max_new_tokens: int,
+    stats: bool,
+    as_json: bool,
+    trace: str | None,
+    **options: Any,
 ) -> None:
     """Continue a prompt."""
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
     wishes, sampling, stop = _split(options)
+    wishes |= {"measure": stats, "trace": trace}
     EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
 
     with hold_interrupts():
@@ -154,6 +188,32 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
         converse(engine, sampling, stop, system, stats)
+
+
+@cli.command()
+@click.argument("model", default="smollm2-135m")
+@click.option(
+    "--selectors", type=Names(SELECTORS), default="auto", show_default=True, help="Such as lowrank,exact,all."
+)
+@click.option("--contexts", type=Numbers(), default="16,512", show_default=True, help="Tokens of the prompts.")
+@click.option("-n", "--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to decode.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@run_options
+def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, rounds: int, **wishes: Any) -> None:
+    """Prefill and decode speed of MODEL against what memory bandwidth allows; the last line is JSON."""
+    EngineConfig(**wishes)
+    if min(contexts) < 2:
+        raise UsageError(f"a prompt of {min(contexts)} tokens: give 2 or more")
+
+    with hold_interrupts():
+        from warmfront.coordinator.bench import measure, render
+
+    with Bars() as bars:
+        result = measure(model, wishes, selectors, contexts, tokens, rounds, say, bars.show)
+        bars.close()
+    for line in render(result):
+        click.echo(line)
+    click.echo(json.dumps(result))
 
 
 @cli.command()

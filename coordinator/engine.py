@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,13 +26,14 @@ from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import Placement, place
 from warmfront.coordinator.sample_text import SAMPLE_TEXT
 from warmfront.coordinator.sampling import Sampler
-from warmfront.coordinator.stats import Stats, Token, WorkerStats
+from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.coordinator.tokenizer import Tokenizer
+from warmfront.coordinator.trace import Trace
 from warmfront.shared.board import Board, BoardSizes
 from warmfront.shared.bundle import GROUP
-from warmfront.shared.config import EngineConfig, Sampling
+from warmfront.shared.config import PREDICTING, EngineConfig, Sampling
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
@@ -79,6 +81,7 @@ class Engine:
         self._closed = False
         self._decoded, self._measures = 0, False
         self._lowbit: Lowbit | None = None
+        self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
@@ -118,6 +121,7 @@ class Engine:
     def _start(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
         self._check_memory()
+        self.cores = cores
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
             modules["gpu0"] = "warmfront.gpu_worker"
@@ -287,6 +291,17 @@ class Engine:
             )
         return ids
 
+    def decode_ids(self, ids: Sequence[int], count: int) -> list[int]:
+        """The `count` greedy tokens that follow `ids` after the first, past any end of the text: for measurements."""
+        self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids), new_tokens=count + 1)
+        logits, answer = self._prefill(self.prompt_ids(ids)), []
+        started = time.monotonic()
+        for _ in range(count):
+            answer.append(int(np.argmax(logits)))
+            logits = self._decode(answer[-1])
+        self.stats.decode_s = time.monotonic() - started
+        return answer
+
     def forced_logits(self, ids: Sequence[int], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
         """Teacher forcing: prefill the first `prefill` tokens, then decode the rest one at a time.
 
@@ -326,6 +341,8 @@ class Engine:
         self._supervisor.check()
         if not self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture):
             self._supervisor.wait_for_error()
+        if self._trace is not None:
+            self._trace.note(len(self._cached), len(tokens), *self._team.times())
         self._cached += tokens
 
     def _check_open(self) -> None:
@@ -345,8 +362,33 @@ class Engine:
             report = reports[name]
             groups = int(np.count_nonzero(self._board.owner == index))
             busy = sum(report.busy_ns) / 1e9
-            stats.append(WorkerStats(name, hello.device, hello.pid, busy, sum(report.neurons), groups, report.jobs))
+            read = sum(report.bytes)
+            stats.append(
+                WorkerStats(name, hello.device, hello.pid, busy, sum(report.neurons), read, groups, report.jobs)
+            )
         return stats
+
+    def selection(self) -> Selection | None:
+        """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""
+        measured = np.array([report.measured for report in self._supervisor.reports().values()])
+        if self.selector not in PREDICTING or not self.model.spec.sparse or not measured[0, 0]:
+            return None
+        neurons = int(measured[0, 0]) * self.model.layout.groups * GROUP
+        selected, fired, hit = (int(column) for column in measured[:, 1:].sum(0))
+        return Selection(fired / neurons, selected / neurons, hit / max(fired, 1), hit / max(selected, 1))
+
+    def coordinator_bytes(self) -> dict[str, int]:
+        """Bytes of weights that the coordinator reads for a token: attention, predictor, head."""
+        entries = dict(self.model.entries)
+        if self._lowbit is not None:
+            entries |= self._lowbit.file.entries
+        roles = {name: name.rpartition(".")[2] for name in entries if name.startswith("layers.")}
+        predicting = {"lowrank": ("fc1", "fc2"), "lowbit": ("lowbit",)}.get(self.selector, ())
+        return {
+            "attention": sum(entries[name].nbytes for name, role in roles.items() if role in ("q", "k", "v", "o")),
+            "predictor": sum(entries[name].nbytes for name, role in roles.items() if role in predicting),
+            "head": entries["head" if "head" in entries else "embed"].nbytes,
+        }
 
     def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:
         """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
@@ -361,8 +403,14 @@ class Engine:
 
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
+        if self._trace is not None and not self._closed:
+            self._closing.callback(self._trace.close, {name: hello.pid for name, hello in self._hellos().items()})
         self._closed = True
         self._closing.close()
+
+    def _hellos(self) -> Mapping[str, Hello]:
+        """Of the workers, where they have come up."""
+        return self._supervisor.hellos if hasattr(self, "_supervisor") else {}
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from warmfront.coordinator.choices import selectors_for
 from warmfront.coordinator.default_model import resolve
 from warmfront.coordinator.packer import PackingPlan
 from warmfront.coordinator.source import Source, open_source
@@ -34,7 +35,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
         "activation": spec.activation,
         "sparse": spec.sparse,
         "predictor": _predictor(source),
-        "selectors": ["all", "exact"] if spec.sparse else ["all"],
+        "selectors": selectors_for(spec),
         "dtypes": {
             "attention": "/".join(sorted(kinds)),
             "gate, up": plan.layout.gate_kind.name.lower(),

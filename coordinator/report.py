@@ -12,7 +12,7 @@ __all__ = ["as_object", "as_text", "rates"]
 
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
-    workers, stats = engine.workers(), engine.stats
+    workers, stats, selection = engine.workers(), engine.stats, engine.selection()
     return {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
@@ -21,6 +21,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
         "active_fraction": engine.active_fraction(workers),
+        "selection": selection._asdict() if selection is not None else None,
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.selector,
         "dtype": engine.config.dtype,
@@ -45,6 +46,12 @@ def as_text(engine: Engine) -> str:
     active = engine.active_fraction(workers)
     if active is not None:
         lines.append(f"selector {engine.selector} · {active:.1%} of the neurons computed")
+    selection = engine.selection()
+    if selection is not None:
+        lines.append(
+            f"{selection.fired:.1%} of the neurons fired, {selection.selected:.1%} were predicted · "
+            f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
+        )
     for worker in workers:
         share = worker.busy_s / engine.stats.decode_s if engine.stats.decode_s else 0.0
         per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Stats", "Token", "WorkerStats"]
+__all__ = ["Selection", "Stats", "Token", "WorkerStats"]
 
 
 class Token(NamedTuple):
@@ -11,6 +11,15 @@ class Token(NamedTuple):
 
     id: int
     text: str
+
+
+class Selection(NamedTuple):
+    """How well the predicted neurons met those that fire: shares of all neurons, then recall and precision."""
+
+    fired: float
+    selected: float
+    recall: float
+    precision: float
 
 
 @dataclass(slots=True)
@@ -37,12 +46,16 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned."""
+    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned.
+
+    bytes: of weights read.
+    """
 
     name: str
     device: str
     pid: int
     busy_s: float
     neurons: int
+    bytes: int
     groups: int
     jobs: int

@@ -266,6 +266,11 @@ class Team:
             raise WorkerError("a worker did not answer for two minutes")
         return bool(result == DONE)
 
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the last job, ns on the monotonic clock: the first thread's steps [layers, STEPS], and when each worker
+        began and ended [layers, workers, 2]."""
+        return self._state.times, self._state.spans
+
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
         layers, hidden = self._model.spec.layers, self._model.spec.hidden

@@ -125,8 +125,8 @@ class CpuWorker:
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
         load: npt.NDArray[np.int64] = self._load.copy()
-        columns = [load[:, column].tolist() for column in (BUSY_NS, NEURONS, BYTES)]
-        return LoadReport(int(load[:, JOBS].sum()), *columns, load[:, MEASURED:].sum(0).tolist())
+        busy, neurons, read = (load[:, column].tolist() for column in (BUSY_NS, NEURONS, BYTES))
+        return LoadReport(int(load[:, JOBS].sum()), busy, neurons, read, load[:, MEASURED:].sum(0).tolist())
 
     def stop(self) -> None:
         """Join the threads; the board has been aborted."""

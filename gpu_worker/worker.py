@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from warmfront.gpu_worker.device import Device, Floats
 from warmfront.shared.board import LEAVE, Board
@@ -136,8 +135,8 @@ class GpuWorker:
 
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
-        load: npt.NDArray[np.int64] = self._busy.copy()
-        return LoadReport(self._jobs, *(load[:, column].tolist() for column in range(3)), self._measured.tolist())
+        busy, neurons, read = self._busy.T.tolist()
+        return LoadReport(self._jobs, busy, neurons, read, self._measured.tolist())
 
     def stop(self) -> None:
         """Join the thread; the board has been aborted."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from warmfront.shared.errors import UsageError
 
-__all__ = ["DTYPES", "GPU_PATTERN", "PREDICTING", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
+__all__ = ["BITS", "DTYPES", "GPU_PATTERN", "PREDICTING", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
 
+# Of the selector lowbit's copies of the gates.
+BITS = (1, 2, 4)
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
@@ -35,8 +37,8 @@ class EngineConfig:
 
     workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
     core); vram_budget: bytes of neurons for the GPU; context: tokens that the KV cache holds; measure: compare the
-    selected neurons with those that fire, on one token of 64. For the selector lowbit: bits of its copies of the gates,
-    and the recall by mass that its thresholds are calibrated for.
+    selected neurons with those that fire, on one token of 64; trace: a file to write a Chrome trace to. For the
+    selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
@@ -49,13 +51,14 @@ class EngineConfig:
     vram_budget: int | None = None
     context: int | None = None
     measure: bool = False
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.selector not in SELECTORS:
             raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
-        if self.bits not in (1, 2, 4):
+        if self.bits not in BITS:
             raise UsageError(f"low-bit copies of {self.bits} bits: use 1, 2 or 4")
         if not 0.5 <= self.recall < 1:
             raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")

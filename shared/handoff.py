@@ -1,14 +1,18 @@
 """How one thread waits for another, in and across processes.
 
-A *line* is 128 bytes of shared memory that start with two words:
+A *line* is 128 bytes of shared memory that start with three words:
 
-    +0  sequence   only grows; written by one side with a release-store
-    +8  sleepers   number of threads asleep in the kernel on the sequence
+    +0   sequence  only grows; written by one side with a release-store
+    +8   sleepers  number of threads asleep in the kernel on the sequence
+    +16  crowded   monotonic time until which waiters had better sleep at once
 
 `announce(line, n)` publishes everything written before as sequence n. `await_sequence(line, n, ...)` returns once
 the sequence has reached n. A waiter spins for `spins` rounds (only sensible when the other side runs on a core of
 its own), then yields its core for at most `PATIENCE_NS` (a hand-over by yield costs 2.3 us against 40 us through a
 futex, and a yielding waiter costs a busy neighbour nothing), then sleeps in the kernel: nothing idle burns a core.
+
+A yield that takes long has met a thread of somebody else, which keeps the core for its whole slice each time (one such
+neighbour: 5 instead of 110 tok/s). A sleeper is let in as soon as it is woken; so the line is then marked crowded.
 
 Every wait also watches the abort word of its region: the supervisor sets it when a process has died.
 """
@@ -48,7 +52,10 @@ DONE, ABORTED, LATE = 0, 1, 2
 PATIENCE_NS = 3_000_000
 # Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.
 _NAP_NS = 200_000_000
-_CLOCK_EVERY = 64
+# A turn of the neighbour this long is a slice of the scheduler's; how long a line then counts as crowded: looking again
+# costs about one slice.
+_SLICE_NS, _CROWDED_NS = 1_000_000, 100_000_000
+_CROWDED = 16
 # Threads of one team run on different cores: spin, about 2 us. The coordinator's thread and the worker's thread that
 # take turns share a core: spinning would keep the other from it.
 BARRIER_SPINS, HANDOFF_SPINS = 100, 0
@@ -87,25 +94,23 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
             return DONE
         pause()
     patience_ends = 0
-    rounds = 0
     while True:
         seen = load_acquire(line)
         if _reached(seen, sequence):
             return DONE
         if load_acquire(abort) != 0:
             return ABORTED
-        rounds += 1
-        if rounds % _CLOCK_EVERY == 1:
-            now = clock_ns()
-            if patience_ends == 0:
-                patience_ends = now + PATIENCE_NS
-            if deadline_ns != 0 and now > deadline_ns:
-                return LATE
-            if now > patience_ends:
-                _sleep(line, seen)
-                rounds = 0
-                continue
+        now = clock_ns()
+        if deadline_ns != 0 and now > deadline_ns:
+            return LATE
+        if patience_ends == 0:
+            patience_ends = now + PATIENCE_NS
+        if now > patience_ends or now < load_acquire(line + _CROWDED):
+            _sleep(line, seen)
+            continue
         yield_core()
+        if clock_ns() - now > _SLICE_NS:
+            store_release(line + _CROWDED, now + _CROWDED_NS)
 
 
 @kernel

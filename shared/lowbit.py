@@ -25,9 +25,8 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.simd import I8, I16, I32, I64, LANES, V16, fma, load, long, splat, vector
 from warmfront.shared.weights import BLOCK, Kind, pack, row_bytes, unpack
 
-__all__ = ["BITS", "lowbit_bytes", "lowbit_dot", "pack_lowbit", "unpack_lowbit"]
+__all__ = ["lowbit_bytes", "lowbit_dot", "pack_lowbit", "unpack_lowbit"]
 
-BITS = (1, 2, 4)
 _PAIR = 2 * BLOCK
 # Of 64 weights, in this order.
 _ORDER = np.r_[0:16, 32:48, 16:32, 48:64]
@@ -59,10 +58,10 @@ def pack_lowbit(values: Floats, bits: int) -> Bytes:
     q[:, :cols] = _levels(blocks, scale.astype(np.float32), bits).reshape(rows, cols)
     ordered = q.reshape(rows, -1, _PAIR)[:, :, _ORDER]
     if bits == 1:
-        numbers = np.packbits(ordered, axis=2, bitorder="little")
+        numbers: Bytes = np.packbits(ordered, axis=2, bitorder="little")
     else:
         quarters = ordered.reshape(rows, -1, 4, 16)
-        numbers = quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6
+        numbers = np.bitwise_or.reduce(quarters << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
     return np.concatenate((numbers.reshape(rows, -1), scale.view(np.uint8).reshape(rows, -1)), axis=1)
 
 

@@ -6,8 +6,9 @@ Run: pytest tests/shared/test_lowbit.py
 import numpy as np
 import pytest
 
+from warmfront.shared.config import BITS
 from warmfront.shared.kernels import quantise, quantised_bytes
-from warmfront.shared.lowbit import BITS, lowbit_bytes, lowbit_dot, pack_lowbit, unpack_lowbit
+from warmfront.shared.lowbit import lowbit_bytes, lowbit_dot, pack_lowbit, unpack_lowbit
 from warmfront.shared.memory import address
 
 COLS = (32, 64, 96, 544, 2048)
