@@ -78,13 +78,12 @@ def unpack_lowbit(data: Bytes, bits: int, cols: int) -> Floats:
     rows, size = len(data), lowbit_bytes(bits, cols) - cols // BLOCK * 2
     numbers = np.ascontiguousarray(data[:, :size])
     scale = np.ascontiguousarray(data[:, size:]).view(np.float16).astype(np.float32)
+    q = np.empty((rows, size * 8 // bits // _PAIR, _PAIR), np.uint8)
     if bits == 1:
-        ordered = np.unpackbits(numbers, axis=1, bitorder="little").reshape(rows, -1, _PAIR)
+        q[:, :, _ORDER] = np.unpackbits(numbers, axis=1, bitorder="little").reshape(q.shape)
     else:
         sixteen = numbers.reshape(rows, -1, 1, 16)
-        ordered = (sixteen >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(rows, -1, _PAIR)
-    q = np.empty_like(ordered)
-    q[:, :, _ORDER] = ordered
+        q[:, :, _ORDER] = (sixteen >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(q.shape)
     levels = q.reshape(rows, -1)[:, :cols].astype(np.float32) - np.float32((2**bits - 1) / 2)
     return np.asarray(levels.reshape(rows, -1, BLOCK) * scale[:, :, None], np.float32).reshape(rows, cols)
 
