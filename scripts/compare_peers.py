@@ -3,7 +3,8 @@
 For each token decode reads every weight that it needs once, so tok/s <= read bandwidth / bytes a token: an engine gains
 by needing fewer bytes (neurons skipped, narrower weights) or by coming closer to the bandwidth. Prefill uses a weight
 for many tokens and is bound by arithmetic. Machines are shared and their bandwidth moves, so only neighbours in time
-compare: a turn is bandwidth, ours, a peer; a ratio is the median of the turns' ratios.
+compare: a turn is bandwidth, ours, a peer; a ratio is the median of the turns' ratios. Other programs distort more than
+that: peers' threads spin at barriers, and a busy core costs them most of their speed. A turn waits for quiet for 20 s.
 
 MODEL is a folder made by make_synthetic_model.py, or one GGUF file (default: SmolLM2-135M): row `gguf`.
 
@@ -51,6 +52,8 @@ from warmfront.shared.errors import WarmfrontError
 
 POWERINFER = "WARMFRONT_POWERINFER"
 BOS, FIRST_ID, IDS = 1, 300, 211  # prompts: begin of sequence, then ids from 300 to 510 in turn
+
+QUIET, PATIENCE_S = 0.1, 20.0  # a turn waits until others use less than this of the cores, so long at most
 
 
 class Skip(Exception):
@@ -199,7 +202,9 @@ def llama_cpp_feed(path: str, task: Task) -> Feed:
 def transformers_feed(path: str, task: Task) -> Feed:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(task.threads)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     cache: list[Any] = [None]
@@ -279,7 +284,10 @@ def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = {"bandwidth": [], "others": []}
 
     def look() -> None:
-        seen["others"].append(others_share())
+        patience = time.monotonic() + PATIENCE_S
+        while (busy := others_share()) > QUIET and time.monotonic() < patience:
+            pass
+        seen["others"].append(busy)
         seen["bandwidth"].append(read_bandwidth())
 
     def turns(mine: Measure, peer: Contender | None = None, theirs: Measure | None = None) -> None:
@@ -330,7 +338,7 @@ def report(contenders: list[Contender], seen: dict[str, list[float]]) -> dict[st
         table.append((one.name, *(shown.format(**rate) for rate in rates.values()), ratio, f"{answers}"))
     print("\n".join("{:24}{:>24}{:>26}{:>24}{:>10}".format(*cells) for cells in table))
     busy = "others used {median:.0%} of the cores ({min:.0%}-{max:.0%})".format(**result["others"])
-    warning = "; above 10 % the rates of spinning threads say little" if result["others"]["median"] > 0.1 else ""
+    warning = "; engines whose threads spin lose most by that" if result["others"]["max"] > QUIET else ""
     print(f"read bandwidth {shown.format(**result['bandwidth'])} GB/s, {busy}{warning}\n", flush=True)
     return result
 
