@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,15 +32,13 @@ from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
 from warmfront.shared.memory import address, anonymous, collapse
 from warmfront.shared.model import Predictor
-from warmfront.shared.process import pin, set_name
+from warmfront.shared.process import hold_interrupts, pin, set_name
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
 
 __all__ = ["Team", "cache_bytes"]
 
 _ALIGN = 64
-# How often a waiting main thread looks up, so that Ctrl-C is seen.
-_LOOK_UP_NS = 50_000_000
 
 
 def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
@@ -252,16 +249,9 @@ class Team:
         """
         self._state.tokens[: len(tokens)] = tokens
         self._state.job[MEASURE], self._state.job[CAPTURE] = measure, capture
-        self._post(len(tokens), position, want_logits)
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                result = self._await()
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        with hold_interrupts():
+            self._post(len(tokens), position, want_logits)
+            result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
         if result == DONE and LATE in self._state.status:
             raise WorkerError("a worker did not answer for two minutes")
         return bool(result == DONE)
@@ -285,14 +275,6 @@ class Team:
         job[SEQUENCE] = self._sequence * self._network.layers
         self._sequence += 1
         announce(state.go_at, self._sequence)
-
-    def _await(self) -> int:
-        state = self._state
-        while True:
-            deadline = time.monotonic_ns() + _LOOK_UP_NS
-            result: int = await_sequence(state.finished_at, self._sequence, state.abort_at, 0, deadline)
-            if result != LATE:
-                return result
 
     def stop(self) -> None:
         """End the resident loops and tell the workers to leave theirs; harmless after an abort."""
