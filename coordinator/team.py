@@ -30,7 +30,7 @@ from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, L
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
-from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.model import Predictor
 from warmfront.shared.process import hold_interrupts, pin, set_name
 from warmfront.shared.store import PackedModel
@@ -63,13 +63,13 @@ class Team:
     ) -> None:
         self._model, self._board, self._cpus, self._context = model, board, cpus, context
         self._selector, self._lowbit = selector, lowbit
-        self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
+        self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._loaded = 0
         self._weights, self._at = self._allocate()
         self._kind, size = _cache_rows(model, context)
         self._keys, self._values = anonymous(size), anonymous(size)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
-        self._lines = np.zeros(6 * LINE // 8, np.int64)
+        self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
         self._state = self._prepare()
         self._sequence = 0
@@ -169,7 +169,7 @@ class Team:
         captured = (spec.layers, most * spec.hidden) if self._lowbit is not None else (0, 0)
 
         def floats(*shape: int) -> npt.NDArray[np.float32]:
-            return np.zeros(shape, np.float32)
+            return zeros(shape, np.float32)
 
         return State(
             members=members,
@@ -188,7 +188,7 @@ class Team:
             tops=floats(chunks, spec.heads),
             totals=floats(chunks, spec.heads),
             scratch=floats(members, 8 * max(spec.hidden, width)),
-            prepared=np.zeros((members, prepared), np.uint8),
+            prepared=zeros((members, prepared), np.uint8),
             logits=self.logits,
             inner=floats(rank),
             captured=floats(*captured),

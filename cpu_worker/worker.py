@@ -17,7 +17,7 @@ from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
-from warmfront.shared.memory import address, anonymous, collapse
+from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.process import pin
@@ -42,8 +42,8 @@ class CpuWorker:
         self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
-        self._lines = np.zeros(3 * LINE // 8 + 16, np.int64)
-        lines_at = -(-address(self._lines) // LINE) * LINE
+        self._lines = zeros(3 * LINE // 8, np.int64)
+        lines_at = address(self._lines)
         neurons = sizes.groups * GROUP
         self._worker = Worker(
             me=plan.index,
@@ -56,17 +56,17 @@ class CpuWorker:
             down_row_bytes=layout.down_row_bytes,
             slot=slot,
             owner=board.owner,
-            owned=np.zeros((threads, sizes.groups), np.int32),
+            owned=zeros((threads, sizes.groups), np.int32),
             mask=board.mask,
-            words=np.zeros((threads, sizes.groups), np.uint32),
+            words=zeros((threads, sizes.groups), np.uint32),
             listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
-            gates=np.zeros((threads, neurons), np.float32),
-            opened=np.zeros((threads, neurons), np.int32),
-            opened_count=np.zeros((threads, 16), np.int64),
-            computed=np.zeros((threads, 16), np.int64),
-            quantised=np.zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
-            sums=np.zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
-            scratch=np.zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
+            gates=zeros((threads, neurons), np.float32),
+            opened=zeros((threads, neurons), np.int32),
+            opened_count=zeros((threads, 16), np.int64),
+            computed=zeros((threads, 16), np.int64),
+            quantised=zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
+            sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
+            scratch=zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),

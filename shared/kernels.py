@@ -30,6 +30,7 @@ __all__ = [
     "row_stride",
     "settle",
     "share",
+    "touch",
     "widen",
 ]
 
@@ -320,6 +321,19 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
         _widen_bf16(row, out, cols)
     else:
         _widen_f32(row, out, cols)
+
+
+@intrinsic
+def touch(context, at, size):
+    """Fetch a line of every KB of what begins at `at`: translates its addresses and starts the hardware's streams."""
+
+    def build(context, b, _signature, arguments):
+        at, size = arguments
+        with cgutils.for_range(b, b.udiv(b.add(size, long(1023)), long(1024)), intp=I64) as loop:
+            simd.prefetch_line(b, b.add(at, b.mul(loop.index, long(1024))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
 
 
 @kernel
