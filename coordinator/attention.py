@@ -19,7 +19,7 @@ from warmfront.shared.atomics import floats_at, shorts_at
 from warmfront.shared.gemm import LANES, in_pairs, multiply_columns, multiply_rows, prepare
 from warmfront.shared.halves import to_half
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import share
+from warmfront.shared.kernels import share, touch
 from warmfront.shared.rows import ROWS, add_rows, dot_rows
 from warmfront.shared.weights import Kind
 
@@ -99,6 +99,8 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
             for i in range(head_dim):
                 queries[head, i] = st.qkv[at + i] * net.score_scale
         for p in range(0, count, ROWS):
+            touch(st.keys_at + first_row + (p + ROWS) * stride, ROWS * stride, 64)
+            touch(st.values_at + first_row + p * stride, ROWS * stride, 64)
             for head in range(group):
                 at = scores_at + (head * count + p) * 4
                 dot_rows(

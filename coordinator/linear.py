@@ -72,10 +72,9 @@ def linear(
     if lanes == 1:
         y = carray(floats_at(y_at), (rows,))
         q_at = quantise(x_at, prepared_at, cols) if kind >= _Q8 else 0
-        ahead = stride * (1 + AHEAD_BYTES // stride)
         for r in range(low, high):
             row_at = weights_at + r * stride
-            y[r] = dot(kind, row_at, x_at, q_at, cols, row_at + ahead)
+            y[r] = dot(kind, row_at, x_at, q_at, cols, row_at + AHEAD_BYTES)
     else:
         x_at = prepare(kind, x_at, prepared_at, cols, panels)
         for r in range(low, high, 8):

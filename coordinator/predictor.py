@@ -19,7 +19,7 @@ from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.handoff import DONE, barrier
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import AHEAD_BYTES, quantise, row_stride, share
+from warmfront.shared.kernels import AHEAD_BYTES, quantise, row_stride, share, touch
 from warmfront.shared.lowbit import lowbit_dot
 from warmfront.shared.rows import ROWS, dot_rows
 
@@ -70,6 +70,7 @@ def _lowrank(net: Network, st: State, layer: int, member: int, input_at: int) ->
     for group in range(low, high):
         for row in range(0, GROUP, ROWS):
             row_at = at + (group * GROUP + row) * stride
+            touch(row_at + AHEAD_BYTES, ROWS * stride, 64)
             dot_rows(kind, row_at, stride, address_of(st.inner), rank, scores_at + row * 4)
         st.mask[group] = _word(scores, net.thresholds[layer])
     return DONE
@@ -80,13 +81,12 @@ def _lowbit(net: Network, st: State, layer: int, member: int, input_at: int) -> 
     bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
     q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)
     stride = net.lowbit_stride
-    ahead = stride * (1 + AHEAD_BYTES // stride)
     scores = st.scores[member]
     low, high = share(net.groups, 1, member, st.members)
     for group in range(low, high):
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride
-            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + ahead)
+            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + AHEAD_BYTES)
         st.mask[group] = _word(scores, net.thresholds[layer])
 
 

@@ -93,7 +93,7 @@ def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
 @kernel
 def _touch_later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> None:
     """Announce the bundle of a later entry of the list to the memory system."""
-    touch(_bundle(b, slots, listed[min(i + _TOUCH, high - 1)]), b.bundle_bytes)
+    touch(_bundle(b, slots, listed[min(i + _TOUCH, high - 1)]), b.bundle_bytes, 1024)
 
 
 @kernel

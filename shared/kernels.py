@@ -36,7 +36,7 @@ __all__ = [
 
 # How far ahead rows are fetched: the hardware starts anew at every page, and a kernel that unpacks 4 bits keeps too
 # few lines in flight by itself (docs/log.md).
-AHEAD_BYTES = 2048
+AHEAD_BYTES = 5120
 V64 = vector(I8, 64)
 # The largest feature of a block: 127 * 128.
 _STEPS = 16256.0
@@ -324,16 +324,21 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
 
 
 @intrinsic
-def touch(context, at, size):
-    """Fetch a line of every KB of what begins at `at`: translates its addresses and starts the hardware's streams."""
+def touch(context, at, size, step):
+    """Fetch a line of every `step` bytes of `size` at `at`.
+
+    All lines (64), if they are needed soon; a line of every KB translates the addresses and starts the machine's
+    own fetching.
+    """
 
     def build(context, b, _signature, arguments):
-        at, size = arguments
-        with cgutils.for_range(b, b.udiv(b.add(size, long(1023)), long(1024)), intp=I64) as loop:
-            simd.prefetch_line(b, b.add(at, b.mul(loop.index, long(1024))))
+        at, size, step = arguments
+        steps = b.udiv(b.add(size, b.sub(step, long(1))), step)
+        with cgutils.for_range(b, steps, intp=I64) as loop:
+            simd.prefetch_line(b, b.add(at, b.mul(loop.index, step)))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), build
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 @kernel
