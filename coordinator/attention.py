@@ -6,8 +6,6 @@ products, with 16 tokens in the lanes and the query heads that share a key-value
 Cache rows are packed rows of float16 (float32 for float32 models), one per layer, head and position.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from numba import carray
@@ -16,7 +14,7 @@ from warmfront.coordinator.linear import address_of
 from warmfront.coordinator.network import POSITION, TOKENS, Network, State
 from warmfront.shared.activation import exponentials, highest_of, softmax_panel
 from warmfront.shared.atomics import floats_at, shorts_at
-from warmfront.shared.gemm import LANES, in_pairs, multiply_columns, multiply_rows, prepare
+from warmfront.shared.gemm import LANES, gather_columns, in_pairs, multiply_columns, multiply_rows, prepare
 from warmfront.shared.halves import to_half
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import share, touch
@@ -40,28 +38,20 @@ def _cache_row(net: Network, st: State, layer: int, head: int, position: int) ->
 
 
 @kernel
-def _store_row(net: Network, st: State, cache_at: int, layer: int, row: int, position: int, value: Any) -> None:
-    """Write one element of k or v: `row` of the kv_heads * head_dim."""
-    row_at = cache_at + _cache_row(net, st, layer, row // net.head_dim, position)
-    column = row % net.head_dim
-    if st.cache_kind == _F16:
-        carray(shorts_at(row_at), (net.head_dim,))[column] = to_half(value)
-    else:
-        carray(floats_at(row_at), (net.head_dim,))[column] = value
-
-
-@kernel
 def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
     """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
-    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    for token in range(st.job[TOKENS]):
-        at = (token // lanes) * rows * lanes + token % lanes
-        cos, sin = net.cos[st.job[POSITION] + token], net.sin[st.job[POSITION] + token]
+    rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
+    for panel in range((tokens + lanes - 1) // lanes):
+        position = st.job[POSITION] + panel * lanes
+        some = min(lanes, tokens - panel * lanes)
         pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):
-            even, odd = at + row * lanes, at + (row + 1) * lanes
-            a, b = st.qkv[even], st.qkv[odd]
-            st.qkv[even], st.qkv[odd] = a * cos[pair] - b * sin[pair], b * cos[pair] + a * sin[pair]
+            at = (panel * rows + row) * lanes
+            even, odd = st.qkv[at : at + lanes], st.qkv[at + lanes : at + 2 * lanes]
+            for lane in range(some):
+                cos, sin = net.cos[position + lane, pair], net.sin[position + lane, pair]
+                a, b = even[lane], odd[lane]
+                even[lane], odd[lane] = a * cos - b * sin, b * cos + a * sin
             pair += 1
             if 2 * pair == net.head_dim:
                 pair = 0
@@ -70,11 +60,27 @@ def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int)
 @kernel
 def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
     """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache."""
-    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    for token in range(st.job[TOKENS]):
-        at = (token // lanes) * rows * lanes + token % lanes
+    rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
+    size = 2 if st.cache_kind == _F16 else 4
+    step = (net.head_dim + 31) // 32 * 32 * size
+    for panel in range((tokens + lanes - 1) // lanes):
+        position = st.job[POSITION] + panel * lanes
+        some = min(lanes, tokens - panel * lanes)
+        head, column = (low - first) // net.head_dim, (low - first) % net.head_dim
+        at = cache_at + _cache_row(net, st, layer, head, position)
         for row in range(low, high):
-            _store_row(net, st, cache_at, layer, row - first, st.job[POSITION] + token, st.qkv[at + row * lanes])
+            source = st.qkv[(panel * rows + row) * lanes : (panel * rows + row + 1) * lanes]
+            for lane in range(some):
+                place = at + lane * step + column * size
+                if size == 2:
+                    carray(shorts_at(place), (1,))[0] = to_half(source[lane])
+                else:
+                    carray(floats_at(place), (1,))[0] = source[lane]
+            column += 1
+            if column == net.head_dim:
+                column = 0
+                head += 1
+                at = cache_at + _cache_row(net, st, layer, head, position)
 
 
 @kernel
@@ -196,11 +202,10 @@ def attend_panels(net: Network, st: State, layer: int, member: int, panels: int)
             some = min(_ROWS, count - p)
             x_at = chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
             row_at = st.values_at + first_row + p * stride
+            gather_columns(st.cache_kind, row_at, stride, 0, some, padded, address_of(scratch))
             multiply_columns(
                 st.cache_kind,
-                row_at,
-                stride,
-                0,
+                address_of(scratch),
                 some,
                 padded,
                 x_at,
@@ -208,7 +213,6 @@ def attend_panels(net: Network, st: State, layer: int, member: int, panels: int)
                 address_of(mixed),
                 padded * LANES * 4,
                 group,
-                address_of(scratch),
             )
         for head in range(group):
             target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-# Tokens of one prefill job: 8 panels of 16.
-MAX_TOKENS = 128
+# Tokens of one prefill job: 18 panels of 16, of which the products take three at a time.
+MAX_TOKENS = 288
 LANES = 16
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9

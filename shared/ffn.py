@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from warmfront.shared.activation import activate, activate_times
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.gemm import LANES, multiply_columns, multiply_rows, prepare
+from warmfront.shared.gemm import LANES, gather_columns, multiply_columns, multiply_rows, prepare
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import AHEAD_BYTES, axpy, dot, settle, touch
 from warmfront.shared.simd import I32, call
@@ -43,6 +43,8 @@ _Q4C = int(Kind.Q4C)
 # Scattered bundles come at two thirds of the bandwidth of contiguous ones; touched this many neurons before they are
 # fetched, 2 to 5 % faster (docs/log.md).
 _TOUCH = 4
+# Groups whose down rows are multiplied at once: the sums, larger than a cache, are read and written once for them all.
+_TOGETHER = 4
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
@@ -80,9 +82,9 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
 
 
 def scratch_floats(hidden: int, max_tokens: int) -> int:
-    """Floats of scratch for `dense_groups`: 32 widened rows, gate and up of 32 neurons, x and factors as prepared."""
-    tokens = -(-max_tokens // LANES) * LANES
-    return GROUP * hidden + 2 * GROUP * tokens + tokens * hidden // 2 + GROUP * tokens // 2
+    """Floats of scratch for `dense_groups`: widened rows, gate and up of some groups, x and factors as prepared."""
+    tokens, neurons = -(-max_tokens // LANES) * LANES, _TOGETHER * GROUP
+    return neurons * hidden + 2 * neurons * tokens + tokens * hidden // 2 + neurons * tokens // 2
 
 
 @kernel
@@ -235,35 +237,27 @@ def dense_groups(
     b: Bundles, slots: Ints, low: int, high: int, x_at: int, panels: int, sums_at: int, scratch_at: int
 ) -> None:
     """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike."""
-    hidden, size = b.hidden, panels * GROUP * LANES
-    gate_at = scratch_at + GROUP * hidden * 4
-    up_at = gate_at + 4 * size
-    input_at = up_at + 4 * size
+    hidden = b.hidden
+    gate_at = scratch_at + _TOGETHER * GROUP * hidden * 4
+    up_at = gate_at + 4 * panels * _TOGETHER * GROUP * LANES
+    input_at = up_at + 4 * panels * _TOGETHER * GROUP * LANES
     factors_at = input_at + panels * LANES * hidden * 2
-    step, group_step = hidden * LANES * 4, GROUP * LANES * 4
     x_at = prepare(b.gate_kind, x_at, input_at, hidden, panels)
-    for slot in range(low, high):
-        first_at = _bundle(b, slots, slot * GROUP)
-        for row in range(0, GROUP, 8):
-            at, offset = first_at + row * b.bundle_bytes, row * LANES * 4
-            multiply_rows(
-                b.gate_kind, at, b.bundle_bytes, hidden, x_at, gate_at + offset, group_step, panels, scratch_at
-            )
+    for first in range(low, high, _TOGETHER):
+        groups = min(_TOGETHER, high - first)
+        neurons = groups * GROUP
+        step = neurons * LANES * 4
+        for row in range(0, neurons, 8):
+            at, offset = _bundle(b, slots, first * GROUP + row), row * LANES * 4
+            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, gate_at + offset, step, panels, scratch_at)
             at += b.up_offset
-            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, group_step, panels, scratch_at)
-        activate_times(b.activation, gate_at, up_at, size)
-        h_at = prepare(b.down_kind, gate_at, factors_at, GROUP, panels)
-        multiply_columns(
-            b.down_kind,
-            first_at + b.down_offset,
-            b.bundle_bytes,
-            first_at + b.tail_offset,
-            GROUP,
-            hidden,
-            h_at,
-            GROUP,
-            sums_at,
-            step,
-            panels,
-            scratch_at,
-        )
+            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, step, panels, scratch_at)
+        activate_times(b.activation, gate_at, up_at, panels * neurons * LANES)
+        h_at = prepare(b.down_kind, gate_at, factors_at, neurons, panels)
+        next_at = scratch_at
+        for slot in range(first, first + groups):
+            at = _bundle(b, slots, slot * GROUP)
+            next_at = gather_columns(
+                b.down_kind, at + b.down_offset, b.bundle_bytes, at + b.tail_offset, GROUP, hidden, next_at
+            )
+        multiply_columns(b.down_kind, scratch_at, neurons, hidden, h_at, neurons, sums_at, hidden * LANES * 4, panels)

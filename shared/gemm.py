@@ -23,7 +23,7 @@ from warmfront.shared.kernels import widen
 from warmfront.shared.simd import FLOAT, I16, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
 from warmfront.shared.weights import BLOCK, Kind
 
-__all__ = ["LANES", "in_pairs", "multiply_columns", "multiply_rows", "panels_of", "prepare"]
+__all__ = ["LANES", "gather_columns", "in_pairs", "multiply_columns", "multiply_rows", "panels_of", "prepare"]
 
 ROWS = 8
 PANELS = 3
@@ -297,41 +297,38 @@ def multiply_rows(
 
 
 @kernel
-def multiply_columns(
-    kind: int,
-    row: int,
-    stride: int,
-    tail: int,
-    rows: int,
-    cols: int,
-    x: int,
-    x_rows: int,
-    y: int,
-    y_step: int,
-    panels: int,
-    scratch: int,
-) -> None:
-    """y[p][column] += sum over `rows` packed rows of row[column] * x[p][row]; `rows` is even.
+def gather_columns(kind: int, row: int, stride: int, tail: int, rows: int, cols: int, out: int) -> Any:
+    """Widen `rows` packed rows (an even number) at `row` for `multiply_columns`; returns where the next ones belong.
 
-    `x` lies in panels [panels, x_rows, lanes] that come from `prepare(kind, ...)`; `scratch` has room for all rows in
-    float32; `tail`: of the rows' group, for Q4C.
+    `out` has room for them in float32; `tail`: of the rows' group, for Q4C.
+    """
+    step = cols * 4
+    if in_pairs(kind):
+        for r in range(0, rows, 2):
+            _interleave(kind, row + r * stride, row + (r + 1) * stride, tail, out + r // 2 * step, cols)
+        return out + rows // 2 * step
+    for r in range(rows):
+        if kind == _Q4C:
+            _widen_q4c(row + r * stride, tail, out + r * step, cols)
+        else:
+            widen(kind, row + r * stride, out + r * step, cols)
+    return out + rows * step
+
+
+@kernel
+def multiply_columns(
+    kind: int, gathered: int, rows: int, cols: int, x: int, x_rows: int, y: int, y_step: int, panels: int
+) -> None:
+    """y[p][column] += sum over `rows` gathered rows of row[column] * x[p][row].
+
+    `x` lies in panels [panels, x_rows, lanes] that come from `prepare(kind, ...)`.
     """
     pairs = in_pairs(kind)
-    step = cols * 4
-    if pairs:
-        for r in range(0, rows, 2):
-            _interleave(kind, row + r * stride, row + (r + 1) * stride, tail, scratch + r // 2 * step, cols)
-    else:
-        for r in range(rows):
-            if kind == _Q4C:
-                _widen_q4c(row + r * stride, tail, scratch + r * step, cols)
-            else:
-                widen(kind, row + r * stride, scratch + r * step, cols)
     share = 2 if pairs else 1
     x_step = x_rows // share * LANES * 4
     for column in range(0, cols, ROWS):
         y_at = y + column * LANES * 4
-        _multiply(pairs, scratch + column * 4, 4, step, rows // share, x, x_step, y_at, y_step, panels, 1)
+        _multiply(pairs, gathered + column * 4, 4, cols * 4, rows // share, x, x_step, y_at, y_step, panels, 1)
 
 
 @kernel

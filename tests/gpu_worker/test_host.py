@@ -129,10 +129,10 @@ def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
 
 # What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. x and the sums:
 ACTIVATION_BYTES = 4 * (2 * 16 * 96)
-# Number of every neuron to compute; x in two bytes (padded to 64) and two floats a block (padded to 16); 32 rows
-# widened, gates and ups of a group; x and the products of gate and up as bfloat16.
-PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 2 * 32 * 16
-PARTIAL_BYTES = 4 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 32 * 96 + PANEL_BYTES
+# Number of every neuron to compute; x in two bytes (padded to 64) and two floats a block (padded to 16); 128 rows
+# widened, gates and ups of four groups; x and the products of gate and up as bfloat16.
+PANEL_BYTES = 4 * (2 * 128 * 16) + 2 * 16 * 96 + 2 * 128 * 16
+PARTIAL_BYTES = 4 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 128 * 96 + PANEL_BYTES
 
 
 def test_ledger() -> None:
