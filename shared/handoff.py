@@ -1,10 +1,11 @@
 """How one thread waits for another, in and across processes.
 
-A *line* is 128 bytes of shared memory that start with three words:
+A *line* is 128 bytes of shared memory that start with four words:
 
     +0   sequence  only grows; written by one side with a release-store
     +8   sleepers  number of threads asleep in the kernel on the sequence
     +16  crowded   monotonic time until which waiters had better sleep at once
+    +24  slice     monotonic time of the last long turn of a neighbour
 
 `announce(line, n)` publishes everything written before as sequence n. `await_sequence(line, n, ...)` returns once
 the sequence has reached n. A waiter spins for `spins` rounds (only sensible when the other side runs on a core of
@@ -12,7 +13,8 @@ its own), then yields its core for at most `PATIENCE_NS` (a hand-over by yield c
 futex, and a yielding waiter costs a busy neighbour nothing), then sleeps in the kernel: nothing idle burns a core.
 
 A yield that takes long has met a thread of somebody else, which keeps the core for its whole slice each time (one such
-neighbour: 5 instead of 110 tok/s). A sleeper is let in as soon as it is woken; so the line is then marked crowded.
+neighbour: 5 instead of 110 tok/s). A sleeper is let in as soon as it is woken; so after two such turns in short
+succession (one may be the hypervisor's) the line is marked crowded.
 
 Every wait also watches the abort word of its region: the supervisor sets it when a process has died.
 """
@@ -52,10 +54,10 @@ DONE, ABORTED, LATE = 0, 1, 2
 PATIENCE_NS = 3_000_000
 # Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.
 _NAP_NS = 200_000_000
-# A turn of the neighbour this long is a slice of the scheduler's; how long a line then counts as crowded: looking again
-# costs about one slice.
-_SLICE_NS, _CROWDED_NS = 1_000_000, 100_000_000
-_CROWDED = 16
+# A turn of the neighbour this long is a slice of the scheduler's; two so close to each other make a line crowded, for
+# this long: looking again costs two slices.
+_SLICE_NS, _CLOSE_NS, _CROWDED_NS = 2_000_000, 20_000_000, 200_000_000
+_CROWDED, _SLICE = 16, 24
 # Threads of one team run on different cores: spin, about 2 us. The coordinator's thread and the worker's thread that
 # take turns share a core: spinning would keep the other from it.
 BARRIER_SPINS, HANDOFF_SPINS = 100, 0
@@ -109,8 +111,11 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
             _sleep(line, seen)
             continue
         yield_core()
-        if clock_ns() - now > _SLICE_NS:
-            store_release(line + _CROWDED, now + _CROWDED_NS)
+        after = clock_ns()
+        if after - now > _SLICE_NS:
+            if now - load_acquire(line + _SLICE) < _CLOSE_NS:
+                store_release(line + _CROWDED, after + _CROWDED_NS)
+            store_release(line + _SLICE, after)
 
 
 @kernel
