@@ -21,7 +21,7 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.attention import attend_one, attend_panels, cache, join, rotate
-from warmfront.coordinator.linear import address_of, linear, normalise
+from warmfront.coordinator.linear import address_of, linear, normalise, ready
 from warmfront.coordinator.network import (
     ATTN_NORM,
     CAPTURE,
@@ -70,27 +70,34 @@ def _project(
     member: int,
     panels: int,
     lanes: int,
+    ready_at: int,
 ) -> None:
-    """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector."""
+    """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector.
+
+    `ready_at`: of the normed input, made for q.
+    """
     rows = (net.heads + 2 * net.kv_heads) * net.head_dim
     low, high = share(rows, 8, member, st.members)
     low, high = max(low, first), min(high, first + count)
     if low >= high:
         return
+    kind, input_at = net.kinds[layer, part], address_of(st.h[member])
+    if kind != net.kinds[layer, Q]:
+        ready_at = ready(kind, input_at, address_of(st.prepared[member]), net.hidden, panels, lanes)
     linear(
-        net.kinds[layer, part],
+        kind,
         net.weights[layer, part],
         net.weights[layer, bias],
         net.hidden,
         low - first,
         high - first,
-        address_of(st.h[member]),
+        input_at,
+        ready_at,
         address_of(st.qkv) + first * lanes * 4,
         rows,
         panels,
         lanes,
         address_of(st.scratch[member]),
-        address_of(st.prepared[member]),
     )
     if part != V:
         rotate(net, st, first, low, high, lanes)
@@ -170,12 +177,12 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
         low,
         high,
         address_of(h),
+        ready(net.head_kind, address_of(h), address_of(st.prepared[member]), net.hidden, 1, 1),
         address_of(st.logits),
         net.vocab,
         1,
         1,
         0,
-        address_of(st.prepared[member]),
     )
 
 
@@ -188,15 +195,16 @@ def forward(member: int, net: Network, st: State) -> int:
     panels = panels_of(tokens)
     count = panels * hidden * lanes
     x, h = st.x[member], st.h[member]
-    scratch_at = address_of(st.scratch[member])
+    scratch_at, prepared_at = address_of(st.scratch[member]), address_of(st.prepared[member])
     low, high = share(hidden, 8, member, st.members)
     _embed(net, st, member, lanes)
     for layer in range(net.layers):
         _note(st, layer, member, _START)
         normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
-        _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes)
-        _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes)
-        _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes)
+        ready_at = ready(net.kinds[layer, Q], address_of(h), prepared_at, hidden, panels, lanes)
+        _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes, ready_at)
+        _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes, ready_at)
+        _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes, ready_at)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
@@ -221,12 +229,12 @@ def forward(member: int, net: Network, st: State) -> int:
             low,
             high,
             address_of(attended),
+            ready(net.kinds[layer, OUT], address_of(attended), prepared_at, q_rows, panels, lanes),
             address_of(st.proj),
             hidden,
             panels,
             lanes,
             scratch_at,
-            address_of(st.prepared[member]),
         )
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:

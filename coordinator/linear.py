@@ -12,7 +12,7 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import AHEAD_BYTES, dot, quantise, row_stride
 from warmfront.shared.weights import Kind
 
-__all__ = ["address_of", "linear", "normalise"]
+__all__ = ["address_of", "linear", "normalise", "ready"]
 
 Floats = npt.NDArray[np.float32]
 _Q8 = int(Kind.Q8)
@@ -52,6 +52,14 @@ def normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, pan
 
 
 @kernel
+def ready(kind: int, x_at: int, prepared_at: int, cols: int, panels: int, lanes: int) -> Any:
+    """What `linear` wants to know of x [panels, cols, lanes] beside x itself, for one matrix or several of a kind."""
+    if lanes == 1:
+        return quantise(x_at, prepared_at, cols) if kind >= _Q8 else x_at
+    return prepare(kind, x_at, prepared_at, cols, panels)
+
+
+@kernel
 def linear(
     kind: int,
     weights_at: int,
@@ -60,26 +68,27 @@ def linear(
     low: int,
     high: int,
     x_at: int,
+    ready_at: int,
     y_at: int,
     rows: int,
     panels: int,
     lanes: int,
     scratch_at: int,
-    prepared_at: int,
 ) -> None:
-    """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes]."""
+    """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes].
+
+    `ready_at`: what `ready` returned for x and this kind.
+    """
     stride = row_stride(kind, cols)
     if lanes == 1:
         y = carray(floats_at(y_at), (rows,))
-        q_at = quantise(x_at, prepared_at, cols) if kind >= _Q8 else 0
         for r in range(low, high):
             row_at = weights_at + r * stride
-            y[r] = dot(kind, row_at, x_at, q_at, cols, row_at + AHEAD_BYTES)
+            y[r] = dot(kind, row_at, x_at, ready_at, cols, row_at + AHEAD_BYTES)
     else:
-        x_at = prepare(kind, x_at, prepared_at, cols, panels)
         for r in range(low, high, 8):
             y_row_at, y_step = y_at + r * LANES * 4, rows * LANES * 4
-            multiply_rows(kind, weights_at + r * stride, stride, cols, x_at, y_row_at, y_step, panels, scratch_at)
+            multiply_rows(kind, weights_at + r * stride, stride, cols, ready_at, y_row_at, y_step, panels, scratch_at)
     if bias_at != 0:
         bias = carray(floats_at(bias_at), (rows,))
         y = carray(floats_at(y_at), (panels * rows * lanes,))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from warmfront.coordinator.linear import address_of, linear
+from warmfront.coordinator.linear import address_of, linear, ready
 from warmfront.coordinator.network import FC1, FC2, LOWBIT, Network, State
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP
@@ -39,22 +39,22 @@ def _word(scores: Any, threshold: Any) -> Any:
 @kernel
 def _lowrank(net: Network, st: State, layer: int, member: int, input_at: int) -> int:
     """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
-    rank = net.ranks[layer]
+    rank, kind = net.ranks[layer], net.kinds[layer, FC1]
     low, high = share(rank, 8, member, st.members)
     linear(
-        net.kinds[layer, FC1],
+        kind,
         net.weights[layer, FC1],
         0,
         net.hidden,
         low,
         high,
         input_at,
+        ready(kind, input_at, address_of(st.prepared[member]), net.hidden, 1, 1),
         address_of(st.inner),
         rank,
         1,
         1,
         0,
-        address_of(st.prepared[member]),
     )
     if net.rectified:
         for i in range(low, high):
