@@ -1,7 +1,7 @@
 """GGUF's weight blocks: which weight type keeps each, and the exact repacking where the blocks map.
 
     F32, F16, BF16             as they are
-    Q4_0, Q4_1, Q8_0           the same numbers in another order
+    Q4_0, Q4_1, Q8_0           the same numbers in another order; Q4_0 as Q4S or, beside Q4_1, as Q4
     Q4_K                       the same 4-bit numbers; scale * sub-scale rounded to float16
     Q5_0, Q5_1, Q5_K, Q6_K     rounded to Q8
     the rest                   rounded to Q4
@@ -34,16 +34,23 @@ def kind_of(block: Type) -> Kind | None:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[block][1]), np.uint8), block)
     except NotImplementedError:
         return None
+    if block == Type.Q4_0:
+        return Kind.Q4S
     return Kind.Q8 if block in ROUNDED_TO_Q8 or block == Type.Q8_0 else Kind.Q4
 
 
-def repack(block: Type) -> Callable[[Bytes], Bytes] | None:
-    """The function from rows of such blocks to packed rows of `kind_of(block)`; None where values must be rounded."""
-    return _REPACK.get(block)
+def repack(block: Type, kind: Kind) -> Callable[[Bytes], Bytes] | None:
+    """The function from rows of such blocks to packed rows of `kind`; None where values must be rounded."""
+    return _REPACK.get((block, kind))
 
 
 def _q4_0(rows: Bytes) -> Bytes:
     """float16 d, 16 bytes of nibbles; w = d * (q - 8)."""
+    blocks = rows.reshape(len(rows), -1, 18)
+    return _columns(blocks[:, :, 2:], blocks[:, :, :2])
+
+
+def _q4_0_with_minima(rows: Bytes) -> Bytes:
     blocks = rows.reshape(len(rows), -1, 18)
     d = _halves(blocks[:, :, :2])
     return _columns(blocks[:, :, 2:], d, np.float16(-8) * d)
@@ -88,4 +95,10 @@ def _columns(*parts: npt.NDArray[np.uint8 | np.float16]) -> Bytes:
     return np.concatenate([np.ascontiguousarray(p).view(np.uint8).reshape(len(p), -1) for p in parts], axis=1)
 
 
-_REPACK: dict[Type, Callable[[Bytes], Bytes]] = {Type.Q4_0: _q4_0, Type.Q4_1: _q4_1, Type.Q4_K: _q4_k, Type.Q8_0: _q8_0}
+_REPACK: dict[tuple[Type, Kind], Callable[[Bytes], Bytes]] = {
+    (Type.Q4_0, Kind.Q4S): _q4_0,
+    (Type.Q4_0, Kind.Q4): _q4_0_with_minima,
+    (Type.Q4_1, Kind.Q4): _q4_1,
+    (Type.Q4_K, Kind.Q4): _q4_k,
+    (Type.Q8_0, Kind.Q8): _q8_0,
+}

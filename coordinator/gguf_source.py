@@ -135,17 +135,17 @@ class GgufSource:
 
     def _note_conversions(self) -> None:
         down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
-        other = Counter(t.type for t in self._tensors.values() if not t.transposed)
+        other = Counter((t.type, t.kind) for t in self._tensors.values() if not t.transposed)
         for block, count in down.items():
-            if repack(block) is not None and kind_of(block) == Kind.Q4:
+            if repack(block, Kind.Q4) is not None:
                 continue
             self.notes.append(f"{count} down matrices of type {block.name} are turned and kept as Q8")
-        for block, count in other.items():
+        for (block, kind), count in other.items():
             if block == Type.Q4_K:
                 self.notes.append(f"{count} tensors of type Q4_K are kept as Q4 with scales rounded to float16")
             elif block in ROUNDED_TO_Q8:
                 self.notes.append(f"{count} tensors of type {block.name} are rounded to Q8")
-            elif block not in FLOATS and repack(block) is None:
+            elif block not in FLOATS and repack(block, kind) is None:
                 self.notes.append(f"{count} tensors of type {block.name} are rounded to Q4, which loses quality")
 
 
@@ -166,7 +166,7 @@ class GgufTensor(SourceTensor):
         elif self.type in FLOATS:
             super().__init__(shape[::-1], kind)
         else:
-            across = kind == Kind.Q4 and repack(self.type) is not None
+            across = repack(self.type, Kind.Q4) is not None
             super().__init__(shape[::-1], Kind.Q4C if across else Kind.Q8, step=self._block_size)
 
     def _widen(self, start: int, stop: int) -> Floats:
@@ -181,12 +181,12 @@ class GgufTensor(SourceTensor):
         return np.asarray(gguf.dequantize(np.ascontiguousarray(rows), self.type), np.float32)
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
-        exact = repack(self.type)
-        if exact is None or kind != self.kind or (self.transposed and kind != Kind.Q4C):
-            return super()._pack(start, stop, kind)
-        if kind == Kind.Q4C:
+        if kind == self.kind == Kind.Q4C:
             q, _, _ = self._split()
             return join_nibbles(np.ascontiguousarray(q.T[start:stop]).reshape(stop - start, -1, BLOCK))
+        exact = None if self.transposed else repack(self.type, kind)
+        if exact is None:
+            return super()._pack(start, stop, kind)
         return exact(np.ascontiguousarray(self._data[start:stop]))
 
     def column_scales(self) -> npt.NDArray[np.float16]:
@@ -195,7 +195,7 @@ class GgufTensor(SourceTensor):
 
     def _split(self) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """Numbers, scales and minima as they lie in the file, [out, in] and [out, in / 32]."""
-        exact = repack(self.type)
+        exact = repack(self.type, Kind.Q4)
         assert exact is not None
         return split_q4(exact(np.ascontiguousarray(self._data)), self.shape[0])
 

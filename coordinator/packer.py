@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.source import Source, model_files, open_source, padded
+from warmfront.coordinator.source import Source, SourceTensor, model_files, open_source, padded
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.model import ModelSpec
@@ -183,15 +183,11 @@ class PackingPlan:
         self.names = set(source.names())
         self._check()
         spec = source.spec
-        wanted = None if dtype == "auto" else Kind[dtype.upper()]
         layers = range(spec.layers)
 
         # The widest that any layer has: all bundles are alike.
-        gate = min(source.tensor(f"layers.{i}.{part}").kind for i in layers for part in ("gate", "up"))
-        down = min(source.tensor(f"layers.{i}.down").kind for i in layers)
-        if wanted is not None:
-            gate = wanted
-            down = down if (wanted, down) == (Kind.Q4, Kind.Q4C) else wanted  # 4 bits already, without rounding anew
+        gate = min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers for part in ("gate", "up"))
+        down = min(_kind(source.tensor(f"layers.{i}.down"), dtype) for i in layers)
         self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: Shapes = {}
@@ -199,7 +195,7 @@ class PackingPlan:
         matrices += [f"layers.{i}.{part}" for i in layers for part in MATRICES]
         for name in matrices:
             tensor = source.tensor(name)
-            self.kinds[name] = tensor.kind if wanted is None else wanted
+            self.kinds[name] = _kind(tensor, dtype)
             self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
         if spec.predictor is not None:
             for i in layers:
@@ -207,7 +203,7 @@ class PackingPlan:
                 for part, rows in (("fc1", rank), ("fc2", self.layout.groups * GROUP)):
                     name, tensor = f"layers.{i}.{part}", source.tensor(f"layers.{i}.{part}")
                     # Four bits would miss neurons that fire.
-                    self.kinds[name] = tensor.kind if wanted is None else min(wanted, Kind.Q8)
+                    self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
         for name in sorted(self.names):
             if name.endswith(("norm", ".bias")):
@@ -271,6 +267,13 @@ class PackingPlan:
                 layout.groups, -1
             )
         return out
+
+
+def _kind(tensor: SourceTensor, dtype: str) -> Kind:
+    """The weight type that `dtype` gives a matrix; what has 4 bits already is not rounded anew."""
+    if dtype == "auto" or (dtype == "q4" and tensor.kind >= Kind.Q4):
+        return tensor.kind
+    return Kind.Q4S if dtype == "q4" else Kind[dtype.upper()]
 
 
 def _with_rows(rows: Bytes, count: int) -> Bytes:

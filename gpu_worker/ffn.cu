@@ -21,7 +21,7 @@ constexpr int UNITS = HIDDEN / UNIT;
 constexpr int BLOCKS = HIDDEN / 32;
 constexpr unsigned ALL = 0xffffffffu;
 
-enum Kind { F32, F16, BF16, Q8, Q4, Q4C };
+enum Kind { F32, F16, BF16, Q8, Q4, Q4S, Q4C };
 enum Activation { SILU, RELU, GELU, GELU_TANH };
 
 #ifdef __CUDACC__
@@ -74,7 +74,7 @@ __device__ constexpr int alignment(int offset, int bytes) {
 // First column of a unit's quad 0 or 1. A 4-bit byte holds two weights that are 16 columns apart.
 template <int KIND>
 __device__ __forceinline__ int column(int unit, int quad) {
-    return KIND == Q4 || KIND == Q4C ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
+    return KIND >= Q4 ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
 }
 
 // Widens one unit of the row at OFFSET of a bundle.
@@ -105,9 +105,10 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
         unsigned words[1];
         load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
         float scale = 1, minimum = 0;  // Q4C: the bare numbers, to which `down` applies the group's tail
-        if constexpr (KIND == Q4) {
+        if constexpr (KIND != Q4C) {
             const byte* scales = row + HIDDEN / 2 + 2 * (unit / 4);
-            scale = half_at(scales), minimum = half_at(scales + 2 * BLOCKS);
+            scale = half_at(scales);
+            minimum = KIND == Q4 ? half_at(scales + 2 * BLOCKS) : -8 * scale;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

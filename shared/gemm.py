@@ -196,10 +196,12 @@ def _accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", V16, sums, *halves)
 
 
-_F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind if kind != Kind.F32)
-_narrow_f16, _narrow_bf16, _narrow_q8, _narrow_q4 = (_make_narrow(kind) for kind in (_F16, _BF16, _Q8, _Q4))
-_interleave_f16, _interleave_bf16, _interleave_q8, _interleave_q4, _interleave_q4c = (
-    _make_interleave(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4C)
+_F16, _BF16, _Q8, _Q4, _Q4S, _Q4C = (int(kind) for kind in Kind if kind != Kind.F32)
+_narrow_f16, _narrow_bf16, _narrow_q8, _narrow_q4, _narrow_q4s = (
+    _make_narrow(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4S)
+)
+_interleave_f16, _interleave_bf16, _interleave_q8, _interleave_q4, _interleave_q4s, _interleave_q4c = (
+    _make_interleave(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4S, _Q4C)
 )
 _singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
 _pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
@@ -209,6 +211,8 @@ _pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2,
 def _narrow(kind: int, row: int, out: int, cols: int) -> None:
     if kind == _Q4:
         _narrow_q4(row, out, cols)
+    elif kind == _Q4S:
+        _narrow_q4s(row, out, cols)
     elif kind == _Q8:
         _narrow_q8(row, out, cols)
     elif kind == _BF16:
@@ -223,6 +227,8 @@ def _interleave(kind: int, even: int, odd: int, tail: int, out: int, cols: int) 
         _interleave_q4c(even, odd, tail, out, cols)
     elif kind == _Q4:
         _interleave_q4(even, odd, tail, out, cols)
+    elif kind == _Q4S:
+        _interleave_q4s(even, odd, tail, out, cols)
     elif kind == _Q8:
         _interleave_q8(even, odd, tail, out, cols)
     elif kind == _BF16:

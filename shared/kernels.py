@@ -40,7 +40,7 @@ AHEAD_BYTES = 5120
 V64 = vector(I8, 64)
 # The largest feature of a block: 127 * 128.
 _STEPS = 16256.0
-_F32, _F16, _BF16, _Q8, _Q4, _Q4C = (int(kind) for kind in Kind)
+_F32, _F16, _BF16, _Q8, _Q4, _Q4S, _Q4C = (int(kind) for kind in Kind)
 
 
 def multiplies_bytes(context: Any) -> bool:
@@ -72,7 +72,7 @@ def _byte_dot(context: Any, b: Any, kind: int, row: Any, q: Any, cols: Any, ahea
     def minima(at: Any) -> Any:
         return widened(context, b, load(b, scales_at, b.add(at, b.mul(blocks, long(2))), vector(I16)))
 
-    return byte_dot(b, q, cols, weights, scales, 128 if kind == _Q8 else minima)
+    return byte_dot(b, q, cols, weights, scales, {_Q8: 128, _Q4S: 8}.get(kind, minima))
 
 
 def byte_dot(
@@ -207,7 +207,7 @@ def _make_dot(kind: int) -> Any:
     @intrinsic
     def dot_of_kind(context, row, x, cols, ahead):
         def build(context, b, _signature, arguments):
-            make = _byte_dot if kind in (_Q8, _Q4) and multiplies_bytes(context) else _float_dot
+            make = _byte_dot if kind in (_Q8, _Q4, _Q4S) and multiplies_bytes(context) else _float_dot
             return make(context, b, kind, *arguments)
 
         return types.float32(types.int64, types.int64, types.int64, types.int64), build
@@ -248,9 +248,10 @@ def _make_widen(kind: int) -> Any:
     return widen_of_kind
 
 
-_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4 = (_make_dot(kind) for kind in Kind if kind != Kind.Q4C)
-_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4, _axpy_q4c = (_make_axpy(kind) for kind in Kind)
-_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4 = (_make_widen(kind) for kind in Kind if kind != Kind.Q4C)
+_ROWS = [kind for kind in Kind if kind != Kind.Q4C]
+_dot_f32, _dot_f16, _dot_bf16, _dot_q8, _dot_q4, _dot_q4s = (_make_dot(kind) for kind in _ROWS)
+_axpy_f32, _axpy_f16, _axpy_bf16, _axpy_q8, _axpy_q4, _axpy_q4s, _axpy_q4c = (_make_axpy(kind) for kind in Kind)
+_widen_f32, _widen_f16, _widen_bf16, _widen_q8, _widen_q4, _widen_q4s = (_make_widen(kind) for kind in _ROWS)
 
 
 @kernel
@@ -261,6 +262,8 @@ def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
     """
     if kind == _Q4:
         return _dot_q4(row, q, cols, ahead)
+    if kind == _Q4S:
+        return _dot_q4s(row, q, cols, ahead)
     if kind == _Q8:
         return _dot_q8(row, q, cols, ahead)
     if kind == _F16:
@@ -280,6 +283,8 @@ def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> Non
         _axpy_q4c(factor, row, y, cols, ahead)
     elif kind == _Q4:
         _axpy_q4(factor, row, y, cols, ahead)
+    elif kind == _Q4S:
+        _axpy_q4s(factor, row, y, cols, ahead)
     elif kind == _Q8:
         _axpy_q8(factor, row, y, cols, ahead)
     elif kind == _F16:
@@ -313,6 +318,8 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
     """Write the packed row at `row` as float32 [cols] to `out`."""
     if kind == _Q4:
         _widen_q4(row, out, cols)
+    elif kind == _Q4S:
+        _widen_q4s(row, out, cols)
     elif kind == _Q8:
         _widen_q8(row, out, cols)
     elif kind == _F16:
@@ -346,6 +353,8 @@ def row_stride(kind: int, cols: int) -> int:
     """Compiled `weights.row_bytes`."""
     if kind == _Q4:
         return cols // 2 + cols // 8
+    if kind == _Q4S:
+        return cols // 2 + cols // 16
     if kind == _Q8:
         return cols + cols // 16
     if kind == _F32:

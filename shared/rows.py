@@ -21,7 +21,7 @@ __all__ = ["ROWS", "add_rows", "dot_rows"]
 ROWS = LANES
 # Rows added at a time: with two vectors of columns each, enough sums to hide the latency of a multiply-add.
 _TOGETHER = 4
-_F32, _F16, _BF16, _Q8, _Q4, _ = (int(kind) for kind in Kind)
+_F32, _F16, _BF16, _Q8, _Q4, _Q4S, _ = (int(kind) for kind in Kind)
 
 
 def _add_across(b: Any, vectors: list[Any]) -> Any:
@@ -96,7 +96,9 @@ def _make_add_rows(kind: int) -> Any:
     return add_rows_of_kind
 
 
-_dots_f32, _dots_f16, _dots_bf16, _dots_q8, _dots_q4 = (_make_dot_rows(kind) for kind in Kind if kind != Kind.Q4C)
+_dots_f32, _dots_f16, _dots_bf16, _dots_q8, _dots_q4, _dots_q4s = (
+    _make_dot_rows(kind) for kind in Kind if kind != Kind.Q4C
+)
 _adds_f32, _adds_f16 = (_make_add_rows(kind) for kind in (_F32, _F16))
 
 
@@ -112,6 +114,8 @@ def dot_rows(kind: int, rows: int, stride: int, x: int, cols: int, out: int) -> 
         _dots_q8(rows, stride, x, cols, out)
     elif kind == _Q4:
         _dots_q4(rows, stride, x, cols, out)
+    elif kind == _Q4S:
+        _dots_q4s(rows, stride, x, cols, out)
     elif kind == _BF16:
         _dots_bf16(rows, stride, x, cols, out)
     else:

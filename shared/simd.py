@@ -24,6 +24,7 @@ __all__ = [
     "LANES",
     "Q4",
     "Q4C",
+    "Q4S",
     "Q8",
     "V16",
     "call",
@@ -45,7 +46,7 @@ LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 V16 = ir.VectorType(FLOAT, LANES)
-F32, F16, BF16, Q8, Q4, Q4C = (int(kind) for kind in Kind)
+F32, F16, BF16, Q8, Q4, Q4S, Q4C = (int(kind) for kind in Kind)
 
 
 def vector(element: Any, lanes: int = LANES) -> Any:
@@ -121,8 +122,8 @@ def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:
 
 def weights_of(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
     """Weights 0..15 and 16..31 of `block` of a packed row, as two float32 vectors; of Q4C the bare numbers."""
-    first = b.mul(block, long({F32: 128, F16: 64, BF16: 64, Q8: 32, Q4: 16, Q4C: 16}[kind]))
-    second = b.add(first, long({F32: 64, F16: 32, BF16: 32, Q8: 16, Q4: 8, Q4C: 8}[kind]))
+    first = b.mul(block, long({F32: 128, F16: 64, BF16: 64, Q8: 32, Q4: 16, Q4S: 16, Q4C: 16}[kind]))
+    second = b.add(first, long({F32: 64, F16: 32, BF16: 32, Q8: 16, Q4: 8, Q4S: 8, Q4C: 8}[kind]))
     if kind == F32:
         return load(b, row, first, V16), load(b, row, second, V16)
     if kind == F16:
@@ -149,7 +150,10 @@ def weights_of(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any)
         return low, high
     half = b.udiv(cols, long(2))
     scale = _half(context, b, row, b.add(half, scale_at))
-    minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, long(BLOCK // 2))), scale_at))
+    if kind == Q4S:
+        minimum = b.fmul(scale, ir.Constant(V16, [-8.0] * LANES))
+    else:
+        minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, long(BLOCK // 2))), scale_at))
     return fma(b, low, scale, minimum), fma(b, high, scale, minimum)
 
 

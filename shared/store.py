@@ -32,7 +32,7 @@ from warmfront.shared.weights import Kind
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "run_of"]
 
-FORMAT = "warmfront-3"
+FORMAT = "warmfront-4"
 
 
 @dataclass(frozen=True, slots=True)

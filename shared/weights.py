@@ -9,10 +9,12 @@ A row holds `cols` weights (a multiple of 32) and is contiguous:
     Q4    cols/2 bytes, then cols/32 x float16 scale, then cols/32 x float16 minimum
                                                                    w = q * scale + minimum, q in 0..15
           byte j of a 32-block holds weight j in its low and weight j + 16 in its high nibble
+    Q4S   cols/2 bytes as in Q4, then cols/32 x float16 scale      w = (q - 8) * scale, q in 0..15
     Q4C   cols/2 bytes as in Q4, the numbers alone: blocks run across 32 rows, which share a scale and a minimum per
           column (`bundle.py`). Only down rows, of files whose blocks lie so.
 
-Q4 holds GGUF's Q4_0 and Q4_1 exactly (Q4_0: minimum = -8 * scale), Q8 holds Q8_0 exactly; Q4C holds their ffn_down.
+Q4S holds GGUF's Q4_0 exactly, Q4 holds Q4_1 and Q4_0 (minimum = -8 * scale), Q8 holds Q8_0; Q4C holds the ffn_down of
+Q4_0 and Q4_1.
 The compiled counterparts are in `kernels.py`.
 """
 
@@ -37,7 +39,8 @@ class Kind(IntEnum):
     BF16 = 2
     Q8 = 3
     Q4 = 4
-    Q4C = 5
+    Q4S = 5
+    Q4C = 6
 
     @property
     def bits(self) -> float:
@@ -50,7 +53,8 @@ def row_bytes(kind: int, cols: int) -> int:
     if cols % BLOCK:
         raise ValueError(f"rows of {cols} weights: not a multiple of {BLOCK}")
     blocks = cols // BLOCK
-    return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, cols // 2 + 4 * blocks, cols // 2)[kind]
+    half = cols // 2
+    return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, half + 4 * blocks, half + 2 * blocks, half)[kind]
 
 
 def pack(values: Floats, kind: int) -> Bytes:
@@ -73,6 +77,15 @@ def pack(values: Floats, kind: int) -> Bytes:
         q = np.clip(np.rint(blocks * inverse[:, :, None]), -127, 127).astype(np.int8)
         out[:, :cols] = q.reshape(rows, cols).view(np.uint8)
         out[:, cols:] = scale.view(np.uint8)
+    elif kind == Kind.Q4S:
+        blocks = values.reshape(rows, -1, BLOCK)
+        high, low = blocks.max(2), blocks.min(2)
+        # Of 0..15, 0 is farther from 8 than 15 is: the weight of the largest magnitude gets it, whatever its sign.
+        scale = (np.where(high > -low, high, low) / -8).astype(np.float16)
+        q = np.clip(np.rint(blocks * _inverse(scale)[:, :, None]) + 8, 0, 15).astype(np.uint8)
+        nothing = scale == 0  # a block of zeros is zero bytes: not -0, and 0 for 8
+        scale[nothing], q[nothing] = 0, 0
+        out[:] = np.concatenate((join_nibbles(q), scale.view(np.uint8)), axis=1)
     else:
         blocks = values.reshape(rows, -1, BLOCK)
         low = blocks.min(2)
@@ -91,17 +104,20 @@ def join_q4(q: Bytes, scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.fl
 
 
 def join_nibbles(q: Bytes) -> Bytes:
-    """The 4-bit numbers q [rows, blocks, 32] of rows of Q4 or Q4C: uint8 [rows, cols / 2]."""
+    """The 4-bit numbers q [rows, blocks, 32] of rows of Q4, Q4S or Q4C: uint8 [rows, cols / 2]."""
     return np.asarray(q[:, :, :16] | (q[:, :, 16:] << 4), np.uint8).reshape(len(q), -1)
 
 
 def split_q4(data: Bytes, cols: int) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
     """The inverse of `join_q4`: q [rows, cols] in 0..15, scale and minimum [rows, cols / 32]."""
-    rows, half, blocks = len(data), cols // 2, cols // BLOCK
-    nibbles = data[:, :half].reshape(rows, blocks, 16)
-    q = np.concatenate((nibbles & 15, nibbles >> 4), axis=2, dtype=np.uint8).reshape(rows, cols)
-    scales = np.ascontiguousarray(data[:, half:]).view(np.float16)
-    return q, scales[:, :blocks], scales[:, blocks:]
+    blocks = cols // BLOCK
+    scales = np.ascontiguousarray(data[:, cols // 2 :]).view(np.float16)
+    return _split_nibbles(data, cols), scales[:, :blocks], scales[:, blocks:]
+
+
+def _split_nibbles(data: Bytes, cols: int) -> Bytes:
+    nibbles = data[:, : cols // 2].reshape(len(data), -1, 16)
+    return np.concatenate((nibbles & 15, nibbles >> 4), axis=2, dtype=np.uint8).reshape(len(data), cols)
 
 
 def unpack(data: Bytes, kind: int, cols: int) -> Floats:
@@ -121,6 +137,10 @@ def unpack(data: Bytes, kind: int, cols: int) -> Floats:
         return np.asarray(q8 * scale[:, :, None], np.float32).reshape(rows, cols)
     if kind == Kind.Q4C:
         raise ValueError("rows of Q4C cannot be unpacked apart from their group")
+    if kind == Kind.Q4S:
+        centred = _split_nibbles(data, cols).astype(np.float32).reshape(rows, blocks, BLOCK) - 8
+        scale = np.ascontiguousarray(data[:, cols // 2 :]).view(np.float16).astype(np.float32)
+        return np.asarray(centred * scale[:, :, None], np.float32).reshape(rows, cols)
     q4, *parts = split_q4(data, cols)
     scale4, minimum = (part.astype(np.float32)[:, :, None] for part in parts)
     return np.asarray(q4.reshape(rows, blocks, BLOCK) * scale4 + minimum, np.float32).reshape(rows, cols)
@@ -134,4 +154,4 @@ def _round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
 
 def _inverse(scale: npt.NDArray[np.float16]) -> Floats:
     wide = scale.astype(np.float32)
-    return np.divide(1, wide, out=np.zeros_like(wide), where=wide > 0)
+    return np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)

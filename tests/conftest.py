@@ -154,8 +154,12 @@ def _write_gguf(
     shapes: dict[str, tuple[int, ...]] | None = None,
     without: Iterable[str] = (),
     values: dict[str, npt.NDArray[np.float32]] | None = None,
+    kinds: dict[str, str] | None = None,
 ) -> None:
-    """`kind`: GGUF's type of the matrices; `fields`, `shapes`, `values` add to or replace, `without` removes either."""
+    """`kind`: GGUF's type of the matrices, `kinds`: of some of them by name.
+
+    `fields`, `shapes`, `values` add to or replace, `without` removes either.
+    """
     import gguf
 
     rng = np.random.default_rng(5)
@@ -171,7 +175,7 @@ def _write_gguf(
         elif len(shape) == 1:
             writer.add_tensor(name, rng.uniform(0.5, 1.5, shape).astype(np.float32))
         else:
-            block = gguf.GGMLQuantizationType[kind]
+            block = gguf.GGMLQuantizationType[(kinds or {}).get(name, kind)]
             writer.add_tensor(name, _random_blocks(rng, shape, block), raw_dtype=block)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

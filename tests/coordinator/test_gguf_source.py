@@ -37,7 +37,7 @@ EXACT = {
     "F16": Kind.F16,
     "BF16": Kind.BF16,
     "Q8_0": Kind.Q8,
-    "Q4_0": Kind.Q4,
+    "Q4_0": Kind.Q4S,
     "Q4_1": Kind.Q4,
 }
 ROUNDED = {
@@ -104,6 +104,16 @@ def test_exact_types_are_repacked_without_loss(tiny_gguf: Make, kind: str) -> No
     assert source.notes == (
         ["1 down matrices of type " + kind + " are turned and kept as Q8"] if kind == "Q8_0" else []
     )
+
+
+def test_q4_0_is_exact_with_minima_too(tiny_gguf: Make) -> None:
+    """As it is packed beside tensors that have minima of their own."""
+    path = tiny_gguf(kind="Q4_0")
+    source = open_source(path)
+    for name, values in expected(path).items():
+        if values.ndim == 2 and name != "layers.0.down":
+            packed = source.tensor(name).packed(Kind.Q4)
+            np.testing.assert_array_equal(unpack(packed, Kind.Q4, values.shape[1]), values)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", *ROUNDED])

@@ -34,7 +34,7 @@ def test_predictors(
     # Of type Q8: 34 bytes for 32 weights, and ranks are whole blocks.
     padded = [96, 64][:layers]
     assert facts["bytes"]["predictor"] == sum(r * 256 * 34 // 32 + 512 * r * 34 // 32 for r in padded)
-    assert facts["dtypes"]["attention"] == "q4"
+    assert facts["dtypes"]["attention"] == "q4s"
     assert line in render(facts).splitlines()
 
 

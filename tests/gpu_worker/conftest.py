@@ -39,7 +39,7 @@ ACTIVATE: dict[str, Callable[[float], float]] = {
 
 def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
     """A packed row, weight by weight."""
-    half = {Kind.F16, Kind.Q8, Kind.Q4}
+    half = {Kind.F16, Kind.Q8, Kind.Q4, Kind.Q4S}
     code, size = ("f2", 2) if kind in half else ("f4", 4)
 
     def number(at: int) -> float:
@@ -55,6 +55,8 @@ def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
     if kind == Kind.Q4C:
         return [float(q) for q in nibbles]
     scales, minima = cols // 2, cols // 2 + cols // 16
+    if kind == Kind.Q4S:
+        return [(q - 8) * number(scales + 2 * (j // 32)) for j, q in enumerate(nibbles)]
     return [q * number(scales + 2 * (j // 32)) + number(minima + 2 * (j // 32)) for j, q in enumerate(nibbles)]
 
 

@@ -23,10 +23,11 @@ MakeCase = Callable[[BundleLayout, str, int], Any]
 # Odd numbers of 32-blocks: rows start at odd multiples of 2, 4 and 8 bytes, and the last tile of columns is not full.
 PAIRS = [(kind, kind) for kind in Kind if kind != Kind.Q4C] + [
     (Kind.Q4, Kind.Q4C),
+    (Kind.Q4S, Kind.Q4C),
     (Kind.F16, Kind.Q4C),
     (Kind.Q8, Kind.F32),
     (Kind.Q8, Kind.F16),
-    (Kind.Q8, Kind.Q4),
+    (Kind.Q8, Kind.Q4S),
     (Kind.Q4, Kind.BF16),
     (Kind.F16, Kind.Q8),
 ]

@@ -48,7 +48,7 @@ def filled(case: Any, slots: int = 10) -> HostDevice:
 @pytest.mark.parametrize(
     ("gate", "down"),
     [(kind, kind) for kind in Kind if kind != Kind.Q4C]
-    + [(Kind.Q8, Kind.F32), (Kind.Q4, Kind.BF16), (Kind.Q4, Kind.Q4C), (Kind.F32, Kind.Q4C)],
+    + [(Kind.Q8, Kind.F32), (Kind.Q4, Kind.BF16), (Kind.Q4, Kind.Q4C), (Kind.Q4S, Kind.Q4C), (Kind.F32, Kind.Q4C)],
 )
 def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, sparse: bool, picked: list[int]) -> None:
     case = random_case(layout_of(gate, down), "relu", tokens)
@@ -59,7 +59,7 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     if tokens > 1 and not sparse:
         tolerance = 1e-5 if gate == down == Kind.F32 else BFLOAT
     else:
-        tolerance = QUANTISED if gate in (Kind.Q8, Kind.Q4) else 1e-5
+        tolerance = QUANTISED if gate in (Kind.Q8, Kind.Q4, Kind.Q4S) else 1e-5
     assert_close(out, expected, tolerance)
     assert computed == pairs
     assert nanoseconds > 0

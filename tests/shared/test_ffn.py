@@ -29,7 +29,9 @@ KINDS = [
     (Kind.Q4, Kind.Q8),
     (Kind.F16, Kind.Q4),
     (Kind.Q8, Kind.F32),
+    (Kind.Q4S, Kind.Q4),
     (Kind.Q4, Kind.Q4C),
+    (Kind.Q4S, Kind.Q4C),
     (Kind.F32, Kind.Q4C),
 ]
 ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]

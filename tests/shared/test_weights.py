@@ -25,6 +25,7 @@ def random_rows(rows: int = 40, cols: int = 160) -> np.ndarray:
         (Kind.BF16, 64, 128, 16),
         (Kind.Q8, 64, 68, 8.5),
         (Kind.Q4, 64, 40, 5),
+        (Kind.Q4S, 64, 36, 4.5),
     ],
 )
 def test_row_bytes(kind: Kind, cols: int, size: int, bits: float) -> None:
@@ -43,11 +44,11 @@ def test_rows_are_whole_blocks(cols: int) -> None:
 
 
 def test_the_kinds_are_ordered_from_wide_to_narrow() -> None:
-    assert [kind.name for kind in sorted(Kind)] == ["F32", "F16", "BF16", "Q8", "Q4", "Q4C"]
+    assert [kind.name for kind in sorted(Kind)] == ["F32", "F16", "BF16", "Q8", "Q4", "Q4S", "Q4C"]
 
 
-# Two rows of two blocks that every type but Q8 holds exactly: j / 2 - 1 up and down again, so that Q4 has scale 1/2
-# and minimum -1, and that ramp stretched and moved.
+# Two rows of two blocks that every type but Q8 and Q4S holds exactly: j / 2 - 1 up and down again, so that Q4 has
+# scale 1/2 and minimum -1, and that ramp stretched and moved.
 RAMP = [j / 2 - 1 for j in (*range(16), *reversed(range(16)))]
 ROWS = [[*RAMP, *(4 * w + 2 for w in RAMP)], [*(2 * w for w in RAMP), *RAMP]]
 
@@ -83,6 +84,23 @@ def test_bytes_of_q4() -> None:
     assert packed[1].tobytes() == nibbles + struct.pack("<4e", 1, 0.5, -2, -1)
 
 
+def test_bytes_of_q4s() -> None:
+    """Eight steps belong to the weight of the largest magnitude, so the scale has the opposite sign; 8 is zero."""
+    q = [*range(16), *reversed(range(16))]
+    row = [(each - 8) / 2 for each in q] + [8.0 - each for each in q]
+    packed = pack(np.array([row], np.float32), Kind.Q4S)
+    nibbles = bytes(each | (15 - each) << 4 for each in range(16)) * 2
+    assert packed.tobytes() == nibbles + struct.pack("<2e", 0.5, -1)
+    np.testing.assert_array_equal(unpack(packed, Kind.Q4S, 64), [row])
+
+
+def test_q4s_at_the_other_end() -> None:
+    """The weight opposite the largest one has seven steps, not eight."""
+    values = np.zeros((1, 32), np.float32)
+    values[0, :4] = -16, 15.5, 14, 1
+    np.testing.assert_array_equal(unpack(pack(values, Kind.Q4S), Kind.Q4S, 32)[0, :5], [-16, 14, 14, 0, 0])
+
+
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q4])
 def test_unpack_is_the_inverse(kind: Kind) -> None:
     np.testing.assert_array_equal(unpack(pack(np.array(ROWS, np.float32), kind), kind, 64), ROWS)
@@ -98,12 +116,16 @@ def test_error_bounds() -> None:
     # Rounding the scale moves the ends of the range, 127 and 15 steps away from zero and from the minimum.
     q8 = largest / 127 * (0.5 + 128 * 2.0**-11)
     q4 = step * (0.5 + 16 * 2.0**-11) + np.abs(low) * 2.0**-11
+    # Opposite the largest weight, what is beyond seven and a half steps is lost.
+    top = np.where(blocks.max(2, keepdims=True) > -low, 1, -1)
+    q4s = largest / 8 * (0.5 + 8 * 2.0**-10) + np.maximum(-blocks * top - largest * 7.5 / 8, 0)
     bounds = {
         Kind.F32: np.zeros_like(blocks),
         Kind.F16: np.abs(blocks) * 2.0**-11 + 2.0**-25,
         Kind.BF16: np.abs(blocks) * 2.0**-8,
         Kind.Q8: np.broadcast_to(q8, blocks.shape),
         Kind.Q4: np.broadcast_to(q4, blocks.shape),
+        Kind.Q4S: q4s,
     }
     for kind, bound in bounds.items():
         error = np.abs(unpack(pack(values, kind), kind, 160).astype(np.float64).reshape(blocks.shape) - blocks)
@@ -133,7 +155,7 @@ def test_zero_blocks_are_zero_bytes(kind: Kind) -> None:
     np.testing.assert_array_equal(unpack(packed, kind, 64), zeros)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q4S])
 def test_one_zero_block_among_others(kind: Kind) -> None:
     values = random_rows(1, 96)
     values[0, 32:64] = 0
@@ -148,7 +170,7 @@ def test_a_constant_block_is_q4s_minimum() -> None:
     np.testing.assert_array_equal(unpack(pack(values, Kind.Q4), Kind.Q4, 32), values)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q4S])
 def test_weights_too_small_for_a_scale_become_zero(kind: Kind) -> None:
     values = np.full((1, 32), 1e-9, np.float32)
     values[0, ::2] *= -1
