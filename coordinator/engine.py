@@ -80,7 +80,7 @@ class Engine:
         self.stats = Stats()
         self._closed = False
         self._decoded, self._measures = 0, False
-        self._lowbit: Lowbit | None = None
+        self.lowbit: Lowbit | None = None
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
         self._closing = contextlib.ExitStack()
@@ -145,9 +145,9 @@ class Engine:
         if cache_is_cold(serve_team):
             say("compiling kernels (first run only)")
         if self.selector == "lowbit":
-            self._lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
-            self._closing.callback(self._lowbit.file.close)
-        self._team = Team(self.model, self._board, cores.coordinator, self.context, self.selector, self._lowbit)
+            self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
+            self._closing.callback(self.lowbit.file.close)
+        self._team = Team(self.model, self._board, cores.coordinator, self.context, self.selector, self.lowbit)
         self._closing.callback(self._team.stop)
         self._team.start()
 
@@ -160,7 +160,7 @@ class Engine:
 
     def _calibrate(self, say: Say) -> None:
         """Find the thresholds of the low-bit copies, if nobody has yet: on sample text, prefilled densely."""
-        lowbit = self._lowbit
+        lowbit = self.lowbit
         if lowbit is None or lowbit.calibrated:
             return
         from warmfront.coordinator.lowbit import calibrate
@@ -380,8 +380,8 @@ class Engine:
     def coordinator_bytes(self) -> dict[str, int]:
         """Bytes of weights that the coordinator reads for a token: attention, predictor, head."""
         entries = dict(self.model.entries)
-        if self._lowbit is not None:
-            entries |= self._lowbit.file.entries
+        if self.lowbit is not None:
+            entries |= self.lowbit.file.entries
         roles = {name: name.rpartition(".")[2] for name in entries if name.startswith("layers.")}
         predicting = {"lowrank": ("fc1", "fc2"), "lowbit": ("lowbit",)}.get(self.selector, ())
         return {

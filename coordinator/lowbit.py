@@ -2,10 +2,10 @@
 
 The copies lie in a file of their own beside the packed model, made when the selector is first used. A threshold per
 layer is calibrated on sample text for a wished recall by mass: the share of sum |h_i| * ||down_i|| over the firing
-neurons that the selected ones make. Thresholds are kept beside the copies, by recall.
+neurons that the selected ones make. What it comes to for each neuron is kept beside the copies, by recall.
 """
 
-import json
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from warmfront.shared.lowbit import lowbit_bytes, pack_lowbit, unpack_lowbit
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind, unpack
 
-__all__ = ["Lowbit", "calibrate", "open_lowbit"]
+__all__ = ["Lowbit", "calibrate", "masses_and_scores", "open_lowbit"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -27,7 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Lowbit:
-    """`thresholds`: float32 [layers], NaN until calibrated."""
+    """`thresholds`: float32 [layers, neurons], NaN until calibrated."""
 
     file: PackedModel
     bits: int
@@ -40,20 +40,24 @@ class Lowbit:
         return not np.isnan(self.thresholds).any()
 
     @property
-    def _notes(self) -> Path:
-        return self.file.path.with_suffix(f".{self.recall:g}.json")
+    def _kept(self) -> Path:
+        return self.file.path.with_suffix(f".{self.recall:g}.npy")
 
     def load(self) -> None:
         """Take the thresholds of an earlier calibration, if there was one."""
         try:
-            self.thresholds[:] = json.loads(self._notes.read_text())
+            self.thresholds[:] = np.load(self._kept)
         except (OSError, ValueError):
             self.thresholds[:] = np.nan
 
     def save(self) -> None:
         """Keep the thresholds."""
-        with locked(self._notes.parent, _quiet), published(self._notes) as fd:
-            write_tensors(fd, json.dumps(self.thresholds.tolist()).encode(), (), 0)
+        data = io.BytesIO()
+        np.save(data, self.thresholds)
+        with locked(self._kept.parent, _quiet):
+            self._kept.unlink(missing_ok=True)  # there may be a damaged one
+            with published(self._kept) as fd:
+                write_tensors(fd, data.getvalue(), (), 0)
 
 
 def _quiet(_message: str) -> None:
@@ -68,7 +72,9 @@ def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str
             if not path.exists():
                 say(f"making {bits}-bit copies of the gates")
                 _write(path, model, bits)
-    lowbit = Lowbit(PackedModel(path), bits, recall, np.empty(model.spec.layers, np.float32))
+    lowbit = Lowbit(
+        PackedModel(path), bits, recall, np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32)
+    )
     lowbit.load()
     return lowbit
 
@@ -112,16 +118,30 @@ def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
     return np.asarray(np.linalg.norm(q * scale[:, None] + minimum[:, None], axis=2).reshape(-1), np.float32)
 
 
+def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:
+    """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||; what its copy
+    scores; and by how much the gate is above that score."""
+    groups = _groups(model, layer)
+    gates, ups = (x @ _rows(model, groups, offset).T for offset in (0, model.layout.up_offset))
+    mass = np.maximum(gates, 0) * np.abs(ups) * _down_norms(model, groups)
+    packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
+    scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T
+    return mass, scores, gates - scores
+
+
 def calibrate(lowbit: Lowbit, model: PackedModel, inputs: Floats) -> None:
-    """Set the thresholds from `inputs`, float32 [layers, tokens, hidden]: what the feed-forward layers got."""
+    """Set the thresholds from `inputs`, float32 [layers, tokens, hidden]: what the feed-forward layers got.
+
+    A neuron's score is off by a constant wherever the input has channels of a constant size, which language models
+    have; so each gets its mean error back, and all of a layer one threshold above that.
+    """
     for layer, x in enumerate(inputs):
-        groups = _groups(model, layer)
-        gates, ups = (x @ _rows(model, groups, offset).T for offset in (0, model.layout.up_offset))
-        mass = np.maximum(gates, 0) * np.abs(ups) * _down_norms(model, groups)
-        packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
-        scores = (x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T).ravel()
+        mass, scores, errors = masses_and_scores(lowbit, model, layer, x)
+        offsets = errors.mean(0)
+        scores = (scores + offsets).ravel()
         order = np.argsort(-scores)
         gathered = np.cumsum(mass.ravel()[order], dtype=np.float64)
         last = int(np.searchsorted(gathered, lowbit.recall * gathered[-1]))
-        lowbit.thresholds[layer] = np.nextafter(scores[order[min(last, len(order) - 1)]], np.float32(-np.inf))
+        lowest = np.nextafter(scores[order[min(last, len(order) - 1)]], np.float32(-np.inf))
+        lowbit.thresholds[layer] = lowest - offsets
     lowbit.save()

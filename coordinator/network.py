@@ -37,7 +37,7 @@ class Network(NamedTuple):
     # float32 [context, head_dim / 2]
     cos: Any
     sin: Any
-    # Prediction: whether there is any; of its input; int64 [layers]; float32 [layers]; 0 where it is low-rank.
+    # Prediction: whether there is any; ranks: int64 [layers]; thresholds: float32 [layers, neurons]; 0: low-rank.
     predicts: bool
     groups: int
     normed: bool

@@ -27,11 +27,11 @@ __all__ = ["predict"]
 
 
 @kernel
-def _word(scores: Any, threshold: Any) -> Any:
-    """Bit i: scores[i] is above the threshold."""
+def _word(scores: Any, thresholds: Any) -> Any:
+    """Bit i: scores[i] is above its threshold."""
     word = np.uint32(0)
     for i in range(GROUP):
-        if scores[i] > threshold:
+        if scores[i] > thresholds[i]:
             word |= np.uint32(1) << np.uint32(i)
     return word
 
@@ -72,7 +72,7 @@ def _lowrank(net: Network, st: State, layer: int, member: int, input_at: int) ->
             row_at = at + (group * GROUP + row) * stride
             touch(row_at + AHEAD_BYTES, ROWS * stride, 64)
             dot_rows(kind, row_at, stride, address_of(st.inner), rank, scores_at + row * 4)
-        st.mask[group] = _word(scores, net.thresholds[layer])
+        st.mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
     return DONE
 
 
@@ -87,7 +87,7 @@ def _lowbit(net: Network, st: State, layer: int, member: int, input_at: int) -> 
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride
             scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + AHEAD_BYTES)
-        st.mask[group] = _word(scores, net.thresholds[layer])
+        st.mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
 
 
 @kernel

@@ -23,6 +23,7 @@ from warmfront.coordinator.network import (
     State,
 )
 from warmfront.shared.board import Board
+from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.gemm import LANES
@@ -122,7 +123,7 @@ class Team:
                     if role == "fc1":
                         ranks[layer] = files[name].entries[name].shape[0]
         predictor, lowbit = spec.predictor or Predictor(), self._lowbit
-        thresholds = np.full(spec.layers, predictor.threshold, np.float32)
+        thresholds = np.full((spec.layers, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
         if lowbit is not None:
             kinds[:, LOWBIT] = lowbit.bits
             thresholds = lowbit.thresholds

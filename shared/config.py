@@ -44,7 +44,7 @@ class EngineConfig:
     dtype: str = "auto"
     selector: str = "auto"
     bits: int = 2
-    recall: float = 0.99
+    recall: float = 0.995
     workers: int | None = None
     threads: int | None = None
     gpu: str = "auto"

@@ -31,6 +31,8 @@ _PAIR = 2 * BLOCK
 # Of 64 weights, in this order.
 _ORDER = np.r_[0:16, 32:48, 16:32, 48:64]
 _Q4 = int(Kind.Q4)
+# Rows packed at a time, so that what lies between stays in the cache.
+_ROWS = 64
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -47,6 +49,11 @@ def pack_lowbit(values: Floats, bits: int) -> Bytes:
     """Round float32 [rows, cols] to `bits` bits a weight: uint8 [rows, lowbit_bytes]."""
     if bits == 4:
         return pack(values, Kind.Q4)
+    parts = (_pack(values[first : first + _ROWS], bits) for first in range(0, len(values), _ROWS))
+    return np.concatenate([np.empty((0, lowbit_bytes(bits, values.shape[1])), np.uint8), *parts])
+
+
+def _pack(values: Floats, bits: int) -> Bytes:
     rows, cols = values.shape
     blocks = np.asarray(values, np.float32).reshape(rows, -1, BLOCK)
     scale = np.sqrt(np.square(blocks).mean(2)) if bits == 2 else 2 * np.abs(blocks).mean(2)

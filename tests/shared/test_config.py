@@ -42,7 +42,7 @@ def test_defaults_leave_everything_open() -> None:
         "dtype": "auto",
         "selector": "auto",
         "bits": 2,
-        "recall": 0.99,
+        "recall": 0.995,
         "workers": None,
         "threads": None,
         "gpu": "auto",
