@@ -46,8 +46,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warmfront.coordinator import Engine
+from warmfront.coordinator.bandwidth import Bandwidth
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
-from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.errors import WarmfrontError
 
 POWERINFER = "WARMFRONT_POWERINFER"
@@ -98,17 +98,6 @@ class Contender:
     facts: dict[str, int] = field(default_factory=dict)
 
 
-def read_bandwidth(block: list[Any] = []) -> float:  # noqa: B006, all calls share the block
-    """GB/s of summing 1 GB with all threads."""
-    import torch
-
-    if not block:
-        block.append(torch.ones(1 << 27, dtype=torch.int64))
-    started = time.perf_counter()
-    block[0].sum()
-    return float(block[0].nbytes / (time.perf_counter() - started) / 1e9)
-
-
 def others_share() -> float:
     """Share of all cores that others use, asked while nothing is measured."""
 
@@ -124,8 +113,7 @@ def others_share() -> float:
 
 @contextlib.contextmanager
 def warmfront(path: Path, dtype: str, selector: str, task: Task, facts: dict[str, int]) -> Iterator[Measure]:
-    """Ours; `facts` gets the bytes that a token reads, where the engine tells."""
-    Tokenizer.end_ids = property(lambda _: frozenset())  # type: ignore[assignment,method-assign]
+    """Ours; `facts` gets the bytes of weights that a token reads."""
     load = partial(Engine.load, str(path), threads=task.threads, context=task.context, gpu="none")
     try:
         engine = load(dtype=dtype, selector=selector)
@@ -137,17 +125,14 @@ def warmfront(path: Path, dtype: str, selector: str, task: Task, facts: dict[str
         list(engine.generate(task.prefill, max_new_tokens=1))
         prefill = engine.stats.prefill_tps
         engine.reset()
-        answer = tuple(token.id for token in engine.generate(task.prompt, max_new_tokens=task.tokens + 1))
+        answer = tuple(engine.decode_ids(task.prompt, task.tokens))
         return Sample(engine.stats.decode_tps, prefill, answer)
 
     with engine:
         turn(task)
-        entries = engine.model.entries
-        facts["weight_bytes"] = sum(entry.nbytes for entry in entries.values())
-        if engine.selector == "all":  # all weights, but one row of an embedding that is not the head too
-            facts["bytes_per_token"] = facts["weight_bytes"] - ("head" in entries and entries["embed"].nbytes)
-        elif (read := getattr(engine, "bytes_per_token", None)) is not None:
-            facts["bytes_per_token"] = int(read)
+        workers = engine.workers()
+        neurons = sum(worker.bytes for worker in workers) * engine.model.spec.layers / workers[0].jobs
+        facts["bytes_per_token"] = round(sum(engine.coordinator_bytes().values()) + neurons)
         yield partial(turn, task)
 
 
@@ -281,6 +266,7 @@ def rows_of(model: Path, task: Task, wish: argparse.Namespace) -> dict[str, list
 def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
     """Take turns with one peer after the other; returns what was seen of the machine meanwhile."""
     ours, *peers = contenders
+    bandwidth = Bandwidth(sorted(os.sched_getaffinity(0)))
     seen: dict[str, list[float]] = {"bandwidth": [], "others": []}
 
     def look() -> None:
@@ -288,7 +274,7 @@ def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
         while (busy := others_share()) > QUIET and time.monotonic() < patience:
             pass
         seen["others"].append(busy)
-        seen["bandwidth"].append(read_bandwidth())
+        seen["bandwidth"].append(bandwidth.measure())
 
     def turns(mine: Measure, peer: Contender | None = None, theirs: Measure | None = None) -> None:
         for _ in range(rounds):
@@ -339,7 +325,13 @@ def report(contenders: list[Contender], seen: dict[str, list[float]]) -> dict[st
     print("\n".join("{:24}{:>24}{:>26}{:>24}{:>10}".format(*cells) for cells in table))
     busy = "others used {median:.0%} of the cores ({min:.0%}-{max:.0%})".format(**result["others"])
     warning = "; engines whose threads spin lose most by that" if result["others"]["max"] > QUIET else ""
-    print(f"read bandwidth {shown.format(**result['bandwidth'])} GB/s, {busy}{warning}\n", flush=True)
+    said = ", {} reads {:.0f} MB a token: {:.0%} of it"
+    share = "".join(
+        said.format(one.name, one.facts["bytes_per_token"] / 1e6, result[one.name]["bandwidth_share"])
+        for one in contenders
+        if one.samples and one.facts
+    )
+    print(f"read bandwidth {shown.format(**result['bandwidth'])} GB/s{share}; {busy}{warning}\n", flush=True)
     return result
 
 
