@@ -88,11 +88,12 @@ def byte_dot(
     `weights(i)`: 64 numbers, blocks 2i and 2i + 1 in the order of `quantise`; `scales(offset)`: the scales of 16
     blocks at a byte offset into the float16 scales; `zero`: the number that stands for weight 0, or what gives the
     blocks' minima in the same way. Two blocks at a time: bytes times bytes in one instruction, then one multiply-add by
-    the scales; what a number's zero adds, the block sums take back.
+    the scales, into two sums in turn, since one would wait for itself; what a number's zero adds, the block sums take
+    back. Four blocks are read where fewer are left; what follows a row is multiplied by 0.
     """
     blocks = b.udiv(cols, long(BLOCK))
     scales_at, sums_at = _quantised_parts(b, q, cols)
-    sums, offsets = simd.zeros(b), simd.zeros(b)
+    sums, offsets = (simd.zeros(b), simd.zeros(b)), simd.zeros(b)
     lanes, nothing = ir.Constant(vector(I64), list(range(LANES))), ir.Constant(V16, [0.0] * LANES)
     with cgutils.for_range(b, b.udiv(b.add(blocks, long(15)), long(16)), intp=I64) as chunk:
         first = b.mul(chunk.index, long(16))
@@ -106,21 +107,23 @@ def byte_dot(
         else:
             offset = b.fmul(scale, ir.Constant(V16, [-float(zero)] * LANES))
         b.store(fma(b, offset, load(b, sums_at, floats_at, V16), b.load(offsets)), offsets)
-        pairs = b.udiv(b.add(left, long(1)), long(2))
-        pairs = b.select(b.icmp_signed("<", pairs, long(8)), pairs, long(8))
-        with cgutils.for_range(b, pairs, intp=I64) as pair:
-            at = b.add(b.mul(chunk.index, long(8)), pair.index)
-            numbers = weights(at)
-            products = ir.Constant(vector(I32), [0] * LANES)
-            for start in (long(0), _padded(b, cols)):
-                part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
-                products = b.shl(products, ir.Constant(vector(I32), [7] * LANES))
-                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, part)
-            lane = splat(b, b.trunc(b.mul(pair.index, long(2)), I32))
-            which = b.add(ir.Constant(vector(I32), ([0] * 4 + [1] * 4) * 2), lane)
-            factor = call(b, "llvm.x86.avx512.permvar.sf.512", V16, factors, which)
-            b.store(fma(b, b.sitofp(products, V16), factor, b.load(sums)), sums)
-    return simd.total(b, b.fadd(b.load(sums), b.load(offsets)))
+        rounds = b.udiv(b.add(left, long(3)), long(4))
+        rounds = b.select(b.icmp_signed("<", rounds, long(4)), rounds, long(4))
+        with cgutils.for_range(b, rounds, intp=I64) as loop:
+            for turn, total in enumerate(sums):
+                pair = b.add(b.mul(loop.index, long(2)), long(turn))
+                at = b.add(b.mul(chunk.index, long(8)), pair)
+                numbers = weights(at)
+                products = ir.Constant(vector(I32), [0] * LANES)
+                for start in (long(0), _padded(b, cols)):
+                    part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
+                    products = b.shl(products, ir.Constant(vector(I32), [7] * LANES))
+                    products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, part)
+                lane = splat(b, b.trunc(b.mul(pair, long(2)), I32))
+                which = b.add(ir.Constant(vector(I32), ([0] * 4 + [1] * 4) * 2), lane)
+                factor = call(b, "llvm.x86.avx512.permvar.sf.512", V16, factors, which)
+                b.store(fma(b, b.sitofp(products, V16), factor, b.load(total)), total)
+    return simd.total(b, b.fadd(b.fadd(*(b.load(total) for total in sums)), b.load(offsets)))
 
 
 def _unsigned_pair(b: Any, kind: int, row: Any, pair: Any) -> Any:

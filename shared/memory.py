@@ -47,7 +47,8 @@ def zeros(shape: int | tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     """
     kind = np.dtype(dtype)
     size = int(np.prod(shape)) * kind.itemsize
-    return anonymous(size)[:size].view(kind).reshape(shape)
+    whole: npt.NDArray[Any] = anonymous(size)[:size].view(kind)
+    return whole.reshape(shape)
 
 
 def collapse(array: npt.NDArray[Any]) -> None:
