@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.jit import kernel
-from warmfront.shared.memory import anonymous, collapse
+from warmfront.shared.memory import anonymous
 from warmfront.shared.process import pin
 
 __all__ = ["Bandwidth"]
@@ -33,9 +33,8 @@ class Bandwidth:
 
     def __init__(self, cpus: Sequence[int]) -> None:
         self._cpus = list(cpus)
-        self._block = anonymous(_BYTES)
+        self._block = anonymous(_BYTES, huge=True)
         self._block[:] = 1
-        collapse(self._block)
         _total(self._block[:8].view(np.int64))
 
     def measure(self) -> float:

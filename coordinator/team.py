@@ -96,7 +96,7 @@ class Team:
         for name, file in self._files().items():
             offsets[name] = total
             total += -(-file.entries[name].nbytes // _ALIGN) * _ALIGN
-        weights = anonymous(total)
+        weights = anonymous(total, huge=True)
         return weights, {name: address(weights) + offset for name, offset in offsets.items()}
 
     def _fill(self, member: int) -> None:

@@ -39,7 +39,7 @@ class CpuWorker:
         slot = np.full(home.shape, -1, np.int32)
         slot[home] = np.arange(np.count_nonzero(home))
         self._places = np.argwhere(home)
-        self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes)
+        self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes, huge=True)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)

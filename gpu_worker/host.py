@@ -50,7 +50,7 @@ class HostDevice:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
         self._layout = layout
-        self._memory = {purpose: anonymous(size) for purpose, size in plan.items()}
+        self._memory = {purpose: anonymous(size, huge=purpose == "slots") for purpose, size in plan.items()}
         floats = self._memory["activations"].view(np.float32)
         self._x, self._sums = np.split(floats, 2)
         partials = self._memory["partials"]

@@ -1,10 +1,12 @@
 """Memory of the hot path: anonymous for weights, memfd for what processes share.
 
 A memfd has no name: nothing is left behind after SIGKILL, and a container's 64 MB /dev/shm does not bound it.
-Huge pages are asked for after the pages hold their data (`collapse`): asking before first touch can stall for
-seconds, and random rows of 3 KB read at 22 instead of 17 GB/s from huge pages.
+Weights are asked for in huge pages before first touch: 3 GB are filled in 0.3 s, in small pages that are gathered
+afterwards in 6 to 10; and random rows of 3 KB read at 22 instead of 17 GB/s (docs/log.md). What came in small pages
+all the same, `collapse` gathers once it holds its data.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -29,12 +31,18 @@ def address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def anonymous(size: int) -> Bytes:
-    """`size` zero bytes of private memory, aligned to a huge page, backed only where touched."""
+def anonymous(size: int, *, huge: bool = False) -> Bytes:
+    """`size` zero bytes of private memory, aligned to a huge page, backed only where touched.
+
+    `huge`: in huge pages, where the kernel has them; for what will be filled anyway.
+    """
     try:
         region = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise ResourceError(f"cannot reserve {size / 1e9:.2f} GB of memory: {error}") from error
+    if huge:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            region.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(region, np.uint8)
     start = -address(whole) % _HUGE
     return whole[start : start + size]
@@ -52,7 +60,7 @@ def zeros(shape: int | tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
 
 
 def collapse(array: npt.NDArray[Any]) -> None:
-    """Ask the kernel to gather the huge pages within the filled `array` now; a refusal costs speed only."""
+    """Ask the kernel to gather what are small pages in the filled `array`; a refusal costs speed only."""
     first = -(-address(array) // _HUGE) * _HUGE
     last = (address(array) + array.nbytes) // _HUGE * _HUGE
     if first < last:

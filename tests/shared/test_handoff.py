@@ -272,6 +272,39 @@ def test_a_sleeper_uses_no_cpu(region: Region) -> None:
     assert used < 5 * PATIENCE_NS / 1e9
 
 
+def test_a_crowded_line_is_slept_on_at_once(region: Region) -> None:
+    def wait() -> tuple[int, float]:
+        before = time.thread_time()
+        return region.wait(), time.thread_time() - before
+
+    region.word(PING + 16)[0] = time.monotonic_ns() + LIMIT_NS
+    sleeper = Task(wait)
+    until_asleep(region.bytes)
+    announce(region.at + PING, 1)
+    result, used = sleeper.result()
+    assert result == DONE
+    assert used < PATIENCE_NS / 1e9 / 2
+
+
+def test_a_busy_neighbour_makes_a_line_crowded(region: Region) -> None:
+    """Each yield beside it lasts a slice of the scheduler's; alone on a core none does."""
+    cpu = min(os.sched_getaffinity(0))
+
+    def wait_often() -> bool:
+        os.sched_setaffinity(0, {cpu})
+        limit = time.monotonic() + LIMIT_NS / 1e9
+        while region.word(PING + 16)[0] == 0 and time.monotonic() < limit:
+            region.wait(deadline_ns=time.monotonic_ns() + 1_000_000)
+        return bool(region.word(PING + 16)[0] > time.monotonic_ns())
+
+    busy = subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"])
+    try:
+        assert Task(wait_often).result()
+    finally:
+        busy.kill()
+        busy.wait()
+
+
 def wrapped(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 

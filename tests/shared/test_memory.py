@@ -57,6 +57,13 @@ def test_more_than_there_is(size: int) -> None:
         anonymous(size)
 
 
+def test_huge_pages_hold_what_is_written() -> None:
+    memory = anonymous(5 * MB + 3, huge=True)
+    assert not memory.any()
+    memory[:] = 7
+    assert (memory == 7).all()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4096])
 def test_collapse_changes_nothing(offset: int) -> None:
     """Whatever the kernel says to it, also where no whole huge page lies within."""
