@@ -41,7 +41,7 @@ def choose_selector(config: EngineConfig, model: PackedModel) -> str:
         return able[0]
     if wish not in able:
         lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
-        raise UsageError(f"--selector {wish}, but {spec.name} {lack}; use {' or '.join(able)}")
+        raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return wish
 
 

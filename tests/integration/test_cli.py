@@ -79,7 +79,9 @@ def test_json(model: Path) -> None:
     assert (worker["name"], worker["device"], worker["groups"]) == ("cpu0", "cpu", 6)
     assert worker["busy_s"] > 0
     assert worker["neurons"] > 0
-    assert set(worker) == {"name", "device", "pid", "busy_s", "neurons", "groups", "jobs"}
+    assert worker["bytes"] > 0
+    assert found["selection"] is None  # nothing is predicted
+    assert set(worker) == {"name", "device", "pid", "busy_s", "neurons", "bytes", "groups", "jobs"}
 
 
 def test_text_and_ids_are_the_same_prompt(model: Path) -> None:
@@ -152,7 +154,7 @@ def test_info(model: Path) -> None:
     found = json.loads(succeeded(run("info", model, "--json")).out)
     assert (found["layers"], found["hidden"], found["ffn"], found["vocab"]) == (2, 64, 96, 300)
     assert found["sparse"]
-    assert found["selectors"] == ["all", "exact"]
+    assert found["selectors"] == ["exact", "lowbit", "all"]
     assert found["bytes"]["feed-forward"] == 2 * 96 * 3 * 64 * 4
     text = succeeded(run("info", model, "--dtype", "q4")).out
     assert "relu" in text

@@ -49,6 +49,7 @@ def test_defaults_leave_everything_open() -> None:
         "vram_budget": None,
         "context": None,
         "measure": False,
+        "trace": None,
     }
 
 
@@ -61,6 +62,8 @@ def test_defaults_leave_everything_open() -> None:
         {"gpu": "host", "vram_budget": 1},
         {"gpu": "none", "vram_budget": None},
         {"context": 1},
+        {"bits": 1},
+        {"recall": 0.5},
     ],
 )
 def test_what_can_be_meant(wish: dict[str, Any]) -> None:
@@ -72,7 +75,9 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
     [
         ({"dtype": "int3"}, "no weight type 'int3': use one of auto, f32, f16, bf16, q8, q4"),
         ({"dtype": "F32"}, "no weight type 'F32'"),
-        ({"selector": "some"}, "no selector 'some': use one of auto, all, exact"),
+        ({"selector": "some"}, "no selector 'some': use one of auto, all, exact, lowrank, lowbit"),
+        ({"bits": 3}, "low-bit copies of 3 bits: use 1, 2 or 4"),
+        ({"recall": 1.0}, "a recall of 1.0: it must be at least 0.5 and below 1"),
         ({"gpu": "cuda"}, "no GPU 'cuda': use auto, none, host or cuda:N"),
         ({"gpu": "cuda:-1"}, "no GPU 'cuda:-1'"),
         ({"gpu": "cuda:0 "}, "no GPU 'cuda:0 '"),
