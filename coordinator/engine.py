@@ -24,7 +24,6 @@ from warmfront.coordinator.choices import choose_context, choose_gpu, choose_sel
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import Placement, place
-from warmfront.coordinator.sample_text import SAMPLE_TEXT
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -54,8 +53,6 @@ _VRAM_SHARE = 0.9
 _LOOK_S = 0.005
 # Of how many decoded tokens one has its selection measured.
 _MEASURE_EVERY = 64
-# Texts that a model writes itself to be calibrated on, and their tokens.
-_OWN_TEXTS, _OWN_TOKENS = 4, 48
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
@@ -110,7 +107,8 @@ class Engine:
         try:
             engine._start(cores, gpu, say)
             engine._wait(partial(progress, "loading"))
-            engine._calibrate(say)
+            if engine.lowbit is not None and not engine.lowbit.calibrated:
+                engine._calibrate(engine.lowbit, say)
             engine._measures = config.measure
         except BaseException:
             engine.close()
@@ -158,31 +156,13 @@ class Engine:
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)
 
-    def _calibrate(self, say: Say) -> None:
-        """Find the thresholds of the low-bit copies, if nobody has yet: on sample text, prefilled densely."""
-        lowbit = self.lowbit
-        if lowbit is None or lowbit.calibrated:
-            return
-        from warmfront.coordinator.lowbit import calibrate
+    def _calibrate(self, lowbit: "Lowbit", say: Say) -> None:
+        from warmfront.coordinator.calibration import calibrate, sample_ids
 
-        lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
         say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
-        calibrate(lowbit, self.model, self.feed_forward_inputs(self._sample()))
+        lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
+        calibrate(lowbit, self.model, self.feed_forward_inputs(sample_ids(self)))
         self.reset()
-
-    def _sample(self) -> list[int]:
-        """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
-        if self.tokenizer.present:
-            ids = self.tokenizer.encode(SAMPLE_TEXT)[: self.context - 1]
-            if len(set(ids)) > len(ids) // 4:
-                return ids
-        sampling = Sampling(temperature=1.0, seed=0)
-        starts = np.random.default_rng(0).integers(self.model.spec.vocab, size=_OWN_TEXTS)
-        ids = []
-        for start in starts:
-            answer = self.generate([int(start)], max_new_tokens=_OWN_TOKENS, sampling=sampling)
-            ids += [int(start), *(token.id for token in answer)]
-        return ids
 
     def feed_forward_inputs(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """What the feed-forward layers get, after their norm, for each token: float32 [layers, len(ids), hidden].
