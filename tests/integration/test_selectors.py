@@ -17,6 +17,7 @@ import pytest
 from tests.integration.command import assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import all_logits, choices, llama_from_folder
 from warmfront.coordinator import Engine
+from warmfront.coordinator.calibration import masses_and_scores
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SHAPE = {"hidden": 256, "layers": 4, "ffn": 1024, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 31}
@@ -98,6 +99,19 @@ def test_statistics(made: Path) -> None:
     assert min(seen["lowrank"].recall, seen["lowrank"].precision) > 0.99
     assert seen["lowbit"].recall > 0.9
     assert seen["lowbit"].selected > seen["lowbit"].fired
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 4.0), (2, 1.9), (4, 1.2)])
+def test_recall_by_mass(made: Path, bits: int, most: float) -> None:
+    """On tokens that the thresholds were not calibrated on; `most`: neurons selected for each that fires."""
+    with Engine.load(str(made / "hf"), dtype="f32", selector="lowbit", bits=bits, recall=0.995) as engine:
+        ids = np.random.default_rng(3).integers(259, 512, 160).tolist()
+        assert engine.lowbit is not None
+        for layer, x in enumerate(engine.feed_forward_inputs(ids)):
+            mass, scores, _ = masses_and_scores(engine.lowbit, engine.model, layer, x)
+            selected = scores > engine.lowbit.thresholds[layer]
+            assert mass[selected].sum() > 0.985 * mass.sum()
+            assert np.count_nonzero(selected) < most * np.count_nonzero(mass)
 
 
 def test_the_thresholds_are_kept(made: Path) -> None:
