@@ -30,7 +30,7 @@ _OWN_TEXTS, _OWN_TOKENS = 4, 48
 def sample_ids(engine: "Engine") -> list[int]:
     """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
     if engine.tokenizer.present:
-        ids = engine.tokenizer.encode(SAMPLE_TEXT)[: engine.context - 1]
+        ids = engine.tokenizer.encode(SAMPLE_TEXT)
         if len(set(ids)) > len(ids) // 4:
             return ids
     sampling = Sampling(temperature=1.0, seed=0)

@@ -167,12 +167,14 @@ class Engine:
     def feed_forward_inputs(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """What the feed-forward layers get, after their norm, for each token: float32 [layers, len(ids), hidden].
 
-        Only with the selector lowbit.
+        Only with the selector lowbit. What exceeds the context is computed as a text of its own.
         """
         self.reset()
-        most, inputs = self._board.sizes.max_tokens, []
+        most, inputs = min(self._board.sizes.max_tokens, self.context), []
         for at in range(0, len(ids), most):
             some = list(ids[at : at + most])
+            if len(self._cached) + len(some) > self.context:
+                self.reset()
             self._run(some, False, capture=True)
             inputs.append(self._team.captured(len(some)))
         return np.concatenate(inputs, axis=1)

@@ -114,6 +114,17 @@ def test_recall_by_mass(made: Path, bits: int, most: float) -> None:
             assert np.count_nonzero(selected) < most * np.count_nonzero(mass)
 
 
+def test_calibration_in_a_small_context(made: Path, reference: Any) -> None:
+    """The sample is longer than the KV cache: it is taken in pieces, and the numbers stay right."""
+    wishes = {"selector": "lowbit", "recall": 0.9998, "bits": 4, "dtype": "f32", "context": 20}
+    ids = PROMPT + [int(token) for token in np.random.default_rng(5).integers(259, 512, 12)]
+    got, engine = decoded(made / "hf", wishes, ids)
+    assert engine.lowbit is not None
+    assert engine.lowbit.calibrated
+    expected = all_logits(reference, ids)[len(PROMPT) - 1 :]
+    assert np.abs(got - expected).max() < 3e-2 * np.abs(expected).max()
+
+
 def test_the_thresholds_are_kept(made: Path) -> None:
     """Calibrated once for each recall; a lower one selects fewer."""
     said: dict[float, list[list[str]]] = {}
