@@ -1,7 +1,8 @@
 """stub"""
 
 import numpy as np
-from warmfront.coordinator.situation import Decision, Policy, Situation
+
+from warmfront.coordinator.situation import Decision
 
 
 class _Static:
