@@ -97,6 +97,7 @@ run_options = _together(
         help="How neurons move between the workers.",
     ),
     click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
     click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )

@@ -169,7 +169,14 @@ class Engine:
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
         self._team = Team(
-            self.model, self._board, self._gone, cores.coordinator, self.context, self.selector, self.lowbit
+            self.model,
+            self._board,
+            self._gone,
+            cores.coordinator,
+            self.context,
+            self.selector,
+            self.lowbit,
+            self.config.look_ahead,
         )
         self._closing.callback(self._team.stop)
         self._team.start()
