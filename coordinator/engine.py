@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import Placement, place
 from warmfront.coordinator.sampling import Sampler
@@ -95,26 +96,54 @@ class Engine:
         """
         started = time.monotonic()
         config = EngineConfig(**wishes)
-        cores = plan_cores(read_topology(), config.workers, config.threads)
-        gpu = choose_gpu(config)
+        # What cannot be had is refused before the model is packed.
+        plan_cores(read_topology(), config.workers, config.threads)
+        choose_gpu(config)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
-        packed = PackedModel(path)
+        engine = cls._opened(path, config)
         try:
-            engine = cls(packed, config)
-        except BaseException:
-            packed.close()
-            raise
-        try:
-            engine._start(cores, gpu, say)
-            engine._wait(partial(progress, "loading"))
-            if engine.lowbit is not None and not engine.lowbit.calibrated:
-                engine._calibrate(engine.lowbit, say)
-            engine._measures = config.measure
+            if ensure_profiled(engine.model, config, say, progress):
+                engine.close()
+                engine = cls._opened(path, config)
+            engine._run_up(say, progress)
         except BaseException:
             engine.close()
             raise
         engine.stats.load_s = time.monotonic() - started
         return engine
+
+    @classmethod
+    def of_packed(
+        cls, path: Path, config: EngineConfig, *, say: Say = _quiet, progress: Progress = _no_progress
+    ) -> Self:
+        """Load the packed model at `path` as it is, as `load` does."""
+        engine = cls._opened(path, config)
+        try:
+            engine._run_up(say, progress)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    @classmethod
+    def _opened(cls, path: Path, config: EngineConfig) -> Self:
+        packed = PackedModel(path)
+        try:
+            return cls(packed, config)
+        except BaseException:
+            packed.close()
+            raise
+
+    def _run_up(self, say: Say, progress: Progress) -> None:
+        """Start everything and wait until it has loaded."""
+        cores = plan_cores(read_topology(), self.config.workers, self.config.threads)
+        self._start(cores, choose_gpu(self.config), say)
+        self._wait(partial(progress, "loading"))
+        if self.model.replaced:
+            raise ResourceError(f"another warmfront has reordered {self.model.spec.name} meanwhile: start again")
+        if self.lowbit is not None and not self.lowbit.calibrated:
+            self._calibrate(self.lowbit, say)
+        self._measures = self.config.measure
 
     def _start(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
