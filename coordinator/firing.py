@@ -6,7 +6,6 @@ from there, with the same numbers.
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from os import W_OK, access
 from typing import NamedTuple, Protocol
@@ -85,8 +84,10 @@ def ensure_profiled(
 
     say("profiling which neurons fire (first load only)")
     profile = empty_profile(model, ["sample"])
-    wishes = replace(config, selector="auto", gpu="none", vram_budget=None, context=None, measure=False, trace=None)
-    with Engine.of_packed(model.path, wishes, say=say, progress=progress) as engine:
+    wishes = EngineConfig(
+        dtype=config.dtype, workers=config.workers, threads=config.threads, gpu="none", policy="static"
+    )
+    with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
         count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
     try:
         reorder(model.path, profile, model.order, say, lambda done, total: progress("ordering", done, total))

@@ -154,9 +154,9 @@ def _count(
             kept_at = time.monotonic()
 
     config = EngineConfig(
-        dtype=dtype, selector="exact", gpu="none", context=len(max((job.ids for job in jobs), key=len))
+        dtype=dtype, selector="exact", gpu="none", policy="static", context=len(max((job.ids for job in jobs), key=len))
     )
-    with Engine.of_packed(path, config, say=say, progress=progress) as engine:
+    with Engine.for_profiling(path, config, say=say, progress=progress) as engine:
         try:
             count(engine, partial.profile, jobs[first:], after)
         except BaseException:

@@ -120,15 +120,6 @@ class PackedModel:
         assert out.shape[1] == self.layout.group_bytes
         self.read_into(f"layers.{layer}.ffn", out, first * self.layout.group_bytes)
 
-    @property
-    def replaced(self) -> bool:
-        """Whether its path leads to another file by now: this one stays readable, but nobody else can open it."""
-        try:
-            there, here = self.path.stat(), os.fstat(self._fd)
-        except FileNotFoundError:
-            return False
-        return (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino)
-
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)

@@ -163,12 +163,8 @@ def test_the_order_has_a_name_of_its_own(packed: Path) -> None:
 def test_who_has_the_file_open_keeps_it(packed: Path) -> None:
     with PackedModel(packed) as model:
         before = model.bytes_of("layers.0.ffn")
-        assert not model.replaced
         rewrite(packed, profile_of(LAYERS, NEURONS, FFN))
-        assert model.replaced
         np.testing.assert_array_equal(model.bytes_of("layers.0.ffn"), before)
-        packed.unlink()
-        assert not model.replaced, "nobody can open another"
 
 
 def test_what_was_made_from_the_old_order_goes(packed: Path, models: Path) -> None:

@@ -115,17 +115,6 @@ def test_order_and_profile(tmp_path: Path, path: Path) -> None:
         assert (model.order, model.profile) == ("0f3a", {"tokens": [32, 5]})
 
 
-def test_replaced(path: Path, tmp_path: Path) -> None:
-    with PackedModel(path) as model:
-        assert not model.replaced
-        (tmp_path / "new").write_bytes(path.read_bytes())
-        (tmp_path / "new").rename(path)
-        assert model.replaced
-        assert model.bytes_of("embed").tobytes() == TENSORS["embed"][1].tobytes()
-        path.unlink()
-        assert not model.replaced, "nobody opens another file in its place"
-
-
 def test_tensors(path: Path) -> None:
     with PackedModel(path) as model:
         for name, (_, values) in TENSORS.items():
