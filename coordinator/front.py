@@ -109,7 +109,7 @@ class Front:
         self.flow = Flow(0, 0, 0)
         self.transfers: list[Transfer] = []
         board.owner[:] = home
-        for worker in np.flatnonzero(self.homes):
+        for worker in np.flatnonzero(self.homes).tolist():
             board.slot[worker][home == worker] = np.arange(self._held(worker))
 
     def _held(self, worker: int) -> int:
@@ -147,7 +147,7 @@ class Front:
         read = asked * np.float32(layout.gate_row_bytes)
         read = read + whole * np.float32(layout.gate_row_bytes + layout.down_row_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
-        self.loads = np.bincount(board.owner.ravel(), read.ravel(), len(self.names))
+        self.loads[:] = np.bincount(board.owner.ravel(), read.ravel(), len(self.names))
         if self._fresh.any():
             for worker in np.flatnonzero(~self.homes):
                 self._fresh[worker] &= (board.owner != worker) | (whole == 0)
@@ -173,7 +173,7 @@ class Front:
 
     def share(self) -> npt.NDArray[np.float64]:
         """[workers]: their parts of the bytes that the last token's active neurons took."""
-        return self.loads / max(1.0, self.loads.sum())
+        return np.asarray(self.loads / max(1.0, self.loads.sum()))
 
     @property
     def unused(self) -> int:
@@ -198,7 +198,7 @@ class Front:
     def _follow(self, decision: Decision) -> None:
         self._decisions += 1
         owner = self._board.owner
-        flips = np.count_nonzero(decision.owner != owner)
+        flips = int(np.count_nonzero(decision.owner != owner))
         owner[:] = decision.owner
         unused = 0
         for worker, layer, group in decision.drops.tolist():
