@@ -97,7 +97,8 @@ class Team:
     def _files(self) -> dict[str, PackedModel]:
         """The tensors that the coordinator keeps, and where to find them: all but the bundles and idle predictors."""
         idle = (".ffn",) if self._selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n != "tokenizer"}
+        apart = ("tokenizer", "profile")
+        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n not in apart}
         if self._lowbit is not None:
             files |= dict.fromkeys(self._lowbit.file.entries, self._lowbit.file)
         return files
