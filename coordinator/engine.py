@@ -464,6 +464,10 @@ class Engine:
             )
         return stats
 
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """When what of the last job was done: see `Team.times`."""
+        return self._team.times()
+
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""
         measured = np.array([report.measured for report in self._supervisor.reports().values()])
@@ -500,7 +504,10 @@ class Engine:
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
         if self._trace is not None and not self._closed:
-            self._closing.callback(self._trace.close, {name: hello.pid for name, hello in self._hellos().items()})
+            transfers = self.front.transfers if hasattr(self, "front") else ()
+            self._closing.callback(
+                self._trace.close, {name: hello.pid for name, hello in self._hellos().items()}, transfers
+            )
         self._closed = True
         self._closing.close()
 
