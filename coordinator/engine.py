@@ -23,6 +23,7 @@ import numpy.typing as npt
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
+from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import first_groups, place_homes
 from warmfront.coordinator.sampling import Sampler
