@@ -62,6 +62,7 @@ class PackedModel:
             kinds = json.loads(metadata["kinds"])
             self.spec = ModelSpec.from_json(metadata["spec"])
             self.text: dict[str, Any] = json.loads(metadata["text"])
+            self.order: str = metadata.get("order", "")
             self.layout = BundleLayout(
                 hidden=self.spec.hidden,
                 ffn=self.spec.ffn,
