@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from warmfront.coordinator.terminal import Bars, say
-from warmfront.shared.config import BITS, DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.process import hold_interrupts
 
@@ -88,7 +88,17 @@ run_options = _together(
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
-    click.option("--vram-budget", type=Size(), help="GPU memory for neurons, such as 6GB."),
+    click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
+    click.option(
+        "--policy",
+        type=click.Choice(POLICIES),
+        default=_ENGINE.policy,
+        show_default=True,
+        help="How neurons move between the workers.",
+    ),
+    click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
+    click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )
 engine_options = _together(
     click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),

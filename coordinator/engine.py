@@ -22,34 +22,37 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.placement import Placement, place
+from warmfront.coordinator.placement import first_groups, place_homes
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.coordinator.trace import Trace
-from warmfront.shared.board import Board, BoardSizes
+from warmfront.shared.board import LANES, Board, BoardSizes
 from warmfront.shared.bundle import GROUP
-from warmfront.shared.config import PREDICTING, EngineConfig, Sampling
+from warmfront.shared.config import PREDICTING, EngineConfig, Sampling, parse_slow
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import create_shared, map_shared
-from warmfront.shared.messages import Hello, Plan
+from warmfront.shared.messages import Hello, LoadReport, Plan
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
 if TYPE_CHECKING:
+    from warmfront.coordinator.front import Front
     from warmfront.coordinator.lowbit import Lowbit
 
 __all__ = ["Engine"]
 
 # Tokens of one prefill job: 18 panels of 16, of which the products take three at a time.
 MAX_TOKENS = 288
-LANES = 16
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
+# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them.
+_SPARE_SHARE = 1 / 32
 _LOOK_S = 0.005
 # Of how many decoded tokens one has its selection measured.
 _MEASURE_EVERY = 64
@@ -61,6 +64,10 @@ def _quiet(_message: str) -> None:
     pass
 
 
+def _set(words: npt.NDArray[np.int64], names: Sequence[str], name: str) -> None:
+    words[names.index(name)] = 1
+
+
 def _no_progress(_what: str, _done: int, _total: int) -> None:
     pass
 
@@ -68,8 +75,9 @@ def _no_progress(_what: str, _done: int, _total: int) -> None:
 class Engine:
     """A loaded model and everything that runs it: made by `Engine.load`, ended by `close` or a with block."""
 
-    def __init__(self, model: PackedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PackedModel, config: EngineConfig, *, profiles: bool = False) -> None:
         self.model = model
+        self._profiles = profiles
         self.config = config
         self.tokenizer = Tokenizer(model)
         self.selector = choose_selector(config, model)
@@ -78,6 +86,7 @@ class Engine:
         self._closed = False
         self._decoded, self._measures = 0, False
         self.lowbit: Lowbit | None = None
+        self.front: Front
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
         self._closing = contextlib.ExitStack()
@@ -97,6 +106,8 @@ class Engine:
         config = EngineConfig(**wishes)
         cores = plan_cores(read_topology(), config.workers, config.threads)
         gpu = choose_gpu(config)
+        if gpu == "host":
+            cores = cores.with_emulated_gpu()
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         packed = PackedModel(path)
         try:
@@ -107,6 +118,7 @@ class Engine:
         try:
             engine._start(cores, gpu, say)
             engine._wait(partial(progress, "loading"))
+            engine._open_front(partial(progress, "filling the GPU"))
             if engine.lowbit is not None and not engine.lowbit.calibrated:
                 engine._calibrate(engine.lowbit, say)
             engine._measures = config.measure
@@ -123,14 +135,25 @@ class Engine:
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
             modules["gpu0"] = "warmfront.gpu_worker"
+        names = list(modules)
+        if unknown := parse_slow(self.config.slow).keys() - set(names):
+            raise UsageError(f"--slow names worker {min(unknown)}, but there are only {', '.join(names)}")
         spec, layout = self.model.spec, self.model.layout
+        self._home = place_homes(layout.groups, spec.layers, [len(worker.cpus) for worker in cores.workers])
         most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
-        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most)
+        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self._profiles))
         fd = create_shared("warmfront-board", sizes.total)
         self._closing.callback(os.close, fd)
         self._board = Board.create(map_shared(fd), sizes)
+        self._gone = np.zeros(len(names), np.int64)
         self._supervisor = Supervisor(
-            modules, fd, partial(self._make_plans, cores), self._abort, {"WARMFRONT_GPU": gpu or ""}
+            modules,
+            fd,
+            partial(self._make_plans, cores, names),
+            partial(_set, self._gone, names),
+            self._abort,
+            {"WARMFRONT_GPU": gpu or ""},
+            [name for name in names if name.startswith("gpu")],
         )
         self._closing.callback(self._supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
@@ -145,7 +168,9 @@ class Engine:
         if self.selector == "lowbit":
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
-        self._team = Team(self.model, self._board, cores.coordinator, self.context, self.selector, self.lowbit)
+        self._team = Team(
+            self.model, self._board, self._gone, cores.coordinator, self.context, self.selector, self.lowbit
+        )
         self._closing.callback(self._team.stop)
         self._team.start()
 
@@ -179,16 +204,75 @@ class Engine:
             inputs.append(self._team.captured(len(some)))
         return np.concatenate(inputs, axis=1)
 
-    def _make_plans(self, cores: CorePlan, hellos: Mapping[str, Hello]) -> dict[str, Plan]:
-        """Place the neurons and tell each worker; called by the supervisor once all have said Hello."""
-        placement = self._place([len(worker.cpus) for worker in cores.workers], hellos.get("gpu0"))
-        self._board.owner[:] = placement.owner
-        home, owner = (table.tobytes() for table in placement)
-        cpus = [*(worker.cpus for worker in cores.workers), cores.coordinator]
-        path = os.fspath(self.model.path)
-        return {
-            name: Plan(index, path, list(cpus[index]), home, owner, self.selector) for index, name in enumerate(hellos)
-        }
+    def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Which neurons each of up to 288 tokens fires, computed anew from an empty cache: [layers, tokens, neurons].
+
+        Only of an engine that profiles, without a GPU.
+        """
+        self.reset()
+        self._run(list(ids), False)
+        return self._fired(len(ids))
+
+    def _fired(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """Of the last job, from the board's [layers, groups, 32, panels] of 16 tokens a word."""
+        layers, groups, neurons, panels = self._board.firing.shape
+        bits = np.unpackbits(self._board.firing.view(np.uint8), bitorder="little").astype(bool)
+        bits = bits.reshape(layers, groups * neurons, panels * LANES)[:, :, :tokens]
+        return np.ascontiguousarray(bits.swapaxes(1, 2))
+
+    def _make_plans(self, cores: CorePlan, names: Sequence[str], hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+        """What each worker is to do; called by the supervisor once they have said Hello."""
+        slow, several = parse_slow(self.config.slow), len(cores.workers) > 1
+        plans = {}
+        for name, hello in hellos.items():
+            index, on_gpu = names.index(name), name.startswith("gpu")
+            spare = int(np.count_nonzero(self._home == index) * _SPARE_SHARE) + 1 if several and not on_gpu else 0
+            plans[name] = Plan(
+                index=index,
+                model=os.fspath(self.model.path),
+                order=self.model.order,
+                cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
+                selector=self.selector,
+                home=self._home.tobytes(),
+                spare=spare,
+                slow=slow.get(name, 1.0),
+                budget=self._budget(hello) if on_gpu else 0,
+            )
+        return plans
+
+    def _budget(self, gpu: Hello) -> int:
+        """Bytes of device memory that the GPU worker may take."""
+        budget = self.config.vram_budget
+        if budget is None:
+            return int(gpu.free_bytes * _VRAM_SHARE)
+        if budget > gpu.free_bytes:
+            raise ResourceError(
+                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {gpu.free_bytes / 1e9:.2f} GB free: "
+                "pass a smaller --vram-budget"
+            )
+        return budget
+
+    def _open_front(self, progress: Callable[[int, int], None]) -> None:
+        """Give the GPU what it begins with."""
+        from warmfront.coordinator.balancer import make_policy
+        from warmfront.coordinator.front import Front
+
+        layout, names = self.model.layout, list(self._supervisor.hellos)
+        expected = self._expected_bytes()
+        policy = make_policy(self.config.policy, expected, layout.group_bytes)
+        predicted = self.selector in PREDICTING
+        self.front = Front(
+            self._board, layout, self._home, names, predicted, policy, self._supervisor, self._team.present, self._gone
+        )
+        for worker, name in enumerate(names):
+            if name.startswith("gpu"):
+                slots = self._supervisor.readies[name].slots
+                self.front.fill(worker, first_groups(layout.groups, self.model.spec.layers, slots), progress)
+
+    def _expected_bytes(self) -> npt.NDArray[np.float64]:
+        """Bytes that a token is expected to read of each group: float64 [layers, groups]."""
+        layout = self.model.layout
+        return np.full(self._home.shape, float(layout.group_bytes))
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -199,27 +283,16 @@ class Engine:
                 "use a smaller --dtype or a smaller model"
             )
 
-    def _place(self, threads: Sequence[int], gpu: Hello | None) -> Placement:
-        layout, layers = self.model.layout, self.model.spec.layers
-        if gpu is None:
-            return place(layout, layers, threads, None)
-        budget = self.config.vram_budget
-        if budget is None:
-            budget = int(gpu.free_bytes * _VRAM_SHARE)
-        elif budget > gpu.free_bytes:
-            raise ResourceError(
-                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {gpu.free_bytes / 1e9:.2f} GB free: "
-                "pass a smaller --vram-budget"
-            )
-        return place(layout, layers, threads, budget)
-
     def _forget(self) -> None:
         """Let go of the memory: the supervisor's callbacks make a cycle, which the collector may find much later."""
-        for name in ("_team", "_board"):
+        for name in ("_team", "_board", "front"):
             self.__dict__.pop(name, None)
 
     def _abort(self) -> None:
         self._board.abort[0] = 1
+        for leave in self._board.leave:
+            leave[0] = 1
+        self._gone[:] = 1
 
     def generate(
         self,
@@ -321,8 +394,14 @@ class Engine:
     def _run(self, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False) -> None:
         self._check_open()
         self._supervisor.check()
-        if not self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture):
-            self._supervisor.wait_for_error()
+        self.front.boundary()
+        while (result := self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture)) != 0:
+            if result != LOST or not self.front.lose():
+                self._supervisor.wait_for_error()
+        if len(tokens) == 1:
+            self.front.observe()
+            if self.config.verify:
+                self.front.verify()
         if self._trace is not None:
             self._trace.note(len(self._cached), len(tokens), *self._team.times())
         self._cached += tokens
@@ -341,7 +420,7 @@ class Engine:
         reports = self._supervisor.reports()
         stats = []
         for index, (name, hello) in enumerate(self._supervisor.hellos.items()):
-            report = reports[name]
+            report = reports.get(name, LoadReport(0, [], [], [], [0] * 4))
             groups = int(np.count_nonzero(self._board.owner == index))
             busy = sum(report.busy_ns) / 1e9
             read = sum(report.bytes)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from warmfront.shared.errors import WarmfrontError
-from warmfront.shared.messages import Hello, LoadReport, Message, Plan
+from warmfront.shared.messages import Hello, LoadReport, Message, Moved, Plan, Ready
 
 # Events: what happened.
 
@@ -38,11 +38,18 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartRequested:
+    """The engine gets along without `worker`, which was lost: another may take its place."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = Received | Planned | Exited | StopRequested | Tick
+Event = Received | Planned | Exited | StopRequested | RestartRequested | Tick
 
 
 # Instructions: what to do.
@@ -73,9 +80,40 @@ class ReportProgress:
 
 @dataclass(frozen=True, slots=True)
 class AnnounceReady:
-    """Every worker serves the board. `resident`: bytes of weights each holds."""
+    """Every worker serves the board; what each said then."""
 
-    resident: Mapping[str, int]
+    readies: Mapping[str, Ready]
+
+
+@dataclass(frozen=True, slots=True)
+class Lose:
+    """`worker`, which the run can do without, will answer no more; its process is gone or will be killed."""
+
+    worker: str
+    error: WarmfrontError
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start the process of `worker` again."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoin:
+    """`worker` serves the board again, with empty slots."""
+
+    worker: str
+    ready: Ready
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverMoved:
+    """A worker has copied the groups of a batch."""
+
+    worker: str
+    moved: Moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +153,17 @@ class Finished:
 
 
 Instruction = (
-    SendMessage | MakePlans | ReportProgress | AnnounceReady | DeliverReport | Abort | Terminate | Kill | Finished
+    SendMessage
+    | MakePlans
+    | ReportProgress
+    | AnnounceReady
+    | DeliverReport
+    | DeliverMoved
+    | Lose
+    | Start
+    | Rejoin
+    | Abort
+    | Terminate
+    | Kill
+    | Finished
 )

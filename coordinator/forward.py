@@ -27,9 +27,11 @@ from warmfront.coordinator.network import (
     CAPTURE,
     FFN_NORM,
     K_BIAS,
+    LOST,
     MEASURE,
     OUT,
     OUT_BIAS,
+    POSTED,
     Q_BIAS,
     SEQUENCE,
     STEPS,
@@ -43,10 +45,10 @@ from warmfront.coordinator.network import (
     V,
 )
 from warmfront.coordinator.predictor import predict
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, longs_at
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, load_acquire, longs_at
 from warmfront.shared.board import LEAVE
 from warmfront.shared.gemm import LANES, panels_of
-from warmfront.shared.handoff import DONE, LINE, announce, await_sequence, barrier
+from warmfront.shared.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier
 from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import row_stride, share, widen
 
@@ -113,21 +115,32 @@ def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lane
     st.order[1] = st.job[TOKENS]
     st.order[2] = lanes
     st.order[3] = st.job[MEASURE]
+    st.job[POSTED] = sequence
     announce(st.job_at, sequence)
 
 
 @kernel
 def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
-    """Wait for every worker and add its part to x; the order of the workers is fixed."""
+    """Wait for every worker and add its part to x; the order of the workers is fixed.
+
+    Returns LOST if one has died without an answer: all threads see the same, for its answers are final then. The others
+    are waited for all the same, since they read the board.
+    """
     deadline = clock_ns() + _WORKER_PATIENCE_NS
+    lost = False
     for worker in range(st.done_at.shape[0]):
-        result = await_sequence(st.done_at[worker], sequence, st.abort_at, st.worker_spins, deadline)
+        if st.present[worker] == 0:
+            continue
+        result = await_sequence(st.done_at[worker], sequence, st.gone_at[worker], st.worker_spins, deadline)
+        if result == ABORTED and load_acquire(st.abort_at) == 0:
+            lost = True
+            continue
         if result != DONE:
             return result
         y = carray(floats_at(st.y_at[worker]), (count,))
         for i in range(count):
             x[i] += y[i]
-    return DONE
+    return LOST if lost else DONE
 
 
 @kernel
@@ -188,7 +201,7 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
 
 @kernel
 def forward(member: int, net: Network, st: State) -> int:
-    """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED or LATE."""
+    """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED, LATE or LOST."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
     tokens = st.job[TOKENS]
     lanes = 1 if tokens == 1 else LANES
@@ -280,5 +293,5 @@ def serve_team(member: int, net: Network, st: State) -> None:
         st.status[member] = result
         if fetch_add(st.finished_at + LINE, 1) + 1 == st.members * sequence:
             announce(st.finished_at, sequence)
-        if result != DONE:
+        if result != DONE and result != LOST:
             return

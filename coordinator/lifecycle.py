@@ -2,6 +2,8 @@
 
     STARTING --every Hello--> PLANNING --Planned--> LOADING --every Ready--> READY --StopRequested--> STOPPING
         any of them --a worker exits, fails, is silent or talks nonsense--> Abort, STOPPING
+    READY --the same of a worker that the run can do without--> Lose; then --RestartRequested, once it has exited-->
+        Start --Hello, Planned, Ready--> Rejoin; after RESTARTS attempts without a Ready between it stays away
     STOPPING --every worker has exited--> STOPPED, or FAILED if there was an error
 
 Each worker may be quiet only so long: until its Hello, between two messages, between two steps of loading. While it
@@ -13,7 +15,7 @@ that: a coordinator that was itself stopped (Ctrl-Z stops the whole group) must 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from signal import SIGKILL
@@ -22,17 +24,22 @@ from typing import assert_never
 from warmfront.coordinator.events import (
     Abort,
     AnnounceReady,
+    DeliverMoved,
     DeliverReport,
     Event,
     Exited,
     Finished,
     Instruction,
     Kill,
+    Lose,
     MakePlans,
     Planned,
     Received,
+    Rejoin,
     ReportProgress,
+    RestartRequested,
     SendMessage,
+    Start,
     StopRequested,
     Terminate,
     Tick,
@@ -45,6 +52,7 @@ from warmfront.shared.messages import (
     Hello,
     LoadReport,
     Message,
+    Moved,
     Plan,
     Progress,
     Ready,
@@ -57,6 +65,8 @@ LOAD_LIMIT_S = 60.0
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
 KILL_AFTER_S = 1.5
+# Times that a lost worker is started in a row without getting ready.
+RESTARTS = 3
 
 
 class Phase(Enum):
@@ -72,6 +82,7 @@ class Phase(Enum):
 
 
 class _Stage(Enum):
+    LOST = auto()
     STARTING = auto()
     WAITING = auto()
     LOADING = auto()
@@ -80,6 +91,7 @@ class _Stage(Enum):
 
 # How long a worker may give no sign, and what to say of it then.
 _LIMITS = {
+    _Stage.LOST: (math.inf, ""),
     _Stage.STARTING: (START_LIMIT_S, f"did not start within {START_LIMIT_S:.0f} s"),
     _Stage.WAITING: (SILENCE_LIMIT_S, "stopped answering"),
     _Stage.LOADING: (LOAD_LIMIT_S, f"made no progress for {LOAD_LIMIT_S:.0f} s while loading the model"),
@@ -94,17 +106,24 @@ class _Worker:
     hello: Hello | None = None
     done: int = -1
     total: int = 0
-    resident: int = 0
+    ready: Ready | None = None
+    starts: int = 0
+    restart: bool = False
+    error: WarmfrontError | None = None
 
 
 class Lifecycle:
-    """The state machine for `workers` (names), whose processes were started at `now` (seconds, any origin)."""
+    """The state machine for `workers` (names), whose processes were started at `now` (seconds, any origin).
 
-    def __init__(self, workers: Sequence[str], now: float) -> None:
+    `spare`: those that the run can do without once all are ready.
+    """
+
+    def __init__(self, workers: Sequence[str], now: float, spare: Collection[str] = ()) -> None:
         self.phase = Phase.STARTING
         self.error: WarmfrontError | None = None
         self._workers = {name: _Worker() for name in workers}
         self._alive = list(workers)
+        self._spare = frozenset(spare)
         self._now = now
         self._clock = 0.0  # time since the start, less what the coordinator slept through
         self._stopping_since = math.inf
@@ -125,11 +144,18 @@ class Lifecycle:
             return []
         if isinstance(event, StopRequested):
             return self._stop()
+        if isinstance(event, RestartRequested):
+            self._workers[event.worker].restart = True
+            return self._restart(event.worker)
         if isinstance(event, Planned):
             return self._planned(event.plans)
         if isinstance(event, Received):
             return self._received(event.worker, event.message)
         assert_never(event)
+
+    def serving(self) -> list[str]:
+        """The workers that are ready."""
+        return [name for name, worker in self._workers.items() if worker.stage is _Stage.READY]
 
     @property
     def _stopping(self) -> bool:
@@ -139,8 +165,10 @@ class Lifecycle:
         worker = self._workers.get(name)
         if worker is None:
             return self._fail(ProtocolError(f"a process calls itself worker {name}, which was not started"))
+        if worker.stage is _Stage.LOST:
+            return []
         if isinstance(message, Failure):
-            return self._fail(message.error(name))
+            return self._fail_of(name, message.error(name))
         if worker.stage is not _Stage.LOADING:
             worker.sign_at = self._clock
         match message, worker.stage:
@@ -149,11 +177,13 @@ class Lifecycle:
                     ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront")
                 )
             case Hello(), _Stage.STARTING:
-                return self._welcome(worker, message)
+                return self._welcome(name, worker, message)
             case Progress(done, total), _Stage.LOADING:
                 return self._progressed(worker, done, total)
-            case Ready(resident), _Stage.LOADING:
-                return self._loaded(worker, resident)
+            case Ready(), _Stage.LOADING:
+                return self._loaded(name, worker, message)
+            case Moved(), _Stage.READY:
+                return [DeliverMoved(name, message)]
             case LoadReport(), _Stage.READY:
                 return [DeliverReport(name, message)]
             case Heartbeat(), _:
@@ -161,8 +191,10 @@ class Lifecycle:
         what = type(message).__name__
         return self._fail(ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
 
-    def _welcome(self, worker: _Worker, hello: Hello) -> list[Instruction]:
+    def _welcome(self, name: str, worker: _Worker, hello: Hello) -> list[Instruction]:
         worker.hello, worker.stage = hello, _Stage.WAITING
+        if self.phase is Phase.READY:
+            return [MakePlans({name: hello})]
         hellos = {name: each.hello for name, each in self._workers.items() if each.hello}
         if len(hellos) < len(self._workers):
             return []
@@ -170,10 +202,11 @@ class Lifecycle:
         return [MakePlans(hellos)]
 
     def _planned(self, plans: Mapping[str, Plan]) -> list[Instruction]:
-        self.phase = Phase.LOADING
-        for worker in self._workers.values():
-            worker.stage, worker.sign_at = _Stage.LOADING, self._clock
-        return [SendMessage(name, plans[name]) for name in self._workers]
+        if self.phase is Phase.PLANNING:
+            self.phase = Phase.LOADING
+        for name in plans:
+            self._workers[name].stage, self._workers[name].sign_at = _Stage.LOADING, self._clock
+        return [SendMessage(name, plan) for name, plan in plans.items()]
 
     def _progressed(self, worker: _Worker, done: int, total: int) -> list[Instruction]:
         if done > worker.done:
@@ -182,20 +215,24 @@ class Lifecycle:
         workers = self._workers.values()
         return [ReportProgress(sum(max(each.done, 0) for each in workers), sum(each.total for each in workers))]
 
-    def _loaded(self, worker: _Worker, resident: int) -> list[Instruction]:
-        worker.stage, worker.sign_at, worker.resident = _Stage.READY, self._clock, resident
+    def _loaded(self, name: str, worker: _Worker, ready: Ready) -> list[Instruction]:
+        worker.stage, worker.sign_at, worker.ready, worker.starts = _Stage.READY, self._clock, ready, 0
+        if self.phase is Phase.READY:
+            return [Rejoin(name, ready)]
         if any(each.stage is not _Stage.READY for each in self._workers.values()):
             return []
         self.phase = Phase.READY
-        return [AnnounceReady({name: each.resident for name, each in self._workers.items()})]
+        return [AnnounceReady({name: each.ready for name, each in self._workers.items() if each.ready})]
 
     def _exited(self, name: str, returncode: int) -> list[Instruction]:
         self._alive.remove(name)
         if self._stopping:
             return self._finish_if_empty()
+        if error := self._workers[name].error:
+            return [Lose(name, error), *self._restart(name)]
         how = f"was killed by signal {-returncode}" if returncode < 0 else f"exited with code {returncode}"
         hint = "the machine may be out of memory (see dmesg)" if returncode == -SIGKILL else "see its output above"
-        return self._fail(WorkerError(f"worker {name} {how} {self.phase.value}: {hint}"))
+        return self._fail_of(name, WorkerError(f"worker {name} {how} {self.phase.value}: {hint}"))
 
     def _ticked(self) -> list[Instruction]:
         if self._stopping:
@@ -203,8 +240,24 @@ class Lifecycle:
         for name, worker in self._workers.items():
             limit, complaint = _LIMITS[worker.stage]
             if self._clock - worker.sign_at >= limit:
-                return self._fail(WorkerError(f"worker {name} {complaint}"))
+                return self._fail_of(name, WorkerError(f"worker {name} {complaint}"))
         return []
+
+    def _fail_of(self, name: str, error: WarmfrontError) -> list[Instruction]:
+        """A worker can do no more: the end of it, or of all. It is lost once its process can write nothing any more."""
+        if self.phase is not Phase.READY or name not in self._spare:
+            return self._fail(error)
+        worker = self._workers[name]
+        worker.stage, worker.hello, worker.restart, worker.error = _Stage.LOST, None, False, error
+        return [Kill(name)] if name in self._alive else [Lose(name, error)]
+
+    def _restart(self, name: str) -> list[Instruction]:
+        worker = self._workers[name]
+        if not worker.restart or name in self._alive or worker.starts == RESTARTS:
+            return []
+        self._alive.append(name)
+        self._workers[name] = _Worker(sign_at=self._clock, starts=worker.starts + 1)
+        return [Start(name)]
 
     def _fail(self, error: WarmfrontError) -> list[Instruction]:
         self.error = error

@@ -2,13 +2,28 @@
 
 from typing import Any, NamedTuple
 
-__all__ = ["CAPTURE", "MEASURE", "POSITION", "ROLES", "SEQUENCE", "STEPS", "TOKENS", "WANT_LOGITS", "Network", "State"]
+__all__ = [
+    "CAPTURE",
+    "LOST",
+    "MEASURE",
+    "POSITION",
+    "POSTED",
+    "ROLES",
+    "SEQUENCE",
+    "STEPS",
+    "TOKENS",
+    "WANT_LOGITS",
+    "Network",
+    "State",
+]
 
 # Columns of Network.weights and Network.kinds.
 ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias", "fc1", "fc2", "lowbit")
 ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, FC1, FC2, LOWBIT = range(len(ROLES))
-# Words of State.job.
-TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE = range(6)
+# Words of State.job. Sequence numbers on the board: SEQUENCE before the job, POSTED so far.
+TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE, POSTED = range(7)
+# What a job of the team ends with beside the results of a wait (`shared/handoff.py`): a worker has died.
+LOST = 3
 # Columns of State.times: when the team's first thread was done with each part of a layer.
 STEPS = ("start", "qkv", "attention", "output", "predictor", "post", "merge")
 
@@ -54,8 +69,8 @@ class State(NamedTuple):
     scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
     keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`. Attention to one token is
     split into `chunks` of the positions: partial [chunks, heads * head_dim], tops and totals [chunks, heads]. inner:
-    float32 [rank]; mask: uint32 [groups] on the board; captured: float32 [layers, max_tokens * hidden] or empty; times:
-    int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
+    float32 [rank]; mask: uint32 [layers, groups] on the board; captured: float32 [layers, max_tokens * hidden] or
+    empty; times: int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
     """
 
     members: int
@@ -93,8 +108,10 @@ class State(NamedTuple):
     order: Any
     board_x: Any
     mask: Any
-    # int64 [workers]: addresses of the done line, of the record and of y of each.
+    # int64 [workers]: whether it takes part; addresses of the done line, the word that it is dead, the record and y.
+    present: Any
     done_at: Any
+    gone_at: Any
     record_at: Any
     y_at: Any
     barrier_spins: int

@@ -37,7 +37,7 @@ def _word(scores: Any, thresholds: Any) -> Any:
 
 
 @kernel
-def _lowrank(net: Network, st: State, layer: int, member: int, input_at: int) -> int:
+def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> int:
     """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
     rank, kind = net.ranks[layer], net.kinds[layer, FC1]
     low, high = share(rank, 8, member, st.members)
@@ -72,12 +72,12 @@ def _lowrank(net: Network, st: State, layer: int, member: int, input_at: int) ->
             row_at = at + (group * GROUP + row) * stride
             touch(row_at + AHEAD_BYTES, ROWS * stride, 64)
             dot_rows(kind, row_at, stride, address_of(st.inner), rank, scores_at + row * 4)
-        st.mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
     return DONE
 
 
 @kernel
-def _lowbit(net: Network, st: State, layer: int, member: int, input_at: int) -> None:
+def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> None:
     bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
     q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)
     stride = net.lowbit_stride
@@ -87,17 +87,17 @@ def _lowbit(net: Network, st: State, layer: int, member: int, input_at: int) -> 
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride
             scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + AHEAD_BYTES)
-        st.mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
 
 
 @kernel
 def predict(net: Network, st: State, layer: int, member: int) -> int:
     """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED."""
-    normed_at = address_of(st.h[member])
+    normed_at, mask = address_of(st.h[member]), st.mask[layer]
     if net.lowbit_stride > 0:
-        _lowbit(net, st, layer, member, normed_at)
+        _lowbit(net, st, mask, layer, member, normed_at)
     else:
-        result = _lowrank(net, st, layer, member, normed_at if net.normed else address_of(st.x[member]))
+        result = _lowrank(net, st, mask, layer, member, normed_at if net.normed else address_of(st.x[member]))
         if result != DONE:
             return result
     return barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)

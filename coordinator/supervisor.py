@@ -10,22 +10,27 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from warmfront.coordinator.events import (
     Abort,
     AnnounceReady,
+    DeliverMoved,
     DeliverReport,
     Event,
     Exited,
     Finished,
     Instruction,
     Kill,
+    Lose,
     MakePlans,
     Planned,
     Received,
+    Rejoin,
     ReportProgress,
+    RestartRequested,
     SendMessage,
+    Start,
     StopRequested,
     Terminate,
     Tick,
@@ -33,7 +38,7 @@ from warmfront.coordinator.events import (
 from warmfront.coordinator.lifecycle import Lifecycle
 from warmfront.shared.channel import CoordinatorChannel
 from warmfront.shared.errors import WarmfrontError, WorkerError
-from warmfront.shared.messages import Hello, LoadReport, Plan, ReportRequest
+from warmfront.shared.messages import Hello, LoadReport, Message, Move, Plan, Ready, ReportRequest
 from warmfront.shared.process import python_module_command
 
 __all__ = ["Supervisor"]
@@ -41,6 +46,7 @@ __all__ = ["Supervisor"]
 _TICK_S = 0.25
 # What a worker said last may still be on its way when its process is gone.
 _LAST_WORDS_S = 0.05
+News = Lose | Rejoin | DeliverMoved
 MakeThePlans = Callable[[Mapping[str, Hello]], Mapping[str, Plan]]
 
 
@@ -48,7 +54,8 @@ class Supervisor:
     """The worker processes of one engine.
 
     `modules`: worker name -> Python module; `board_fd` is inherited by each; `make_plans` is called in the
-    supervisor's thread once all have said Hello; `abort` when an error ends the run; `environment` is added to theirs.
+    supervisor's thread once all have said Hello, and for one that is started again; `lose` when a worker of `spare`,
+    without which the run can go on, is lost; `abort` when an error ends the run; `environment` is added to theirs.
     """
 
     def __init__(
@@ -56,21 +63,28 @@ class Supervisor:
         modules: Mapping[str, str],
         board_fd: int,
         make_plans: MakeThePlans,
+        lose: Callable[[str], None],
         abort: Callable[[], None],
         environment: Mapping[str, str],
+        spare: Collection[str] = (),
     ) -> None:
         self._modules, self._board_fd = dict(modules), board_fd
-        self._make_plans, self._abort = make_plans, abort
+        self._make_plans, self._lose, self._abort = make_plans, lose, abort
+        self._spare = frozenset(spare)
         self._environment = dict(environment)
-        self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Event | tuple[str, Message]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._sentinels: dict[int, str] = {}
         self._reports: dict[str, LoadReport] = {}
+        self._awaited: set[str] = set()
         self._reports_complete = threading.Event()
         self._ready = threading.Event()
         self._finished = threading.Event()
         self.error: WarmfrontError | None = None
-        self.hellos: Mapping[str, Hello] = {}
+        self.hellos: dict[str, Hello] = {}
+        self.readies: Mapping[str, Ready] = {}
         self.loaded = (0, 0)
         self._thread = threading.Thread(target=self._live, name="wf-supervisor", daemon=True)
         self._thread.start()
@@ -91,29 +105,53 @@ class Supervisor:
         self.check()
         raise WorkerError("the workers were stopped while a job was under way")
 
-    def reports(self, timeout_s: float = 5.0) -> dict[str, LoadReport]:
-        """Ask every worker for its work so far. Raises WorkerError if they do not answer in time, or were stopped."""
+    def request_reports(self) -> None:
+        """Ask every worker that serves for its work so far."""
+        self._reports_complete.clear()
+        self._ask(("", ReportRequest()))
+
+    def reported(self) -> Mapping[str, LoadReport] | None:
+        """What they answered, once all have; None until then."""
+        return self._reports if self._reports_complete.is_set() else None
+
+    def reports(self, timeout_s: float = 5.0) -> Mapping[str, LoadReport]:
+        """Ask and wait. Raises WorkerError if they do not answer in time, or were stopped."""
         if self._finished.is_set():
             self.check()
             raise WorkerError("the workers were stopped: load the model again")
-        self._reports_complete.clear()
-        self._reports = {}
-        self._ask("report")
+        self.request_reports()
         if not self._reports_complete.wait(timeout_s):
             self.check()
             raise WorkerError("the workers do not answer: no load reports came")
         return self._reports
 
+    def move(self, worker: str, move: Move) -> None:
+        """Have `worker` copy groups; `news` tells when it is done."""
+        self._ask((worker, move))
+
+    def restart(self, worker: str) -> None:
+        """Start a lost worker again; `news` tells when it has rejoined."""
+        self._ask(RestartRequested(worker))
+
+    def news(self, wait_s: float = 0.0) -> list[News]:
+        """What has happened to moves and spare workers since the last call; waits for the first so long."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._news.get(timeout=wait_s) if wait_s else self._news.get_nowait())
+            while True:
+                found.append(self._news.get_nowait())
+        return found
+
     def stop(self) -> None:
         """End the workers and the thread; returns when no process is left."""
         if self._thread.is_alive():
-            self._ask("stop")
+            self._ask(StopRequested())
         self._thread.join()
         if self._bell >= 0:
             os.close(self._bell)
             self._bell = -1
 
-    def _ask(self, what: str) -> None:
+    def _ask(self, what: Event | tuple[str, Message]) -> None:
         self._requests.put(what)
         os.eventfd_write(self._bell, 1)
 
@@ -133,49 +171,54 @@ class Supervisor:
             self._finished.set()
 
     def _start(self, channel: CoordinatorChannel) -> None:
-        environment = os.environ | self._environment | channel.environment()
-        for name, module in self._modules.items():
-            self._processes[name] = subprocess.Popen(
-                python_module_command(module, name, str(self._board_fd)),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[self._board_fd],
-                process_group=0,  # Ctrl-C in the terminal reaches the coordinator alone
-            )
+        for name in self._modules:
+            self._spawn(channel, name)
+
+    def _spawn(self, channel: CoordinatorChannel, name: str) -> None:
+        process = self._processes[name] = subprocess.Popen(
+            python_module_command(self._modules[name], name, str(self._board_fd)),
+            env=os.environ | self._environment | channel.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[self._board_fd],
+            process_group=0,  # Ctrl-C in the terminal reaches the coordinator alone
+        )
+        self._sentinels[os.pidfd_open(process.pid)] = name
 
     def _run(self, channel: CoordinatorChannel) -> None:
-        lifecycle = Lifecycle(list(self._modules), time.monotonic())
-        with contextlib.ExitStack() as stack:
-            sentinels = {}
-            for name, process in self._processes.items():
-                fd = os.pidfd_open(process.pid)
-                stack.callback(os.close, fd)
-                sentinels[fd] = name
-            while not self._finished.is_set():
-                polled = channel.poll(_TICK_S, [self._bell, *sentinels])
-                messages = polled.messages
-                if any(fd in sentinels for fd in polled.readable):
-                    messages += channel.poll(_LAST_WORDS_S).messages
-                events: list[Event] = [Received(*message) for message in messages]
-                for fd in polled.readable:
-                    if fd == self._bell:
-                        events += self._requested(channel)
-                    else:
-                        name = sentinels.pop(fd)
-                        events.append(Exited(name, self._processes[name].wait()))
-                for event in [*events, Tick()]:
-                    self._follow(channel, lifecycle, lifecycle.handle(event, time.monotonic()))
+        lifecycle = Lifecycle(list(self._modules), time.monotonic(), self._spare)
+        while not self._finished.is_set():
+            polled = channel.poll(_TICK_S, [self._bell, *self._sentinels])
+            messages = polled.messages
+            if any(fd in self._sentinels for fd in polled.readable):
+                messages += channel.poll(_LAST_WORDS_S).messages
+            events: list[Event] = [Received(*message) for message in messages]
+            for fd in polled.readable:
+                if fd == self._bell:
+                    events += self._requested(channel, lifecycle)
+                else:
+                    name = self._sentinels.pop(fd)
+                    os.close(fd)
+                    events.append(Exited(name, self._processes[name].wait()))
+            for event in [*events, Tick()]:
+                self._follow(channel, lifecycle, lifecycle.handle(event, time.monotonic()))
 
-    def _requested(self, channel: CoordinatorChannel) -> list[Event]:
+    def _requested(self, channel: CoordinatorChannel, lifecycle: Lifecycle) -> list[Event]:
         os.eventfd_read(self._bell)
         events: list[Event] = []
         while not self._requests.empty():
-            if self._requests.get() == "stop":
-                events.append(StopRequested())
-            else:
-                for name in self._modules:
-                    channel.send(name, ReportRequest())
+            request = self._requests.get()
+            if not isinstance(request, tuple):
+                events.append(request)
+                continue
+            name, message = request
+            serving = lifecycle.serving()
+            if isinstance(message, ReportRequest):
+                self._reports, self._awaited = {}, set(serving)
+                for each in serving:
+                    channel.send(each, message)
+            elif name in serving:
+                channel.send(name, message)
         return events
 
     def _follow(self, channel: CoordinatorChannel, lifecycle: Lifecycle, instructions: Sequence[Instruction]) -> None:
@@ -184,17 +227,26 @@ class Supervisor:
                 case SendMessage(worker, message):
                     channel.send(worker, message)
                 case MakePlans(hellos):
-                    self.hellos = hellos
+                    self.hellos |= hellos
                     plans = Planned(self._make_plans(hellos))
                     self._follow(channel, lifecycle, lifecycle.handle(plans, time.monotonic()))
                 case ReportProgress(done, total):
                     self.loaded = (done, total)
-                case AnnounceReady():
+                case AnnounceReady(readies):
+                    self.readies = readies
                     self._ready.set()
                 case DeliverReport(worker, report):
                     self._reports[worker] = report
-                    if len(self._reports) == len(self._modules):
-                        self._reports_complete.set()
+                    self._look_at_reports()
+                case DeliverMoved() | Rejoin():
+                    self._news.put(instruction)
+                case Lose(worker):
+                    self._lose(worker)
+                    self._news.put(instruction)
+                    self._awaited.discard(worker)
+                    self._look_at_reports()
+                case Start(worker):
+                    self._spawn(channel, worker)
                 case Abort(error):
                     self._fail(error)
                 case Terminate(worker):
@@ -203,6 +255,10 @@ class Supervisor:
                     self._processes[worker].kill()
                 case Finished():
                     self._finished.set()
+
+    def _look_at_reports(self) -> None:
+        if self._awaited and self._awaited <= set(self._reports):
+            self._reports_complete.set()
 
     def _fail(self, error: WarmfrontError) -> None:
         if self.error is None:
@@ -215,3 +271,5 @@ class Supervisor:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        for fd in self._sentinels:
+            os.close(fd)

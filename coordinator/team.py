@@ -14,6 +14,7 @@ from warmfront.coordinator.network import (
     LOWBIT,
     MEASURE,
     POSITION,
+    POSTED,
     ROLES,
     SEQUENCE,
     STEPS,
@@ -60,9 +61,18 @@ class Team:
     """Runs tokens through the model. Make it, `start()` it, wait for `ready()`, then `run()` jobs one at a time."""
 
     def __init__(
-        self, model: PackedModel, board: Board, cpus: Sequence[int], context: int, selector: str, lowbit: Lowbit | None
+        self,
+        model: PackedModel,
+        board: Board,
+        gone: npt.NDArray[np.int64],
+        cpus: Sequence[int],
+        context: int,
+        selector: str,
+        lowbit: Lowbit | None,
     ) -> None:
-        self._model, self._board, self._cpus, self._context = model, board, cpus, context
+        """`gone`: int64 [workers], not 0 = that worker's process is dead."""
+        self._model, self._board, self._gone, self._cpus, self._context = model, board, gone, cpus, context
+        self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
         self._selector, self._lowbit = selector, lowbit
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._loaded = 0
@@ -207,7 +217,9 @@ class Team:
             order=board.order,
             board_x=board.x,
             mask=board.mask,
+            present=self.present,
             done_at=np.array([address(line) for line in board.done], np.int64),
+            gone_at=address(self._gone) + 8 * np.arange(len(self._gone)),
             record_at=np.array([address(record) for record in board.record], np.int64),
             y_at=np.array([address(y) for y in board.y], np.int64),
             barrier_spins=BARRIER_SPINS,
@@ -242,11 +254,12 @@ class Team:
 
     def run(
         self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
-    ) -> bool:
+    ) -> int:
         """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
 
         `measure`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
-        Returns False if the board was aborted. A KeyboardInterrupt waits for the job to end before it goes on.
+        Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
+        KeyboardInterrupt waits for the job to end before it goes on.
         """
         self._state.tokens[: len(tokens)] = tokens
         self._state.job[MEASURE], self._state.job[CAPTURE] = measure, capture
@@ -255,7 +268,7 @@ class Team:
             result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
         if result == DONE and LATE in self._state.status:
             raise WorkerError("a worker did not answer for two minutes")
-        return bool(result == DONE)
+        return int(self._state.status[0]) if result == DONE else int(result)
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Of the last job, ns on the monotonic clock: the first thread's steps [layers, STEPS], and when each worker
@@ -273,7 +286,7 @@ class Team:
     def _post(self, tokens: int, position: int, want_logits: bool) -> None:
         job, state = self._state.job, self._state
         job[TOKENS], job[POSITION], job[WANT_LOGITS] = tokens, position, want_logits
-        job[SEQUENCE] = self._sequence * self._network.layers
+        job[SEQUENCE] = job[POSTED]
         self._sequence += 1
         announce(state.go_at, self._sequence)
 

@@ -8,9 +8,10 @@ finish publishes. With a given number of threads and a given placement the resul
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import carray
 
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, yield_core
 from warmfront.shared.board import LEAVE
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import (
@@ -18,6 +19,7 @@ from warmfront.shared.ffn import (
     dense_groups,
     list_masked,
     listed_neurons,
+    mark,
     open_gates,
     open_neurons,
 )
@@ -38,13 +40,13 @@ _GATES, _NEURONS, _OPEN = range(3)
 class Worker(NamedTuple):
     """What a worker's threads share. `*_at` are addresses, the rest arrays.
 
-    exact, predicted: the selector's way; skip: a closed gate ends a neuron. slot: int32 [layers, groups], the place of
-    each group in this worker's memory or -1; owner: uint8, same shape; owned: int32 [threads, groups]; mask: uint32
-    [groups] on the board, words: [threads, groups], of the owned groups; listed: int32 [threads, neurons of a layer],
-    0, 1, 2, ... where nothing is predicted; gates, opened: float32, int32 [threads, neurons of a layer]; opened_count,
-    computed: int64 [threads, 16], a cache line each; sums: float32 [threads, max_tokens * hidden]; load: int64
-    [layers, 8], sums over all single-token jobs (prefill is dense and says nothing about the balance of decoding), the
-    last four over those that were measured.
+    exact, predicted: the selector's way; skip: a closed gate ends a neuron; slow: how many times as long as it takes a
+    job is to take (an emulation). slot, owner, mask, taken, fired, firing: tables of the board. Of the owned groups, by
+    thread, [threads, groups]: owned: int32 slots, ids: int32 numbers, words: uint32 of the mask, bits: uint32 of the
+    neurons that fired. listed: int32 [threads, neurons of a layer], 0, 1, 2, ... where nothing is predicted; gates,
+    opened: float32, int32 [threads, neurons of a layer]; opened_count, computed: int64 [threads, 16], a cache line each;
+    sums: float32 [threads, max_tokens * hidden]; load: int64 [layers, 8], sums over all single-token jobs (prefill is
+    dense and says nothing about the balance of decoding), the last four over those that were measured.
     """
 
     me: int
@@ -52,14 +54,20 @@ class Worker(NamedTuple):
     exact: bool
     predicted: bool
     skip: bool
+    slow: float
     bundles: Bundles
     gate_row_bytes: int
     down_row_bytes: int
     slot: Any
     owner: Any
-    owned: Any
     mask: Any
+    taken: Any
+    fired: Any
+    firing: Any
+    owned: Any
+    ids: Any
     words: Any
+    bits: Any
     listed: Any
     gates: Any
     opened: Any
@@ -84,15 +92,23 @@ class Worker(NamedTuple):
 
 
 @kernel
-def _owned_groups(w: Worker, member: int, layer: int) -> int:
-    """List the slots of the groups this worker owns in `layer`, and their words of the mask; returns their number."""
-    owned, words = w.owned[member], w.words[member]
+def _owned_groups(w: Worker, member: int, layer: int, tokens: int) -> int:
+    """List the groups that this worker owns in `layer`: slots, numbers, words of the mask; returns how many.
+
+    The first thread notes on the board what is asked of a single token.
+    """
+    owned, ids, words, bits = w.owned[member], w.ids[member], w.words[member], w.bits[member]
+    notes = member == 0 and tokens == 1
     count = 0
     for group in range(w.owner.shape[1]):
+        word = np.uint32(0)
         if w.owner[layer, group] == w.me:
-            owned[count] = w.slot[layer, group]
-            words[count] = w.mask[group]
+            word = w.mask[layer, group] if w.predicted else np.uint32(0xFFFFFFFF)
+            owned[count], ids[count] = w.slot[layer, group], group
+            words[count], bits[count] = word, 0
             count += 1
+        if notes:
+            w.taken[layer, group] = word
     return count
 
 
@@ -102,7 +118,10 @@ def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> bool:
     b, slots = w.bundles, w.owned[member]
     low, high = share(neurons, 1, member, w.threads)
     w.computed[member, _GATES] = high - low
-    w.opened_count[member, 0] = open_gates(b, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
+    opened = open_gates(b, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
+    for i in range(opened):
+        mark(w.bits[member], w.opened[member, i])
+    w.opened_count[member, 0] = opened
     if barrier(w.barrier_at, w.threads, w.barrier_spins, w.abort_at) != DONE:
         return False
     total = 0
@@ -121,13 +140,14 @@ def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> bool:
 
 
 @kernel
-def _compute(w: Worker, member: int, groups: int, tokens: int) -> bool:
+def _compute(w: Worker, member: int, layer: int, groups: int, tokens: int) -> bool:
     """This thread's part of the job into its sums; returns whether it was not aborted."""
     slots, sums_at, computed = w.owned[member], w.sums[member].ctypes.data, w.computed[member]
     if tokens > 1:
         low, high = share(groups, 1, member, w.threads)
         scratch_at = w.scratch[member].ctypes.data
-        dense_groups(w.bundles, slots, low, high, w.x_at, panels_of(tokens), sums_at, scratch_at)
+        ids, firing = w.ids[member], w.firing[layer]
+        dense_groups(w.bundles, slots, low, high, w.x_at, panels_of(tokens), sums_at, scratch_at, ids, firing)
         computed[_GATES] = computed[_NEURONS] = (high - low) * GROUP
         return True
     q_at = quantise(w.x_at, w.quantised[member].ctypes.data, w.bundles.hidden)
@@ -138,7 +158,9 @@ def _compute(w: Worker, member: int, groups: int, tokens: int) -> bool:
     low, high = share(count, 1, member, w.threads)
     scratch_at = w.scratch[member].ctypes.data
     computed[_GATES] = high - low
-    computed[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, w.skip, w.x_at, q_at, sums_at, scratch_at)
+    computed[_NEURONS] = listed_neurons(
+        w.bundles, slots, listed, low, high, w.skip, w.x_at, q_at, sums_at, scratch_at, w.bits[member]
+    )
     if w.order[3] != 0:
         low, high = share(groups * GROUP, 1, member, w.threads)
         computed[_OPEN] = open_gates(w.bundles, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
@@ -146,7 +168,17 @@ def _compute(w: Worker, member: int, groups: int, tokens: int) -> bool:
 
 
 @kernel
-def _publish(w: Worker, member: int, layer: int, tokens: int, size: int, sequence: int) -> None:
+def _note_fired(w: Worker, layer: int, groups: int) -> None:
+    """Join what the threads saw fire."""
+    for i in range(groups):
+        word = np.uint32(0)
+        for member in range(w.threads):
+            word |= w.bits[member, i]
+        w.fired[layer, w.ids[0, i]] = word
+
+
+@kernel
+def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
     """Add up this thread's slice of all sums; the last thread to come announces the job done."""
     y = carray(floats_at(w.y_at), (size,))
     low, high = share(size, 16, member, w.threads)
@@ -163,7 +195,13 @@ def _publish(w: Worker, member: int, layer: int, tokens: int, size: int, sequenc
         neurons += w.computed[other, _NEURONS]
         fired += w.computed[other, _OPEN]
     moved = (gates + neurons) * w.gate_row_bytes + neurons * w.down_row_bytes
+    if tokens == 1:
+        _note_fired(w, layer, groups)
     now = clock_ns()
+    until = w.started[0] + (now - w.started[0]) * w.slow
+    while now < until:
+        yield_core()
+        now = clock_ns()
     w.record[0], w.record[1], w.record[2], w.record[3] = w.started[0], now, neurons, moved
     if tokens == 1:
         load = w.load[layer]
@@ -195,9 +233,9 @@ def serve(member: int, w: Worker) -> None:
             w.started[0] = clock_ns()
         size = panels_of(tokens) * w.bundles.hidden * lanes
         sums[:size] = 0
-        groups = _owned_groups(w, member, layer)
-        if not _compute(w, member, groups, tokens):
+        groups = _owned_groups(w, member, layer, tokens)
+        if not _compute(w, member, layer, groups, tokens):
             return
         if barrier(w.barrier_at, w.threads, w.barrier_spins, w.abort_at) != DONE:
             return
-        _publish(w, member, layer, tokens, size, sequence)
+        _publish(w, member, layer, groups, tokens, size, sequence)

@@ -4,7 +4,7 @@ A thread writes the memory that it will mostly read, so that pages lie near its 
 """
 
 import threading
-from pathlib import Path
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -21,25 +21,27 @@ from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.process import pin
-from warmfront.shared.store import PackedModel, run_of
+from warmfront.shared.service import Places, open_planned
+from warmfront.shared.store import run_of
 
 __all__ = ["CpuWorker"]
 
 
 class CpuWorker:
-    """Holds every group whose home this worker is; computes those that the board's owner table gives it."""
+    """Holds every group whose home this worker is, in order of layer and group, and some spare slots behind them.
+
+    Computes the groups that the board's owner table gives it.
+    """
 
     def __init__(self, plan: Plan, board: Board) -> None:
         self._plan = plan
         self._board = board
-        self._model = PackedModel(Path(plan.model))
+        self._model = open_planned(plan)
         sizes, layout, spec = board.sizes, self._model.layout, self._model.spec
         threads = len(plan.cpus)
         home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
-        slot = np.full(home.shape, -1, np.int32)
-        slot[home] = np.arange(np.count_nonzero(home))
         self._places = np.argwhere(home)
-        self._weights = anonymous(max(1, len(self._places)) * layout.group_bytes, huge=True)
+        self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
@@ -51,14 +53,20 @@ class CpuWorker:
             exact=plan.selector == "exact",
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
+            slow=plan.slow,
             bundles=bundles_at(address(self._weights), layout, ACTIVATIONS.index(spec.activation)),
             gate_row_bytes=layout.gate_row_bytes,
             down_row_bytes=layout.down_row_bytes,
-            slot=slot,
+            slot=board.slot[plan.index],
             owner=board.owner,
-            owned=zeros((threads, sizes.groups), np.int32),
             mask=board.mask,
+            taken=board.taken[plan.index],
+            fired=board.fired,
+            firing=board.firing,
+            owned=zeros((threads, sizes.groups), np.int32),
+            ids=zeros((threads, sizes.groups), np.int32),
             words=zeros((threads, sizes.groups), np.uint32),
+            bits=zeros((threads, sizes.groups), np.uint32),
             listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
             gates=zeros((threads, neurons), np.float32),
             opened=zeros((threads, neurons), np.int32),
@@ -70,7 +78,7 @@ class CpuWorker:
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),
-            abort_at=address(board.abort),
+            abort_at=address(board.leave[plan.index]),
             order=board.order,
             x_at=address(board.x),
             y_at=address(board.y[plan.index]),
@@ -112,6 +120,13 @@ class CpuWorker:
             low += run
         collapse(self._weights[count * member // threads * size : high * size])
 
+    def move(self, places: Places) -> int:
+        """Read groups into slots of this worker; returns the ns that it took. Nobody computes with them yet."""
+        size, started = self._model.layout.group_bytes, time.monotonic_ns()
+        for layer, group, slot in places.tolist():
+            self._model.read_groups(layer, group, self._weights[slot * size : (slot + 1) * size].reshape(1, size))
+        return time.monotonic_ns() - started
+
     def progress(self) -> tuple[int, int]:
         """Bytes loaded, of how many."""
         return sum(self._loaded), len(self._places) * self._model.layout.group_bytes
@@ -122,6 +137,10 @@ class CpuWorker:
             raise self._errors[0]
         return all(serving.is_set() for serving in self._serving)
 
+    def capacity(self) -> tuple[int, dict[str, int]]:
+        """Slots: those of the homes and the spare ones."""
+        return len(self._places) + self._plan.spare, {}
+
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
         load: npt.NDArray[np.int64] = self._load.copy()
@@ -129,7 +148,7 @@ class CpuWorker:
         return LoadReport(int(load[:, JOBS].sum()), busy, neurons, read, load[:, MEASURED:].sum(0).tolist())
 
     def stop(self) -> None:
-        """Join the threads; the board has been aborted."""
+        """Join the threads; this worker's `leave` word is set."""
         for thread in self._threads:
             thread.join()
         self._model.close()

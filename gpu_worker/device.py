@@ -13,11 +13,12 @@ import numpy.typing as npt
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["Bytes", "Device", "Floats", "Ledger", "Words", "ensure_fits", "open_device"]
+__all__ = ["Bytes", "Device", "Floats", "Ints", "Ledger", "Words", "ensure_fits", "open_device", "slots_within"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int32]
 # Bytes of device memory by purpose: "slots", "activations", "partials".
 Ledger = dict[str, int]
 
@@ -74,6 +75,18 @@ def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
             f"{device.name}: {slots} slots need {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free: "
             "lower the GPU's memory budget"
         )
+
+
+def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: int, most: int) -> int:
+    """The most slots, up to `most`, whose ledger stays within `budget` bytes."""
+    fixed = sum(device.ledger(layout, 0, max_tokens).values())
+    slots = min(most, (budget - fixed) // layout.group_bytes)
+    if slots < 1:
+        raise ResourceError(
+            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons "
+            f"({(fixed + layout.group_bytes) / 1e6:.1f} MB are needed at least): pass a larger --vram-budget, or --gpu none"
+        )
+    return slots
 
 
 def open_device(name: str) -> Device:

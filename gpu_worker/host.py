@@ -71,8 +71,27 @@ class HostDevice:
         start = first_slot * size
         self._memory["slots"][start : start + groups.nbytes] = groups.reshape(-1)
 
+    batch = 16
+
+    def pin(self, mapping: Bytes) -> None:
+        pass
+
+    def staging(self, count: int) -> Bytes:
+        return np.empty((count, self._layout.group_bytes), np.uint8)
+
+    def fill(self, slots: npt.NDArray[np.int32], groups: Bytes) -> int:
+        for slot, group in zip(slots, groups, strict=True):
+            self.store(int(slot), group)
+        return 0
+
     def execute(
-        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+        self,
+        slots: npt.NDArray[np.int32],
+        x: Floats,
+        sparse: bool,
+        out: Floats,
+        mask: Words | None = None,
+        fired: Words | None = None,
     ) -> tuple[int, int]:
         start = time.perf_counter_ns()
         tokens, hidden = len(x), self._layout.hidden
@@ -82,11 +101,12 @@ class HostDevice:
             words = np.full(len(slots), 0xFFFFFFFF, np.uint32) if mask is None else mask
             count = list_masked(words, len(slots), self._listed)
             computed = 0
+            bits = np.zeros(len(slots), np.uint32) if fired is None else fired
             for token in range(tokens):
                 self._x[:hidden], self._sums[:hidden] = x[token], 0
                 q_at = quantise(x_at, self._quantised_at, hidden)
                 computed += listed_neurons(
-                    b, slots, self._listed, 0, count, sparse, x_at, q_at, sums_at, self._scratch_at
+                    b, slots, self._listed, 0, count, sparse, x_at, q_at, sums_at, self._scratch_at, bits
                 )
                 out[token] = self._sums[:hidden]
         else:
@@ -95,7 +115,9 @@ class HostDevice:
             padded[:tokens] = x
             size = padded.size
             self._x[:size] = padded.reshape(panels, LANES, hidden).transpose(0, 2, 1).ravel()
-            dense_groups(b, slots, 0, len(slots), x_at, panels, sums_at, self._scratch_at)
+            dense_groups(
+                b, slots, 0, len(slots), x_at, panels, sums_at, self._scratch_at, slots, np.zeros((0, 32, 0), np.uint16)
+            )
             wide = self._sums[:size].reshape(panels, hidden, LANES).transpose(0, 2, 1).reshape(-1, hidden)
             out[:] = wide[:tokens]
             computed = len(slots) * GROUP * tokens

@@ -1,47 +1,55 @@
-"""The GPU worker's thread: fills the device's slots, then serves the board: wait, execute, publish.
+"""The GPU worker's thread: makes the device's slots, then serves the board: wait, execute, publish.
 
 The same loop drives a CUDA device and the emulated one. Hand-over is through the host: the thread waits on the board
-like a CPU worker's, calls the device, and announces the result when the device is done.
+like a CPU worker's, calls the device, and announces the result when the device is done. Groups come later, by `move`,
+from the packed file: the main thread reads and copies them while this one computes.
 """
 
 import threading
 import time
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from warmfront.gpu_worker.device import Device, Floats
-from warmfront.shared.board import LEAVE, Board
+from warmfront.gpu_worker.device import Device, Floats, Ints, slots_within
+from warmfront.shared.board import LANES, LEAVE, Board
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
 from warmfront.shared.memory import address
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.store import PackedModel, run_of
+from warmfront.shared.process import pin
+from warmfront.shared.service import Places, open_planned
+from warmfront.shared.store import run_of
 
 __all__ = ["GpuWorker"]
 
-# Groups read and copied to the device at a time.
-_BATCH = 64
 _LOOK_UP_NS = 500_000_000
 
 
+class _Owned(NamedTuple):
+    """The groups of a layer that this worker owns: where on the board, where on the device."""
+
+    owner: bytes
+    groups: npt.NDArray[np.int64]
+    slots: Ints
+
+
 class GpuWorker:
-    """Holds the groups that it owns in the device's slots, in order of layer and group."""
+    """Computes the groups that the board gives it, in the slots where the board says they lie."""
 
     def __init__(self, plan: Plan, board: Board, device: Device) -> None:
         self._plan, self._board, self._device = plan, board, device
-        sizes = board.sizes
-        owned = np.frombuffer(plan.owner, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
-        self._places = np.argwhere(owned)
-        self._slot = np.full(owned.shape, -1, np.int32)
-        self._slot[owned] = np.arange(len(self._places))
-        self._busy = np.zeros((sizes.layers, 3), np.int64)
+        self._model = open_planned(plan)
+        layers = board.sizes.layers
+        self._busy = np.zeros((layers, 3), np.int64)
         self._jobs = 0
         self._measured = np.zeros(4, np.int64)
-        self._loaded = 0
-        self._total = len(self._places)
+        self._slots = 0
+        self._owned: list[_Owned | None] = [None] * layers
+        self._predicted = plan.selector in PREDICTING
+        self._sparse = plan.selector == "exact" or (self._predicted and self._model.spec.sparse)
         self._error: BaseException | None = None
         self._serving = threading.Event()
         self._thread = threading.Thread(target=self._live, name="wf-gpu", daemon=True)
@@ -49,83 +57,102 @@ class GpuWorker:
 
     def _live(self) -> None:
         try:
-            with PackedModel(Path(self._plan.model)) as model:
-                self._layout, self._skips = model.layout, model.spec.sparse
-                self._fill(model)
-            self._serving.set()
+            if self._plan.cpus:
+                pin(self._plan.cpus)
+            self._reserve()
             self._serve()
         except BaseException as error:
             self._error = error
-        finally:
-            self._device.close()
 
-    def _fill(self, model: PackedModel) -> None:
-        layout, sizes = model.layout, self._board.sizes
-        self._total = len(self._places) * layout.group_bytes
-        activation = ACTIVATIONS.index(model.spec.activation)
-        self._device.reserve(layout, activation, len(self._places), sizes.max_tokens)
-        slot = 0
-        while slot < len(self._places):
-            layer, group = (int(v) for v in self._places[slot])
-            run = run_of(self._places[slot : slot + _BATCH])
-            groups = np.empty((run, layout.group_bytes), np.uint8)
-            model.read_groups(layer, group, groups)
-            self._device.store_many(slot, groups)
-            slot += run
-            self._loaded += groups.nbytes
+    def _reserve(self) -> None:
+        layout, sizes = self._model.layout, self._board.sizes
+        most = sizes.layers * sizes.groups
+        self._slots = slots_within(self._device, layout, self._plan.budget, sizes.max_tokens, most)
+        activation = ACTIVATIONS.index(self._model.spec.activation)
+        self._device.reserve(layout, activation, self._slots, sizes.max_tokens)
+        self._device.pin(self._board.mapping)
 
     def _serve(self) -> None:
         board, index = self._board, self._plan.index
-        job_at, abort_at = address(board.job), address(board.abort)
+        job_at, leave_at = address(board.job), address(board.leave[index])
         done_at = address(board.done[index])
-        sequence = 0
+        # One that replaces another joins between two jobs.
+        sequence = int(board.job[0])
+        self._serving.set()
         while True:
             sequence += 1
             result = LATE
             while result == LATE:
                 deadline = time.monotonic_ns() + _LOOK_UP_NS
-                result = await_sequence(job_at, sequence, abort_at, HANDOFF_SPINS, deadline)
+                result = await_sequence(job_at, sequence, leave_at, HANDOFF_SPINS, deadline)
             layer, tokens, lanes = (int(v) for v in board.order[:3])
             if result != DONE or layer == LEAVE:
                 return
             started = time.monotonic_ns()
-            neurons = self._execute(layer, tokens, lanes)
+            gates, neurons = self._single(layer) if lanes == 1 else self._several(layer, tokens)
             ended = time.monotonic_ns()
-            self._note(layer, tokens, started, ended, neurons)
+            self._note(layer, tokens, started, ended, gates, neurons)
             announce(done_at, sequence)
 
-    def _execute(self, layer: int, tokens: int, lanes: int) -> int:
-        """Compute the owned groups of `layer` for the board's x into this worker's y."""
-        board, hidden = self._board, self._board.sizes.hidden
-        owned = board.owner[layer] == self._plan.index
-        slots = self._slot[layer][owned]
-        x, y = board.x, board.y[self._plan.index]
-        if lanes == 1:
-            predicted = self._plan.selector in PREDICTING
-            sparse = self._plan.selector == "exact" or (predicted and self._skips)
-            mask = board.mask[owned] if predicted else None
-            one = x[None, :hidden]
-            neurons, _ = self._device.execute(slots, one, sparse, y[None, :hidden], mask)
-            if board.order[3] != 0 and mask is not None:
-                fired, _ = self._device.execute(slots, one, True, np.empty_like(one))
-                self._measured += (1, int(np.unpackbits(mask.view(np.uint8)).sum()), fired, neurons)
-            return neurons
-        out = np.zeros((-(-tokens // LANES) * LANES, hidden), np.float32)
-        neurons, _ = self._device.execute(slots, _from_panels(x, tokens, hidden), False, out[:tokens])
-        y[: out.size] = out.reshape(-1, LANES, hidden).transpose(0, 2, 1).ravel()
-        return neurons
+    def _groups(self, layer: int) -> _Owned:
+        """The owned groups of a layer, looked up anew when its owners have changed."""
+        owner = self._board.owner[layer].tobytes()
+        known = self._owned[layer]
+        if known is None or known.owner != owner:
+            groups = np.flatnonzero(self._board.owner[layer] == self._plan.index)
+            known = self._owned[layer] = _Owned(owner, groups, self._board.slot[self._plan.index][layer, groups])
+        return known
 
-    def _note(self, layer: int, tokens: int, started: int, ended: int, neurons: int) -> None:
-        layout = self._layout
-        moved = neurons * (2 * layout.gate_row_bytes + layout.down_row_bytes)
-        self._board.record[self._plan.index][:] = (started, ended, neurons, moved)
+    def _single(self, layer: int) -> tuple[int, int]:
+        """One token; returns gates and whole neurons computed."""
+        board, (_, groups, slots) = self._board, self._groups(layer)
+        hidden, index = board.sizes.hidden, self._plan.index
+        x, y = board.x[None, :hidden], board.y[index][None, :hidden]
+        mask = board.mask[layer, groups] if self._predicted else None
+        fired = np.zeros(len(groups), np.uint32)
+        neurons, _ = self._device.execute(slots, x, self._sparse, y, mask, fired)
+        taken = board.taken[index][layer]
+        taken[:] = 0
+        taken[groups] = 0xFFFFFFFF if mask is None else mask
+        board.fired[layer, groups] = fired
+        gates = int(np.bitwise_count(taken).sum())
+        if board.order[3] != 0 and mask is not None:
+            every, _ = self._device.execute(slots, x, True, np.empty_like(x))
+            self._measured += (1, gates, every, neurons)
+        return gates, neurons
+
+    def _several(self, layer: int, tokens: int) -> tuple[int, int]:
+        board, slots = self._board, self._groups(layer).slots
+        hidden, y = board.sizes.hidden, board.y[self._plan.index]
+        out = np.zeros((-(-tokens // LANES) * LANES, hidden), np.float32)
+        neurons, _ = self._device.execute(slots, _from_panels(board.x, tokens, hidden), False, out[:tokens])
+        y[: out.size] = out.reshape(-1, LANES, hidden).transpose(0, 2, 1).ravel()
+        return neurons, neurons
+
+    def _note(self, layer: int, tokens: int, started: int, ended: int, gates: int, neurons: int) -> None:
+        layout = self._model.layout
+        read = (gates + neurons) * layout.gate_row_bytes + neurons * layout.down_row_bytes
+        self._board.record[self._plan.index][:] = (started, ended, neurons, read)
         if tokens == 1:
-            self._busy[layer] += (ended - started, neurons, moved)
+            self._busy[layer] += (ended - started, neurons, read)
             self._jobs += 1
 
+    def move(self, places: Places) -> int:
+        """Read groups into slots of the device, a batch at a time; returns the ns that it took."""
+        started = time.monotonic_ns()
+        for first in range(0, len(places), self._device.batch):
+            some = places[first : first + self._device.batch]
+            staged, at = self._device.staging(len(some)), 0
+            while at < len(some):
+                run = run_of(some[at:, :2].astype(np.int64))
+                self._model.read_groups(int(some[at, 0]), int(some[at, 1]), staged[at : at + run])
+                at += run
+            self._device.fill(np.ascontiguousarray(some[:, 2]), staged)
+        return time.monotonic_ns() - started
+
     def progress(self) -> tuple[int, int]:
-        """Bytes loaded, of how many."""
-        return self._loaded, self._total
+        """Nothing is loaded before it is ready."""
+        return 0, 0
 
     def ready(self) -> bool:
         """Whether the thread serves the board; raises its error if it failed."""
@@ -133,14 +160,20 @@ class GpuWorker:
             raise self._error
         return self._serving.is_set()
 
+    def capacity(self) -> tuple[int, dict[str, int]]:
+        """Slots, and bytes of device memory by purpose."""
+        return self._slots, self._device.allocated()
+
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
         busy, neurons, read = self._busy.T.tolist()
         return LoadReport(self._jobs, busy, neurons, read, self._measured.tolist())
 
     def stop(self) -> None:
-        """Join the thread; the board has been aborted."""
+        """Join the thread, whose `leave` word is set, and free the device."""
         self._thread.join()
+        self._device.close()
+        self._model.close()
 
 
 def _from_panels(x: Floats, tokens: int, hidden: int) -> Floats:

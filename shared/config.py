@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from warmfront.shared.errors import UsageError
 
-__all__ = ["BITS", "DTYPES", "GPU_PATTERN", "PREDICTING", "SELECTORS", "EngineConfig", "Sampling", "parse_size"]
+__all__ = [
+    "BITS",
+    "DTYPES",
+    "GPU_PATTERN",
+    "POLICIES",
+    "PREDICTING",
+    "SELECTORS",
+    "EngineConfig",
+    "Sampling",
+    "parse_size",
+    "parse_slow",
+]
 
 # Of the selector lowbit's copies of the gates.
 BITS = (1, 2, 4)
@@ -19,6 +30,8 @@ DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
 PREDICTING = frozenset({"lowrank", "lowbit"})
+# How groups move between the workers (coordinator/balancer.py).
+POLICIES = ("balance", "static", "lru", "ema")
 GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -31,14 +44,28 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_slow(text: str | None) -> dict[str, float]:
+    """How many times slower which CPU workers are to seem, from "cpu0:4,cpu1:1.5". Raises UsageError for other text."""
+    slow = {}
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"(cpu\d+):(\d+(?:\.\d+)?)", part.strip())
+        if match is None or float(match[2]) < 1:
+            raise UsageError(f"{part!r} slows no worker down: write it like cpu0:4, with a factor of 1 or more")
+        slow[match[1]] = float(match[2])
+    return slow
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
 
     workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
-    core); vram_budget: bytes of neurons for the GPU; context: tokens that the KV cache holds; measure: compare the
-    selected neurons with those that fire, on one token of 64; trace: a file to write a Chrome trace to. For the
-    selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
+    core); vram_budget: bytes of device memory for the GPU worker; policy: how neurons move between the workers; plan:
+    a file of `warmfront plan` to begin with; context: tokens that the KV cache holds; measure: compare the selected
+    neurons with those that fire, on one token of 64; verify: check for every token that each selected neuron was
+    computed exactly once; trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than
+    they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the gates, and the recall
+    by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
@@ -49,9 +76,13 @@ class EngineConfig:
     threads: int | None = None
     gpu: str = "auto"
     vram_budget: int | None = None
+    policy: str = "balance"
+    plan: str | None = None
     context: int | None = None
     measure: bool = False
+    verify: bool = False
     trace: str | None = None
+    slow: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,8 +95,12 @@ class EngineConfig:
             raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")
         if not GPU_PATTERN.fullmatch(self.gpu):
             raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
-        if self.vram_budget is not None and self.gpu == "none":
-            raise UsageError("--vram-budget with --gpu none: leave one of the two out")
+        if self.policy not in POLICIES:
+            raise UsageError(f"no policy {self.policy!r}: use one of {', '.join(POLICIES)}")
+        for option, wish in (("--vram-budget", self.vram_budget), ("--plan", self.plan)):
+            if wish is not None and self.gpu == "none":
+                raise UsageError(f"{option} with --gpu none: leave one of the two out")
+        parse_slow(self.slow)
         if self.context is not None and self.context < 1:
             raise UsageError(f"a context of {self.context} tokens: pass --ctx 1 or more")
 

@@ -34,6 +34,7 @@ __all__ = [
     "dense_groups",
     "list_masked",
     "listed_neurons",
+    "mark",
     "open_gates",
     "open_neurons",
     "scratch_floats",
@@ -143,6 +144,12 @@ def _lowest_bit(context, word):
 
 
 @kernel
+def mark(words: Words, neuron: int) -> None:
+    """Set the bit of a neuron, 32 neurons a word."""
+    words[neuron // GROUP] |= np.uint32(1) << np.uint32(neuron % GROUP)
+
+
+@kernel
 def list_masked(words: Words, groups: int, listed: Ints) -> int:
     """List the neurons whose bits are set in the first `groups` words, 32 neurons a word; returns their number."""
     count = 0
@@ -167,11 +174,12 @@ def listed_neurons(
     q_at: int,
     sums_at: int,
     scratch_at: int,
+    fired: Words,
 ) -> int:
     """Add the outputs of entries low..high of a list of neurons, in ascending order, for the one token at `x_at`.
 
-    `q_at`: what `quantise` made of it; `skip`: leave a neuron whose gate is not positive. Returns how many were not
-    left.
+    `q_at`: what `quantise` made of it; `skip`: leave a neuron whose gate is not positive. Those not left get their bit
+    in `fired`, a word for each slot of the list; returns how many they are.
     """
     ahead = _ahead(b)
     group_at = _sums_of_group(b, sums_at, scratch_at)
@@ -184,6 +192,7 @@ def listed_neurons(
         gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
         if not skip or gate > 0:
             computed += 1
+            mark(fired, neuron)
             factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
         if b.down_kind == _Q4C and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
             _settle_group(b, slots, neuron, factors, group_at, sums_at)
@@ -233,10 +242,36 @@ def open_neurons(
 
 
 @kernel
+def _note_firing(gate_at: int, panels: int, neurons: int, ids: Ints, firing: Any) -> None:
+    """Which of the gates [panels, neurons, 16] are open, into `firing` uint16 [groups, 32, panels] at groups `ids`."""
+    gates = carray(floats_at(gate_at), (panels, neurons, LANES))
+    for panel in range(panels):
+        for neuron in range(neurons):
+            bits = 0
+            for lane in range(LANES):
+                if gates[panel, neuron, lane] > 0:
+                    bits |= 1 << lane
+            firing[ids[neuron // GROUP], neuron % GROUP, panel] = bits
+
+
+@kernel
 def dense_groups(
-    b: Bundles, slots: Ints, low: int, high: int, x_at: int, panels: int, sums_at: int, scratch_at: int
+    b: Bundles,
+    slots: Ints,
+    low: int,
+    high: int,
+    x_at: int,
+    panels: int,
+    sums_at: int,
+    scratch_at: int,
+    ids: Ints,
+    firing: Any,
 ) -> None:
-    """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike."""
+    """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike.
+
+    `firing`: uint16 [groups, 32, panels] to note in, at the groups `ids` of the slots, which tokens open which gates;
+    empty for not.
+    """
     hidden = b.hidden
     gate_at = scratch_at + _TOGETHER * GROUP * hidden * 4
     up_at = gate_at + 4 * panels * _TOGETHER * GROUP * LANES
@@ -252,6 +287,8 @@ def dense_groups(
             multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, gate_at + offset, step, panels, scratch_at)
             at += b.up_offset
             multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, step, panels, scratch_at)
+        if firing.size > 0:
+            _note_firing(gate_at, panels, neurons, ids[first : first + groups], firing)
         activate_times(b.activation, gate_at, up_at, panels * neurons * LANES)
         h_at = prepare(b.down_kind, gate_at, factors_at, neurons, panels)
         next_at = scratch_at

@@ -5,8 +5,10 @@
                      <-       Plan           what to load and where to run
       Progress       ->                      while loading
       Ready          ->                      the worker serves the board from now on
-                     <-       ReportRequest
+                     <-       ReportRequest  every few tokens
       LoadReport     ->
+                     <-       Move           groups to copy into slots
+      Moved          ->
       Heartbeat      ->                      every second, from Hello on
       Failure        ->                      the worker's last words
                      <-       Shutdown
@@ -30,6 +32,8 @@ __all__ = [
     "Hello",
     "LoadReport",
     "Message",
+    "Move",
+    "Moved",
     "Plan",
     "Progress",
     "Ready",
@@ -40,7 +44,7 @@ __all__ = [
 ]
 
 # Raise it with any change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +63,21 @@ class Hello:
 class Plan:
     """What a worker is to do.
 
-    `index`: its number on the board; `model`: path of the packed file; `cpus`: one per thread; `home`, `owner`: uint8
-    [layers * groups], for each group the index of the worker that keeps it and of the worker that computes it.
+    `index`: its number on the board; `model`: path of the packed file, `order`: of its neurons; `cpus`: one per thread.
+    A CPU worker reads the groups that `home`, uint8 [layers * groups], gives it, and has `spare` slots more; `slow`:
+    how many times slower than it is it is to seem. A GPU worker reads nothing yet and makes as many slots as `budget`
+    bytes of device memory hold.
     """
 
     index: int
     model: str
+    order: str
     cpus: list[int]
-    home: bytes
-    owner: bytes
     selector: str
+    home: bytes
+    spare: int
+    slow: float
+    budget: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +90,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker serves the board and holds this many bytes of weights."""
+    """The worker serves the board, holds this many bytes of weights and has this many slots.
+
+    `ledger`: bytes of device memory by purpose, of a GPU worker.
+    """
 
     bytes_resident: int
+    slots: int
+    ledger: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,22 @@ class LoadReport:
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
     """Asks for a `LoadReport`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Copy groups into slots that nobody computes with; `places`: int32 [n, 3] of layer, group, slot."""
+
+    batch: int
+    places: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The groups of a `Move` lie in their slots; it took this many ns."""
+
+    batch: int
+    ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +168,11 @@ class Shutdown:
     """Leave in order, now."""
 
 
-Message = Hello | Plan | Progress | Ready | LoadReport | ReportRequest | Heartbeat | Failure | Shutdown
+Message = Hello | Plan | Progress | Ready | LoadReport | ReportRequest | Move | Moved | Heartbeat | Failure | Shutdown
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Hello, Plan, Progress, Ready, LoadReport, ReportRequest, Heartbeat, Failure, Shutdown)
+    for kind in (Hello, Plan, Progress, Ready, LoadReport, ReportRequest, Move, Moved, Heartbeat, Failure, Shutdown)
 }
 _TYPES: dict[str, tuple[Any, ...]] = {name: tuple(get_type_hints(kind).values()) for name, kind in _KINDS.items()}
 
@@ -170,4 +200,6 @@ def _is(value: object, kind: Any) -> bool:
     """Exact types: True is no int."""
     if kind == list[int]:
         return type(value) is list and all(type(item) is int for item in value)
+    if kind == dict[str, int]:
+        return type(value) is dict and all(type(name) is str and type(item) is int for name, item in value.items())
     return type(value) is kind

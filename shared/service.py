@@ -1,6 +1,6 @@
 """The life of a worker process, the same for every kind of worker.
 
-    Hello -> wait for Plan -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest -> Shutdown
+    Hello -> wait for Plan -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest and Move -> Shutdown
 
 The main thread talks to the coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is
 sent as a `Failure` before the process leaves with exit code 1.
@@ -9,11 +9,15 @@ sent as a `Failure` before the process leaves with exit code 1.
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from warmfront.shared.board import Board
 from warmfront.shared.channel import PARENT_VARIABLE, WorkerChannel
-from warmfront.shared.errors import WorkerError
+from warmfront.shared.errors import ModelError, WorkerError
 from warmfront.shared.memory import map_shared
 from warmfront.shared.messages import (
     PROTOCOL,
@@ -21,6 +25,8 @@ from warmfront.shared.messages import (
     Heartbeat,
     Hello,
     LoadReport,
+    Move,
+    Moved,
     Plan,
     Progress,
     Ready,
@@ -28,8 +34,12 @@ from warmfront.shared.messages import (
     Shutdown,
 )
 from warmfront.shared.process import die_with_parent, ignore_interrupts, set_name
+from warmfront.shared.store import PackedModel
 
-__all__ = ["Service", "run"]
+__all__ = ["Places", "Service", "open_planned", "run"]
+
+# [n, 3]: layer, group, slot.
+Places = npt.NDArray[np.int32]
 
 _HEARTBEAT_S = 1.0
 _PROGRESS_S = 0.1
@@ -44,11 +54,26 @@ class Service(Protocol):
     def ready(self) -> bool:
         """Whether it serves the board; raises the error of a thread that failed, now or later."""
 
+    def capacity(self) -> tuple[int, dict[str, int]]:
+        """Slots, and bytes of device memory by purpose; once it is ready."""
+
     def report(self) -> LoadReport:
         """Its work so far."""
 
+    def move(self, places: Places) -> int:
+        """Copy groups into slots that nobody computes with, while serving; returns the ns that it took."""
+
     def stop(self) -> None:
-        """End and join its threads; the board has been aborted."""
+        """End and join its threads; its `leave` word on the board is set."""
+
+
+def open_planned(plan: Plan) -> PackedModel:
+    """The packed model of a plan. Raises ModelError if it was put in another order since the plan was made."""
+    model = PackedModel(Path(plan.model))
+    if model.order != plan.order:
+        model.close()
+        raise ModelError(f"another warmfront has put the neurons of {plan.model} in a new order: load the model again")
+    return model
 
 
 def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], Service]) -> int:
@@ -96,14 +121,18 @@ def _serve(channel: WorkerChannel, make: Callable[[Plan, Board], Service], plan:
             if isinstance(message, Shutdown):
                 return
             channel.send(Progress(*service.progress()))
-        channel.send(Ready(service.progress()[1]))
+        channel.send(Ready(service.progress()[1], *service.capacity()))
         while True:
             message = channel.receive(_HEARTBEAT_S)
             if isinstance(message, Shutdown):
                 return
             if not service.ready():
                 raise WorkerError("a thread ended too early")
-            channel.send(service.report() if isinstance(message, ReportRequest) else Heartbeat())
+            if isinstance(message, Move):
+                places = np.frombuffer(message.places, np.int32).reshape(-1, 3)
+                channel.send(Moved(message.batch, service.move(places)))
+            else:
+                channel.send(service.report() if isinstance(message, ReportRequest) else Heartbeat())
     finally:
-        board.abort[0] = 1
+        board.leave[plan.index][0] = 1
         service.stop()

@@ -8,8 +8,9 @@ Tensors:
                                          up to a multiple of 32; absent in models without predictors (`model.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
-Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
-`down` for the bundles), text (JSON: chat template, end-of-text ids and the like).
+Metadata (strings): format, order (an id, if the neurons were put in order), spec (JSON of ModelSpec), kinds (JSON: name ->
+weight type of each U8 matrix; `gate` and `down` for the bundles), text (JSON: chat template, end-of-text ids and the
+like).
 
 The file is read with plain reads into memory that the reader placed, not mapped: so pages lie on the reader's NUMA
 node and can be huge.

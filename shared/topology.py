@@ -43,14 +43,28 @@ class WorkerCores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CorePlan:
-    """Cpus of each worker and of the coordinator's team, which shares them: attention and feed-forward alternate."""
+    """Cpus of each worker and of the coordinator's team, which shares them: attention and feed-forward alternate.
+
+    `gpu`: where an emulated GPU runs; empty without one, or where every worker has but one cpu.
+    """
 
     workers: tuple[WorkerCores, ...]
+    gpu: tuple[int, ...] = ()
 
     @property
     def coordinator(self) -> tuple[int, ...]:
         """Every cpu of every worker, in worker order."""
-        return tuple(cpu for worker in self.workers for cpu in worker.cpus)
+        return (*(cpu for worker in self.workers for cpu in worker.cpus), *self.gpu)
+
+    def with_emulated_gpu(self) -> "CorePlan":
+        """The same threads, of which the last that a worker can spare is an emulated GPU's."""
+        workers = list(self.workers)
+        index = max(range(len(workers)), key=lambda i: (len(workers[i].cpus), i))
+        node, cpus = workers[index]
+        if len(cpus) < 2:
+            return self
+        workers[index] = WorkerCores(node, cpus[:-1])
+        return CorePlan(tuple(workers), cpus[-1:])
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
