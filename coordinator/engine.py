@@ -429,6 +429,15 @@ class Engine:
             )
         return stats
 
+    def reports(self) -> Mapping[str, LoadReport]:
+        """What each worker has done on single tokens, by layers; the front's fit goes on from there."""
+        self._check_open()
+        return self._supervisor.reports()
+
+    def device_memory(self) -> dict[str, int]:
+        """Bytes of the GPU worker's memory by purpose; empty without one."""
+        return {purpose: size for ready in self._supervisor.readies.values() for purpose, size in ready.ledger.items()}
+
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""
         measured = np.array([report.measured for report in self._supervisor.reports().values()])

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact, uniform
+from warmfront.coordinator.placement import first_groups
+from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.config import PREDICTING
 
@@ -70,7 +71,7 @@ def figures_of(grounds: Grounds, gpu: Mask) -> dict[str, Any]:
     spent = {
         "plan": layer_times(load, gpu, times),
         "cpu": layer_times(load, np.zeros_like(gpu), times),
-        "uniform": layer_times(load, uniform(len(gpu), layout.groups, grounds.slots), times),
+        "uniform": layer_times(load, first_groups(layout.groups, len(gpu), grounds.slots), times),
     }
     layers = [{"groups": int(row.sum())} for row in gpu]
     columns = {name: part / np.maximum(whole, 1e-12) for name, (part, whole) in shares.items()}

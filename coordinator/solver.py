@@ -20,7 +20,7 @@ import numpy.typing as npt
 from warmfront.coordinator.extras import require
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["Exact", "Mask", "Rates", "Times", "layer_times", "solve", "solve_exact", "uniform"]
+__all__ = ["Exact", "Mask", "Rates", "Times", "layer_times", "solve", "solve_exact"]
 
 Rates = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -59,12 +59,6 @@ def layer_times(load: Rates, gpu: Mask, times: Times) -> Rates:
     cpu = times.cpu_job_ns + times.cpu_byte_ns * (load.sum(1) - given)
     both: Rates = np.maximum(cpu, times.gpu_job_ns + times.gpu_byte_ns * given)
     return np.where(gpu.any(1), both, cpu)
-
-
-def uniform(layers: int, groups: int, slots: int) -> Mask:
-    """The first groups of every layer, as many as fit: bool [layers, groups]."""
-    counts = slots // layers + (np.arange(layers) < slots % layers)
-    return np.arange(groups) < counts[:, None]
 
 
 def solve(firing: Rates, load: Rates, slots: int, times: Times) -> Mask:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact, uniform
+from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact
 from warmfront.shared.errors import UsageError
 
 
@@ -141,13 +141,6 @@ def test_the_same_placement_each_time() -> None:
     firing, load, slots, times = draw(np.random.default_rng(3), 8, 64)
     first = solve(firing, load, slots, times)
     assert all((solve(firing.copy(), load.copy(), slots, times) == first).all() for _ in range(3))
-
-
-@pytest.mark.parametrize(("slots", "expected"), [(0, [0, 0, 0]), (1, [1, 0, 0]), (5, [2, 2, 1]), (99, [10, 10, 10])])
-def test_uniform(slots: int, expected: list[int]) -> None:
-    gpu = uniform(3, 10, slots)
-    assert gpu.sum(1).tolist() == expected
-    assert all(row.tolist() == sorted(row, reverse=True) for row in gpu)
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
