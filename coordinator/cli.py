@@ -1,4 +1,4 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
@@ -7,6 +7,7 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -97,6 +98,7 @@ run_options = _together(
         help="How neurons move between the workers.",
     ),
     click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
     click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )
@@ -224,6 +226,29 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     for line in render(result):
         click.echo(line)
     click.echo(json.dumps(result))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A file of text in UTF-8; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
+    """Count which neurons of MODEL fire on your texts, and order them by it."""
+    with hold_interrupts():
+        from warmfront.coordinator.profiling import profile, render
+
+    with Bars() as bars:
+        facts = profile(model, texts, dtype, tokens, say, bars.show, bars.count)
+    click.echo(json.dumps(facts) if as_json else render(facts))
 
 
 @cli.command()

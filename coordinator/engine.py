@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
-from warmfront.coordinator.network import LOST
+from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import first_groups, place_homes
 from warmfront.coordinator.sampling import Sampler
@@ -104,29 +104,56 @@ class Engine:
         """
         started = time.monotonic()
         config = EngineConfig(**wishes)
-        cores = plan_cores(read_topology(), config.workers, config.threads)
-        gpu = choose_gpu(config)
-        if gpu == "host":
-            cores = cores.with_emulated_gpu()
+        # What cannot be had is refused before the model is packed.
+        plan_cores(read_topology(), config.workers, config.threads)
+        choose_gpu(config)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
-        packed = PackedModel(path)
+        engine = cls._opened(path, config)
         try:
-            engine = cls(packed, config)
-        except BaseException:
-            packed.close()
-            raise
-        try:
-            engine._start(cores, gpu, say)
-            engine._wait(partial(progress, "loading"))
-            engine._open_front(partial(progress, "filling the GPU"))
-            if engine.lowbit is not None and not engine.lowbit.calibrated:
-                engine._calibrate(engine.lowbit, say)
-            engine._measures = config.measure
+            if ensure_profiled(engine.model, config, say, progress):
+                engine.close()
+                engine = cls._opened(path, config)
+            engine._run_up(say, progress)
         except BaseException:
             engine.close()
             raise
         engine.stats.load_s = time.monotonic() - started
         return engine
+
+    @classmethod
+    def for_profiling(
+        cls, path: Path, config: EngineConfig, *, say: Say = _quiet, progress: Progress = _no_progress
+    ) -> Self:
+        """Load the packed model at `path` as it is, ready to say which neurons fire; else as `load` does."""
+        engine = cls._opened(path, config, profiles=True)
+        try:
+            engine._run_up(say, progress)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    @classmethod
+    def _opened(cls, path: Path, config: EngineConfig, *, profiles: bool = False) -> Self:
+        packed = PackedModel(path)
+        try:
+            return cls(packed, config, profiles=profiles)
+        except BaseException:
+            packed.close()
+            raise
+
+    def _run_up(self, say: Say, progress: Progress) -> None:
+        """Start everything and wait until it has loaded."""
+        cores = plan_cores(read_topology(), self.config.workers, self.config.threads)
+        gpu = choose_gpu(self.config)
+        if gpu == "host":
+            cores = cores.with_emulated_gpu()
+        self._start(cores, gpu, say)
+        self._wait(partial(progress, "loading"))
+        self._open_front(partial(progress, "filling the GPU"))
+        if self.lowbit is not None and not self.lowbit.calibrated:
+            self._calibrate(self.lowbit, say)
+        self._measures = self.config.measure
 
     def _start(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
@@ -169,7 +196,14 @@ class Engine:
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
         self._team = Team(
-            self.model, self._board, self._gone, cores.coordinator, self.context, self.selector, self.lowbit
+            self.model,
+            self._board,
+            self._gone,
+            cores.coordinator,
+            self.context,
+            self.selector,
+            self.lowbit,
+            self.config.look_ahead,
         )
         self._closing.callback(self._team.stop)
         self._team.start()
@@ -210,7 +244,8 @@ class Engine:
         Only of an engine that profiles, without a GPU.
         """
         self.reset()
-        self._run(list(ids), False)
+        # A single token would take the way of decoding, which does not note this.
+        self._run([*ids, ids[0]] if len(ids) == 1 else list(ids), False)
         return self._fired(len(ids))
 
     def _fired(self, tokens: int) -> npt.NDArray[np.bool_]:
