@@ -69,11 +69,12 @@ class Team:
         context: int,
         selector: str,
         lowbit: Lowbit | None,
+        ahead: bool,
     ) -> None:
-        """`gone`: int64 [workers], not 0 = that worker's process is dead."""
+        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead."""
         self._model, self._board, self._gone, self._cpus, self._context = model, board, gone, cpus, context
         self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
-        self._selector, self._lowbit = selector, lowbit
+        self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._loaded = 0
         self._weights, self._at = self._allocate()
@@ -159,6 +160,7 @@ class Team:
             cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
             sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
             predicts=self._selector in PREDICTING,
+            ahead=self._ahead,
             groups=self._model.layout.groups,
             normed=predictor.input == "normed",
             rectified=predictor.activation == "relu",
