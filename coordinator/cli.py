@@ -4,6 +4,7 @@ Text goes to stdout as it is made; progress, notes and statistics go to stderr. 
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -154,6 +155,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
+@click.option("--watch", is_flag=True, help="Draw who computes what while it changes.")
 def generate(
     prompt: str | None,
     prompt_ids: list[int] | None,
@@ -161,9 +163,12 @@ def generate(
     stats: bool,
     as_json: bool,
     trace: str | None,
+    watch: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt."""
+    if watch and not sys.stderr.isatty():
+        raise UsageError("--watch draws on a terminal, and stderr is none: leave it out")
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
     wishes, sampling, stop = _split(options)
@@ -173,19 +178,23 @@ def generate(
     with hold_interrupts():
         from warmfront.coordinator.engine import Engine
         from warmfront.coordinator.report import as_object, as_text
+        from warmfront.coordinator.watch import Watch
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
         ids = engine.prompt_ids(prompt if prompt is not None else prompt_ids or [])
         tokens = []
-        for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
-            tokens.append(token)
-            if not as_json:
-                click.echo(token.text, nl=False)
+        with Watch(engine) if watch else contextlib.nullcontext() as board:
+            for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+                tokens.append(token)
+                if board is not None:
+                    board.show(token.text)
+                elif not as_json:
+                    click.echo(token.text, nl=False)
         if as_json:
             click.echo(json.dumps(as_object(engine, wishes["model"], ids, tokens)))
         else:
-            click.echo()
+            click.echo("".join(token.text for token in tokens) if watch else "")
         if stats:
             click.echo(as_text(engine), err=True)
 

@@ -23,8 +23,12 @@ import numpy.typing as npt
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
+from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.placement import first_groups, place_homes
+from warmfront.coordinator.placement import most_active, place_homes
+from warmfront.coordinator.plan_file import read_plan
+from warmfront.coordinator.planning import load_of
+from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -293,7 +297,7 @@ class Engine:
         from warmfront.coordinator.front import Front
 
         layout, names = self.model.layout, list(self._supervisor.hellos)
-        expected = self._expected_bytes()
+        expected = self.expected_bytes()
         policy = make_policy(self.config.policy, expected, layout.group_bytes)
         predicted = self.selector in PREDICTING
         self.front = Front(
@@ -301,13 +305,26 @@ class Engine:
         )
         for worker, name in enumerate(names):
             if name.startswith("gpu"):
-                slots = self._supervisor.readies[name].slots
-                self.front.fill(worker, first_groups(layout.groups, self.model.spec.layers, slots), progress)
+                wanted = self._first_on_gpu(expected, self._supervisor.readies[name].slots)
+                self.front.fill(worker, wanted, progress)
 
-    def _expected_bytes(self) -> npt.NDArray[np.float64]:
-        """Bytes that a token is expected to read of each group: float64 [layers, groups]."""
-        layout = self.model.layout
-        return np.full(self._home.shape, float(layout.group_bytes))
+    def _first_on_gpu(self, expected: npt.NDArray[np.float64], slots: int) -> npt.NDArray[np.bool_]:
+        """The groups [layers, groups] that a GPU of so many slots begins with: the plan's, else the most active."""
+        if self.config.plan is None:
+            return most_active(expected, slots)
+        wanted = read_plan(Path(self.config.plan), self.model)
+        if (count := int(wanted.sum())) > slots:
+            raise UsageError(
+                f"the plan {self.config.plan} gives the GPU {count} groups, it holds {slots}: "
+                "pass the --vram-budget that the plan was made for"
+            )
+        return wanted
+
+    def expected_bytes(self) -> npt.NDArray[np.float64]:
+        """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
+        profile = Profile.of(self.model)
+        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
+        return load_of(self.model.layout, self.selector, firing)
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -464,6 +481,10 @@ class Engine:
             )
         return stats
 
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """When what of the last job was done: see `Team.times`."""
+        return self._team.times()
+
     def reports(self) -> Mapping[str, LoadReport]:
         """What each worker has done on single tokens, by layers; the front's fit goes on from there."""
         self._check_open()
@@ -509,7 +530,10 @@ class Engine:
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
         if self._trace is not None and not self._closed:
-            self._closing.callback(self._trace.close, {name: hello.pid for name, hello in self._hellos().items()})
+            transfers = self.front.transfers if hasattr(self, "front") else ()
+            self._closing.callback(
+                self._trace.close, {name: hello.pid for name, hello in self._hellos().items()}, transfers
+            )
         self._closed = True
         self._closing.close()
 
