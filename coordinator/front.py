@@ -134,14 +134,13 @@ class Front:
         self.flow = Flow(0, 0, 0)
         self._fresh[:] = False
 
-    def hand_over(self, owner: Table) -> Table:
-        """Between two jobs: who computes each group from now on, [layers, groups] of workers that hold it.
+    def owners(self) -> Table:
+        """Who computes each group now."""
+        return self._board.owner.copy()
 
-        Returns who did before.
-        """
-        before = self._board.owner.copy()
+    def hand_over(self, owner: Table) -> None:
+        """Between two jobs: who computes each group from now on; uint8 [layers, groups] of workers that hold it."""
         self._board.owner[:] = owner
-        return before
 
     def boundary(self) -> None:
         """Between two jobs: take in what has arrived, and when it is time let the policy decide."""
