@@ -1,12 +1,14 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -97,6 +99,7 @@ run_options = _together(
         help="How neurons move between the workers.",
     ),
     click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
     click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )
@@ -145,6 +148,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
+@click.option("--watch", is_flag=True, help="Draw who computes what while it changes.")
 def generate(
     prompt: str | None,
     prompt_ids: list[int] | None,
@@ -152,9 +156,12 @@ def generate(
     stats: bool,
     as_json: bool,
     trace: str | None,
+    watch: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt."""
+    if watch and not sys.stderr.isatty():
+        raise UsageError("--watch draws on a terminal, and stderr is none: leave it out")
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
     wishes, sampling, stop = _split(options)
@@ -164,19 +171,23 @@ def generate(
     with hold_interrupts():
         from warmfront.coordinator.engine import Engine
         from warmfront.coordinator.report import as_object, as_text
+        from warmfront.coordinator.watch import Watch
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
         ids = engine.prompt_ids(prompt if prompt is not None else prompt_ids or [])
         tokens = []
-        for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
-            tokens.append(token)
-            if not as_json:
-                click.echo(token.text, nl=False)
+        with Watch(engine) if watch else contextlib.nullcontext() as board:
+            for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+                tokens.append(token)
+                if board is not None:
+                    board.show(token.text)
+                elif not as_json:
+                    click.echo(token.text, nl=False)
         if as_json:
             click.echo(json.dumps(as_object(engine, wishes["model"], ids, tokens)))
         else:
-            click.echo()
+            click.echo("".join(token.text for token in tokens) if watch else "")
         if stats:
             click.echo(as_text(engine), err=True)
 
@@ -224,6 +235,29 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     for line in render(result):
         click.echo(line)
     click.echo(json.dumps(result))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A file of text in UTF-8; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
+    """Count which neurons of MODEL fire on your texts, and order them by it."""
+    with hold_interrupts():
+        from warmfront.coordinator.profiling import profile, render
+
+    with Bars() as bars:
+        facts = profile(model, texts, dtype, tokens, say, bars.show, bars.count)
+    click.echo(json.dumps(facts) if as_json else render(facts))
 
 
 @cli.command()

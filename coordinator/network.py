@@ -52,8 +52,10 @@ class Network(NamedTuple):
     # float32 [context, head_dim / 2]
     cos: Any
     sin: Any
-    # Prediction: whether there is any; ranks: int64 [layers]; thresholds: float32 [layers, neurons]; 0: low-rank.
+    # Prediction: whether there is any, and whether a layer ahead; ranks: int64 [layers]; thresholds: float32 [layers,
+    # neurons]; 0: low-rank.
     predicts: bool
+    ahead: bool
     groups: int
     normed: bool
     rectified: bool
@@ -69,8 +71,8 @@ class State(NamedTuple):
     scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
     keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`. Attention to one token is
     split into `chunks` of the positions: partial [chunks, heads * head_dim], tops and totals [chunks, heads]. inner:
-    float32 [rank]; mask: uint32 [layers, groups] on the board; captured: float32 [layers, max_tokens * hidden] or empty; times:
-    int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
+    float32 [rank]; mask: uint32 [layers, groups] on the board; captured: float32 [layers, max_tokens * hidden] or
+    empty; times: int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
     """
 
     members: int

@@ -36,8 +36,8 @@
                 └──────────────────────────────────────────────────────────────┘
 
 The coordinator writes order, mask and x, then announces job = n. Each worker computes the groups that `owner` gives it,
-writes fired, taken, y and its record, then announces done = n. The coordinator adds the parts up. It changes `owner` and
-`slot` only while no job is under way: that is how a group moves, all at once. Everything is in the machine's byte
+writes fired, taken, y and its record, then announces done = n. The coordinator adds the parts up. It changes `owner`
+and `slot` only while no job is under way: that is how a group moves, all at once. Everything is in the machine's byte
 order: the board never leaves the machine.
 
 The mask holds for single tokens; several are computed densely. With `measure` set, the workers also compute the neurons
@@ -182,7 +182,8 @@ class Board:
 
     def _table(self, start: int, kind: Any) -> npt.NDArray[Any]:
         sizes = self.sizes
-        return self.mapping[start : start + 4 * sizes.layers * sizes.groups].view(kind).reshape(sizes.layers, -1)
+        table: npt.NDArray[Any] = self.mapping[start : start + 4 * sizes.layers * sizes.groups].view(kind)
+        return table.reshape(sizes.layers, sizes.groups)
 
     def _vector(self, start: int) -> npt.NDArray[np.float32]:
         size = 4 * self.sizes.hidden * self.sizes.max_tokens

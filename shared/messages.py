@@ -64,9 +64,9 @@ class Plan:
     """What a worker is to do.
 
     `index`: its number on the board; `model`: path of the packed file, `order`: of its neurons; `cpus`: one per thread.
-    A CPU worker reads the groups that `home`, uint8 [layers * groups], gives it, and has `spare` slots more; `slow`: how
-    many times slower than it is it is to seem. A GPU worker reads nothing yet and makes as many slots as `budget` bytes
-    of device memory hold.
+    A CPU worker reads the groups that `home`, uint8 [layers * groups], gives it, and has `spare` slots more; `slow`:
+    how many times slower than it is it is to seem. A GPU worker reads nothing yet and makes as many slots as `budget`
+    bytes of device memory hold.
     """
 
     index: int
