@@ -270,7 +270,9 @@ class Front:
         board = self._board
         owned = board.owner == worker
         board.owner[owned] = self.home[owned]
-        self._lost[worker] = self.resident[worker] | self._coming[worker]
+        # One that is lost again before it has rejoined held nothing: what it is to get stays.
+        held = self.resident[worker] | self._coming[worker]
+        self._lost[worker] = self._lost.get(worker, np.zeros_like(held)) | held
         self.resident[worker] = self._coming[worker] = self._fresh[worker] = False
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
