@@ -138,6 +138,7 @@ class Front:
             self._since = 0
             self._listen()
             self._follow(self._policy.decide(self._situation()))
+        self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
         """After a token: which neurons were computed, where."""
@@ -152,11 +153,8 @@ class Front:
             for worker in np.flatnonzero(~self.homes):
                 self._fresh[worker] &= (board.owner != worker) | (whole == 0)
         self._since += 1
-        now = time.monotonic_ns()
-        if self._since > 1:
-            taken = now - self._token_at
-            self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
-        self._token_at = now
+        taken = time.monotonic_ns() - self._token_at
+        self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
 
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
