@@ -38,7 +38,7 @@ from warmfront.coordinator.events import (
 from warmfront.coordinator.lifecycle import Lifecycle
 from warmfront.shared.channel import CoordinatorChannel
 from warmfront.shared.errors import WarmfrontError, WorkerError
-from warmfront.shared.messages import Hello, LoadReport, Move, Plan, Ready, ReportRequest
+from warmfront.shared.messages import Failure, Hello, LoadReport, Move, Plan, Ready, ReportRequest
 from warmfront.shared.process import python_module_command
 
 __all__ = ["Supervisor"]
@@ -244,8 +244,8 @@ class Supervisor:
                     channel.send(worker, message)
                 case MakePlans(hellos):
                     self.hellos |= hellos
-                    plans = Planned(self._make_plans(hellos))
-                    self._follow(channel, lifecycle, lifecycle.handle(plans, time.monotonic()))
+                    for event in self._plan(hellos):
+                        self._follow(channel, lifecycle, lifecycle.handle(event, time.monotonic()))
                 case ReportProgress(done, total):
                     self.loaded = (done, total)
                 case AnnounceReady(readies):
@@ -273,6 +273,15 @@ class Supervisor:
                     self._processes[worker].kill()
                 case Finished():
                     self._finished.set()
+
+    def _plan(self, hellos: Mapping[str, Hello]) -> list[Event]:
+        """The plans; or, if there is none for a worker that was started again, that one's failure."""
+        try:
+            return [Planned(self._make_plans(hellos))]
+        except WarmfrontError as error:
+            if not self._ready.is_set():
+                raise
+            return [Received(name, Failure.of(error)) for name in hellos]
 
     def _fail(self, error: WarmfrontError) -> None:
         if self.error is None:
