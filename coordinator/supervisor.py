@@ -191,6 +191,7 @@ class Supervisor:
             self._spawn(channel, name)
 
     def _spawn(self, channel: CoordinatorChannel, name: str) -> None:
+        channel.forget(name)
         process = self._processes[name] = subprocess.Popen(
             python_module_command(self._modules[name], name, str(self._board_fd)),
             env=os.environ | self._environment | channel.environment(),
