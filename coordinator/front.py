@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancer import Decision, Policy, Situation
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.events import DeliverMoved, Lose, Rejoin
+from warmfront.coordinator.situation import Decision, Policy, Situation
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP, BundleLayout
