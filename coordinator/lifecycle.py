@@ -174,8 +174,9 @@ class Lifecycle:
             worker.sign_at = self._clock
         match message, worker.stage:
             case Hello(protocol=protocol), _ if protocol != PROTOCOL:
-                return self._fail(
-                    ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront")
+                return self._fail_of(
+                    name,
+                    ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront"),
                 )
             case Hello(), _Stage.STARTING:
                 return self._welcome(name, worker, message)
@@ -190,7 +191,7 @@ class Lifecycle:
             case Heartbeat(), _:
                 return []
         what = type(message).__name__
-        return self._fail(ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
+        return self._fail_of(name, ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
 
     def _welcome(self, name: str, worker: _Worker, hello: Hello) -> list[Instruction]:
         worker.hello, worker.stage = hello, _Stage.WAITING
