@@ -22,13 +22,12 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
-from warmfront.coordinator.planning import load_of
-from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -322,9 +321,7 @@ class Engine:
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-        profile = Profile.of(self.model)
-        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
-        return load_of(self.model.layout, self.selector, firing)
+        return load_of(self.model.layout, self.selector, firing_of(self.model))
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -381,7 +378,7 @@ class Engine:
             yield Token(token, piece + stops.rest() if last else piece)
             if last or stops.found:
                 return
-            logits = self._decode(token)
+            logits = self.step(token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
@@ -405,7 +402,7 @@ class Engine:
         started = time.monotonic()
         for _ in range(count):
             answer.append(int(np.argmax(logits)))
-            logits = self._decode(answer[-1])
+            logits = self.step(answer[-1])
         self.stats.decode_s = time.monotonic() - started
         return answer
 
@@ -419,7 +416,7 @@ class Engine:
         self.reset()
         yield self._prefill(ids[:prefill]).copy()
         for token in ids[prefill:]:
-            yield self._decode(token).copy()
+            yield self.step(token).copy()
 
     def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`; what the cache already holds of them is not computed again."""
@@ -437,7 +434,8 @@ class Engine:
         self.stats.prefill_s = time.monotonic() - started
         return self._logits
 
-    def _decode(self, token: int) -> npt.NDArray[np.float32]:
+    def step(self, token: int) -> npt.NDArray[np.float32]:
+        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
         measure = self._measures and self._decoded % _MEASURE_EVERY == 0
         self._decoded += 1
         self._run([token], True, measure=measure)

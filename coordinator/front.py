@@ -167,6 +167,10 @@ class Front:
         taken = time.monotonic_ns() - self._token_at
         self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
 
+    def fired(self) -> npt.NDArray[np.uint32]:
+        """What the last token fired: [layers, groups], bit i = neuron i of the group."""
+        return self._board.fired.copy()
+
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
         board = self._board
