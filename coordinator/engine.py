@@ -22,13 +22,12 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
-from warmfront.coordinator.planning import load_of
-from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -322,9 +321,7 @@ class Engine:
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-        profile = Profile.of(self.model)
-        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
-        return load_of(self.model.layout, self.selector, firing)
+        return load_of(self.model.layout, self.selector, firing_of(self.model))
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
