@@ -441,19 +441,22 @@ class Engine:
         return self._logits
 
     def _run(self, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False) -> None:
-        self._check_open()
-        self._supervisor.check()
-        self.front.boundary()
-        while (result := self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture)) != 0:
-            if result != LOST or not self.front.lose():
-                self._supervisor.wait_for_error()
-        if len(tokens) == 1:
-            self.front.observe()
-            if self.config.verify:
-                self.front.verify()
-        if self._trace is not None:
-            self._trace.note(len(self._cached), len(tokens), *self._team.times())
-        self._cached += tokens
+        """One job, and what the front has to do before and after it, which no Ctrl-C may leave half done."""
+        with hold_interrupts():
+            self._check_open()
+            self._supervisor.check()
+            self.front.boundary()
+            at = len(self._cached)
+            while (result := self._team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
+                if result != LOST or not self.front.lose():
+                    self._supervisor.wait_for_error()
+            if len(tokens) == 1:
+                self.front.observe()
+                if self.config.verify:
+                    self.front.verify()
+            if self._trace is not None:
+                self._trace.note(at, len(tokens), *self._team.times())
+            self._cached += tokens
 
     def _check_open(self) -> None:
         if self._closed:

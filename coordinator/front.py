@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancer import Decision, Policy, Situation
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.events import DeliverMoved, Lose, Rejoin
+from warmfront.coordinator.situation import Decision, Policy, Situation
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP, BundleLayout
@@ -149,6 +149,7 @@ class Front:
             self._since = 0
             self._listen()
             self._follow(self._policy.decide(self._situation()))
+        self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
         """After a token: which neurons were computed, where."""
@@ -163,11 +164,8 @@ class Front:
             for worker in np.flatnonzero(~self.homes):
                 self._fresh[worker] &= (board.owner != worker) | (whole == 0)
         self._since += 1
-        now = time.monotonic_ns()
-        if self._since > 1:
-            taken = now - self._token_at
-            self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
-        self._token_at = now
+        taken = time.monotonic_ns() - self._token_at
+        self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
 
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
@@ -289,7 +287,9 @@ class Front:
         board = self._board
         owned = board.owner == worker
         board.owner[owned] = self.home[owned]
-        self._lost[worker] = self.resident[worker] | self._coming[worker]
+        # One that is lost again before it has rejoined held nothing: what it is to get stays.
+        held = self.resident[worker] | self._coming[worker]
+        self._lost[worker] = self._lost.get(worker, np.zeros_like(held)) | held
         self.resident[worker] = self._coming[worker] = self._fresh[worker] = False
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
