@@ -1,40 +1,252 @@
-"""stub"""
+"""The warm front: who computes what, decided again every few tokens from what fires and what the workers' jobs cost.
+
+A layer takes as long as its slowest worker, so every layer is divided such that all finish together (`levels.py`), as
+far as the copies at hand allow:
+
+- Activity that is expected of a group blends its long run, which starts from the profile, with the last few tokens, by
+  how well their difference has foretold the tokens since (least squares): noise while nothing changes, all after a
+  change of topic.
+- *Flips* are free and come first: a cache that is too slow gives its least active groups home, one that is too fast
+  takes the most active of its copies back. Only layers that are off balance by more than a band are touched, and a new
+  copy is taken up as soon as it is there.
+- *Promotions* bring the groups whose absence from the caches costs most, of all layers; none to a layer that is in
+  balance, since a faster worker's larger share buys nothing there. With no slot free, one takes the slot of the copy
+  that saves least, if it is better by a factor and pays the transfer back within a horizon: no pair swaps to and fro.
+- *Moves between homes* take the most active groups of the slow home to the fast one, with the same accounting.
+
+What is given up goes home before the copy into its slot begins. To keep slots free until copies have come costs more:
+their groups would be missed always, what gives way is missed for a few tokens, and is little by definition.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from warmfront.coordinator.situation import Decision
+from warmfront.coordinator.baselines import Ema, Lru, Static
+from warmfront.coordinator.levels import fill, level, times
+from warmfront.coordinator.situation import (
+    Bools,
+    Decision,
+    Floats,
+    Ints,
+    Owners,
+    Policy,
+    Situation,
+    decision_of,
+    held_by,
+    home_of,
+)
+from warmfront.shared.errors import UsageError
 
+__all__ = ["POLICIES", "Balance", "Decision", "Policy", "Situation", "Tuning", "make_policy"]
 
-class _Static:
-    name = "static"
-    every = 8
+POLICIES = ("balance", "static", "lru", "ema")
+_MOST_MOVES = 256  # of a decision, of each kind
 
-    def __init__(self):
-        self.n = 0
-
-    def observe(self, b, a):
-        self.last = b
-
-    def decide(self, s):
-        self.n += 1
-        e = np.empty((0, 3), np.int64)
-        owner = s.owner.copy()
-        drops = moves = e
-        if not s.homes.all():
-            rng = np.random.default_rng(self.n)
-            g = len(s.homes) - 1
-            res = np.argwhere(s.resident[g])
-            out = np.argwhere(~s.resident[g] & ~s.coming[g])
-            k = min(8, len(res), len(out))
-            if k:
-                d = res[rng.permutation(len(res))[:k]]
-                m = out[rng.permutation(len(out))[:k]]
-                drops = np.column_stack((np.full(k, g), d))
-                moves = np.column_stack((np.full(k, g), m))
-                home = s.resident[s.homes].argmax(0)
-                owner[d[:, 0], d[:, 1]] = home[d[:, 0], d[:, 1]]
-        return Decision(owner, drops, moves)
+Reals = npt.NDArray[np.floating]
 
 
-def make_policy(name, long_run, size):
-    return _Static()
+class Tuning(NamedTuple):
+    """What `Balance` weighs; the defaults are those that `scripts/simulate_balancing.py` found good."""
+
+    every: int = 8
+    long_tokens: float = 512.0
+    recent_tokens: float = 20.0
+    trust_tokens: float = 16.0
+    band: float = 0.05
+    better: float = 1.25
+    horizon_tokens: float = 128.0
+
+
+class Balance:
+    """Keeps every layer even, and the caches filled with what saves most."""
+
+    name = "balance"
+
+    def __init__(self, long_run: Floats, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        self.every = self.tuning.every
+        self._long = long_run.astype(np.float64)
+        self._recent = self._long.copy()
+        self._told = self._drift = 0.0
+        self._before: Bools | None = None  # copies at the last decision
+
+    def observe(self, bytes_read: Reals, active: Reals) -> None:
+        """Update both averages, and how much the recent one tells, from how well it foretold this token."""
+        drift = self._recent - self._long
+        new = bytes_read - self._long
+        kept = 1 - 1 / self.tuning.trust_tokens
+        self._told = kept * self._told + float((drift * new).sum())
+        self._drift = kept * self._drift + float((drift * drift).sum())
+        self._long += new / self.tuning.long_tokens
+        self._recent += (bytes_read - self._recent) / self.tuning.recent_tokens
+
+    @property
+    def expected(self) -> Floats:
+        """Bytes per token [L, G] that each group will read."""
+        share = min(max(self._told / self._drift, 0.0), 1.0) if self._drift > 0 else 0.0
+        return self._long + share * (self._recent - self._long)
+
+    def decide(self, situation: Situation) -> Decision:
+        """Flips, then the copies to begin and what gives way to them."""
+        expected = self.expected
+        before = situation.resident if self._before is None else self._before
+        arrived = situation.resident & ~before
+        self._before = situation.resident.copy()
+        home = home_of(situation)
+        for worker in np.flatnonzero(situation.homes):
+            home[arrived[worker]] = worker
+        owner = np.where(situation.homes[situation.owner], home, situation.owner)
+        owner = np.where(held_by(situation.resident, owner), owner, home)
+        order = np.argsort(-expected, axis=1)
+        self._flip(situation, expected, order, owner, home, arrived)
+        budget = 0 if situation.late else min(situation.budget, _MOST_MOVES)
+        if not budget:
+            return decision_of(owner, home, [], [])
+        ahead = _ahead(situation, owner)
+        loads = _loads(ahead, len(situation.homes), expected)
+        drops, promotions, gains = self._promote(situation, expected, order, home, loads, budget)
+        ahead[promotions[:, 1], promotions[:, 2]] = promotions[:, 0]
+        loads = _loads(ahead, len(situation.homes), expected)
+        moves, savings = self._move(situation, expected, order, ahead, loads)
+        best = np.argsort(-np.concatenate((gains, savings)), kind="stable")[:budget]
+        # With a promotion that the budget leaves out goes the drop made for it.
+        made = drops[best[best < len(drops)]]
+        return decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
+
+    def _flip(
+        self, situation: Situation, expected: Floats, order: Ints, owner: Owners, home: Owners, arrived: Bools
+    ) -> None:
+        """Change `owner` where copies at hand allow a better balance."""
+        costs, total = situation.costs, expected.sum(1)
+        workers = len(situation.homes)
+        at_home = home == np.arange(workers)[:, None, None]
+        held = np.where(situation.homes[:, None, None], at_home, situation.resident)
+        even = level(costs, total, (held * expected).sum(2))
+        loads = _loads(owner, workers, expected)
+        limit = times(costs, even).max(0) * (1 + self.tuning.band)
+        now = times(costs, loads)
+        uneven = now.max(0) > limit
+        for worker in np.flatnonzero(~situation.homes):
+            takes = situation.resident[worker] & situation.homes[owner] & (uneven[:, None] | arrived[worker])
+            takes = fill(expected, order, even[worker] - loads[worker], takes)
+            mine = (owner == worker) & (now[worker] > limit)[:, None]
+            # The most active that make up the even load stay.
+            gives = mine & ~fill(expected, order, even[worker], mine)
+            owner[takes] = worker
+            owner[gives] = home[gives]
+
+    def _promote(
+        self, situation: Situation, expected: Floats, order: Ints, home: Owners, loads: Floats, budget: int
+    ) -> tuple[Ints, Ints, Floats]:
+        """Drops and promotions in pairs, [n, 3] each (a drop of worker -1 is none), and what each saves, ns a token."""
+        costs, homes = situation.costs, situation.homes
+        even = level(costs, expected.sum(1))
+        room = np.where(homes[:, None], 0.0, even - loads)
+        now = times(costs, loads)
+        slow = homes[:, None] & (now > times(costs, even).max(0) * (1 + self.tuning.band))
+        held = np.asarray((situation.resident | situation.coming)[~homes].any(0))
+        wanted = ~held & slow[home, np.arange(len(home))[:, None]]
+        wanted = fill(expected, order, np.maximum(room, 0).sum(0), wanted)
+        # What a copy saves: its bytes at its home's pace. What lies beyond the balance saves nothing.
+        saves = expected * costs[home, 1]
+        needed = fill(expected, order, even[~homes].sum(0) * (1 + self.tuning.band), held)
+        candidates = _largest(np.where(wanted, saves, 0.0), budget)
+        givers = {
+            int(worker): _givers(situation, int(worker), np.where(needed, saves, 0.0), budget)
+            for worker in np.flatnonzero(~homes)
+        }
+        drops, moves, gains = [], [], []
+        for layer, group in candidates:
+            saved = saves[layer, group]
+            while givers:
+                worker = max(givers, key=lambda worker: room[worker, layer])
+                value, giver = givers[worker][0] if givers[worker] else (np.inf, (-1, 0, 0))
+                gain = saved - value
+                if saved > self.tuning.better * value and gain * self.tuning.horizon_tokens > situation.transfer_ns:
+                    givers[worker].pop(0)
+                    drops.append(giver)
+                    moves.append((worker, layer, group))
+                    gains.append(gain)
+                    room[worker, layer] -= expected[layer, group]
+                    break
+                # What comes next saves less, and this worker's next copy more.
+                del givers[worker]
+        return _table(drops), _table(moves), np.array(gains)
+
+    def _move(
+        self, situation: Situation, expected: Floats, order: Ints, ahead: Owners, loads: Floats
+    ) -> tuple[Ints, Floats]:
+        """Copies to begin from home to home, [n, 3], and what each saves, ns a token."""
+        homes = np.flatnonzero(situation.homes)
+        costs, loads = situation.costs[homes], loads[homes]
+        even = level(costs, loads.sum(0))
+        limit = times(costs, even).max(0) * (1 + self.tuning.band)
+        slow = times(costs, loads) > limit
+        receiver = (even - loads).argmax(0)
+        room = (even - loads).max(0)
+        # A group with a copy in a cache, or under way, stays.
+        movable = ~situation.coming.any(0) & ~situation.resident[~situation.homes].any(0)
+        moves, savings = [np.empty((0, 3), np.int64)], [np.empty(0)]
+        for number, worker in enumerate(homes):
+            mine = movable & (ahead == worker) & slow[number, :, None]
+            mine &= expected * costs[number, 1] * self.tuning.horizon_tokens > situation.transfer_ns
+            layer, group = np.nonzero(fill(expected, order, np.minimum(loads[number] - even[number], room), mine))
+            moves.append(np.column_stack((homes[receiver[layer]], layer, group)))
+            savings.append(expected[layer, group] * costs[number, 1])
+        table, saved = np.concatenate(moves), np.concatenate(savings)
+        best = np.argsort(-saved, kind="stable")
+        begun = [best[table[best, 0] == worker][: situation.free[worker]] for worker in homes]
+        chosen = np.concatenate(begun)[:_MOST_MOVES]
+        return table[chosen], saved[chosen]
+
+
+def _ahead(situation: Situation, owner: Owners) -> Owners:
+    """The owners once the copies under way have come."""
+    ahead = owner.copy()
+    for worker, home in enumerate(situation.homes):
+        ahead[situation.coming[worker] & (situation.homes[ahead] | ~home)] = worker
+    return ahead
+
+
+def _loads(owner: Owners, workers: int, expected: Floats) -> Floats:
+    """Bytes [W, L] that each worker is expected to read."""
+    return np.stack([np.where(owner == worker, expected, 0.0).sum(1) for worker in range(workers)])
+
+
+def _largest(values: Floats, count: int) -> list[tuple[int, int]]:
+    """(layer, group) of the `count` largest `values` [L, G] above 0, largest first."""
+    layer, group = np.nonzero(values)
+    order = np.argsort(-values[layer, group], kind="stable")[:count]
+    return list(zip(layer[order].tolist(), group[order].tolist(), strict=True))
+
+
+def _givers(situation: Situation, worker: int, values: Floats, count: int) -> list[tuple[float, tuple[int, int, int]]]:
+    """Up to `count` (value, copy) in `worker`: free slots (no copy: -1), then its copies that are worth least."""
+    free = min(int(situation.free[worker]), count)
+    layer, group = np.nonzero(situation.resident[worker])
+    value = values[layer, group]
+    order = np.argsort(value, kind="stable")[: count - free]
+    copies = ((worker, *place) for place in zip(layer[order].tolist(), group[order].tolist(), strict=True))
+    return [(0.0, (-1, 0, 0))] * free + list(zip(value[order].tolist(), copies, strict=True))
+
+
+def _table(rows: list[tuple[int, int, int]]) -> Ints:
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def make_policy(name: str, long_run: Floats, group_bytes: int) -> Policy:
+    """One of POLICIES. `long_run` [L, G]: bytes per token to expect, from the profile; `group_bytes`: of a copy.
+
+    Raises UsageError for another name.
+    """
+    if name == "balance":
+        return Balance(long_run)
+    if name == "static":
+        return Static()
+    if name == "lru":
+        return Lru(long_run)
+    if name == "ema":
+        return Ema(long_run, group_bytes)
+    raise UsageError(f"no policy {name!r}: choose one of {', '.join(POLICIES)}")

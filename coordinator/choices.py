@@ -1,6 +1,6 @@
 """What warmfront chooses where the user did not, and what it refuses: device, selector, context."""
 
-from warmfront.shared.config import EngineConfig
+from warmfront.shared.config import PREDICTING, EngineConfig
 from warmfront.shared.errors import UsageError
 from warmfront.shared.model import ModelSpec
 from warmfront.shared.store import PackedModel
@@ -37,12 +37,15 @@ def choose_selector(config: EngineConfig, model: PackedModel) -> str:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
     spec, wish = model.spec, config.selector
     able = selectors_for(spec)
-    if wish == "auto":
-        return able[0]
-    if wish not in able:
+    chosen = able[0] if wish == "auto" else wish
+    if config.look_ahead and chosen not in PREDICTING:
+        raise UsageError(
+            f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
+        )
+    if chosen not in able:
         lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
-    return wish
+    return chosen
 
 
 def choose_context(config: EngineConfig, model: PackedModel) -> int:

@@ -1,17 +1,22 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
 """
 
+import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from warmfront.coordinator.extras import require
 from warmfront.coordinator.terminal import Bars, say
+from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.process import hold_interrupts
@@ -70,7 +75,14 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-run_options = _together(
+selector_option = click.option(
+    "--selector",
+    type=click.Choice(SELECTORS),
+    default=_ENGINE.selector,
+    show_default=True,
+    help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
+)
+load_options = _together(
     click.option(
         "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
     ),
@@ -89,6 +101,9 @@ run_options = _together(
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
+)
+run_options = _together(
+    load_options,
     click.option(
         "--policy",
         type=click.Choice(POLICIES),
@@ -97,18 +112,13 @@ run_options = _together(
         help="How neurons move between the workers.",
     ),
     click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
     click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )
 engine_options = _together(
     click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
-    click.option(
-        "--selector",
-        type=click.Choice(SELECTORS),
-        default=_ENGINE.selector,
-        show_default=True,
-        help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
-    ),
+    selector_option,
     run_options,
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
@@ -145,6 +155,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
+@click.option("--watch", is_flag=True, help="Draw who computes what while it changes.")
 def generate(
     prompt: str | None,
     prompt_ids: list[int] | None,
@@ -152,9 +163,12 @@ def generate(
     stats: bool,
     as_json: bool,
     trace: str | None,
+    watch: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt."""
+    if watch and not sys.stderr.isatty():
+        raise UsageError("--watch draws on a terminal, and stderr is none: leave it out")
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
     wishes, sampling, stop = _split(options)
@@ -164,19 +178,23 @@ def generate(
     with hold_interrupts():
         from warmfront.coordinator.engine import Engine
         from warmfront.coordinator.report import as_object, as_text
+        from warmfront.coordinator.watch import Watch
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
         ids = engine.prompt_ids(prompt if prompt is not None else prompt_ids or [])
         tokens = []
-        for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
-            tokens.append(token)
-            if not as_json:
-                click.echo(token.text, nl=False)
+        with Watch(engine) if watch else contextlib.nullcontext() as board:
+            for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+                tokens.append(token)
+                if board is not None:
+                    board.show(token.text)
+                elif not as_json:
+                    click.echo(token.text, nl=False)
         if as_json:
             click.echo(json.dumps(as_object(engine, wishes["model"], ids, tokens)))
         else:
-            click.echo()
+            click.echo("".join(token.text for token in tokens) if watch else "")
         if stats:
             click.echo(as_text(engine), err=True)
 
@@ -224,6 +242,66 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     for line in render(result):
         click.echo(line)
     click.echo(json.dumps(result))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A file of text in UTF-8; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
+    """Count which neurons of MODEL fire on your texts, and order them by it."""
+    with hold_interrupts():
+        from warmfront.coordinator.profiling import profile, render
+
+    with Bars() as bars:
+        facts = profile(model, texts, dtype, tokens, say, bars.show, bars.count)
+    click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command()
+@click.argument("model", default="smollm2-135m")
+@selector_option
+@load_options
+@click.option("--exact", is_flag=True, help="Solve for the optimum too; may take two minutes.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME.plan.json]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the plan too, as a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **wishes: Any) -> None:
+    """Choose the neurons of MODEL for a GPU with --vram-budget, by how often they fire and how fast both sides are."""
+    if wishes["gpu"] == "none":
+        raise UsageError("a plan is for a GPU: leave --gpu none out, or pass --gpu host to emulate one")
+    if wishes["vram_budget"] is None:
+        raise UsageError("a plan for how much GPU memory? pass --vram-budget, such as 6GB")
+    EngineConfig(**wishes)
+    for path in (out or Path("plan.json"), *([plot] if plot else [])):
+        check_writable(path)
+    if exact:
+        require("scipy", "--exact")
+    if plot:
+        require("matplotlib", "--plot")
+
+    with hold_interrupts():
+        from warmfront.coordinator.plan_chart import draw, render
+        from warmfront.coordinator.planning import plan
+
+    with Bars() as bars:
+        figures = plan(model, wishes, exact, out, say, bars.show)
+    if plot:
+        draw(figures, plot)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    for line in render(figures, shutil.get_terminal_size().columns):
+        click.echo(line)
 
 
 @cli.command()

@@ -22,9 +22,13 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.placement import first_groups, place_homes
+from warmfront.coordinator.placement import most_active, place_homes
+from warmfront.coordinator.plan_file import read_plan
+from warmfront.coordinator.planning import load_of
+from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -104,29 +108,56 @@ class Engine:
         """
         started = time.monotonic()
         config = EngineConfig(**wishes)
-        cores = plan_cores(read_topology(), config.workers, config.threads)
-        gpu = choose_gpu(config)
-        if gpu == "host":
-            cores = cores.with_emulated_gpu()
+        # What cannot be had is refused before the model is packed.
+        plan_cores(read_topology(), config.workers, config.threads)
+        choose_gpu(config)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
-        packed = PackedModel(path)
+        engine = cls._opened(path, config)
         try:
-            engine = cls(packed, config)
-        except BaseException:
-            packed.close()
-            raise
-        try:
-            engine._start(cores, gpu, say)
-            engine._wait(partial(progress, "loading"))
-            engine._open_front(partial(progress, "filling the GPU"))
-            if engine.lowbit is not None and not engine.lowbit.calibrated:
-                engine._calibrate(engine.lowbit, say)
-            engine._measures = config.measure
+            if ensure_profiled(engine.model, config, say, progress):
+                engine.close()
+                engine = cls._opened(path, config)
+            engine._run_up(say, progress)
         except BaseException:
             engine.close()
             raise
         engine.stats.load_s = time.monotonic() - started
         return engine
+
+    @classmethod
+    def for_profiling(
+        cls, path: Path, config: EngineConfig, *, say: Say = _quiet, progress: Progress = _no_progress
+    ) -> Self:
+        """Load the packed model at `path` as it is, ready to say which neurons fire; else as `load` does."""
+        engine = cls._opened(path, config, profiles=True)
+        try:
+            engine._run_up(say, progress)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    @classmethod
+    def _opened(cls, path: Path, config: EngineConfig, *, profiles: bool = False) -> Self:
+        packed = PackedModel(path)
+        try:
+            return cls(packed, config, profiles=profiles)
+        except BaseException:
+            packed.close()
+            raise
+
+    def _run_up(self, say: Say, progress: Progress) -> None:
+        """Start everything and wait until it has loaded."""
+        cores = plan_cores(read_topology(), self.config.workers, self.config.threads)
+        gpu = choose_gpu(self.config)
+        if gpu == "host":
+            cores = cores.with_emulated_gpu()
+        self._start(cores, gpu, say)
+        self._wait(partial(progress, "loading"))
+        self._open_front(partial(progress, "filling the GPU"))
+        if self.lowbit is not None and not self.lowbit.calibrated:
+            self._calibrate(self.lowbit, say)
+        self._measures = self.config.measure
 
     def _start(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
@@ -169,7 +200,14 @@ class Engine:
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
         self._team = Team(
-            self.model, self._board, self._gone, cores.coordinator, self.context, self.selector, self.lowbit
+            self.model,
+            self._board,
+            self._gone,
+            cores.coordinator,
+            self.context,
+            self.selector,
+            self.lowbit,
+            self.config.look_ahead,
         )
         self._closing.callback(self._team.stop)
         self._team.start()
@@ -210,7 +248,8 @@ class Engine:
         Only of an engine that profiles, without a GPU.
         """
         self.reset()
-        self._run(list(ids), False)
+        # A single token would take the way of decoding, which does not note this.
+        self._run([*ids, ids[0]] if len(ids) == 1 else list(ids), False)
         return self._fired(len(ids))
 
     def _fired(self, tokens: int) -> npt.NDArray[np.bool_]:
@@ -258,7 +297,7 @@ class Engine:
         from warmfront.coordinator.front import Front
 
         layout, names = self.model.layout, list(self._supervisor.hellos)
-        expected = self._expected_bytes()
+        expected = self.expected_bytes()
         policy = make_policy(self.config.policy, expected, layout.group_bytes)
         predicted = self.selector in PREDICTING
         self.front = Front(
@@ -266,13 +305,26 @@ class Engine:
         )
         for worker, name in enumerate(names):
             if name.startswith("gpu"):
-                slots = self._supervisor.readies[name].slots
-                self.front.fill(worker, first_groups(layout.groups, self.model.spec.layers, slots), progress)
+                wanted = self._first_on_gpu(expected, self._supervisor.readies[name].slots)
+                self.front.fill(worker, wanted, progress)
 
-    def _expected_bytes(self) -> npt.NDArray[np.float64]:
-        """Bytes that a token is expected to read of each group: float64 [layers, groups]."""
-        layout = self.model.layout
-        return np.full(self._home.shape, float(layout.group_bytes))
+    def _first_on_gpu(self, expected: npt.NDArray[np.float64], slots: int) -> npt.NDArray[np.bool_]:
+        """The groups [layers, groups] that a GPU of so many slots begins with: the plan's, else the most active."""
+        if self.config.plan is None:
+            return most_active(expected, slots)
+        wanted = read_plan(Path(self.config.plan), self.model)
+        if (count := int(wanted.sum())) > slots:
+            raise UsageError(
+                f"the plan {self.config.plan} gives the GPU {count} groups, it holds {slots}: "
+                "pass the --vram-budget that the plan was made for"
+            )
+        return wanted
+
+    def expected_bytes(self) -> npt.NDArray[np.float64]:
+        """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
+        profile = Profile.of(self.model)
+        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
+        return load_of(self.model.layout, self.selector, firing)
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -432,6 +484,19 @@ class Engine:
             )
         return stats
 
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """When what of the last job was done: see `Team.times`."""
+        return self._team.times()
+
+    def reports(self) -> Mapping[str, LoadReport]:
+        """What each worker has done on single tokens, by layers; the front's fit goes on from there."""
+        self._check_open()
+        return self._supervisor.reports()
+
+    def device_memory(self) -> dict[str, int]:
+        """Bytes of the GPU worker's memory by purpose; empty without one."""
+        return {purpose: size for ready in self._supervisor.readies.values() for purpose, size in ready.ledger.items()}
+
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""
         measured = np.array([report.measured for report in self._supervisor.reports().values()])
@@ -468,7 +533,10 @@ class Engine:
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
         if self._trace is not None and not self._closed:
-            self._closing.callback(self._trace.close, {name: hello.pid for name, hello in self._hellos().items()})
+            transfers = self.front.transfers if hasattr(self, "front") else ()
+            self._closing.callback(
+                self._trace.close, {name: hello.pid for name, hello in self._hellos().items()}, transfers
+            )
         self._closed = True
         self._closing.close()
 

@@ -7,7 +7,8 @@ another wrote. Per layer:
     attention (split by head)                                                         | barrier
     output projection rows (split)                                                    | barrier
     x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
-    member 0 posts the job on the board; all wait for the workers
+    member 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
+    from this layer's input meanwhile
     x += each worker's part
 
 Every thread keeps its own x and repeats the small work on it (norm, additions): cheaper than two more barriers.
@@ -256,7 +257,7 @@ def forward(member: int, net: Network, st: State) -> int:
             x[i] += st.proj[i]
         normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         _note(st, layer, member, _OUTPUT)
-        if net.predicts and lanes == 1:
+        if net.predicts and lanes == 1 and (layer == 0 or not net.ahead):
             result = predict(net, st, layer, member)
             if result != DONE:
                 return result
@@ -267,6 +268,10 @@ def forward(member: int, net: Network, st: State) -> int:
             if st.job[CAPTURE] != 0:
                 st.captured[layer, :count] = h[:count]
         _note(st, layer, member, _POST)
+        if net.ahead and lanes == 1 and layer + 1 < net.layers:
+            result = predict(net, st, layer + 1, member)
+            if result != DONE:
+                return result
         result = _merge(st, sequence, x, count)
         if result != DONE:
             return result

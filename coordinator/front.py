@@ -15,6 +15,7 @@ token from what the workers say they were asked for. A GPU worker that dies owns
 when it is back its slots are filled as before.
 """
 
+import collections
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -42,6 +43,8 @@ _BATCH, _COPYING = 16, 0.25
 _COPY_SPEED = 4.0
 # What a worker is taken to cost until it has reported: ns for a job, ns for a byte.
 _JOB_NS, _BYTE_NS = 20_000.0, 0.05
+# Batches that are remembered for the trace.
+_TRANSFERS = 100_000
 _REPORT_EVERY_NS = 50_000_000
 _WAIT_S = 60.0
 
@@ -104,9 +107,9 @@ class Front:
         self._requested_at = 0
         self._transfer_ns = layout.group_bytes / _COPY_SPEED
         self._token_ns, self._token_at = 0.0, 0
-        self.loads: npt.NDArray[np.float64] = np.zeros(len(names))
+        self._read: npt.NDArray[np.float32] = np.zeros(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
-        self.transfers: list[Transfer] = []
+        self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_TRANSFERS)
         board.owner[:] = home
         for worker in np.flatnonzero(self.homes).tolist():
             board.slot[worker][home == worker] = np.arange(self._held(worker))
@@ -130,6 +133,14 @@ class Front:
         self.flow = Flow(0, 0, 0)
         self._fresh[:] = False
 
+    def owners(self) -> Table:
+        """Who computes each group now."""
+        return self._board.owner.copy()
+
+    def hand_over(self, owner: Table) -> None:
+        """Between two jobs: who computes each group from now on; uint8 [layers, groups] of workers that hold it."""
+        self._board.owner[:] = owner
+
     def boundary(self) -> None:
         """Between two jobs: take in what has arrived, and when it is time let the policy decide."""
         self._hear()
@@ -147,7 +158,7 @@ class Front:
         read = asked * np.float32(layout.gate_row_bytes)
         read = read + whole * np.float32(layout.gate_row_bytes + layout.down_row_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
-        self.loads[:] = np.bincount(board.owner.ravel(), read.ravel(), len(self.names))
+        self._read = read
         if self._fresh.any():
             for worker in np.flatnonzero(~self.homes):
                 self._fresh[worker] &= (board.owner != worker) | (whole == 0)
@@ -168,9 +179,17 @@ class Front:
                 f"group {group} of layer {layer} was not computed exactly once: this is a defect of warmfront"
             )
 
+    def layer_loads(self) -> npt.NDArray[np.float64]:
+        """[layers, workers]: bytes that the last token's active neurons took of each."""
+        layers, workers = len(self._read), len(self.names)
+        at = self._board.owner + workers * np.arange(layers)[:, None]
+        loads = np.bincount(at.ravel(), self._read.ravel(), layers * workers)
+        return np.asarray(loads, np.float64).reshape(layers, workers)
+
     def share(self) -> npt.NDArray[np.float64]:
         """[workers]: their parts of the bytes that the last token's active neurons took."""
-        return np.asarray(self.loads / max(1.0, self.loads.sum()))
+        loads = self.layer_loads().sum(0)
+        return np.asarray(loads / max(1.0, loads.sum()))
 
     @property
     def unused(self) -> int:

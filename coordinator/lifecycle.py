@@ -61,7 +61,8 @@ from warmfront.shared.messages import (
 
 MAX_STEP_S = 1.0
 START_LIMIT_S = 30.0
-LOAD_LIMIT_S = 60.0
+# Compiling kernels on a slow or busy machine is such a step.
+LOAD_LIMIT_S = 240.0
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
 KILL_AFTER_S = 1.5

@@ -53,10 +53,8 @@ class Lowbit:
         """Keep the thresholds."""
         data = io.BytesIO()
         np.save(data, self.thresholds)
-        with locked(self._kept.parent, _quiet):
-            self._kept.unlink(missing_ok=True)  # there may be a damaged one
-            with published(self._kept) as fd:
-                write_tensors(fd, data.getvalue(), (), 0)
+        with locked(self._kept.parent, _quiet), published(self._kept) as fd:
+            write_tensors(fd, data.getvalue(), (), 0)
 
 
 def _quiet(_message: str) -> None:
@@ -64,8 +62,9 @@ def _quiet(_message: str) -> None:
 
 
 def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str], None]) -> Lowbit:
-    """The copies of `model`'s gates, made now if the cache has none."""
-    path = model.path.with_name(f"{model.path.stem}-lowbit{bits}.safetensors")
+    """The copies of `model`'s gates, in the order of its neurons, made now if the cache has none."""
+    order = f"-{model.order}" if model.order else ""
+    path = model.path.with_name(f"{model.path.stem}-lowbit{bits}{order}.safetensors")
     if not path.exists():
         with locked(path.parent, say):
             if not path.exists():

@@ -52,8 +52,10 @@ class Network(NamedTuple):
     # float32 [context, head_dim / 2]
     cos: Any
     sin: Any
-    # Prediction: whether there is any; ranks: int64 [layers]; thresholds: float32 [layers, neurons]; 0: low-rank.
+    # Prediction: whether there is any, and whether a layer ahead; ranks: int64 [layers]; thresholds: float32 [layers,
+    # neurons]; 0: low-rank.
     predicts: bool
+    ahead: bool
     groups: int
     normed: bool
     rectified: bool

@@ -105,7 +105,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[int]:
-    """A file descriptor whose file appears as `target` when the block ends well, and never else."""
+    """A file descriptor whose file appears as `target` when the block ends well, and never else.
+
+    It takes the place of a `target` that is there; who has that open keeps it. Call it within `locked`.
+    """
     partial = target.with_suffix(".partial")
     try:
         fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -117,17 +120,26 @@ def published(target: Path) -> Iterator[int]:
         named = True
     try:
         yield fd
+        if not named:
+            try:
+                _link(fd, target)
+            except FileExistsError:  # only a rename replaces a file, and that needs a name to begin with
+                partial.unlink(missing_ok=True)
+                _link(fd, partial)
+                named = True
         if named:
             partial.rename(target)
-        else:
-            # src_dir_fd only makes Python call linkat(), which follows the link to the nameless file.
-            os.link(f"/proc/self/fd/{fd}", target, src_dir_fd=fd, follow_symlinks=True)
     except BaseException:
         if named:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
+
+
+def _link(fd: int, name: Path) -> None:
+    """Name a nameless file. src_dir_fd only makes Python call linkat(), which follows the link to it."""
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
 
 
 def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
@@ -158,13 +170,15 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 def tensor_bytes(element: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of the packed file."""
-    return int(np.prod(shape)) * (4 if element == "F32" else 1)
+    return int(np.prod(shape)) * {"F32": 4, "U16": 2, "U8": 1}[element]
 
 
-def packed_header(spec: ModelSpec, kinds: Mapping[str, int], text: Mapping[str, Any], shapes: Shapes) -> bytes:
-    """The safetensors header: length, then JSON padded to 8 bytes."""
+def packed_header(
+    spec: ModelSpec, kinds: Mapping[str, int], text: Mapping[str, Any], shapes: Shapes, **more: str
+) -> bytes:
+    """The safetensors header: length, then JSON padded to 8 bytes. `more` goes into the metadata too."""
     metadata = {"format": FORMAT, "spec": spec.to_json(), "kinds": json.dumps(kinds), "text": json.dumps(text)}
-    fields: dict[str, Any] = {"__metadata__": metadata}
+    fields: dict[str, Any] = {"__metadata__": metadata | more}
     offset = 0
     for name, (element, shape) in shapes.items():
         end = offset + tensor_bytes(element, shape)

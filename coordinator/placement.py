@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["first_groups", "place_homes"]
+__all__ = ["first_groups", "most_active", "place_homes"]
 
 
 def place_homes(groups: int, layers: int, threads: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -16,6 +16,15 @@ def place_homes(groups: int, layers: int, threads: Sequence[int]) -> npt.NDArray
     for index, (low, high) in enumerate(pairwise(bounds)):
         home[:, low:high] = index
     return home
+
+
+def most_active(expected: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]:
+    """The `count` groups with the most `expected`, bool [layers, groups]; of equals the first of all layers."""
+    layer, group = np.indices(expected.shape)
+    best = np.lexsort((layer.ravel(), group.ravel(), -expected.ravel()))[:count]
+    wanted = np.zeros(expected.size, bool)
+    wanted[best] = True
+    return wanted.reshape(expected.shape)
 
 
 def first_groups(groups: int, layers: int, slots: int) -> npt.NDArray[np.bool_]:

@@ -92,7 +92,10 @@ def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_a
 
 @kernel
 def predict(net: Network, st: State, layer: int, member: int) -> int:
-    """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED."""
+    """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
+
+    Ahead of its layer it takes the input of the one before, which is much like its own.
+    """
     normed_at, mask = address_of(st.h[member]), st.mask[layer]
     if net.lowbit_stride > 0:
         _lowbit(net, st, mask, layer, member, normed_at)

@@ -64,7 +64,7 @@ def home_of(situation: Situation) -> Owners:
 
 def held_by(held: Bools, worker: npt.NDArray[np.integer]) -> Bools:
     """bool [L, G]: whether `worker` [L, G] is among those of `held` [W, L, G]."""
-    return np.take_along_axis(held, worker[None].astype(np.intp), 0)[0]
+    return np.asarray(np.take_along_axis(held, worker[None].astype(np.intp), 0)[0])
 
 
 def decision_of(owner: Owners, home: Owners, drops: list[Ints], moves: list[Ints]) -> Decision:

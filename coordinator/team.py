@@ -69,11 +69,12 @@ class Team:
         context: int,
         selector: str,
         lowbit: Lowbit | None,
+        ahead: bool,
     ) -> None:
-        """`gone`: int64 [workers], not 0 = that worker's process is dead."""
+        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead."""
         self._model, self._board, self._gone, self._cpus, self._context = model, board, gone, cpus, context
         self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
-        self._selector, self._lowbit = selector, lowbit
+        self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._loaded = 0
         self._weights, self._at = self._allocate()
@@ -96,7 +97,8 @@ class Team:
     def _files(self) -> dict[str, PackedModel]:
         """The tensors that the coordinator keeps, and where to find them: all but the bundles and idle predictors."""
         idle = (".ffn",) if self._selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n != "tokenizer"}
+        apart = ("tokenizer", "profile")
+        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n not in apart}
         if self._lowbit is not None:
             files |= dict.fromkeys(self._lowbit.file.entries, self._lowbit.file)
         return files
@@ -158,6 +160,7 @@ class Team:
             cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
             sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
             predicts=self._selector in PREDICTING,
+            ahead=self._ahead,
             groups=self._model.layout.groups,
             normed=predictor.input == "normed",
             rectified=predictor.activation == "relu",

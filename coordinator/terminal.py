@@ -1,6 +1,7 @@
 """What the user sees on stderr: notes and progress bars; bars only on a terminal."""
 
 import sys
+import time
 from types import TracebackType
 from typing import Self
 
@@ -22,13 +23,24 @@ class Bars:
     def __init__(self) -> None:
         self._shown = ""
         self._live = sys.stderr is not None and sys.stderr.isatty()
+        self._began: tuple[float, int] | None = None
 
     def show(self, what: str, done: int, total: int) -> None:
         """Draw `done` of `total` bytes of `what`."""
+        self._draw(what, done, total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Draw `done` of `total` tokens of `what`, and how many of them a second."""
+        now = time.monotonic()
+        began, first = self._began = self._began or (now, done)
+        rate = f", {(done - first) / (now - began):,.0f} a second" if done > first else ""
+        self._draw(what, done, total, f"{done:,} of {total:,} tokens{rate}")
+
+    def _draw(self, what: str, done: int, total: int, numbers: str) -> None:
         if not self._live or not total:
             return
         filled = _WIDTH * done // total
-        line = f"{what} [{'#' * filled}{'.' * (_WIDTH - filled)}] {done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        line = f"{what} [{'#' * filled}{'.' * (_WIDTH - filled)}] {numbers}"
         if line != self._shown:
             sys.stderr.write("\r" + line.ljust(len(self._shown)))
             sys.stderr.flush()

@@ -1,19 +1,21 @@
 """A Chrome trace (chrome://tracing, ui.perfetto.dev) of where each token's time goes: processes by layers.
 
 From the timing records that the compiled pass and the workers leave anyway. One row for the coordinator's first thread
-(norm, q, k and v; attention; output; predictor; post; wait; merge) and one for each worker (its part of the layer).
+(norm, q, k and v; attention; output; predictor; post; wait; merge), one for each worker (its part of the layer) and one
+more for the groups that move to it.
 Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (JSON object format).
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.front import Transfer
 from warmfront.shared.errors import ResourceError
 
 __all__ = ["Trace"]
@@ -40,7 +42,7 @@ class Trace:
         """A job of `tokens` tokens at `position`; int64 [layers, steps] and [layers, workers, 2], ns."""
         self._jobs.append((position, tokens, times.copy(), spans.copy()))
 
-    def close(self, workers: Mapping[str, int]) -> None:
+    def close(self, workers: Mapping[str, int], transfers: Iterable[Transfer]) -> None:
         """Write the file, unless there was no job; `workers`: name -> pid, in the order of the board.
 
         Raises ResourceError if it cannot be written.
@@ -52,20 +54,24 @@ class Trace:
         try:
             with self._file as file:
                 file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
-                file.write(",\n".join(json.dumps(event) for event in self._events(workers)))
+                file.write(",\n".join(json.dumps(event) for event in self._events(workers, transfers)))
                 file.write("\n]}\n")
         except OSError as error:
             raise ResourceError(f"cannot write the trace {self._path}: {error.strerror}") from error
 
-    def _events(self, workers: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    def _events(self, workers: Mapping[str, int], transfers: Iterable[Transfer]) -> Iterator[dict[str, Any]]:
         pids = [os.getpid(), *workers.values()]
         for pid, name in zip(pids, ("coordinator", *workers), strict=True):
             yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
         start = self._jobs[0][2][0, 0] if self._jobs else 0
 
-        def event(name: str, pid: int, first: int, last: int, args: dict[str, int]) -> dict[str, Any]:
+        def event(name: str, pid: int, first: int, last: int, args: dict[str, int], row: int = 0) -> dict[str, Any]:
             span = {"ts": (int(first) - int(start)) / 1e3, "dur": max(0, int(last) - int(first)) / 1e3}
-            return {"ph": "X", "name": name, "pid": pid, "tid": 0, **span, "args": args}
+            return {"ph": "X", "name": name, "pid": pid, "tid": row, **span, "args": args}
+
+        for transfer in transfers:
+            args = {"groups": transfer.groups}
+            yield event("move", pids[1 + transfer.worker], transfer.began, transfer.ended, args, 1)
 
         for position, tokens, times, spans in self._jobs:
             for layer, (steps, parts) in enumerate(zip(times, spans, strict=True)):

@@ -1,25 +1,30 @@
 """The CUDA device, through CuPy: slots and workspace in device memory, the kernels of `ffn.cu` on one own stream.
 
-Whatever crosses the bus goes through pinned staging by asynchronous copies. A call's copies, kernels and events are
-enqueued at once; the host then waits for the last one. CuPy is imported when a device is opened, never before.
+Whatever crosses the bus goes through pinned staging by asynchronous copies, but for large vectors in a mapping that is
+pinned itself. A call's copies, kernels and events are enqueued at once; the host then waits for the last one. Slots are
+filled on a second stream, whose copies run beside the kernels; neither stream waits for the other, and nothing waits
+for the whole device. CuPy is imported when a device is opened, never before.
 """
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker import launch
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger, Words, ensure_fits
-from warmfront.shared.bundle import BundleLayout
+from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, inside, runs
+from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.memory import address
 
 __all__ = ["CudaDevice"]
 
-# Of each of the two pinned buffers that groups pass through: one is filled while the other is copied.
-_STAGING_BYTES = 8 << 20
+# A vector of at least this many bytes is worth a copy of its own: a call of 10 to 17 us, in which the host copies as
+# much to the staging, from where it goes together with the rest.
+_WORTH_A_COPY = 128 << 10
 
 _BLOCK = (launch.THREADS, 1, 1)
 
@@ -36,14 +41,17 @@ class CudaDevice:
         self._cuda: Any = cupy.cuda
         self._raw_module: Any = cupy.RawModule
         self._memory: dict[str, Any] = {}
+        self._locked: Bytes | None = None
         with self._guard("use"):
             if index >= self._cuda.runtime.getDeviceCount():
                 raise ResourceError(f"{self.name}: no such CUDA device: {self._cuda.runtime.getDeviceCount()} visible")
             self._card = self._cuda.Device(index)
             self.name += " " + self._cuda.runtime.getDeviceProperties(index)["name"].decode()
             with self._card:
-                self._stream = self._cuda.Stream(non_blocking=True)
+                self._stream, self._filling = (self._cuda.Stream(non_blocking=True) for _ in range(2))
                 self._begin, self._end = self._cuda.Event(), self._cuda.Event()
+                # The thread that fills sleeps until its copies are done; the one that computes does not.
+                self._filled = self._cuda.Event(block=True, disable_timing=True)
 
     def free_bytes(self) -> int:
         with self._guard("query"), self._card:
@@ -64,9 +72,10 @@ class CudaDevice:
         with self._guard("allocate"), self._card:
             self._memory = {purpose: self._cuda.memory.Memory(size) for purpose, size in plan.items()}
             # The pinned twin of the workspace, up to the end of `out`.
-            self._pinned = self._pin(self._offsets.h)
-            self._staging = [self._pin(max(layout.group_bytes, _STAGING_BYTES)) for _ in range(2)]
-            self._staged = [self._cuda.Event(disable_timing=True) for _ in self._staging]
+            self._pinned = self._pinned_bytes(self._offsets.h)
+            shape = (2, max(1, STAGING_BYTES // layout.group_bytes), layout.group_bytes)
+            self._staging = self._pinned_bytes(shape[0] * shape[1] * shape[2]).reshape(shape)
+            self._copied = [self._cuda.Event(block=True, disable_timing=True) for _ in self._staging]
         with self._guard("compile kernels on"), self._card:
             module = self._raw_module(code=launch.source(), options=launch.options(layout, activation))
             self._gate_up, self._down, self._reduce = map(module.get_function, ("gate_up", "down", "reduce"))
@@ -74,77 +83,129 @@ class CudaDevice:
     def allocated(self) -> Ledger:
         return {purpose: int(memory.size) for purpose, memory in self._memory.items()}
 
-    def store(self, slot: int, group: Bytes) -> None:
-        self.store_many(slot, group[None])
+    def pin(self, mapping: Bytes) -> bool:
+        try:
+            with self._card:
+                self._cuda.runtime.hostRegister(address(mapping), mapping.nbytes, 0)
+        except RuntimeError:  # memory that may not be locked, or no more of it
+            return False
+        self._locked = mapping
+        return True
 
-    def store_many(self, first_slot: int, groups: Bytes) -> None:
-        size = self._layout.group_bytes
-        batch = len(self._staging[0]) // size
+    @property
+    def batch(self) -> int:
+        return int(self._staging.shape[1])
+
+    def staging(self, count: int) -> Bytes:
+        assert count <= self.batch
+        return self._staging[0, :count]
+
+    def fill(self, slots: Ints, groups: Bytes) -> int:
+        started = time.perf_counter_ns()
         with self._guard("write to"), self._card:
-            for turn, start in enumerate(range(0, len(groups), batch)):
-                part = groups[start : start + batch]
-                staging, staged = self._staging[turn % 2], self._staged[turn % 2]
-                staged.synchronize()
-                staging[: len(part) * size].reshape(part.shape)[:] = part
-                self._upload(self._memory["slots"].ptr + (first_slot + start) * size, staging[: len(part) * size])
-                staged.record(self._stream)
+            if inside(groups, self._staging):
+                self._scatter(slots, groups)
+            else:
+                for turn, start in enumerate(range(0, len(groups), self.batch)):
+                    part = groups[start : start + self.batch]
+                    staged, copied = self._staging[turn % 2, : len(part)], self._copied[turn % 2]
+                    copied.synchronize()
+                    staged[:] = part
+                    self._scatter(slots[start : start + self.batch], staged)
+                    copied.record(self._filling)
+            self._filled.record(self._filling)
+            self._filled.synchronize()
+        return time.perf_counter_ns() - started
+
+    def _scatter(self, slots: Ints, staged: Bytes) -> None:
+        """Enqueue copies of staged groups into slots, one for each run of neighbours: what costs is their number."""
+        base, size = self._memory["slots"].ptr, self._layout.group_bytes
+        for low, high in runs(slots):
+            self._upload(base + int(slots[low]) * size, staged[low:high], self._filling)
 
     def execute(
-        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+        self,
+        slots: Ints,
+        x: Floats,
+        sparse: bool,
+        out: Floats,
+        mask: Words | None = None,
+        fired: Words | None = None,
     ) -> tuple[int, int]:
         tokens, groups = len(x), len(slots)
         if groups == 0:
             out[:] = 0
             return 0, 0
         at, pinned = self._offsets, self._pinned
-        row = 4 * tokens * self._layout.hidden
+        x_ends, out_ends = at.x + x.nbytes, at.out + x.nbytes
+        passed = at.out - (groups * GROUP * tokens if sparse else 0)
         pinned[at.ids : at.ids + 4 * groups].view(np.int32)[:] = slots
         words = pinned[at.mask : at.mask + 4 * groups].view(np.uint32)
         words[:] = 0xFFFFFFFF if mask is None else mask
-        pinned[at.x : at.x + row].view(np.float32).reshape(x.shape)[:] = x
-        pinned[at.active : at.active + 8] = 0
+        x_straight = self._straight(x, _WORTH_A_COPY)
+        out_straight = self._straight(out, _WORTH_A_COPY if sparse else 0)
+        if not x_straight:
+            pinned[at.x : x_ends].view(np.float32).reshape(x.shape)[:] = x
         with self._guard("compute on"), self._card:
-            base = self._memory["activations"].ptr
-            self._begin.record(self._stream)
-            # ids, mask, x; then the zeroed counter.
-            self._upload(base + at.ids, pinned[at.ids : at.x + row])
-            self._upload(base + at.active, pinned[at.active : at.active + 8])
-            self._launch(groups, tokens, sparse)
-            self._download(pinned[at.active : at.out + row], base + at.active)
-            self._end.record(self._stream)
+            base, stream = self._memory["activations"].ptr, self._stream
+            self._begin.record(stream)
+            self._upload(base + at.ids, pinned[at.ids : at.mask + 4 * groups if x_straight else x_ends], stream)
+            if x_straight:
+                self._upload(base + at.x, x, stream)
+            self._launch(groups, tokens, sparse, base + passed)
+            if out_straight:
+                self._download(out, base + at.out)
+            if sparse or not out_straight:
+                self._download(pinned[passed : at.out if out_straight else out_ends], base + passed)
+            self._end.record(stream)
             self._end.synchronize()
             busy = round(self._cuda.get_elapsed_time(self._begin, self._end) * 1e6)
-        out[:] = pinned[at.out : at.out + row].view(np.float32).reshape(out.shape)
-        active = int(pinned[at.active : at.active + 8].view(np.uint64)[0])
-        return active if sparse else int(np.unpackbits(words.view(np.uint8)).sum()) * tokens, busy
+        if not out_straight:
+            out[:] = pinned[at.out : out_ends].view(np.float32).reshape(out.shape)
+        if not sparse:
+            if fired is not None:
+                fired[:] = words
+            return int(np.bitwise_count(words).sum()) * tokens, busy
+        whole = pinned[passed : at.out].view(np.bool_)
+        if fired is not None:
+            fired[:] = np.packbits(whole, bitorder="little").view(np.uint32)
+        return int(np.count_nonzero(whole)), busy
 
     def close(self) -> None:
+        if self._locked is not None:
+            with suppress(RuntimeError), self._card:  # after an error of the device every call of it fails
+                self._cuda.runtime.hostUnregister(address(self._locked))
+            self._locked = None
         self._memory = {}
 
-    def _launch(self, groups: int, tokens: int, sparse: bool) -> None:
+    def _straight(self, vectors: Floats, least: int) -> bool:
+        """Whether to copy `vectors`, if of `least` bytes, from or to where they lie."""
+        return self._locked is not None and vectors.nbytes >= least and inside(vectors, self._locked)
+
+    def _launch(self, groups: int, tokens: int, sparse: bool, passed_at: int) -> None:
         grids = launch.grids(self._layout, groups, tokens)
         at, base = self._offsets, self._memory["activations"].ptr
         slots, ids = np.uint64(self._memory["slots"].ptr), np.uint64(base + at.ids)
         mask, x = np.uint64(base + at.mask), np.uint64(base + at.x)
-        h, active, out = (np.uint64(base + offset) for offset in (at.h, at.active, at.out))
+        h, passed, out = np.uint64(base + at.h), np.uint64(passed_at), np.uint64(base + at.out)
         partials = np.uint64(self._memory["partials"].ptr) if grids.segments > 1 else out
         n, t = np.int32(groups), np.int32(tokens)
-        arguments = (slots, ids, mask, n, x, t, np.int32(sparse), h, active)
+        arguments = (slots, ids, mask, n, x, t, np.int32(sparse), h, passed)
         self._gate_up(grids.gate_up, _BLOCK, arguments, stream=self._stream)
         self._down(grids.down, _BLOCK, (slots, ids, n, h, partials), stream=self._stream)
         if grids.segments > 1:
             length = np.int32(tokens * self._layout.hidden)
             self._reduce(grids.reduce, _BLOCK, (partials, np.int32(grids.segments), length, out), stream=self._stream)
 
-    def _upload(self, to: int, data: Bytes) -> None:
+    def _upload(self, to: int, data: npt.NDArray[Any], stream: Any) -> None:
         runtime = self._cuda.runtime
-        runtime.memcpyAsync(to, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+        runtime.memcpyAsync(to, address(data), data.nbytes, runtime.memcpyHostToDevice, stream.ptr)
 
-    def _download(self, data: Bytes, source: int) -> None:
+    def _download(self, data: npt.NDArray[Any], source: int) -> None:
         runtime = self._cuda.runtime
-        runtime.memcpyAsync(data.ctypes.data, source, data.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
+        runtime.memcpyAsync(address(data), source, data.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
 
-    def _pin(self, size: int) -> Bytes:
+    def _pinned_bytes(self, size: int) -> Bytes:
         return np.frombuffer(self._cuda.alloc_pinned_memory(size), np.uint8, size)
 
     @contextmanager

@@ -5,15 +5,35 @@ neither layers nor owners: which group lies in which slot is the caller's book-k
 `host.py`; a new device implements `Device` and gets a name in `open_device`.
 """
 
-from typing import Protocol
+import bisect
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.memory import address
 
-__all__ = ["Bytes", "Device", "Floats", "Ints", "Ledger", "Words", "ensure_fits", "open_device", "slots_within"]
+__all__ = [
+    "STAGING_BYTES",
+    "Bytes",
+    "Device",
+    "Floats",
+    "Ints",
+    "Ledger",
+    "Words",
+    "ensure_fits",
+    "inside",
+    "open_device",
+    "runs",
+    "slots_within",
+]
+
+# What groups pass through on their way into slots.
+STAGING_BYTES = 8 << 20
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -24,7 +44,10 @@ Ledger = dict[str, int]
 
 
 class Device(Protocol):
-    """Calls come one at a time, `reserve` first and once; slot numbers are the caller's to get right."""
+    """`reserve` comes first and once; slot numbers are the caller's to get right, and arrays are contiguous.
+
+    Two threads may use a device at once: one calls `execute`, the other `fill`, never with the same slot.
+    """
 
     @property
     def name(self) -> str:
@@ -45,26 +68,46 @@ class Device(Protocol):
     def allocated(self) -> Ledger:
         """What is allocated, in bytes by purpose; equal to the ledger after `reserve`, empty before."""
 
-    def store(self, slot: int, group: Bytes) -> None:
-        """Copy a group, uint8 [group_bytes], into a slot."""
+    def pin(self, mapping: Bytes) -> bool:
+        """Lock a shared mapping in memory, so that vectors in it are copied without a detour where that is faster.
 
-    def store_many(self, first_slot: int, groups: Bytes) -> None:
-        """Copy groups, uint8 [n, group_bytes], into slots first_slot, first_slot + 1, ..."""
+        Returns whether it is locked; without, everything works all the same.
+        """
+
+    @property
+    def batch(self) -> int:
+        """How many groups `staging` gives at most, 1 or more."""
+
+    def staging(self, count: int) -> Bytes:
+        """Memory from which `fill` copies fastest, uint8 [count, group_bytes]: for the next call of `fill`."""
+
+    def fill(self, slots: Ints, groups: Bytes) -> int:
+        """Copy groups, uint8 [n, group_bytes], into `slots`, int32 [n], none of which is being executed.
+
+        Neighbouring slots are filled by one copy. Returns, once all lie there, the ns that it took.
+        """
 
     def execute(
-        self, slots: npt.NDArray[np.int32], x: Floats, sparse: bool, out: Floats, mask: Words | None = None
+        self,
+        slots: Ints,
+        x: Floats,
+        sparse: bool,
+        out: Floats,
+        mask: Words | None = None,
+        fired: Words | None = None,
     ) -> tuple[int, int]:
         """Set `out` [tokens, hidden] to the sum over the neurons of `slots` of their outputs for `x` [tokens, hidden].
 
         At most one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate is not positive
         contribute nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose
-        bits are 0. Returns (neurons computed, summed over the tokens: those whose gate passed if sparse, else all of
-        the mask, padding included; nanoseconds from the first copy to the device to the last one back). For the same
-        slots in the same order the result is the same to the bit.
+        bits are 0. `fired`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose gate
+        passed if sparse, else all of the mask, padding included. Returns (their number, summed over the tokens;
+        nanoseconds from the first copy to the device to the last one back). For the same slots in the same order the
+        result is the same to the bit.
         """
 
     def close(self) -> None:
-        """Free the device memory; idempotent."""
+        """Free the device memory; idempotent, also after an error."""
 
 
 def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
@@ -78,15 +121,33 @@ def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
 
 
 def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: int, most: int) -> int:
-    """The most slots, up to `most`, whose ledger stays within `budget` bytes."""
-    fixed = sum(device.ledger(layout, 0, max_tokens).values())
-    slots = min(most, (budget - fixed) // layout.group_bytes)
-    if slots < 1:
+    """The most slots, up to `most` >= 1, whose ledger stays within `budget` bytes.
+
+    Raises ResourceError if not even one does.
+    """
+
+    def needed(slots: int) -> int:
+        return sum(device.ledger(layout, slots, max_tokens).values())
+
+    if needed(1) > budget:
         raise ResourceError(
-            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons "
-            f"({(fixed + layout.group_bytes) / 1e6:.1f} MB are needed at least): pass a larger --vram-budget, or --gpu none"
+            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons ({needed(1) / 1e6:.1f} MB are needed at "
+            "least): pass a larger --vram-budget, or --gpu none"
         )
-    return slots
+    # A ledger grows with the slots, but not evenly: a layer's groups are as many as are ever computed at once.
+    return bisect.bisect_right(range(2, most + 1), budget, key=needed) + 1
+
+
+def runs(slots: Ints) -> Iterator[tuple[int, int]]:
+    """(low, high) of each stretch of `slots` that lie one after the other."""
+    bounds = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+    return pairwise(bounds) if len(slots) else iter(())
+
+
+def inside(array: npt.NDArray[Any], region: Bytes) -> bool:
+    """Whether `array` lies contiguously in `region`."""
+    offset = address(array) - address(region)
+    return 0 <= offset <= region.nbytes - array.nbytes and array.flags.c_contiguous
 
 
 def open_device(name: str) -> Device:

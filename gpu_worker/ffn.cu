@@ -149,10 +149,10 @@ __device__ __forceinline__ float activate(float gate) {
 
 // One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
 // slots [slot][GROUP_BYTES], ids [groups], mask [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
-// active += the (neuron, token) pairs computed, counted when sparse.
+// When sparse, passed [groups * 32][tokens] tells which were computed: a byte each, so that no warp waits for another.
 extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __restrict__ ids,
                                    const unsigned* __restrict__ mask, int groups, const float* __restrict__ x,
-                                   int tokens, int sparse, float* __restrict__ h, unsigned long long* active) {
+                                   int tokens, int sparse, float* __restrict__ h, byte* __restrict__ passed) {
     const int lane = threadIdx.x % 32;
     const int job = static_cast<int>(blockIdx.x) * WARPS + static_cast<int>(threadIdx.x) / 32;
     if (job >= groups * GROUP * tokens) return;
@@ -161,14 +161,18 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     const byte* bundle = group + neuron % GROUP * BUNDLE_BYTES;
     const float* input = x + static_cast<long long>(token) * HIDDEN;
     float value = 0;
+    bool whole = false;
     if (mask[neuron / GROUP] >> neuron % GROUP & 1) {
         const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
         if (!sparse || !(gate <= 0)) {  // a NaN passes, to be seen in the output
             value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
-            if (sparse && lane == 0) atomicAdd(active, 1ull);
+            whole = true;
         }
     }
-    if (lane == 0) h[static_cast<long long>(token) * groups * GROUP + neuron] = value;
+    if (lane == 0) {
+        h[static_cast<long long>(token) * groups * GROUP + neuron] = value;
+        if (sparse) passed[job] = whole;
+    }
 }
 
 // Block (tile, segment, token) sums 32 units of columns over groups segment * WARPS + warp, + segments * WARPS, ...

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.device import Bytes, Floats, Ledger, Words, ensure_fits
+from warmfront.gpu_worker.arithmetic import Room, add_masked, add_whole
+from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, runs
 from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.ffn import bundles_at, dense_groups, list_masked, listed_neurons, scratch_floats
+from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.gemm import LANES
-from warmfront.shared.kernels import quantise, quantised_bytes
+from warmfront.shared.jit import compile_for
+from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous
 from warmfront.shared.topology import read_topology
 
@@ -49,79 +51,66 @@ class HostDevice:
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
-        self._layout = layout
         self._memory = {purpose: anonymous(size, huge=purpose == "slots") for purpose, size in plan.items()}
-        floats = self._memory["activations"].view(np.float32)
-        self._x, self._sums = np.split(floats, 2)
-        partials = self._memory["partials"]
-        neurons = layout.groups * GROUP
-        self._listed = partials[: 4 * neurons].view(np.int32)
-        self._quantised_at = address(partials[4 * neurons :])
-        self._scratch_at = self._quantised_at + quantised_bytes(layout.hidden)
-        self._bundles = bundles_at(address(self._memory["slots"]), layout, activation)
+        self._group_bytes = layout.group_bytes
+        self._staging = anonymous(max(1, STAGING_BYTES // layout.group_bytes) * layout.group_bytes)
+        x_at, partials = address(self._memory["activations"]), self._memory["partials"]
+        listed_bytes = 4 * layout.groups * GROUP
+        self._listed = partials[:listed_bytes].view(np.int32)
+        quantised_at = address(partials) + listed_bytes
+        self._room = Room(
+            bundles=bundles_at(address(self._memory["slots"]), layout, activation),
+            x_at=x_at,
+            sums_at=x_at + plan["activations"] // 2,
+            quantised_at=quantised_at,
+            scratch_at=quantised_at + quantised_bytes(layout.hidden),
+        )
+        # What stands for a mask of everything, for bits that nobody asked for, and for a profile that is not made.
+        self._every, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)
+        self._no_firing = np.zeros((0, GROUP, 0), np.uint16)
+        vectors, words = np.zeros((1, layout.hidden), np.float32), self._every
+        none = np.zeros(0, np.int32)
+        compile_for(add_masked, self._room, none, self._listed, vectors, True, vectors, words, words)
+        compile_for(add_whole, self._room, none, vectors, vectors, self._no_firing)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
 
-    def store(self, slot: int, group: Bytes) -> None:
-        self.store_many(slot, group[None])
+    def pin(self, mapping: Bytes) -> bool:
+        return False
 
-    def store_many(self, first_slot: int, groups: Bytes) -> None:
-        size = self._layout.group_bytes
-        start = first_slot * size
-        self._memory["slots"][start : start + groups.nbytes] = groups.reshape(-1)
-
-    batch = 16
-
-    def pin(self, mapping: Bytes) -> None:
-        pass
+    @property
+    def batch(self) -> int:
+        return len(self._staging) // self._group_bytes
 
     def staging(self, count: int) -> Bytes:
-        return np.empty((count, self._layout.group_bytes), np.uint8)
+        assert count <= self.batch
+        return self._staging[: count * self._group_bytes].reshape(count, -1)
 
-    def fill(self, slots: npt.NDArray[np.int32], groups: Bytes) -> int:
-        for slot, group in zip(slots, groups, strict=True):
-            self.store(int(slot), group)
-        return 0
+    def fill(self, slots: Ints, groups: Bytes) -> int:
+        started = time.perf_counter_ns()
+        places = self._memory["slots"].reshape(-1, self._group_bytes)
+        for low, high in runs(slots):
+            first = int(slots[low])
+            places[first : first + high - low] = groups[low:high]
+        return time.perf_counter_ns() - started
 
     def execute(
         self,
-        slots: npt.NDArray[np.int32],
+        slots: Ints,
         x: Floats,
         sparse: bool,
         out: Floats,
         mask: Words | None = None,
         fired: Words | None = None,
     ) -> tuple[int, int]:
-        start = time.perf_counter_ns()
-        tokens, hidden = len(x), self._layout.hidden
-        b, x_at, sums_at = self._bundles, address(self._x), address(self._sums)
-        self._sums[:] = 0
-        if sparse or mask is not None or tokens == 1:
-            words = np.full(len(slots), 0xFFFFFFFF, np.uint32) if mask is None else mask
-            count = list_masked(words, len(slots), self._listed)
-            computed = 0
-            bits = np.zeros(len(slots), np.uint32) if fired is None else fired
-            for token in range(tokens):
-                self._x[:hidden], self._sums[:hidden] = x[token], 0
-                q_at = quantise(x_at, self._quantised_at, hidden)
-                computed += listed_neurons(
-                    b, slots, self._listed, 0, count, sparse, x_at, q_at, sums_at, self._scratch_at, bits
-                )
-                out[token] = self._sums[:hidden]
+        started = time.perf_counter_ns()
+        if len(x) == 1 or sparse or mask is not None:
+            words, bits = self._every if mask is None else mask, self._ignored if fired is None else fired
+            computed = add_masked(self._room, slots, self._listed, x, sparse, out, words, bits)
         else:
-            panels = -(-tokens // LANES)
-            padded = np.zeros((panels * LANES, hidden), np.float32)
-            padded[:tokens] = x
-            size = padded.size
-            self._x[:size] = padded.reshape(panels, LANES, hidden).transpose(0, 2, 1).ravel()
-            dense_groups(
-                b, slots, 0, len(slots), x_at, panels, sums_at, self._scratch_at, slots, np.zeros((0, 32, 0), np.uint16)
-            )
-            wide = self._sums[:size].reshape(panels, hidden, LANES).transpose(0, 2, 1).reshape(-1, hidden)
-            out[:] = wide[:tokens]
-            computed = len(slots) * GROUP * tokens
-        return computed, time.perf_counter_ns() - start
+            computed = add_whole(self._room, slots, x, out, self._no_firing)
+        return computed, time.perf_counter_ns() - started
 
     def close(self) -> None:
         self._memory = {}

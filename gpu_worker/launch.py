@@ -2,11 +2,11 @@
 
 The workspace is one block of device memory, each part on a 256-byte boundary:
 
-    ids    i32 [max_groups]              `.
-    mask   u32 [max_groups]                | one copy to the device
-    x      f32 [max_tokens, hidden]       -'
-    active u64                           `-. one copy back
-    out    f32 [max_tokens, hidden]       -'
+    ids    i32 [max_groups]                   `.
+    mask   u32 [max_groups]                     | one copy to the device
+    x      f32 [max_tokens, hidden]            -'
+    passed u8  [max_groups * 32 * max_tokens] `-. one copy back; `passed` is used at its end, so that `out` follows
+    out    f32 [max_tokens, hidden]            -'
     h      f32 [max_tokens, max_groups * 32]
 """
 
@@ -45,7 +45,7 @@ class Workspace(NamedTuple):
     ids: int
     mask: int
     x: int
-    active: int
+    passed: int
     out: int
     h: int
     total: int
@@ -92,7 +92,8 @@ def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
 def workspace(layout: BundleLayout, max_groups: int, max_tokens: int) -> Workspace:
     """Where the parts of the workspace lie for launches of up to `max_groups` groups."""
     row = 4 * max_tokens * layout.hidden
-    sizes = (4 * max_groups, 4 * max_groups, row, _ALIGNMENT, row, 4 * max_tokens * max_groups * GROUP)
+    pairs = max_groups * GROUP * max_tokens
+    sizes = (4 * max_groups, 4 * max_groups, row, pairs, row, 4 * pairs)
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)

@@ -63,9 +63,10 @@ class EngineConfig:
     core); vram_budget: bytes of device memory for the GPU worker; policy: how neurons move between the workers; plan:
     a file of `warmfront plan` to begin with; context: tokens that the KV cache holds; measure: compare the selected
     neurons with those that fire, on one token of 64; verify: check for every token that each selected neuron was
-    computed exactly once; trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than
-    they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the gates, and the recall
-    by mass that its thresholds are calibrated for.
+    computed exactly once; look_ahead: predict a layer's neurons from the input of the one before, beside its work;
+    trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4",
+    an emulation. For the selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds
+    are calibrated for.
     """
 
     dtype: str = "auto"
@@ -81,6 +82,7 @@ class EngineConfig:
     context: int | None = None
     measure: bool = False
     verify: bool = False
+    look_ahead: bool = False
     trace: str | None = None
     slow: str | None = None
 

@@ -20,7 +20,7 @@ __all__ = ["cache_is_cold", "compile_for", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PACKAGES = ("shared", "coordinator", "cpu_worker")
+_PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
 _IMPORT = re.compile(r"^from warmfront\.(\w+)\.(\w+) import", re.MULTILINE)
 # Caches that are kept, so that two installations do not make each other compile anew.
 _KEPT = 4

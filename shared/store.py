@@ -8,9 +8,11 @@ Tensors:
                                          up to a multiple of 32; absent in models without predictors (`model.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
-Metadata (strings): format, order (an id, if the neurons were put in order), spec (JSON of ModelSpec), kinds (JSON: name ->
-weight type of each U8 matrix; `gate` and `down` for the bundles), text (JSON: chat template, end-of-text ids and the
-like).
+    profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
+                                         text that it was counted on (absent until then: `coordinator/profile.py`)
+Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
+`down` for the bundles), text (JSON: chat template, end-of-text ids and the like), profile (JSON: what it was counted
+on), order (which order the neurons are in; absent: the makers'). The rows of ffn, fc2 and profile are in that order.
 
 The file is read with plain reads into memory that the reader placed, not mapped: so pages lie on the reader's NUMA
 node and can be huge.
@@ -38,8 +40,9 @@ FORMAT = "warmfront-4"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the file: its shape, its extent in bytes and, for packed rows, its weight type."""
+    """One tensor of the file: its element type, shape and extent in bytes and, for packed rows, its weight type."""
 
+    element: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -64,6 +67,7 @@ class PackedModel:
             self.spec = ModelSpec.from_json(metadata["spec"])
             self.text: dict[str, Any] = json.loads(metadata["text"])
             self.order: str = metadata.get("order", "")
+            self.profile: dict[str, Any] = json.loads(metadata.get("profile", "{}"))
             self.layout = BundleLayout(
                 hidden=self.spec.hidden,
                 ffn=self.spec.ffn,
@@ -89,7 +93,7 @@ class PackedModel:
     def _entry(self, name: str, fields: dict[str, Any], start: int, kinds: dict[str, int]) -> Entry:
         first, last = fields["data_offsets"]
         kind = Kind(kinds[name]) if name in kinds else None
-        return Entry(tuple(fields["shape"]), start + first, last - first, kind)
+        return Entry(fields["dtype"], tuple(fields["shape"]), start + first, last - first, kind)
 
     def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Fill `out` (contiguous bytes) from byte `start` of tensor `name`."""

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.packer import ensure_packed, published
 from warmfront.coordinator.source import open_source
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
@@ -383,6 +383,26 @@ def refuse_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool) -> None:
+    """Whole, or not at all; a leftover of a run that was killed does not matter."""
+    if not nameless:
+        refuse_nameless_files(monkeypatch)
+    target = tmp_path / "model.safetensors"
+    for text in (b"first", b"second"):
+        with target.open("rb") if target.exists() else contextlib.nullcontext() as old:
+            if old is not None:
+                target.with_suffix(".partial").write_bytes(b"left over")
+            with published(target) as fd:
+                os.write(fd, text)
+            assert target.read_bytes() == text
+            assert old is None or old.read() == b"first"
+    with pytest.raises(ZeroDivisionError), published(target) as fd:
+        os.write(fd, bytes(1 // 0))
+    assert target.read_bytes() == b"second"
+    assert list(tmp_path.glob("model*")) == [target]
 
 
 def test_a_kill_while_writing_leaves_nothing(folder: Path, models: Path) -> None:

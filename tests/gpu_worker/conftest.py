@@ -2,8 +2,9 @@
 
 The reference decodes packed rows weight by weight in float64, from the layout that shared/weights.py states. The
 stand-in has just the calls of CuPy that `CudaDevice` makes, over host memory, and runs the kernels of ffn.cu compiled
-for the CPU (cuda_on_cpu.cpp) under the undefined-behaviour sanitizer, which reports misaligned loads. What passes on it
-has run on no card.
+for the CPU (cuda_on_cpu.cpp) under the undefined-behaviour sanitizer, which reports misaligned loads. What is enqueued
+on a stream is put off until an event behind it is waited for: who reads or overwrites too early gets wrong numbers.
+What passes on it has run on no card.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,33 +89,35 @@ class Case:
         x = rng.normal(size=(tokens, layout.hidden)).astype(np.float32)
         return cls(layout, activation, groups, x)
 
+    def _rows(self, picked: list[int], offset: int, kind: Kind) -> Doubles:
+        """The rows at `offset` of the bundles of the picked groups: [neurons, hidden]."""
+        layout, groups = self.layout, self.groups[picked]
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
+        rows = np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
+        if kind == Kind.Q4C:
+            tails = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden].copy().view(np.float16)
+            parts = tails.astype(np.float64).reshape(-1, 2, layout.hidden)
+            scale, minimum = np.repeat(parts, GROUP, 0).swapaxes(0, 1)
+            rows = rows * scale + minimum
+        return rows
+
     def expect(
         self, picked: list[int], sparse: bool, chosen: npt.NDArray[np.bool_] | None = None
-    ) -> tuple[Doubles, int]:
-        """The output of the picked groups (of their `chosen` neurons) and the (neuron, token) pairs computed."""
-        layout = self.layout
-        groups = self.groups[picked]
-        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
-
-        def matrix(offset: int, kind: Kind) -> Doubles:
-            rows = np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
-            if kind == Kind.Q4C:
-                tails = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden].copy().view(np.float16)
-                scale, minimum = np.repeat(tails.astype(np.float64).reshape(-1, 2, layout.hidden), GROUP, 0).swapaxes(
-                    0, 1
-                )
-                rows = rows * scale + minimum
-            return rows
-
-        x = self.x.astype(np.float64)
-        gates = x @ matrix(0, layout.gate_kind).T
-        h = np.vectorize(ACTIVATE[self.activation])(gates) * (x @ matrix(layout.up_offset, layout.gate_kind).T)
+    ) -> tuple[Doubles, npt.NDArray[np.bool_]]:
+        """The output of the picked groups (of their `chosen` neurons), and who was computed: [tokens, neurons]."""
+        layout, x = self.layout, self.x.astype(np.float64)
+        gates = x @ self._rows(picked, 0, layout.gate_kind).T
+        ups = x @ self._rows(picked, layout.up_offset, layout.gate_kind).T
         visited = np.ones(gates.shape, bool) if chosen is None else np.broadcast_to(chosen, gates.shape)
         if sparse:
             visited = visited & (gates > 0)
-        h[~visited] = 0
-        computed = int(visited.sum())
-        return h @ matrix(layout.down_offset, layout.down_kind), computed
+        h = np.where(visited, np.vectorize(ACTIVATE[self.activation])(gates) * ups, 0)
+        return h @ self._rows(picked, layout.down_offset, layout.down_kind), visited
+
+
+def bits_of(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """The neurons of a mask, one after the other."""
+    return np.array([word >> bit & 1 for word in words.tolist() for bit in range(GROUP)], bool)
 
 
 @pytest.fixture
@@ -122,8 +126,8 @@ def random_case() -> Callable[[BundleLayout, str, int], Case]:
 
 
 @pytest.fixture
-def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """`import cupy` gives the stand-in."""
+def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`import cupy` gives the stand-in. It notes `copies`, (to, from, bytes, stream), and what is `locked`, (at, bytes)."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
 
@@ -134,21 +138,54 @@ def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
             self._bytes = np.full(size + 64, 0xFF, np.uint8)
             self.ptr = self._bytes.ctypes.data + -self._bytes.ctypes.data % 64
 
+    class Stream:
+        """What is enqueued waits in `later` until somebody waits for an event."""
+
+        def __init__(self, non_blocking: bool) -> None:
+            assert non_blocking
+            self.ptr = len(streams)
+            self.later: deque[Callable[[], object]] = deque()
+            self.enqueued = self.done = 0
+            streams.append(self)
+
+        def enqueue(self, work: Callable[[], object]) -> None:
+            self.later.append(work)
+            self.enqueued += 1
+
+        def run(self, until: int) -> None:
+            while self.done < until:
+                self.later.popleft()()
+                self.done += 1
+
     class Event:
-        def __init__(self, disable_timing: bool = False) -> None: ...
-        def record(self, stream: object) -> None: ...
-        def synchronize(self) -> None: ...
+        def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+            self._recorded: tuple[Stream, int] | None = None
+
+        def record(self, stream: Stream) -> None:
+            self._recorded = stream, stream.enqueued
+
+        def synchronize(self) -> None:
+            if self._recorded is not None:
+                stream, until = self._recorded
+                stream.run(until)
+
+    streams: list[Stream] = []
+
+    def copy(to: int, source: int, size: int, kind: int, stream: int) -> None:
+        module.copies.append((to, source, size, stream))
+        streams[stream].enqueue(lambda: ctypes.memmove(to, source, size))
 
     class Kernel:
         def __init__(self, function: Any) -> None:
             self._function = function
 
         def __call__(
-            self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: object
+            self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: Stream
         ) -> None:
             assert block == (256, 1, 1)
             types = {np.uint64: ctypes.c_void_p, np.int32: ctypes.c_int}
-            self._function((ctypes.c_uint * 3)(*grid), *(types[type(arg)](int(arg)) for arg in args))
+            values = [types[type(arg)](int(arg)) for arg in args]
+            stream.enqueue(lambda: self._function((ctypes.c_uint * 3)(*grid), *values))
 
     class RawModule:
         def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
@@ -166,7 +203,9 @@ def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         getDeviceCount=lambda: 1,
         getDeviceProperties=lambda index: {"name": b"CPU stand-in"},
         memGetInfo=lambda: (1 << 26, 1 << 26),
-        memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
+        memcpyAsync=copy,
+        hostRegister=lambda at, size, flags: module.locked.append((at, size)),
+        hostUnregister=lambda at: module.locked.remove(next(part for part in module.locked if part[0] == at)),
         memcpyHostToDevice=1,
         memcpyDeviceToHost=2,
     )
@@ -176,13 +215,14 @@ def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         def __enter__(self) -> None: ...
         def __exit__(self, *error: object) -> None: ...
 
-    module = ModuleType("cupy")
-    module.RawModule = RawModule  # type: ignore[attr-defined]
-    module.cuda = SimpleNamespace(  # type: ignore[attr-defined]
+    module: Any = ModuleType("cupy")
+    module.copies, module.locked = [], []
+    module.RawModule = RawModule
+    module.cuda = SimpleNamespace(
         runtime=runtime,
         Device=Device,
         Event=Event,
-        Stream=lambda non_blocking: SimpleNamespace(ptr=0),
+        Stream=Stream,
         memory=SimpleNamespace(Memory=Memory),
         alloc_pinned_memory=bytearray,
         get_elapsed_time=lambda begin, end: 0.5,

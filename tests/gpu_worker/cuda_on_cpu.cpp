@@ -68,7 +68,6 @@ static unsigned __ballot_sync(unsigned, bool vote) {
 }
 static void __syncthreads() { meet(block_meeting, THREADS); }
 static int __ffs(int bits) { return __builtin_ffs(bits); }
-static void atomicAdd(unsigned long long* to, unsigned long long value) { *to += value; }
 static float __uint_as_float(unsigned bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 static float half_to_float(unsigned short bits) { _Float16 value; std::memcpy(&value, &bits, 2); return value; }
 
@@ -105,8 +104,8 @@ static void launch(const unsigned* grid, std::function<void()> body) {
 }
 
 extern "C" void run_gate_up(const unsigned* grid, const byte* slots, const int* ids, const unsigned* mask, int groups,
-                            const float* x, int tokens, int sparse, float* h, unsigned long long* active) {
-    launch(grid, [=] { gate_up(slots, ids, mask, groups, x, tokens, sparse, h, active); });
+                            const float* x, int tokens, int sparse, float* h, byte* passed) {
+    launch(grid, [=] { gate_up(slots, ids, mask, groups, x, tokens, sparse, h, passed); });
 }
 extern "C" void run_down(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* h,
                          float* out) {

@@ -3,6 +3,7 @@
 Run: pytest tests/gpu_worker/test_cuda.py            (add -m gpu on a machine with a card and CuPy)
 """
 
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.gpu_worker.conftest import bits_of
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.cuda import CudaDevice
-from warmfront.gpu_worker.device import Device, open_device
+from warmfront.gpu_worker.device import Device, open_device, slots_within
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.model import ACTIVATIONS
@@ -37,35 +39,57 @@ def layout_of(gate: Kind, down: Kind, groups: int) -> BundleLayout:
     return BundleLayout(hidden=288, ffn=groups * 32, gate_kind=gate, down_kind=down)
 
 
+def reserve(device: Device, case: Any) -> None:
+    """Three slots more than groups; group 0 in slot 0, the others from slot 2 on."""
+    layout = case.layout
+    device.reserve(layout, ACTIVATIONS.index(case.activation), layout.groups + 3, len(case.x))
+    device.fill(np.array([0, *range(2, layout.groups + 1)], np.int32), case.groups)
+
+
+def places_of(picked: list[int]) -> Any:
+    return np.array([group + 1 if group else 0 for group in picked], np.int32)
+
+
+def assert_close(out: Any, expected: Any) -> None:
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 def check(device: Device, case: Any, sparse: bool) -> None:
     """Groups in scattered slots, computed twice: right, counted and the same to the bit."""
-    layout = case.layout
-    slots = layout.groups + 3
-    plan = device.ledger(layout, slots, len(case.x))
-    device.reserve(layout, ACTIVATIONS.index(case.activation), slots, len(case.x))
+    plan = device.ledger(case.layout, case.layout.groups + 3, len(case.x))
+    reserve(device, case)
     assert device.allocated() == plan
-    device.store_many(2, case.groups[1:])
-    device.store(0, case.groups[0])
-    picked = [*range(layout.groups - 1, 0, -2), 0]
-    places = np.array([group + 1 if group else 0 for group in picked], np.int32)
+    picked = [*range(case.layout.groups - 1, 0, -2), 0]
+    places = places_of(picked)
     first, second = np.full((2, *case.x.shape), np.nan, np.float32)
     computed, nanoseconds = device.execute(places, case.x, sparse, first)
     assert device.execute(places, case.x, sparse, second)[0] == computed
-    expected, pairs = case.expect(picked, sparse)
-    np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    expected, visited = case.expect(picked, sparse)
+    assert_close(first, expected)
     assert first.tobytes() == second.tobytes()
-    assert computed == pairs
+    assert computed == visited.sum()
     assert nanoseconds > 0
     mask = np.resize(np.array([0x80000001, 0, 0xFFFFFFFF, 0x00F0], np.uint32), len(places))
-    chosen = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
-    expected, pairs = case.expect(picked, sparse, chosen)
-    assert device.execute(places, case.x, sparse, first, mask)[0] == pairs
-    np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    expected, visited = case.expect(picked, sparse, bits_of(mask))
+    assert device.execute(places, case.x, sparse, first, mask)[0] == visited.sum()
+    assert_close(first, expected)
+    check_fired(device, case, sparse, picked, mask)
     assert device.execute(places[:0], case.x, sparse, first) == (0, 0)
     assert not first.any()
     device.close()
     device.close()
     assert device.allocated() == {}
+
+
+def check_fired(device: Device, case: Any, sparse: bool, picked: list[int], mask: Any) -> None:
+    """Of the first token alone, with and without a mask."""
+    x, out = case.x[:1], np.empty_like(case.x[:1])
+    for given, chosen in ((None, None), (mask, bits_of(mask))):
+        fired = np.full(len(picked), 0xDEADBEEF, np.uint32)
+        computed, _ = device.execute(places_of(picked), x, sparse, out, given, fired)
+        _, visited = case.expect(picked, sparse, chosen)
+        assert (bits_of(fired) == visited[0]).all()
+        assert computed == visited[0].sum()
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -92,10 +116,142 @@ def test_many_tokens_on_cpu(random_case: MakeCase, cpu_cupy: ModuleType, activat
     check(CudaDevice(0), random_case(layout_of(Kind.F16, Kind.Q4, 3), activation, 17), activation == "relu")
 
 
-def test_staging_ring_on_cpu(random_case: MakeCase, cpu_cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_ring_on_cpu(random_case: MakeCase, cpu_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More groups than both staging buffers hold."""
-    monkeypatch.setattr("warmfront.gpu_worker.cuda._STAGING_BYTES", 0)
+    monkeypatch.setattr("warmfront.gpu_worker.cuda.STAGING_BYTES", 0)
     check(CudaDevice(0), random_case(layout_of(Kind.Q8, Kind.Q8, 6), "silu", 1), False)
+
+
+def test_filling_on_cpu(random_case: MakeCase, cpu_cupy: Any) -> None:
+    """From the staging without another copy, one copy for each run of neighbours, on a stream of its own."""
+    case = random_case(layout_of(Kind.Q8, Kind.Q4C, 9), "relu", 1)
+    device = CudaDevice(0)
+    reserve(device, case)
+    assert device.batch == (8 << 20) // case.layout.group_bytes
+    picked, size = [8, 7, 3, 4, 5], case.layout.group_bytes
+    staged = device.staging(5)
+    staged[:] = case.groups[picked]
+    cpu_cupy.copies.clear()
+    # Slots 6 and 7, then 1, then 11 and 10, which are no run.
+    slots = np.array([6, 7, 1, 11, 10], np.int32)
+    assert device.fill(slots, staged) > 0
+    sources = [(source - staged.ctypes.data, nbytes) for _, source, nbytes, _ in cpu_cupy.copies]
+    assert sources == [(0, 2 * size), (2 * size, size), (3 * size, size), (4 * size, size)]
+    filling = {stream for *_, stream in cpu_cupy.copies}
+    out = np.empty_like(case.x)
+    device.execute(slots, case.x, True, out)
+    assert_close(out, case.expect(picked, True)[0])
+    assert len(filling) == 1
+    assert filling.isdisjoint(stream for *_, stream in cpu_cupy.copies[4:])
+
+
+@pytest.mark.parametrize("rounds", [10])
+def test_filling_while_computing_on_cpu(random_case: MakeCase, cpu_cupy: Any, rounds: int) -> None:
+    """Two threads, different slots: neither sees the other."""
+    case = random_case(layout_of(Kind.F16, Kind.F16, 6), "relu", 1)
+    device = CudaDevice(0)
+    reserve(device, case)
+    errors: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            for turn in range(rounds):
+                group = turn % 6
+                staged = device.staging(1)
+                staged[0] = case.groups[group]
+                device.fill(np.array([7], np.int32), staged)
+                device.fill(np.array([8, 1], np.int32), case.groups[[group, group]])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    expected, _ = case.expect([1, 2, 3], True)
+    out = np.empty_like(case.x)
+    for _ in range(rounds):
+        device.execute(places_of([1, 2, 3]), case.x, True, out)
+        assert_close(out, expected)
+    thread.join()
+    assert not errors
+    device.execute(np.array([7, 8, 1], np.int32), case.x, True, out)
+    assert_close(out, case.expect([(rounds - 1) % 6] * 3, True)[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("worth", [0, 1 << 30])
+def test_vectors_of_a_pinned_board_on_cpu(
+    random_case: MakeCase, cpu_cupy: Any, monkeypatch: pytest.MonkeyPatch, worth: int, sparse: bool
+) -> None:
+    """Large ones are copied from and to where they lie, small ones only where that costs no copy more."""
+    monkeypatch.setattr("warmfront.gpu_worker.cuda._WORTH_A_COPY", worth)
+    case = random_case(layout_of(Kind.F16, Kind.F32, 3), "relu", 1)
+    device = CudaDevice(0)
+    reserve(device, case)
+    board = np.zeros(1 << 14, np.uint8)
+    assert device.pin(board)
+    assert cpu_cupy.locked == [(board.ctypes.data, 1 << 14)]
+    x, out = (board[at : at + case.x.nbytes].view(np.float32).reshape(case.x.shape) for at in (128, 8192))
+    x[:], out[:] = case.x, np.nan
+    cpu_cupy.copies.clear()
+    device.execute(places_of([0, 1, 2]), x, sparse, out)
+    assert_close(out, case.expect([0, 1, 2], sparse)[0])
+    from_board = [source for _, source, _, _ in cpu_cupy.copies if source == x.ctypes.data]
+    to_board = [to for to, _, _, _ in cpu_cupy.copies if to == out.ctypes.data]
+    assert len(from_board) == (worth == 0)
+    assert len(to_board) == (worth == 0 or not sparse)
+    assert len(cpu_cupy.copies) == 2 + (worth == 0) * (1 + sparse)
+    device.close()
+    assert cpu_cupy.locked == []
+
+
+def test_a_board_that_cannot_be_pinned_on_cpu(random_case: MakeCase, cpu_cupy: Any) -> None:
+    case = random_case(layout_of(Kind.F16, Kind.F32, 3), "relu", 1)
+    device = CudaDevice(0)
+    reserve(device, case)
+    cpu_cupy.cuda.runtime.hostRegister = fail
+    out = np.full(case.x.shape, np.nan, np.float32)
+    assert not device.pin(out.view(np.uint8).reshape(-1))
+    device.execute(places_of([0, 2]), case.x, False, out)
+    assert_close(out, case.expect([0, 2], False)[0])
+    device.close()
+
+
+def fail(*_arguments: object) -> None:
+    raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access\nwas encountered")
+
+
+def test_errors_of_the_device_on_cpu(random_case: MakeCase, cpu_cupy: Any) -> None:
+    """One line of ours; afterwards the device can be closed, though its calls fail."""
+    case = random_case(layout_of(Kind.F16, Kind.F32, 3), "relu", 1)
+    device = CudaDevice(0)
+    reserve(device, case)
+    assert device.pin(np.zeros(4096, np.uint8))
+    cpu_cupy.cuda.runtime.memcpyAsync = cpu_cupy.cuda.runtime.hostUnregister = fail
+    line = "^cuda:0 CPU stand-in: cannot {} the device: cudaErrorIllegalAddress: an illegal memory access$"
+    with pytest.raises(ResourceError, match=line.format("write to")):
+        device.fill(np.array([1], np.int32), case.groups[:1])
+    with pytest.raises(ResourceError, match=line.format("compute on")):
+        device.execute(places_of([0]), case.x, False, np.empty_like(case.x))
+    device.close()
+    device.close()
+    assert device.allocated() == {}
+
+
+@pytest.mark.parametrize("most", [1, 5, 40])
+def test_slots_within_a_budget_on_cpu(cpu_cupy: Any, most: int) -> None:
+    """The ledger of one slot more would not fit; it does not grow evenly."""
+    device, layout = CudaDevice(0), layout_of(Kind.Q4, Kind.Q4, 8)
+    sums = [sum(device.ledger(layout, slots, 16).values()) for slots in range(most + 1)]
+    for budget in range(sums[1], sums[-1] + 9000, 4001):
+        best = max(slots for slots in range(1, most + 1) if sums[slots] <= budget)
+        assert slots_within(device, layout, budget, 16, most) == best
+    with pytest.raises(ResourceError) as refusal:
+        slots_within(device, layout, sums[1] - 1, 16, most)
+    megabytes = f"{sums[1] / 1e6:.1f} MB"
+    assert str(refusal.value) == (
+        f"a VRAM budget of {megabytes} holds no group of neurons ({megabytes} are needed at least): "
+        "pass a larger --vram-budget, or --gpu none"
+    )
 
 
 def test_too_many_slots_on_cpu(cpu_cupy: ModuleType) -> None:
@@ -142,5 +298,6 @@ def test_buffers_cover_every_launch(hidden: int) -> None:
         assert grids.reduce[0] * 256 >= tokens * hidden
         assert segments == 1 or segments * tokens <= rows
     at = launch.workspace(layout, layout.groups, 129)
-    sizes = (4 * layout.groups, 4 * layout.groups, 4 * 129 * hidden, 8, 4 * 129 * hidden, 4 * 129 * layout.groups * 32)
+    pairs = 129 * layout.groups * 32
+    sizes = (4 * layout.groups, 4 * layout.groups, 4 * 129 * hidden, pairs, 4 * 129 * hidden, 4 * pairs)
     assert all(start % 256 == 0 and start + size <= end for start, size, end in zip(at, sizes, at[1:], strict=False))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.gpu_worker.conftest import bits_of
 from warmfront.gpu_worker.device import open_device
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.shared.bundle import BundleLayout
@@ -34,11 +35,10 @@ QUANTISED, BFLOAT = 2e-4, 2e-2
 
 
 def filled(case: Any, slots: int = 10) -> HostDevice:
-    """Group g in slot g + 2, in two stores."""
+    """Group g in slot g + 2."""
     device = HostDevice()
     device.reserve(case.layout, ACTIVATIONS.index(case.activation), slots, len(case.x))
-    device.store(2, case.groups[0])
-    device.store_many(3, case.groups[1:])
+    device.fill(np.arange(2, 2 + len(case.groups), dtype=np.int32), case.groups)
     return device
 
 
@@ -55,13 +55,13 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     device = filled(case)
     out = np.full(case.x.shape, np.nan, np.float32)
     computed, nanoseconds = device.execute(np.array(picked, np.int32) + 2, case.x, sparse, out)
-    expected, pairs = case.expect(picked, sparse)
+    expected, visited = case.expect(picked, sparse)
     if tokens > 1 and not sparse:
         tolerance = 1e-5 if gate == down == Kind.F32 else BFLOAT
     else:
         tolerance = QUANTISED if gate in (Kind.Q8, Kind.Q4, Kind.Q4S) else 1e-5
     assert_close(out, expected, tolerance)
-    assert computed == pairs
+    assert computed == visited.sum()
     assert nanoseconds > 0
 
 
@@ -71,12 +71,27 @@ def test_a_mask_leaves_neurons_out(random_case: MakeCase, sparse: bool, tokens: 
     """As if the gate, up and down rows of the others were not there."""
     case = random_case(layout_of(Kind.F16, Kind.Q4C), "relu", tokens)
     mask = np.array([0, 0xFFFFFFFF, 0x80000001, 0x00F0], np.uint32)
-    chosen = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+    chosen = bits_of(mask)
     out = np.full(case.x.shape, np.nan, np.float32)
     computed, _ = filled(case).execute(np.arange(2, 6, dtype=np.int32), case.x, sparse, out, mask)
-    expected, pairs = case.expect([0, 1, 2, 3], sparse, chosen)
+    expected, visited = case.expect([0, 1, 2, 3], sparse, chosen)
     assert_close(out, expected, 1e-5)
-    assert computed == pairs
+    assert computed == visited.sum()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_which_neurons_fired(random_case: MakeCase, sparse: bool, masked: bool) -> None:
+    """Those computed whole: with an open gate if sparse, else all that were asked for."""
+    case = random_case(layout_of(Kind.F16, Kind.F16), "relu", 1)
+    mask = np.array([0x80000001, 0xFFFFFFFF, 0, 0xF0F0F0F0], np.uint32) if masked else None
+    out, fired = np.empty_like(case.x), np.full(4, 0xDEADBEEF, np.uint32)
+    picked = [5, 0, 3, 6]
+    computed, _ = filled(case).execute(np.array(picked, np.int32) + 2, case.x, sparse, out, mask, fired)
+    expected, visited = case.expect(picked, sparse, None if mask is None else bits_of(mask))
+    assert_close(out, expected)
+    assert (bits_of(fired) == visited[0]).all()
+    assert computed == visited.sum()
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -85,9 +100,9 @@ def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> No
     case = random_case(layout_of(Kind.F16, Kind.F16), activation, 5)
     out = np.empty_like(case.x)
     computed, _ = filled(case).execute(np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
-    expected, pairs = case.expect(list(range(7)), sparse)
+    expected, visited = case.expect(list(range(7)), sparse)
     assert_close(out, expected, 1e-5 if sparse else BFLOAT)
-    assert computed == pairs
+    assert computed == visited.sum()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -120,11 +135,41 @@ def test_all_gates_closed(random_case: MakeCase) -> None:
 def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
     case = random_case(layout_of(Kind.Q8, Kind.Q8), "silu", 1)
     device = filled(case)
-    device.store(2, case.groups[6])
+    device.fill(np.array([2], np.int32), case.groups[6:])
     out = np.empty_like(case.x)
     device.execute(np.array([2], np.int32), case.x, False, out)
     expected, _ = case.expect([6], False)
     assert_close(out, expected, QUANTISED)
+
+
+def test_filling_scattered_slots_from_the_staging(random_case: MakeCase) -> None:
+    case = random_case(layout_of(Kind.F16, Kind.F16), "relu", 1)
+    device = filled(case)
+    assert device.batch == (8 << 20) // case.layout.group_bytes
+    picked = [6, 5, 1, 0]
+    staged = device.staging(4)
+    assert staged.shape == (4, case.layout.group_bytes)
+    staged[:] = case.groups[picked]
+    slots = np.array([9, 3, 4, 0], np.int32)
+    assert device.fill(slots, staged) > 0
+    out = np.empty_like(case.x)
+    device.execute(slots, case.x, False, out)
+    assert_close(out, case.expect(picked, False)[0])
+    # Slot 2 was left alone.
+    device.execute(np.array([2], np.int32), case.x, False, out)
+    assert_close(out, case.expect([0], False)[0])
+
+
+def test_a_group_larger_than_the_staging_is_filled_alone() -> None:
+    device, layout = HostDevice(), BundleLayout(hidden=32768, ffn=32, gate_kind=Kind.F32, down_kind=Kind.F32)
+    assert layout.group_bytes > 8 << 20
+    device.reserve(layout, 0, 1, 1)
+    assert device.batch == 1
+    assert device.staging(1).shape == (1, layout.group_bytes)
+
+
+def test_the_host_pins_nothing() -> None:
+    assert not HostDevice().pin(np.zeros(4096, np.uint8))
 
 
 # What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. x and the sums:

@@ -103,6 +103,18 @@ def test_spec_with_a_predictor(tmp_path: Path) -> None:
         assert model.spec == spec
 
 
+def test_order_and_profile(tmp_path: Path, path: Path) -> None:
+    """Absent until the neurons have been ordered."""
+    with PackedModel(path) as model:
+        assert (model.order, model.profile) == ("", {})
+    fields = fields_of()
+    fields["__metadata__"] |= {"order": "0f3a", "profile": json.dumps({"tokens": [32, 5]})}
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(bytes_of(fields))
+    with PackedModel(other) as model:
+        assert (model.order, model.profile) == ("0f3a", {"tokens": [32, 5]})
+
+
 def test_tensors(path: Path) -> None:
     with PackedModel(path) as model:
         for name, (_, values) in TENSORS.items():

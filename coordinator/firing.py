@@ -1,0 +1,94 @@
+"""Counts which neurons fire on text: before a model's first run on the built-in sample, or on texts of the user's.
+
+A text is computed in jobs of up to 288 tokens, each as a text of its own: so a count can stop after any job and go on
+from there, with the same numbers.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import chain
+from os import W_OK, access
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.calibration import sample_ids
+from warmfront.coordinator.profile import Profile
+from warmfront.coordinator.reorder import reorder
+from warmfront.shared.bundle import GROUP
+from warmfront.shared.config import EngineConfig
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.process import hold_interrupts
+from warmfront.shared.store import PackedModel
+
+__all__ = ["JOB_TOKENS", "Fires", "Job", "count", "empty_profile", "ensure_profiled", "jobs_of"]
+
+JOB_TOKENS = 288
+
+
+class Fires(Protocol):
+    """What of an engine counting needs."""
+
+    def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]: ...
+
+
+class Job(NamedTuple):
+    """Tokens that are computed together; `fresh`: they begin a text."""
+
+    ids: Sequence[int]
+    fresh: bool
+
+
+def jobs_of(texts: Sequence[Sequence[int]], most: int) -> list[Job]:
+    """The texts, as token ids, in pieces of at most `most` tokens."""
+    pieces = ([Job(ids[at : at + most], at == 0) for at in range(0, len(ids), most)] for ids in texts)
+    return list(chain.from_iterable(pieces))
+
+
+def empty_profile(model: PackedModel, texts: Sequence[str]) -> Profile:
+    """A profile of `model` without a token yet; `texts`: names of what is going to be counted."""
+    return Profile(model.spec.layers, model.layout.groups * GROUP, model.spec.ffn, texts)
+
+
+def count(
+    engine: Fires, profile: Profile, jobs: Sequence[Job], after: Callable[[int], None] = lambda _done: None
+) -> None:
+    """Add what fires in `jobs` to `profile`; `after` each job it gets the number of jobs done.
+
+    A KeyboardInterrupt comes between two jobs, `after` included.
+    """
+    for done, (ids, fresh) in enumerate(jobs, 1):
+        fired = engine.firing(ids)
+        with hold_interrupts():
+            profile.add(fired, fresh=fresh)
+            after(done)
+
+
+def ensure_profiled(
+    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> bool:
+    """Profile and order `model` if it is sparse and never was; returns whether its file was replaced.
+
+    Where the cache has no room for a second copy of the model, it stays as it is.
+    """
+    folder = model.path.parent
+    if not model.spec.sparse or model.profile or not access(folder, W_OK):
+        return False
+    if shutil.disk_usage(folder).free < model.path.stat().st_size:
+        return False
+    from warmfront.coordinator.engine import Engine
+
+    say("profiling which neurons fire (first load only)")
+    profile = empty_profile(model, ["sample"])
+    wishes = EngineConfig(
+        dtype=config.dtype, workers=config.workers, threads=config.threads, gpu="none", policy="static"
+    )
+    with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
+        count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
+    try:
+        reorder(model.path, profile, model.order, say, lambda done, total: progress("ordering", done, total))
+    except ResourceError as error:
+        say(f"the neurons stay in the order they came in: {error}")
+        return False
+    return True
