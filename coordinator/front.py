@@ -70,7 +70,6 @@ class _Batch(NamedTuple):
     worker: int
     places: Places
     began: int
-    decision: int
 
 
 class Front:
@@ -102,7 +101,7 @@ class Front:
         self._lost: dict[int, Bools] = {}
         self._free = [list(range(self._held(w), supervisor.readies[name].slots)) for w, name in enumerate(names)]
         self._batches: dict[int, _Batch] = {}
-        self._sent = self._decisions = self._since = 0
+        self._sent = self._since = 0
         self.costs = [WorkerCosts(_JOB_NS, _BYTE_NS) for _ in names]
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
@@ -213,11 +212,10 @@ class Front:
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
             transfer_ns=self._transfer_ns,
             budget=max(0, max(_BATCH, int(room)) - moving),
-            late=any(batch.decision < self._decisions for batch in self._batches.values()),
+            late=bool(self._batches),
         )
 
     def _follow(self, decision: Decision) -> None:
-        self._decisions += 1
         owner = self._board.owner
         flips = int(np.count_nonzero(decision.owner != owner))
         owner[:] = decision.owner
@@ -244,7 +242,7 @@ class Front:
         for first in range(0, len(places), _BATCH):
             some = places[first : first + _BATCH]
             self._sent += 1
-            self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns(), self._decisions)
+            self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns())
             self._supervisor.move(self.names[worker], Move(self._sent, some.tobytes()))
 
     def _hear(self, wait_s: float = 0.0) -> bool:
