@@ -92,6 +92,12 @@ run_options = _together(
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
     click.option(
+        "--attention",
+        default=_ENGINE.attention,
+        show_default=True,
+        help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
+    ),
+    click.option(
         "--policy",
         type=click.Choice(POLICIES),
         default=_ENGINE.policy,
