@@ -1,4 +1,4 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
@@ -6,6 +6,7 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import click
 
+from warmfront.coordinator.extras import require
 from warmfront.coordinator.terminal import Bars, say
+from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.process import hold_interrupts
@@ -72,7 +75,14 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-run_options = _together(
+selector_option = click.option(
+    "--selector",
+    type=click.Choice(SELECTORS),
+    default=_ENGINE.selector,
+    show_default=True,
+    help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
+)
+load_options = _together(
     click.option(
         "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
     ),
@@ -91,6 +101,9 @@ run_options = _together(
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
+)
+run_options = _together(
+    load_options,
     click.option(
         "--attention",
         default=_ENGINE.attention,
@@ -111,13 +124,7 @@ run_options = _together(
 )
 engine_options = _together(
     click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
-    click.option(
-        "--selector",
-        type=click.Choice(SELECTORS),
-        default=_ENGINE.selector,
-        show_default=True,
-        help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
-    ),
+    selector_option,
     run_options,
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
@@ -264,6 +271,43 @@ def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None,
     with Bars() as bars:
         facts = profile(model, texts, dtype, tokens, say, bars.show, bars.count)
     click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command()
+@click.argument("model", default="smollm2-135m")
+@selector_option
+@load_options
+@click.option("--exact", is_flag=True, help="Solve for the optimum too; may take two minutes.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME.plan.json]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the plan too, as a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **wishes: Any) -> None:
+    """Choose the neurons of MODEL for a GPU with --vram-budget, by how often they fire and how fast both sides are."""
+    if wishes["gpu"] == "none":
+        raise UsageError("a plan is for a GPU: leave --gpu none out, or pass --gpu host to emulate one")
+    if wishes["vram_budget"] is None:
+        raise UsageError("a plan for how much GPU memory? pass --vram-budget, such as 6GB")
+    EngineConfig(**wishes)
+    for path in (out or Path("plan.json"), *([plot] if plot else [])):
+        check_writable(path)
+    if exact:
+        require("scipy", "--exact")
+    if plot:
+        require("matplotlib", "--plot")
+
+    with hold_interrupts():
+        from warmfront.coordinator.plan_chart import draw, render
+        from warmfront.coordinator.planning import plan
+
+    with Bars() as bars:
+        figures = plan(model, wishes, exact, out, say, bars.show)
+    if plot:
+        draw(figures, plot)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    for line in render(figures, shutil.get_terminal_size().columns):
+        click.echo(line)
 
 
 @cli.command()

@@ -22,13 +22,12 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_attention, choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
-from warmfront.coordinator.planning import load_of
-from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -347,9 +346,7 @@ class Engine:
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-        profile = Profile.of(self.model)
-        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
-        return load_of(self.model.layout, self.selector, firing)
+        return load_of(self.model.layout, self.selector, firing_of(self.model))
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -406,7 +403,7 @@ class Engine:
             yield Token(token, piece + stops.rest() if last else piece)
             if last or stops.found:
                 return
-            logits = self._decode(token)
+            logits = self.step(token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
@@ -430,7 +427,7 @@ class Engine:
         started = time.monotonic()
         for _ in range(count):
             answer.append(int(np.argmax(logits)))
-            logits = self._decode(answer[-1])
+            logits = self.step(answer[-1])
         self.stats.decode_s = time.monotonic() - started
         return answer
 
@@ -444,7 +441,7 @@ class Engine:
         self.reset()
         yield self._prefill(ids[:prefill]).copy()
         for token in ids[prefill:]:
-            yield self._decode(token).copy()
+            yield self.step(token).copy()
 
     def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`; what the cache already holds of them is not computed again."""
@@ -462,26 +459,30 @@ class Engine:
         self.stats.prefill_s = time.monotonic() - started
         return self._logits
 
-    def _decode(self, token: int) -> npt.NDArray[np.float32]:
+    def step(self, token: int) -> npt.NDArray[np.float32]:
+        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
         measure = self._measures and self._decoded % _MEASURE_EVERY == 0
         self._decoded += 1
         self._run([token], True, measure=measure)
         return self._logits
 
     def _run(self, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False) -> None:
-        self._check_open()
-        self._supervisor.check()
-        self.front.boundary()
-        while (result := self._team.run(tokens, len(self._cached), want_logits, measure=measure, capture=capture)) != 0:
-            if result != LOST or not self.front.lose():
-                self._supervisor.wait_for_error()
-        if len(tokens) == 1:
-            self.front.observe()
-            if self.config.verify:
-                self.front.verify()
-        if self._trace is not None:
-            self._trace.note(len(self._cached), len(tokens), *self._team.times())
-        self._cached += tokens
+        """One job, and what the front has to do before and after it, which no Ctrl-C may leave half done."""
+        with hold_interrupts():
+            self._check_open()
+            self._supervisor.check()
+            self.front.boundary()
+            at = len(self._cached)
+            while (result := self._team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
+                if result != LOST or not self.front.lose():
+                    self._supervisor.wait_for_error()
+            if len(tokens) == 1:
+                self.front.observe()
+                if self.config.verify:
+                    self.front.verify()
+            if self._trace is not None:
+                self._trace.note(at, len(tokens), *self._team.times())
+            self._cached += tokens
 
     def _check_open(self) -> None:
         if self._closed:

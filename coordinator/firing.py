@@ -30,8 +30,6 @@ JOB_TOKENS = 288
 class Fires(Protocol):
     """What of an engine counting needs."""
 
-    def reset(self) -> None: ...
-
     def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]: ...
 
 
@@ -61,7 +59,6 @@ def count(
     A KeyboardInterrupt comes between two jobs, `after` included.
     """
     for done, (ids, fresh) in enumerate(jobs, 1):
-        engine.reset()
         fired = engine.firing(ids)
         with hold_interrupts():
             profile.add(fired, fresh=fresh)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancer import Decision, Policy, Situation
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.events import DeliverMoved, Lose, Rejoin
+from warmfront.coordinator.situation import Decision, Policy, Situation
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP, BundleLayout
@@ -70,7 +70,6 @@ class _Batch(NamedTuple):
     worker: int
     places: Places
     began: int
-    decision: int
 
 
 class Front:
@@ -102,7 +101,7 @@ class Front:
         self._lost: dict[int, Bools] = {}
         self._free = [list(range(self._held(w), supervisor.readies[name].slots)) for w, name in enumerate(names)]
         self._batches: dict[int, _Batch] = {}
-        self._sent = self._decisions = self._since = 0
+        self._sent = self._since = 0
         self.costs = [WorkerCosts(_JOB_NS, _BYTE_NS) for _ in names]
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
@@ -134,14 +133,13 @@ class Front:
         self.flow = Flow(0, 0, 0)
         self._fresh[:] = False
 
-    def hand_over(self, owner: Table) -> Table:
-        """Between two jobs: who computes each group from now on, [layers, groups] of workers that hold it.
+    def owners(self) -> Table:
+        """Who computes each group now."""
+        return self._board.owner.copy()
 
-        Returns who did before.
-        """
-        before = self._board.owner.copy()
+    def hand_over(self, owner: Table) -> None:
+        """Between two jobs: who computes each group from now on; uint8 [layers, groups] of workers that hold it."""
         self._board.owner[:] = owner
-        return before
 
     def boundary(self) -> None:
         """Between two jobs: take in what has arrived, and when it is time let the policy decide."""
@@ -150,6 +148,7 @@ class Front:
             self._since = 0
             self._listen()
             self._follow(self._policy.decide(self._situation()))
+        self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
         """After a token: which neurons were computed, where."""
@@ -164,11 +163,12 @@ class Front:
             for worker in np.flatnonzero(~self.homes):
                 self._fresh[worker] &= (board.owner != worker) | (whole == 0)
         self._since += 1
-        now = time.monotonic_ns()
-        if self._since > 1:
-            taken = now - self._token_at
-            self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
-        self._token_at = now
+        taken = time.monotonic_ns() - self._token_at
+        self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
+
+    def fired(self) -> npt.NDArray[np.uint32]:
+        """What the last token fired: [layers, groups], bit i = neuron i of the group."""
+        return self._board.fired.copy()
 
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
@@ -212,11 +212,10 @@ class Front:
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
             transfer_ns=self._transfer_ns,
             budget=max(0, max(_BATCH, int(room)) - moving),
-            late=any(batch.decision < self._decisions for batch in self._batches.values()),
+            late=bool(self._batches),
         )
 
     def _follow(self, decision: Decision) -> None:
-        self._decisions += 1
         owner = self._board.owner
         flips = int(np.count_nonzero(decision.owner != owner))
         owner[:] = decision.owner
@@ -243,7 +242,7 @@ class Front:
         for first in range(0, len(places), _BATCH):
             some = places[first : first + _BATCH]
             self._sent += 1
-            self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns(), self._decisions)
+            self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns())
             self._supervisor.move(self.names[worker], Move(self._sent, some.tobytes()))
 
     def _hear(self, wait_s: float = 0.0) -> bool:
@@ -290,7 +289,9 @@ class Front:
         board = self._board
         owned = board.owner == worker
         board.owner[owned] = self.home[owned]
-        self._lost[worker] = self.resident[worker] | self._coming[worker]
+        # One that is lost again before it has rejoined held nothing: what it is to get stays.
+        held = self.resident[worker] | self._coming[worker]
+        self._lost[worker] = self._lost.get(worker, np.zeros_like(held)) | held
         self.resident[worker] = self._coming[worker] = self._fresh[worker] = False
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []

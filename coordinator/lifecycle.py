@@ -61,7 +61,8 @@ from warmfront.shared.messages import (
 
 MAX_STEP_S = 1.0
 START_LIMIT_S = 30.0
-LOAD_LIMIT_S = 60.0
+# Compiling kernels on a slow or busy machine is such a step.
+LOAD_LIMIT_S = 240.0
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
 KILL_AFTER_S = 1.5
@@ -173,8 +174,9 @@ class Lifecycle:
             worker.sign_at = self._clock
         match message, worker.stage:
             case Hello(protocol=protocol), _ if protocol != PROTOCOL:
-                return self._fail(
-                    ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront")
+                return self._fail_of(
+                    name,
+                    ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront"),
                 )
             case Hello(), _Stage.STARTING:
                 return self._welcome(name, worker, message)
@@ -189,7 +191,7 @@ class Lifecycle:
             case Heartbeat(), _:
                 return []
         what = type(message).__name__
-        return self._fail(ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
+        return self._fail_of(name, ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
 
     def _welcome(self, name: str, worker: _Worker, hello: Hello) -> list[Instruction]:
         worker.hello, worker.stage = hello, _Stage.WAITING

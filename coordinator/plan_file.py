@@ -11,7 +11,6 @@ A plan is of a model, not of a weight type: groups are the same neurons in all o
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.store import PackedModel
 
-__all__ = ["check_writable", "read_plan", "write_plan"]
+__all__ = ["read_plan", "write_plan"]
 
 FORMAT = "warmfront-plan-1"
 
@@ -45,15 +44,6 @@ def write_plan(path: Path, model: PackedModel, vram_budget: int, gpu: Mask, figu
         write_whole(path, json.dumps(plan) + "\n")
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}; pass another -o FILE") from error
-
-
-def check_writable(path: Path) -> None:
-    """Raise UsageError if a file cannot be written to the folder of `path`."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(f"cannot write {path}: {folder} is no folder; make it, or name another file")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"cannot write {path}: {folder} may not be written to; name another file")
 
 
 def read_plan(path: Path, model: PackedModel) -> Mask:

@@ -3,16 +3,22 @@
 Speeds are predicted from measured unit times (`unit_times.py`) and are of the feed-forward layers alone.
 """
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.expected import firing_of, neurons_of
 from warmfront.coordinator.placement import first_groups
+from warmfront.coordinator.plan_file import write_plan
 from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.config import PREDICTING
+from warmfront.coordinator.unit_times import key_of, load_times, measure_times, save_times
+from warmfront.shared.bundle import BundleLayout
 
-__all__ = ["Grounds", "figures_of", "load_of", "make_plan"]
+__all__ = ["Grounds", "figures_of", "grounds_of", "make_plan", "plan"]
 
 
 class Grounds(NamedTuple):
@@ -35,15 +41,42 @@ class Grounds(NamedTuple):
         return self.ledger["slots"] // self.layout.group_bytes
 
 
-def load_of(layout: BundleLayout, selector: str, firing: Rates) -> Rates:
-    """Bytes that computing each group reads per token, float64 [layers, groups], if `firing` of its neurons fire.
+def plan(
+    model: str,
+    wishes: dict[str, Any],
+    exact: bool,
+    out: Path | None,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Make the plan for `model`, write it to `out`, by default to MODEL-name.plan.json here; returns what to say of it.
 
-    A predictor is taken to select the neurons that fire and no others.
+    `wishes`: as of `Engine.load`, with a vram_budget.
     """
-    gate, rest = layout.gate_row_bytes, layout.gate_row_bytes + layout.down_row_bytes
-    if selector in PREDICTING:
-        return firing * (gate + rest)
-    return GROUP * gate + (firing if selector == "exact" else np.full_like(firing, GROUP)) * rest
+    with Engine.load(model, say=say, progress=progress, policy="static", **wishes) as engine:
+        grounds = grounds_of(engine, say)
+        name = engine.model.spec.name
+        path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")
+        facts = {"model": name, "selector": engine.selector, "device": engine.workers()[-1].device}
+        gpu, figures = make_plan(grounds, exact)
+        figures = facts | figures
+        write_plan(path, engine.model, grounds.budget, gpu, figures)
+        say(f"the plan is in {path}")
+    return figures | {"file": str(path)}
+
+
+def grounds_of(engine: Engine, say: Callable[[str], None]) -> Grounds:
+    """What a plan for an engine with a GPU rests on; its unit times are measured if they are not known."""
+    key = key_of(engine)
+    times = load_times(key)
+    if times is None:
+        say("measuring the workers (first use only)")
+        times = measure_times(engine)
+        save_times(key, times)
+    model, budget = engine.model, engine.config.vram_budget
+    ledger = engine.device_memory()
+    budget = sum(ledger.values()) if budget is None else budget
+    return Grounds(model.layout, firing_of(model), engine.expected_bytes(), times, budget, ledger)
 
 
 def make_plan(grounds: Grounds, exact: bool) -> tuple[Mask, dict[str, Any]]:
@@ -63,9 +96,8 @@ def make_plan(grounds: Grounds, exact: bool) -> tuple[Mask, dict[str, Any]]:
 def figures_of(grounds: Grounds, gpu: Mask) -> dict[str, Any]:
     """What the groups of `gpu` make of all neurons and of all firing, and how long a token takes in each case."""
     layout, firing, load, times = grounds.layout, grounds.firing, grounds.load, grounds.times
-    neurons = np.clip(layout.ffn - GROUP * np.arange(layout.groups), 0, GROUP)
     shares = {
-        "neurons": (gpu @ neurons, np.full(len(gpu), layout.ffn)),
+        "neurons": (gpu @ neurons_of(layout), np.full(len(gpu), layout.ffn)),
         "firing": (np.sum(firing, axis=1, where=gpu), firing.sum(1)),
     }
     spent = {

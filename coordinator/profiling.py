@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -54,8 +55,12 @@ def profile(
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
         partial = Partial.open(packed, jobs, [file.name for file, some in zip(files, ids, strict=True) if some])
         order = packed.order
-    _count(path, dtype, jobs, partial, say, progress, counted)
-    changed = reorder(path, partial.profile, order, say, lambda done, total: progress("ordering", done, total))
+    try:
+        _count(path, dtype, jobs, partial, say, progress, counted)
+        changed = reorder(path, partial.profile, order, say, lambda done, total: progress("ordering", done, total))
+    except BaseException:
+        partial.keep(say)
+        raise
     partial.path.unlink(missing_ok=True)
     return _facts(model, path, partial.profile, changed)
 
@@ -113,13 +118,13 @@ class Partial:
         digest = hashlib.sha256(key.encode()).hexdigest()
         partial = cls(model.path.with_name(f"{model.path.stem}-counted.npz"), digest, empty_profile(model, names))
         try:
-            with np.load(partial.path) as kept:
+            with np.load(io.BytesIO(partial.path.read_bytes())) as kept:
                 facts = json.loads(str(kept["facts"]))
                 if facts["key"] == digest:
                     partial.profile = Profile.restored(kept["counts"], model.spec.ffn, facts)
                     partial.profile.texts = list(names)
                     partial.done = facts["done"]
-        except (OSError, ValueError, KeyError, EOFError):  # none, or a damaged one
+        except (OSError, ValueError, KeyError, BadZipFile):  # none, or a damaged one
             pass
         return partial
 
@@ -133,6 +138,14 @@ class Partial:
                 write_tensors(fd, data.getvalue(), (), 0)
         except OSError as error:
             raise ResourceError(f"cannot keep what was counted in {self.path}: {error.strerror}") from error
+
+    def keep(self, say: Say) -> None:
+        """Save what there is when a run ends early."""
+        if self.done:
+            try:
+                self.save()
+            except ResourceError as error:
+                say(str(error))
 
 
 def _count(
@@ -157,11 +170,7 @@ def _count(
         dtype=dtype, selector="exact", gpu="none", policy="static", context=len(max((job.ids for job in jobs), key=len))
     )
     with Engine.for_profiling(path, config, say=say, progress=progress) as engine:
-        try:
-            count(engine, partial.profile, jobs[first:], after)
-        except BaseException:
-            partial.save()
-            raise
+        count(engine, partial.profile, jobs[first:], after)
 
 
 def _facts(model: str, path: Path, counted: Profile, changed: bool) -> dict[str, Any]:

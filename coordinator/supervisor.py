@@ -38,7 +38,7 @@ from warmfront.coordinator.events import (
 from warmfront.coordinator.lifecycle import Lifecycle
 from warmfront.shared.channel import CoordinatorChannel
 from warmfront.shared.errors import WarmfrontError, WorkerError
-from warmfront.shared.messages import Hello, LoadReport, Message, Move, Plan, Ready, ReportRequest
+from warmfront.shared.messages import Failure, Hello, LoadReport, Move, Plan, Ready, ReportRequest
 from warmfront.shared.process import python_module_command
 
 __all__ = ["Supervisor"]
@@ -48,6 +48,23 @@ _TICK_S = 0.25
 _LAST_WORDS_S = 0.05
 News = Lose | Rejoin | DeliverMoved
 MakeThePlans = Callable[[Mapping[str, Hello]], Mapping[str, Plan]]
+
+
+class _Inquiry:
+    """What workers are asked for at one time; each answers its inquiries in order, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self.due: set[str] = set()
+        self.reports: Mapping[str, LoadReport] = {}
+        self.complete = threading.Event()
+
+    def take(self, worker: str, report: LoadReport | None) -> None:
+        """Its report; None if the worker is lost: what its process has done says nothing of the next."""
+        self.due.discard(worker)
+        others = {name: each for name, each in self.reports.items() if name != worker}
+        self.reports = others if report is None else others | {worker: report}
+        if not self.due:
+            self.complete.set()
 
 
 class Supervisor:
@@ -72,14 +89,13 @@ class Supervisor:
         self._make_plans, self._lose, self._abort = make_plans, lose, abort
         self._spare = frozenset(spare)
         self._environment = dict(environment)
-        self._requests: queue.SimpleQueue[Event | tuple[str, Message]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Event | _Inquiry | tuple[str, Move]] = queue.SimpleQueue()
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._sentinels: dict[int, str] = {}
-        self._reports: dict[str, LoadReport] = {}
-        self._awaited: set[str] = set()
-        self._reports_complete = threading.Event()
+        self._inquiry = _Inquiry()
+        self._inquiries: list[_Inquiry] = []  # those that are not answered yet, and the last
         self._ready = threading.Event()
         self._finished = threading.Event()
         self.error: WarmfrontError | None = None
@@ -107,12 +123,12 @@ class Supervisor:
 
     def request_reports(self) -> None:
         """Ask every worker that serves for its work so far."""
-        self._reports_complete.clear()
-        self._ask(("", ReportRequest()))
+        self._inquiry = _Inquiry()
+        self._ask(self._inquiry)
 
     def reported(self) -> Mapping[str, LoadReport] | None:
         """What they answered, once all have; None until then."""
-        return self._reports if self._reports_complete.is_set() else None
+        return self._inquiry.reports if self._inquiry.complete.is_set() else None
 
     def reports(self, timeout_s: float = 5.0) -> Mapping[str, LoadReport]:
         """Ask and wait. Raises WorkerError if they do not answer in time, or were stopped."""
@@ -120,10 +136,10 @@ class Supervisor:
             self.check()
             raise WorkerError("the workers were stopped: load the model again")
         self.request_reports()
-        if not self._reports_complete.wait(timeout_s):
+        if not self._inquiry.complete.wait(timeout_s):
             self.check()
             raise WorkerError("the workers do not answer: no load reports came")
-        return self._reports
+        return self._inquiry.reports
 
     def move(self, worker: str, move: Move) -> None:
         """Have `worker` copy groups; `news` tells when it is done."""
@@ -151,7 +167,7 @@ class Supervisor:
             os.close(self._bell)
             self._bell = -1
 
-    def _ask(self, what: Event | tuple[str, Message]) -> None:
+    def _ask(self, what: Event | _Inquiry | tuple[str, Move]) -> None:
         self._requests.put(what)
         os.eventfd_write(self._bell, 1)
 
@@ -175,6 +191,7 @@ class Supervisor:
             self._spawn(channel, name)
 
     def _spawn(self, channel: CoordinatorChannel, name: str) -> None:
+        channel.forget(name)
         process = self._processes[name] = subprocess.Popen(
             python_module_command(self._modules[name], name, str(self._board_fd)),
             env=os.environ | self._environment | channel.environment(),
@@ -208,17 +225,17 @@ class Supervisor:
         events: list[Event] = []
         while not self._requests.empty():
             request = self._requests.get()
-            if not isinstance(request, tuple):
-                events.append(request)
-                continue
-            name, message = request
             serving = lifecycle.serving()
-            if isinstance(message, ReportRequest):
-                self._reports, self._awaited = {}, set(serving)
-                for each in serving:
-                    channel.send(each, message)
-            elif name in serving:
-                channel.send(name, message)
+            if isinstance(request, _Inquiry):
+                request.due.update(serving)
+                self._inquiries = [*(each for each in self._inquiries if each.due), request]
+                for name in serving:
+                    channel.send(name, ReportRequest())
+            elif isinstance(request, tuple):
+                if request[0] in serving:
+                    channel.send(*request)
+            else:
+                events.append(request)
         return events
 
     def _follow(self, channel: CoordinatorChannel, lifecycle: Lifecycle, instructions: Sequence[Instruction]) -> None:
@@ -228,23 +245,25 @@ class Supervisor:
                     channel.send(worker, message)
                 case MakePlans(hellos):
                     self.hellos |= hellos
-                    plans = Planned(self._make_plans(hellos))
-                    self._follow(channel, lifecycle, lifecycle.handle(plans, time.monotonic()))
+                    for event in self._plan(hellos):
+                        self._follow(channel, lifecycle, lifecycle.handle(event, time.monotonic()))
                 case ReportProgress(done, total):
                     self.loaded = (done, total)
                 case AnnounceReady(readies):
                     self.readies = readies
                     self._ready.set()
                 case DeliverReport(worker, report):
-                    self._reports[worker] = report
-                    self._look_at_reports()
+                    for inquiry in self._inquiries:
+                        if worker in inquiry.due:
+                            inquiry.take(worker, report)
+                            break
                 case DeliverMoved() | Rejoin():
                     self._news.put(instruction)
                 case Lose(worker):
                     self._lose(worker)
                     self._news.put(instruction)
-                    self._awaited.discard(worker)
-                    self._look_at_reports()
+                    for inquiry in self._inquiries:
+                        inquiry.take(worker, None)
                 case Start(worker):
                     self._spawn(channel, worker)
                 case Abort(error):
@@ -256,9 +275,14 @@ class Supervisor:
                 case Finished():
                     self._finished.set()
 
-    def _look_at_reports(self) -> None:
-        if self._awaited and self._awaited <= set(self._reports):
-            self._reports_complete.set()
+    def _plan(self, hellos: Mapping[str, Hello]) -> list[Event]:
+        """The plans; or, if there is none for a worker that was started again, that one's failure."""
+        try:
+            return [Planned(self._make_plans(hellos))]
+        except WarmfrontError as error:
+            if not self._ready.is_set():
+                raise
+            return [Received(name, Failure.of(error)) for name in hellos]
 
     def _fail(self, error: WarmfrontError) -> None:
         if self.error is None:

@@ -9,16 +9,24 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.solver import Times
 from warmfront.coordinator.whole_file import write_whole
-from warmfront.shared.errors import ResourceError
+from warmfront.shared.errors import ResourceError, WorkerError
 from warmfront.shared.paths import cache_root
 
-__all__ = ["TimesKey", "fit_line", "load_times", "save_times"]
+if TYPE_CHECKING:
+    from warmfront.coordinator.engine import Engine
+
+__all__ = ["TimesKey", "fit_line", "key_of", "load_times", "measure_times", "save_times"]
+
+# Parts of what the GPU holds of a layer that it is given in turn.
+_SHARES = (1.0, 0.6, 0.3, 0.1)
+_ROUNDS, _TOKENS = 5, 4
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,6 +51,15 @@ class TimesKey:
         return cache_root() / "times" / f"{digest[:20]}.json"
 
 
+def key_of(engine: "Engine") -> TimesKey:
+    """The key of an engine's workers."""
+    cores = engine.cores
+    threads = (*(len(worker.cpus) for worker in cores.workers), len(cores.gpu))
+    return TimesKey(
+        engine.model.path.stem, engine.selector, tuple(worker.device for worker in engine.workers()), threads
+    )
+
+
 def load_times(key: TimesKey) -> Times | None:
     """The times measured earlier; None if there are none, or what is there is damaged."""
     try:
@@ -60,6 +77,51 @@ def save_times(key: TimesKey, times: Times) -> None:
     with contextlib.suppress(OSError):
         key.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(key.path, json.dumps(kept))
+
+
+def measure_times(engine: "Engine") -> Times:
+    """Decode some tokens with an engine that has a GPU, which keeps its groups but computes changing shares of them.
+
+    Who owns what is in the end as before. Raises ResourceError if the GPU had nothing to compute.
+    """
+    names = engine.front.names
+    on_gpu = np.array([not name.startswith("cpu") for name in names])
+    ids = [token % engine.model.spec.vocab for token in range(1, 4)]
+    before = engine.front.owners()
+    owned = on_gpu[before]
+    # Of a layer's groups on the GPU the how manieth each is, from 0 to 1.
+    rank = np.cumsum(owned, axis=1) / np.maximum(owned.sum(1, keepdims=True), 1)
+    rounds: list[list[tuple[Floats, Floats]]] = []
+    try:
+        for _ in range(_ROUNDS):
+            rounds.append([])
+            for shift in range(len(_SHARES)):
+                shares = np.array(_SHARES)[(np.arange(len(before)) + shift) % len(_SHARES), None]
+                given = owned & ((rank <= shares) | (np.cumsum(owned, axis=1) == 1))
+                engine.front.hand_over(np.where(owned & ~given, engine.front.home, before))
+                rounds[-1].append(_decode(engine, ids))
+    finally:
+        engine.front.hand_over(before)
+        engine.reset()
+    # [rounds, workers, shares x layers]
+    busy, read = (np.array([np.concatenate([some[i] for some in each], axis=1) for each in rounds]) for i in (0, 1))
+    return Times(
+        *fit_line(busy[:, ~on_gpu].max(1), read[:, ~on_gpu].sum(1)),
+        *fit_line(busy[:, on_gpu].max(1), read[:, on_gpu].sum(1)),
+    )
+
+
+def _decode(engine: "Engine", ids: list[int]) -> tuple[Floats, Floats]:
+    """Of a few tokens, per token: the workers' ns and bytes, [workers, layers] each."""
+    was = engine.reports()
+    engine.decode_ids(ids, _TOKENS)
+    now, names = engine.reports(), engine.front.names
+    if any(name not in was or name not in now for name in names):
+        raise WorkerError("a worker was lost while its speed was measured: run it again")
+    tokens = np.array([now[name].jobs - was[name].jobs for name in names])[:, None] / engine.model.spec.layers
+    busy = np.array([np.subtract(now[name].busy_ns, was[name].busy_ns) for name in names])
+    read = np.array([np.subtract(now[name].bytes, was[name].bytes) for name in names])
+    return busy / tokens, read / tokens
 
 
 def fit_line(busy_ns: Floats, read: Floats) -> tuple[float, float]:

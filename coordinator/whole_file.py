@@ -1,9 +1,21 @@
 """Text files that are there as a whole or not at all."""
 
+import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_whole"]
+from warmfront.shared.errors import UsageError
+
+__all__ = ["check_writable", "write_whole"]
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError if a file cannot be written to the folder of `path`."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: {folder} is no folder; make it, or name another file")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: {folder} may not be written to; name another file")
 
 
 def write_whole(path: Path, text: str) -> None:

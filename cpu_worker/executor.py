@@ -45,8 +45,8 @@ class Worker(NamedTuple):
     thread, [threads, groups]: owned: int32 slots, ids: int32 numbers, words: uint32 of the mask, bits: uint32 of the
     neurons that fired. listed: int32 [threads, neurons of a layer], 0, 1, 2, ... where nothing is predicted; gates,
     opened: float32, int32 [threads, neurons of a layer]; opened_count, computed: int64 [threads, 16], a cache line
-    each; sums: float32 [threads, max_tokens * hidden]; load: int64 [layers, 8], sums over all single-token jobs (prefill is
-    dense and says nothing about the balance of decoding), the last four over those that were measured.
+    each; sums: float32 [threads, max_tokens * hidden]; load: int64 [layers, 8], sums over all single-token jobs
+    (prefill is dense and says nothing about the balance of decoding), the last four over those that were measured.
     """
 
     me: int

@@ -140,6 +140,11 @@ class CoordinatorChannel(_Channel):
         """Send to the process that last said `Hello` as `worker` (KeyError if none did); dropped if it has gone."""
         self._socket.send_multipart([self._routes[worker], encode(message)])
 
+    def forget(self, worker: str) -> None:
+        """Let what the last process called `worker` has sent be a stranger's: another takes its place."""
+        if worker in self._routes:
+            del self._names[self._routes.pop(worker)]
+
     def poll(self, timeout_s: float, extra_fds: Collection[int] = ()) -> Polled:
         """Wait up to `timeout_s` seconds for messages or for one of `extra_fds` (sentinels, pidfds) to be readable."""
         poller = zmq.Poller()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.plan_file import check_writable, read_plan, write_plan
+from warmfront.coordinator.plan_file import read_plan, write_plan
+from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.store import PackedModel
 

@@ -80,7 +80,7 @@ def test_two_workers_in_processes_of_their_own(coordinator: CoordinatorChannel) 
             "cpu1": second.pid,
         }
         for index, name in enumerate(("cpu0", "cpu1")):
-            coordinator.send(name, Plan(index, "m", [0], bytes(1 << 20), b"", "all"))
+            coordinator.send(name, Plan(index, "m", "", [0], "all", bytes(1 << 20), 0, 1.0, 0))
         progress = [(name, m) for name, m in next_messages(coordinator, 2) if isinstance(m, Progress)]
         assert sorted(progress, key=lambda each: each[0]) == [
             ("cpu0", Progress(1 << 20, 0)),
@@ -103,7 +103,7 @@ with CoordinatorChannel() as channel:
     worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}, "cpu0"], env={{**os.environ, **channel.environment()}})
     while not channel.poll(1).messages:
         pass
-    channel.send("cpu0", Plan(0, "m", [], b"", b"", "all"))
+    channel.send("cpu0", Plan(0, "m", "", [], "all", b"", 0, 1.0, 0))
     while not channel.poll(1).messages:
         pass
     os.kill(os.getpid(), 9)
@@ -118,7 +118,7 @@ with CoordinatorChannel() as channel:
 
 def strangers(token: str) -> dict[str, bytes]:
     return {
-        "no hello": encode(Ready(1)),
+        "no hello": encode(Ready(1, 0, {})),
         "wrong token": encode(hello("0" * 32)),
         "no token": encode(hello("")),
         "token that is not UTF-8": encode(hello("\udcff")),

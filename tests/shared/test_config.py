@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from warmfront.shared.config import DTYPES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size, parse_slow
 from warmfront.shared.errors import UsageError
 
 
@@ -37,6 +37,30 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "slow"),
+    [
+        (None, {}),
+        ("", {}),
+        ("cpu0:4", {"cpu0": 4.0}),
+        ("cpu0:4,cpu12:1.5", {"cpu0": 4.0, "cpu12": 1.5}),
+        (" cpu1:1 , cpu0:2.25", {"cpu1": 1.0, "cpu0": 2.25}),
+        ("cpu0:2,cpu0:3", {"cpu0": 3.0}),
+    ],
+)
+def test_slow_workers(text: str | None, slow: dict[str, float]) -> None:
+    assert parse_slow(text) == slow
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cpu0", "cpu0:", "cpu0:x", "cpu0:0.99", "cpu0:0", "cpu0:-2", "cpu0:1e3", "gpu0:2", "cpu:2", "2", "cpu0:2,", ","],
+)
+def test_what_slows_nobody_down(text: str) -> None:
+    with pytest.raises(UsageError, match=r"slows no worker down: write it like cpu0:4, with a factor of 1 or more$"):
+        parse_slow(text)
+
+
 def test_defaults_leave_everything_open() -> None:
     assert dataclasses.asdict(EngineConfig()) == {
         "dtype": "auto",
@@ -47,9 +71,13 @@ def test_defaults_leave_everything_open() -> None:
         "threads": None,
         "gpu": "auto",
         "vram_budget": None,
+        "policy": "balance",
+        "plan": None,
         "context": None,
         "measure": False,
+        "verify": False,
         "trace": None,
+        "slow": None,
     }
 
 
@@ -59,8 +87,12 @@ def test_defaults_leave_everything_open() -> None:
         *({"dtype": dtype} for dtype in DTYPES),
         *({"selector": selector} for selector in SELECTORS),
         *({"gpu": gpu} for gpu in ("auto", "none", "host", "cuda:0", "cuda:12")),
-        {"gpu": "host", "vram_budget": 1},
-        {"gpu": "none", "vram_budget": None},
+        *({"policy": policy} for policy in POLICIES),
+        {"gpu": "host", "vram_budget": 1, "plan": "a.plan"},
+        {"plan": "a.plan"},
+        {"verify": True},
+        {"slow": "cpu0:4"},
+        {"gpu": "none", "vram_budget": None, "plan": None},
         {"context": 1},
         {"bits": 1},
         {"recall": 0.5},
@@ -82,6 +114,10 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
         ({"gpu": "cuda:-1"}, "no GPU 'cuda:-1'"),
         ({"gpu": "cuda:0 "}, "no GPU 'cuda:0 '"),
         ({"gpu": "none", "vram_budget": 0}, "--vram-budget with --gpu none"),
+        ({"gpu": "none", "plan": "a.plan"}, "--plan with --gpu none"),
+        ({"policy": "best"}, "no policy 'best': use one of balance, static, lru, ema"),
+        ({"slow": "gpu0:2"}, "'gpu0:2' slows no worker down"),
+        ({"slow": "cpu0:0.5"}, "'cpu0:0.5' slows no worker down"),
         ({"context": 0}, "a context of 0 tokens: pass --ctx 1 or more"),
         ({"context": -5}, "a context of -5 tokens"),
     ],

@@ -157,6 +157,29 @@ def test_plan(
 
 
 @pytest.mark.parametrize(
+    ("workers", "left", "gpu"),
+    [
+        ([(0, (0, 1))], [(0, (0,))], (1,)),
+        ([(0, (0, 1, 2)), (1, (100, 101))], [(0, (0, 1)), (1, (100, 101))], (2,)),
+        ([(0, (0, 1)), (1, (100, 101))], [(0, (0, 1)), (1, (100,))], (101,)),
+        ([(None, (0, 1, 100))], [(None, (0, 1))], (100,)),
+        ([(0, (0,)), (1, (100,))], [(0, (0,)), (1, (100,))], ()),
+        ([(0, (3,))], [(0, (3,))], ()),
+    ],
+)
+def test_an_emulated_gpu_takes_a_thread_that_can_be_spared(
+    workers: list[tuple[int | None, tuple[int, ...]]],
+    left: list[tuple[int | None, tuple[int, ...]]],
+    gpu: tuple[int, ...],
+) -> None:
+    plan = CorePlan(tuple(WorkerCores(*each) for each in workers))
+    with_gpu = plan.with_emulated_gpu()
+    assert with_gpu == CorePlan(tuple(WorkerCores(*each) for each in left), gpu)
+    assert sorted(with_gpu.coordinator) == sorted(plan.coordinator), "the team has every cpu all the same"
+    assert plan.gpu == ()
+
+
+@pytest.mark.parametrize(
     ("cores", "workers", "threads", "message"),
     [
         (
