@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
+from warmfront.coordinator.choices import choose_attention, choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.firing import ensure_profiled
@@ -47,6 +47,8 @@ from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 if TYPE_CHECKING:
     from warmfront.coordinator.front import Front
     from warmfront.coordinator.lowbit import Lowbit
+    from warmfront.coordinator.team import Team
+    from warmfront.coordinator.torch_team import TorchTeam
 
 __all__ = ["Engine"]
 
@@ -85,6 +87,7 @@ class Engine:
         self.tokenizer = Tokenizer(model)
         self.selector = choose_selector(config, model)
         self.context = choose_context(config, model)
+        self.attention = choose_attention(config, self.selector)
         self.stats = Stats()
         self._closed = False
         self._decoded, self._measures = 0, False
@@ -110,6 +113,7 @@ class Engine:
         # What cannot be had is refused before the model is packed.
         plan_cores(read_topology(), config.workers, config.threads)
         choose_gpu(config)
+        choose_attention(config, config.selector)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         engine = cls._opened(path, config)
         try:
@@ -176,6 +180,7 @@ class Engine:
         self._closing.callback(os.close, fd)
         self._board = Board.create(map_shared(fd), sizes)
         self._gone = np.zeros(len(names), np.int64)
+        self._apart = self._attention_bytes()
         self._supervisor = Supervisor(
             modules,
             fd,
@@ -187,6 +192,18 @@ class Engine:
         )
         self._closing.callback(self._supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
+        self._team = self._make_team(cores, say)
+        self._closing.callback(self._team.stop)
+        self._team.start()
+
+    def _make_team(self, cores: CorePlan, say: Say) -> "Team | TorchTeam":
+        if self.attention != "cpu":
+            with hold_interrupts():
+                from warmfront.coordinator.torch_team import TorchTeam
+
+            device = "cpu" if self.attention == "host" else self.attention
+            ahead, cpus = self.config.look_ahead, cores.coordinator
+            return TorchTeam(self.model, self._board, self._gone, device, cpus, self.context, self.selector, ahead)
         with hold_interrupts():
             from warmfront.coordinator.forward import serve_team
             from warmfront.coordinator.lowbit import open_lowbit
@@ -198,7 +215,7 @@ class Engine:
         if self.selector == "lowbit":
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
-        self._team = Team(
+        return Team(
             self.model,
             self._board,
             self._gone,
@@ -208,8 +225,14 @@ class Engine:
             self.lowbit,
             self.config.look_ahead,
         )
-        self._closing.callback(self._team.stop)
-        self._team.start()
+
+    def _attention_bytes(self) -> int:
+        """Bytes that attention takes on a GPU."""
+        if not self.attention.startswith("cuda"):
+            return 0
+        from warmfront.coordinator.torch_network import device_bytes
+
+        return device_bytes(self.model, self.context, self.selector)
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
         """Until the workers and the team have loaded."""
@@ -280,12 +303,14 @@ class Engine:
 
     def _budget(self, gpu: Hello) -> int:
         """Bytes of device memory that the GPU worker may take."""
-        budget = self.config.vram_budget
+        budget, shared = self.config.vram_budget, gpu.device.partition(" ")[0] == self.attention
+        free = max(0, gpu.free_bytes - self._apart if shared else gpu.free_bytes)
         if budget is None:
-            return int(gpu.free_bytes * _VRAM_SHARE)
-        if budget > gpu.free_bytes:
+            return int(free * _VRAM_SHARE)
+        if budget > free:
+            beside = " beside the attention" if shared else ""
             raise ResourceError(
-                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {gpu.free_bytes / 1e9:.2f} GB free: "
+                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {free / 1e9:.2f} GB free{beside}: "
                 "pass a smaller --vram-budget"
             )
         return budget
