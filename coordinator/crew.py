@@ -1,6 +1,6 @@
 """Everything that runs a model: the worker processes, the team of threads, the board between them, the front.
 
-The start in order: board, worker processes, team (which compile and load at the same time), then the GPU's first groups.
+The start in order: board; worker processes and team, which compile and load at the same time; the GPU's first groups.
 """
 
 import contextlib
