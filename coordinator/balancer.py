@@ -3,9 +3,8 @@
 A layer takes as long as its slowest worker, so every layer is divided such that all finish together (`levels.py`), as
 far as the copies at hand allow:
 
-- Activity that is expected of a group blends its long run, which starts from the profile, with the last few tokens, by
-  how well their difference has foretold the tokens since (least squares): noise while nothing changes, all after a
-  change of topic.
+- Activity that is expected of a group blends its long run, which starts from the profile, with the last few tokens.
+  Loads vary about that, so even means even up to a margin (`expectation.py`).
 - *Flips* are free and come first: a cache that is too slow gives its least active groups home, one that is too fast
   takes the most active of its copies back. Only layers that are off balance by more than a band are touched, and a new
   copy is taken up as soon as it is there.
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.baselines import Ema, Lru, Static
+from warmfront.coordinator.expectation import Expectation, Margin
 from warmfront.coordinator.levels import fill, level, times
 from warmfront.coordinator.situation import (
     Bools,
@@ -54,9 +54,38 @@ class Tuning(NamedTuple):
     long_tokens: float = 512.0
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
+    noise_tokens: float = 64.0
     band: float = 0.05
+    margin: float = 0.14
     better: float = 1.25
-    horizon_tokens: float = 128.0
+    horizon_tokens: float = 64.0
+
+
+class _Picture(NamedTuple):
+    """What a decision is made from, beside the owners."""
+
+    situation: Situation
+    home: Owners  # [L, G]
+    expected: Floats  # bytes per token [L, G]
+    order: Ints  # [L, G]: most active first
+    more: Floats  # ns [W, L] by which workers should be done before the others
+
+    def even(self, total: Floats, caps: Floats | None = None) -> Floats:
+        """Bytes [W, L] of the even split of `total` [L]."""
+        return level(self.situation.costs, total, caps, self.more)
+
+    def times(self, loads: Floats) -> Floats:
+        """ns [W, L], to be compared with each other."""
+        return times(self.situation.costs, loads) + self.more
+
+    def loads(self, owner: Owners) -> Floats:
+        """Bytes per token [W, L] that each worker is expected to read."""
+        workers = range(len(self.situation.homes))
+        return np.stack([np.where(owner == worker, self.expected, 0.0).sum(1) for worker in workers])
+
+    def fill(self, limit: Floats, allowed: Bools) -> Bools:
+        """Of those `allowed` [L, G], in each layer the most active up to `limit` [L] bytes."""
+        return fill(self.expected, self.order, limit, allowed)
 
 
 class Balance:
@@ -65,32 +94,20 @@ class Balance:
     name = "balance"
 
     def __init__(self, long_run: Floats, tuning: Tuning | None = None) -> None:
-        self.tuning = tuning or Tuning()
-        self.every = self.tuning.every
-        self._long = long_run.astype(np.float64)
-        self._recent = self._long.copy()
-        self._told = self._drift = 0.0
+        tuning = tuning or Tuning()
+        self.tuning = tuning
+        self.every = tuning.every
+        self._expectation = Expectation(long_run, tuning.long_tokens, tuning.recent_tokens, tuning.trust_tokens)
+        self._margin = Margin(len(long_run), tuning.noise_tokens)
         self._before: Bools | None = None  # copies at the last decision
 
     def observe(self, bytes_read: Reals, active: Reals) -> None:
-        """Update both averages, and how much the recent one tells, from how well it foretold this token."""
-        drift = self._recent - self._long
-        new = bytes_read - self._long
-        kept = 1 - 1 / self.tuning.trust_tokens
-        self._told = kept * self._told + float((drift * new).sum())
-        self._drift = kept * self._drift + float((drift * drift).sum())
-        self._long += new / self.tuning.long_tokens
-        self._recent += (bytes_read - self._recent) / self.tuning.recent_tokens
-
-    @property
-    def expected(self) -> Floats:
-        """Bytes per token [L, G] that each group will read."""
-        share = min(max(self._told / self._drift, 0.0), 1.0) if self._drift > 0 else 0.0
-        return self._long + share * (self._recent - self._long)
+        """Learn what is read."""
+        self._expectation.observe(bytes_read)
+        self._margin.observe(bytes_read)
 
     def decide(self, situation: Situation) -> Decision:
         """Flips, then the copies to begin and what gives way to them."""
-        expected = self.expected
         before = situation.resident if self._before is None else self._before
         arrived = situation.resident & ~before
         self._before = situation.resident.copy()
@@ -99,64 +116,62 @@ class Balance:
             home[arrived[worker]] = worker
         owner = np.where(situation.homes[situation.owner], home, situation.owner)
         owner = np.where(held_by(situation.resident, owner), owner, home)
-        order = np.argsort(-expected, axis=1)
-        self._flip(situation, expected, order, owner, home, arrived)
+        expected = self._expectation.bytes
+        even = times(situation.costs, level(situation.costs, expected.sum(1))).max(0)
+        more = np.where(situation.homes[:, None], np.minimum(self._margin.ns, self.tuning.margin * even), 0.0)
+        picture = _Picture(situation, home, expected, np.argsort(-expected, axis=1), more)
+
+        self._flip(picture, owner, arrived)
         budget = 0 if situation.late else min(situation.budget, _MOST_MOVES)
-        if not budget:
-            return decision_of(owner, home, [], [])
+        drops, promotions, gains = self._promote(picture, _ahead(situation, owner), budget)
         ahead = _ahead(situation, owner)
-        loads = _loads(ahead, len(situation.homes), expected)
-        drops, promotions, gains = self._promote(situation, expected, order, home, loads, budget)
         ahead[promotions[:, 1], promotions[:, 2]] = promotions[:, 0]
-        loads = _loads(ahead, len(situation.homes), expected)
-        moves, savings = self._move(situation, expected, order, ahead, loads)
+        moves, savings = self._move(picture, ahead)
         best = np.argsort(-np.concatenate((gains, savings)), kind="stable")[:budget]
         # With a promotion that the budget leaves out goes the drop made for it.
         made = drops[best[best < len(drops)]]
-        return decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
+        decision = decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
+        self._margin.watch(situation, decision.owner)
+        return decision
 
-    def _flip(
-        self, situation: Situation, expected: Floats, order: Ints, owner: Owners, home: Owners, arrived: Bools
-    ) -> None:
+    def _flip(self, picture: _Picture, owner: Owners, arrived: Bools) -> None:
         """Change `owner` where copies at hand allow a better balance."""
-        costs, total = situation.costs, expected.sum(1)
-        workers = len(situation.homes)
-        at_home = home == np.arange(workers)[:, None, None]
-        held = np.where(situation.homes[:, None, None], at_home, situation.resident)
-        even = level(costs, total, (held * expected).sum(2))
-        loads = _loads(owner, workers, expected)
-        limit = times(costs, even).max(0) * (1 + self.tuning.band)
-        now = times(costs, loads)
+        situation, homes = picture.situation, picture.situation.homes
+        at_home = picture.home == np.arange(len(homes))[:, None, None]
+        held = np.where(homes[:, None, None], at_home, situation.resident)
+        even = picture.even(picture.expected.sum(1), (held * picture.expected).sum(2))
+        loads = picture.loads(owner)
+        limit = picture.times(even).max(0) * (1 + self.tuning.band)
+        now = picture.times(loads)
         uneven = now.max(0) > limit
-        for worker in np.flatnonzero(~situation.homes):
-            takes = situation.resident[worker] & situation.homes[owner] & (uneven[:, None] | arrived[worker])
-            takes = fill(expected, order, even[worker] - loads[worker], takes)
+        for worker in np.flatnonzero(~homes):
+            takes = situation.resident[worker] & homes[owner] & (uneven[:, None] | arrived[worker])
+            takes = picture.fill(even[worker] - loads[worker], takes)
             mine = (owner == worker) & (now[worker] > limit)[:, None]
             # The most active that make up the even load stay.
-            gives = mine & ~fill(expected, order, even[worker], mine)
+            gives = mine & ~picture.fill(even[worker], mine)
             owner[takes] = worker
-            owner[gives] = home[gives]
+            owner[gives] = picture.home[gives]
 
-    def _promote(
-        self, situation: Situation, expected: Floats, order: Ints, home: Owners, loads: Floats, budget: int
-    ) -> tuple[Ints, Ints, Floats]:
+    def _promote(self, picture: _Picture, ahead: Owners, budget: int) -> tuple[Ints, Ints, Floats]:
         """Drops and promotions in pairs, [n, 3] each (a drop of worker -1 is none), and what each saves, ns a token."""
-        costs, homes = situation.costs, situation.homes
-        even = level(costs, expected.sum(1))
+        situation, home, expected = picture.situation, picture.home, picture.expected
+        homes = situation.homes
+        loads, even = picture.loads(ahead), picture.even(expected.sum(1))
         room = np.where(homes[:, None], 0.0, even - loads)
-        now = times(costs, loads)
-        slow = homes[:, None] & (now > times(costs, even).max(0) * (1 + self.tuning.band))
+        limit = picture.times(even).max(0) * (1 + self.tuning.band)
+        slow = homes[:, None] & (picture.times(loads) > limit)
         held = np.asarray((situation.resident | situation.coming)[~homes].any(0))
         wanted = ~held & slow[home, np.arange(len(home))[:, None]]
-        wanted = fill(expected, order, np.maximum(room, 0).sum(0), wanted)
+        if not budget or homes.all() or not wanted.any():
+            return _table([]), _table([]), np.empty(0)
+        wanted = picture.fill(np.maximum(room, 0).sum(0), wanted)
         # What a copy saves: its bytes at its home's pace. What lies beyond the balance saves nothing.
-        saves = expected * costs[home, 1]
-        needed = fill(expected, order, even[~homes].sum(0) * (1 + self.tuning.band), held)
+        saves = expected * situation.costs[home, 1]
+        needed = picture.fill(even[~homes].sum(0) * (1 + self.tuning.band), held)
         candidates = _largest(np.where(wanted, saves, 0.0), budget)
-        givers = {
-            int(worker): _givers(situation, int(worker), np.where(needed, saves, 0.0), budget)
-            for worker in np.flatnonzero(~homes)
-        }
+        worth = np.where(needed, saves, 0.0)
+        givers = {worker: _givers(situation, worker, worth, budget) for worker in np.flatnonzero(~homes).tolist()}
         drops, moves, gains = [], [], []
         for layer, group in candidates:
             saved = saves[layer, group]
@@ -175,12 +190,13 @@ class Balance:
                 del givers[worker]
         return _table(drops), _table(moves), np.array(gains)
 
-    def _move(
-        self, situation: Situation, expected: Floats, order: Ints, ahead: Owners, loads: Floats
-    ) -> tuple[Ints, Floats]:
+    def _move(self, picture: _Picture, ahead: Owners) -> tuple[Ints, Floats]:
         """Copies to begin from home to home, [n, 3], and what each saves, ns a token."""
+        situation, expected = picture.situation, picture.expected
         homes = np.flatnonzero(situation.homes)
-        costs, loads = situation.costs[homes], loads[homes]
+        if len(homes) < 2:
+            return _table([]), np.empty(0)
+        costs, loads = situation.costs[homes], picture.loads(ahead)[homes]
         even = level(costs, loads.sum(0))
         limit = times(costs, even).max(0) * (1 + self.tuning.band)
         slow = times(costs, loads) > limit
@@ -188,11 +204,11 @@ class Balance:
         room = (even - loads).max(0)
         # A group with a copy in a cache, or under way, stays.
         movable = ~situation.coming.any(0) & ~situation.resident[~situation.homes].any(0)
-        moves, savings = [np.empty((0, 3), np.int64)], [np.empty(0)]
+        moves, savings = [], []
         for number, worker in enumerate(homes):
             mine = movable & (ahead == worker) & slow[number, :, None]
             mine &= expected * costs[number, 1] * self.tuning.horizon_tokens > situation.transfer_ns
-            layer, group = np.nonzero(fill(expected, order, np.minimum(loads[number] - even[number], room), mine))
+            layer, group = np.nonzero(picture.fill(np.minimum(loads[number] - even[number], room), mine))
             moves.append(np.column_stack((homes[receiver[layer]], layer, group)))
             savings.append(expected[layer, group] * costs[number, 1])
         table, saved = np.concatenate(moves), np.concatenate(savings)
@@ -208,11 +224,6 @@ def _ahead(situation: Situation, owner: Owners) -> Owners:
     for worker, home in enumerate(situation.homes):
         ahead[situation.coming[worker] & (situation.homes[ahead] | ~home)] = worker
     return ahead
-
-
-def _loads(owner: Owners, workers: int, expected: Floats) -> Floats:
-    """Bytes [W, L] that each worker is expected to read."""
-    return np.stack([np.where(owner == worker, expected, 0.0).sum(1) for worker in range(workers)])
 
 
 def _largest(values: Floats, count: int) -> list[tuple[int, int]]:

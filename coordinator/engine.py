@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_context, choose_gpu, choose_selector
+from warmfront.coordinator.choices import choose_attention, choose_context, choose_gpu, choose_selector
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.placement import most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
-from warmfront.coordinator.planning import load_of
-from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -48,6 +47,8 @@ from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 if TYPE_CHECKING:
     from warmfront.coordinator.front import Front
     from warmfront.coordinator.lowbit import Lowbit
+    from warmfront.coordinator.team import Team
+    from warmfront.coordinator.torch_team import TorchTeam
 
 __all__ = ["Engine"]
 
@@ -86,6 +87,7 @@ class Engine:
         self.tokenizer = Tokenizer(model)
         self.selector = choose_selector(config, model)
         self.context = choose_context(config, model)
+        self.attention = choose_attention(config, self.selector)
         self.stats = Stats()
         self._closed = False
         self._decoded, self._measures = 0, False
@@ -111,6 +113,7 @@ class Engine:
         # What cannot be had is refused before the model is packed.
         plan_cores(read_topology(), config.workers, config.threads)
         choose_gpu(config)
+        choose_attention(config, config.selector)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         engine = cls._opened(path, config)
         try:
@@ -177,6 +180,7 @@ class Engine:
         self._closing.callback(os.close, fd)
         self._board = Board.create(map_shared(fd), sizes)
         self._gone = np.zeros(len(names), np.int64)
+        self._apart = self._attention_bytes()
         self._supervisor = Supervisor(
             modules,
             fd,
@@ -188,6 +192,18 @@ class Engine:
         )
         self._closing.callback(self._supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
+        self._team = self._make_team(cores, say)
+        self._closing.callback(self._team.stop)
+        self._team.start()
+
+    def _make_team(self, cores: CorePlan, say: Say) -> "Team | TorchTeam":
+        if self.attention != "cpu":
+            with hold_interrupts():
+                from warmfront.coordinator.torch_team import TorchTeam
+
+            device = "cpu" if self.attention == "host" else self.attention
+            ahead, cpus = self.config.look_ahead, cores.coordinator
+            return TorchTeam(self.model, self._board, self._gone, device, cpus, self.context, self.selector, ahead)
         with hold_interrupts():
             from warmfront.coordinator.forward import serve_team
             from warmfront.coordinator.lowbit import open_lowbit
@@ -199,7 +215,7 @@ class Engine:
         if self.selector == "lowbit":
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
-        self._team = Team(
+        return Team(
             self.model,
             self._board,
             self._gone,
@@ -209,8 +225,14 @@ class Engine:
             self.lowbit,
             self.config.look_ahead,
         )
-        self._closing.callback(self._team.stop)
-        self._team.start()
+
+    def _attention_bytes(self) -> int:
+        """Bytes that attention takes on a GPU."""
+        if not self.attention.startswith("cuda"):
+            return 0
+        from warmfront.coordinator.torch_network import device_bytes
+
+        return device_bytes(self.model, self.context, self.selector)
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
         """Until the workers and the team have loaded."""
@@ -281,12 +303,14 @@ class Engine:
 
     def _budget(self, gpu: Hello) -> int:
         """Bytes of device memory that the GPU worker may take."""
-        budget = self.config.vram_budget
+        budget, shared = self.config.vram_budget, gpu.device.partition(" ")[0] == self.attention
+        free = max(0, gpu.free_bytes - self._apart if shared else gpu.free_bytes)
         if budget is None:
-            return int(gpu.free_bytes * _VRAM_SHARE)
-        if budget > gpu.free_bytes:
+            return int(free * _VRAM_SHARE)
+        if budget > free:
+            beside = " beside the attention" if shared else ""
             raise ResourceError(
-                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {gpu.free_bytes / 1e9:.2f} GB free: "
+                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {free / 1e9:.2f} GB free{beside}: "
                 "pass a smaller --vram-budget"
             )
         return budget
@@ -322,9 +346,7 @@ class Engine:
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-        profile = Profile.of(self.model)
-        firing = np.ones(self._home.shape) if profile is None else profile.group_firing()
-        return load_of(self.model.layout, self.selector, firing)
+        return load_of(self.model.layout, self.selector, firing_of(self.model))
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
@@ -381,7 +403,7 @@ class Engine:
             yield Token(token, piece + stops.rest() if last else piece)
             if last or stops.found:
                 return
-            logits = self._decode(token)
+            logits = self.step(token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
@@ -405,7 +427,7 @@ class Engine:
         started = time.monotonic()
         for _ in range(count):
             answer.append(int(np.argmax(logits)))
-            logits = self._decode(answer[-1])
+            logits = self.step(answer[-1])
         self.stats.decode_s = time.monotonic() - started
         return answer
 
@@ -419,7 +441,7 @@ class Engine:
         self.reset()
         yield self._prefill(ids[:prefill]).copy()
         for token in ids[prefill:]:
-            yield self._decode(token).copy()
+            yield self.step(token).copy()
 
     def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`; what the cache already holds of them is not computed again."""
@@ -437,7 +459,8 @@ class Engine:
         self.stats.prefill_s = time.monotonic() - started
         return self._logits
 
-    def _decode(self, token: int) -> npt.NDArray[np.float32]:
+    def step(self, token: int) -> npt.NDArray[np.float32]:
+        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
         measure = self._measures and self._decoded % _MEASURE_EVERY == 0
         self._decoded += 1
         self._run([token], True, measure=measure)

@@ -12,13 +12,14 @@ def times(costs: Floats, loads: Floats) -> Floats:
     return costs[:, :1] + costs[:, 1:] * loads
 
 
-def level(costs: Floats, total: Floats, caps: Floats | None = None) -> Floats:
+def level(costs: Floats, total: Floats, caps: Floats | None = None, more: Floats | float = 0.0) -> Floats:
     """Bytes [W, L]: the loads, of sum `total` [L], whose longest time is least.
 
     Like water poured into vessels: all that hold some stand equally high, but for those full to their `caps` [W, L]; a
-    worker whose job alone takes longer holds nothing. What all caps together do not hold is left out.
+    worker whose job alone takes longer holds nothing. What all caps together do not hold is left out. `more` [W, L],
+    ns, counts into each worker's time.
     """
-    a, b = costs[:, :1], costs[:, 1:]
+    a, b = costs[:, :1] + more, costs[:, 1:]
     room = np.broadcast_to(total, (len(costs), len(total)))
     if caps is not None:
         room = np.minimum(room, caps)

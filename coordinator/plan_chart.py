@@ -17,16 +17,14 @@ def render(figures: dict[str, Any], width: int) -> Iterator[str]:
         note = f" = {figures['slots']} x {figures['group_bytes']} bytes" if purpose == "slots" else ""
         yield f"  {purpose:<14} {_mb(size)}{note}"
     yield f"  {'left':<14} {_mb(figures['left_bytes'])}"
-    yield "measured: " + ", ".join(
-        f"{side.upper()} {figures['times'][f'{side}_job_ns'] / 1e3:.1f} us a layer and "
-        f"{figures['times'][f'{side}_byte_ns'] * 1e3:.1f} us a MB"
-        for side in ("cpu", "gpu")
-    )
+    for side in ("cpu", "gpu"):
+        job, byte = (figures["times"][f"{side}_{what}_ns"] for what in ("job", "byte"))
+        yield f"  {f'{side.upper()} speed':<14} {job / 1e3:.1f} us a layer and {byte * 1e3:.1f} us a MB, measured"
     yield from _bars(figures, width)
     shares = f"{figures['neurons']:.1%} of the neurons, {figures['firing']:.1%} of the firing"
     yield f"on the GPU: {figures['groups']} groups, {shares}"
     if not figures["groups"]:
-        yield "nothing pays there: in no layer the GPU would make up for the time of its job"
+        yield "nothing pays there: in no layer the GPU saves more than its job takes"
     elif figures["groups"] < figures["slots"]:
         yield f"{figures['slots'] - figures['groups']} slots stay empty: with more the GPU would be the slower side"
     yield f"feed-forward, predicted: {_ms(figures['plan_ns'])} a token"
@@ -48,7 +46,7 @@ def _ms(ns: float) -> str:
 
 def _bars(figures: dict[str, Any], width: int) -> Iterator[str]:
     """A line for each layer: its share of the neurons on the GPU, and of the firing."""
-    bar = min(max((width - len("layer    100.0%    100.0%")) // 2, _LEAST_BAR), _MOST_BAR)
+    bar = min(max((width - len("layer   100.0%   100.0%")) // 2, _LEAST_BAR), _MOST_BAR)
     heads = [f"{name:<{bar + 7}}"[: bar + 7] for name in ("neurons on the GPU", "firing on the GPU")]
     yield f"layer  {heads[0]}  {heads[1]}".rstrip()
     for number, layer in enumerate(figures["layers"]):
@@ -64,6 +62,7 @@ def _bar(share: float, width: int) -> str:
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Write a PNG: the shares on the GPU by layer, and the predicted time of each layer."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers = range(len(figures["layers"]))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -74,8 +73,10 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     left.set(xlabel="layer", ylabel="on the GPU, %", ylim=(0, 100))
     for name, label in (("cpu", "CPU alone"), ("uniform", "as many groups in every layer"), ("plan", "plan")):
         right.plot(layers, [layer[f"{name}_ns"] / 1e3 for layer in figures["layers"]], ".-", label=label)
-    right.set(xlabel="layer", ylabel="feed-forward, us a token, predicted", ylim=(0, None))
+    right.set(xlabel="layer", ylabel="feed-forward, us a token, predicted")
+    right.set_ylim(bottom=0)
     for panel in (left, right):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend()
-    figure.suptitle(f"{figures['model']}: {figures['vram_budget'] / 1e9:.2f} GB of GPU memory")
+    figure.suptitle(f"{figures['model']}: {figures['vram_budget'] / 1e6:,.0f} MB of GPU memory")
     figure.savefig(path, format="png")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.expected import firing_of, load_of, neurons_of
+from warmfront.coordinator.expected import firing_of, neurons_of
 from warmfront.coordinator.placement import first_groups
 from warmfront.coordinator.plan_file import write_plan
 from warmfront.coordinator.solver import Mask, Rates, Times, layer_times, solve, solve_exact
@@ -74,10 +74,9 @@ def grounds_of(engine: Engine, say: Callable[[str], None]) -> Grounds:
         times = measure_times(engine)
         save_times(key, times)
     model, budget = engine.model, engine.config.vram_budget
-    firing = firing_of(model)
-    load = load_of(model.layout, engine.selector, firing)
     ledger = engine.device_memory()
-    return Grounds(model.layout, firing, load, times, sum(ledger.values()) if budget is None else budget, ledger)
+    budget = sum(ledger.values()) if budget is None else budget
+    return Grounds(model.layout, firing_of(model), engine.expected_bytes(), times, budget, ledger)
 
 
 def make_plan(grounds: Grounds, exact: bool) -> tuple[Mask, dict[str, Any]]:

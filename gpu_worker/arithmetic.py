@@ -1,4 +1,4 @@
-"""What the emulated device computes: one call of compiled code for each `execute`, of which every layer and token has one.
+"""What the emulated device computes: one call of compiled code for each `execute`, one for each layer and token.
 
 A call costs 5 us beside the neurons; lists, sums and inputs made in Python cost 17 to 27 (two cores, AVX-512).
 """

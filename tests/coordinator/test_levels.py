@@ -40,6 +40,14 @@ def test_no_other_split_is_faster() -> None:
         assert times(costs, split[:, None] * 1e6)[:, 0].max() >= best - 1e-6
 
 
+def test_time_added_to_a_worker_counts() -> None:
+    costs, total = np.array([[10.0, 0.2], [60.0, 0.05]]), np.array([1e3, 1e4])
+    more = np.array([[5.0, 50.0], [0.0, 0.0]])
+    for layer in range(2):
+        dearer = costs + np.array([[more[0, layer], 0.0], [0.0, 0.0]])
+        np.testing.assert_allclose(level(costs, total, None, more)[:, layer], level(dearer, total)[:, layer])
+
+
 def test_a_worker_whose_job_takes_longer_than_all_gets_nothing() -> None:
     loads = level(np.array([[0.0, 0.1], [1e6, 0.001]]), np.array([1e6, 1e8]))
     assert loads[1, 0] == 0

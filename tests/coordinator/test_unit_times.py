@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from warmfront.coordinator.solver import Times
-from warmfront.coordinator.unit_times import TimesKey, fit_line, load_times, save_times
-from warmfront.shared.errors import ResourceError
+from warmfront.coordinator.unit_times import TimesKey, fit_line, load_times, measure_times, save_times
+from warmfront.shared.errors import ResourceError, WorkerError
+from warmfront.shared.messages import LoadReport
 
 KEY = TimesKey("tiny-auto-0123", "exact", ("cpu", "host (emulated GPU)"), (1, 1))
 TIMES = Times(12_000.5, 0.03125, 41_000.25, 0.0009765625)
@@ -126,3 +129,85 @@ def test_nothing_is_left_beside_it(cache: Path) -> None:
     save_times(KEY, TIMES)
     save_times(KEY, TIMES)
     assert [path for path in cache.rglob("*") if path.is_file()] == [KEY.path]
+
+
+class Hall:
+    """In an engine's stead: two CPU workers, one GPU worker, and what they would report by the times they are given."""
+
+    def __init__(self, times: Times, noise: float = 0.0) -> None:
+        self.times, self.noise = times, noise
+        self.rng = np.random.default_rng(0)
+        layers, groups = 6, 40
+        self.load = self.rng.uniform(1e4, 2e5, (layers, groups))
+        home = np.tile((np.arange(groups) >= 20).astype(np.uint8), (layers, 1))
+        self.owner = np.where(np.arange(groups) % 20 < [[8], [5], [1], [0], [3], [8]], 2, home).astype(np.uint8)
+        self.front = SimpleNamespace(
+            names=["cpu0", "cpu1", "gpu0"], home=home, owners=self.owner.copy, hand_over=self.hand_over
+        )
+        self.model = SimpleNamespace(spec=SimpleNamespace(layers=layers, vocab=100))
+        self.jobs = 0
+        self.busy, self.read = np.zeros((2, 3, layers), np.int64)
+        self.fails = False
+        self.resets = 0
+
+    def hand_over(self, owner: Any) -> None:
+        assert ((owner == self.front.home) | (owner == 2)).all()
+        self.owner = owner
+
+    def reports(self) -> dict[str, LoadReport]:
+        return {
+            name: LoadReport(self.jobs, self.busy[i].tolist(), [], self.read[i].tolist(), [])
+            for i, name in enumerate(self.front.names)
+        }
+
+    def decode_ids(self, ids: list[int], count: int) -> None:
+        if self.fails and self.jobs > 100:
+            raise KeyboardInterrupt
+        for _ in range(count):
+            read = np.array([np.sum(self.load, axis=1, where=self.owner == worker) for worker in range(3)])
+            # Each CPU worker does half of the bytes in the time that both together take for all of them.
+            job, byte = self.times.cpu_job_ns, self.times.cpu_byte_ns
+            busy = [job + byte * read[:2].sum(0)] * 2 + [self.times.gpu_job_ns + self.times.gpu_byte_ns * read[2]]
+            self.busy += (np.array(busy) * self.rng.uniform(1, 1 + self.noise, (3, 6))).astype(np.int64)
+            self.read += read.astype(np.int64)
+            self.jobs += 6
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_measuring_finds_the_times_and_leaves_the_owners() -> None:
+    hall = Hall(TIMES)
+    before = hall.owner.copy()
+    assert measure_times(hall) == pytest.approx(TIMES, rel=1e-3)
+    np.testing.assert_array_equal(hall.owner, before)
+    assert hall.resets
+
+
+def test_measuring_with_noise() -> None:
+    times = measure_times(Hall(TIMES, noise=0.1))
+    assert times.cpu_byte_ns == pytest.approx(TIMES.cpu_byte_ns, rel=0.1)
+    assert times.gpu_job_ns == pytest.approx(TIMES.gpu_job_ns, rel=0.1)
+
+
+def test_measuring_that_is_interrupted_leaves_the_owners() -> None:
+    hall = Hall(TIMES)
+    before, hall.fails = hall.owner.copy(), True
+    with pytest.raises(KeyboardInterrupt):
+        measure_times(hall)
+    np.testing.assert_array_equal(hall.owner, before)
+
+
+def test_measuring_without_a_group_on_the_gpu() -> None:
+    hall = Hall(TIMES)
+    hall.owner = hall.front.home.copy()
+    hall.front.owners = hall.owner.copy
+    with pytest.raises(ResourceError, match="nothing to compute"):
+        measure_times(hall)
+
+
+def test_measuring_when_a_worker_is_lost() -> None:
+    hall = Hall(TIMES)
+    hall.reports = lambda: {"cpu0": LoadReport(0, [], [], [], [])}
+    with pytest.raises(WorkerError, match=r"a worker was lost .* run it again"):
+        measure_times(hall)

@@ -1,0 +1,77 @@
+"""Records which neurons a model fires while it writes, for `simulate_balancing.py` and `bench_balancing.py`.
+
+    python scripts/record_firing.py MODEL OUT.npz [--topics 4] [--tokens 2000] [--dtype auto] [--seed 0]
+
+The model writes greedily; the topic changes evenly, each time by a word of the next one put in its mouth
+(`make_synthetic_model.py --topics`: word w belongs to topic (w - 259) % topics). OUT has `fired`, uint32 [tokens,
+layers, groups], bit i = neuron i of the group, `ids`, int64 [tokens], and `about`, JSON. The last line of stdout is
+JSON.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator import Engine
+
+FIRST_WORD = 259
+
+
+def starts(topics: int, vocab: int, seed: int) -> list[int]:
+    """A word of each topic."""
+    rng = np.random.default_rng(seed)
+    return [FIRST_WORD + topic + topics * int(rng.integers((vocab - FIRST_WORD) // topics)) for topic in range(topics)]
+
+
+def record(engine: Engine, topics: int, tokens: int, seed: int) -> tuple[npt.NDArray[np.uint32], list[int]]:
+    """What each token fires, and the ids that were written or put in."""
+    words = starts(topics, engine.model.spec.vocab, seed)
+    fired, ids, token = [], [], 0
+    engine.reset()
+    for step in range(tokens):
+        topic = step * topics // tokens
+        if step == 0 or topic != (step - 1) * topics // tokens:
+            token = words[topic]
+        ids.append(token)
+        token = int(np.argmax(engine.step(token)))
+        fired.append(engine.front.fired())
+    return np.stack(fired), ids
+
+
+def main() -> None:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--topics", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    wish = parser.parse_args()
+    with Engine.load(wish.model, dtype=wish.dtype, gpu="none", say=print) as engine:
+        spec, layout = engine.model.spec, engine.model.layout
+        started = time.perf_counter()
+        fired, ids = record(engine, wish.topics, wish.tokens, wish.seed)
+        rate = wish.tokens / (time.perf_counter() - started)
+    about = {
+        "name": f"{spec.name}, {wish.topics} topics",
+        "hidden": spec.hidden,
+        "ffn": spec.ffn,
+        "row_bytes": layout.gate_row_bytes,
+        "switches": [wish.tokens * topic // wish.topics for topic in range(1, wish.topics)],
+    }
+    np.savez_compressed(wish.out, fired=fired, ids=np.array(ids), about=json.dumps(about))
+    active = float(np.bitwise_count(fired).mean() / 32)
+    print(
+        json.dumps(
+            {"file": str(wish.out), "tokens": len(ids), "active": round(active, 4), "tok_s": round(rate, 1), **about}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
