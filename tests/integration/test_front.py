@@ -152,7 +152,7 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
 
     monkeypatch.setattr(engine._team, "run", corrupted)
     with pytest.raises(WorkerError, match=r"^group 3 of layer 0 was not computed exactly once: "):
-        engine._decode(300)
+        engine.step(300)
 
 
 def test_nothing_is_said_of_what_is_right(engine: Engine) -> None:
