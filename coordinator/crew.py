@@ -197,6 +197,7 @@ class Crew:
         from warmfront.coordinator.balancer import make_policy
         from warmfront.coordinator.front import Front
 
+        self._apart = 0  # Attention has its memory by now: a GPU worker that starts again finds what is left.
         layout, names = self.model.layout, list(self.supervisor.hellos)
         expected = self.expected_bytes()
         policy = make_policy(self.config.policy, expected, layout.group_bytes)
