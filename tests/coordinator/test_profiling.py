@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator import firing, profiling
+from warmfront.coordinator import calibration, firing, profiling
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.profile import Profile
@@ -190,7 +190,7 @@ def test_a_first_load_that_comes_second(tiny_llama: Make, monkeypatch: pytest.Mo
     path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
     fake = Fake(-1)
     monkeypatch.setattr(Engine, "for_profiling", lambda *_, **__: fake)
-    monkeypatch.setattr(firing, "sample_ids", lambda engine: list(range(300)))
+    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
     with PackedModel(path) as mine, PackedModel(path) as theirs:
         for model in (theirs, mine):
             assert firing.ensure_profiled(model, EngineConfig(), said.append, lambda what, done, total: None)
@@ -206,7 +206,7 @@ def test_the_first_load_does_without(
     path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
     fake = Fake(-1)
     monkeypatch.setattr(Engine, "for_profiling", lambda *_, **__: fake)
-    monkeypatch.setattr(firing, "sample_ids", lambda engine: list(range(300)))
+    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
 
     def full(*_: Any) -> bool:
         raise ResourceError("cannot write it: no room")
