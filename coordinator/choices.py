@@ -5,7 +5,7 @@ from warmfront.shared.errors import UsageError
 from warmfront.shared.model import ModelSpec
 from warmfront.shared.store import PackedModel
 
-__all__ = ["DEFAULT_CONTEXT", "choose_context", "choose_gpu", "choose_selector"]
+__all__ = ["DEFAULT_CONTEXT", "choose_attention", "choose_context", "choose_gpu", "choose_selector"]
 
 DEFAULT_CONTEXT = 4096
 
@@ -25,6 +25,38 @@ def choose_gpu(config: EngineConfig) -> str | None:
             "--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one"
         )
     return None
+
+
+def choose_attention(config: EngineConfig, selector: str) -> str:
+    """Where attention, norms, predictor and head run: "cpu" for the compiled team, else a device of torch's or "host".
+
+    `auto` takes the first CUDA device that torch sees, unless no GPU is wanted or the selector needs the compiled team.
+    """
+    wish = config.attention
+    if selector == "lowbit" and wish not in ("auto", "cpu"):
+        raise UsageError(f"--attention {wish}, but --selector lowbit predicts on the CPU: pass --attention cpu")
+    if wish == "auto":
+        from warmfront.coordinator.devices import cuda_devices
+
+        able = config.gpu != "none" and selector != "lowbit" and cuda_devices() > 0
+        return "cuda:0" if able and _torch_devices()[0] > 0 else "cpu"
+    if wish.startswith("cuda"):
+        count, version = _torch_devices()
+        if count == 0:
+            raise UsageError(
+                f"--attention {wish}, but this torch sees no CUDA device: it is {version}; install one made for CUDA, "
+                "or pass --attention cpu"
+            )
+        if int(wish.partition(":")[2]) >= count:
+            raise UsageError(f"--attention {wish}, but torch sees {count} CUDA devices: pass --attention cuda:0")
+    return wish
+
+
+def _torch_devices() -> tuple[int, str]:
+    """How many CUDA devices torch sees, and its version."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.__version__
 
 
 def selectors_for(spec: ModelSpec) -> list[str]:

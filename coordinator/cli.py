@@ -105,6 +105,12 @@ load_options = _together(
 run_options = _together(
     load_options,
     click.option(
+        "--attention",
+        default=_ENGINE.attention,
+        show_default=True,
+        help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
+    ),
+    click.option(
         "--policy",
         type=click.Choice(POLICIES),
         default=_ENGINE.policy,

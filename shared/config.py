@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from warmfront.shared.errors import UsageError
 
 __all__ = [
+    "ATTENTION_PATTERN",
     "BITS",
     "DTYPES",
     "GPU_PATTERN",
@@ -33,6 +34,7 @@ PREDICTING = frozenset({"lowrank", "lowbit"})
 # How groups move between the workers (coordinator/balancer.py).
 POLICIES = ("balance", "static", "lru", "ema")
 GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")
+ATTENTION_PATTERN = re.compile(r"auto|cpu|host|cuda:\d+")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -60,13 +62,13 @@ class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
 
     workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
-    core); vram_budget: bytes of device memory for the GPU worker; policy: how neurons move between the workers; plan:
-    a file of `warmfront plan` to begin with; context: tokens that the KV cache holds; measure: compare the selected
-    neurons with those that fire, on one token of 64; verify: check for every token that each selected neuron was
-    computed exactly once; look_ahead: predict a layer's neurons from the input of the one before, beside its work;
-    trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4",
-    an emulation. For the selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds
-    are calibrated for.
+    core); vram_budget: bytes of device memory for the GPU worker; attention: where attention and predictors run, on
+    the CPU or on a device of torch's; policy: how neurons move between the workers; plan: a file of `warmfront plan`
+    to begin with; context: tokens that the KV cache holds; measure: compare the selected neurons with those that fire,
+    on one token of 64; verify: check for every token that each selected neuron was computed exactly once; look_ahead:
+    predict a layer's neurons from the input of the one before, beside its work; trace: a file to write a Chrome trace
+    to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4", an emulation. For the selector
+    lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
@@ -77,6 +79,7 @@ class EngineConfig:
     threads: int | None = None
     gpu: str = "auto"
     vram_budget: int | None = None
+    attention: str = "auto"
     policy: str = "balance"
     plan: str | None = None
     context: int | None = None
@@ -97,6 +100,8 @@ class EngineConfig:
             raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")
         if not GPU_PATTERN.fullmatch(self.gpu):
             raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
+        if not ATTENTION_PATTERN.fullmatch(self.attention):
+            raise UsageError(f"no device {self.attention!r} for attention: use auto, cpu, host or cuda:N")
         if self.policy not in POLICIES:
             raise UsageError(f"no policy {self.policy!r}: use one of {', '.join(POLICIES)}")
         for option, wish in (("--vram-budget", self.vram_budget), ("--plan", self.plan)):

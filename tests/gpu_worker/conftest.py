@@ -127,7 +127,7 @@ def random_case() -> Callable[[BundleLayout, str, int], Case]:
 
 @pytest.fixture
 def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """`import cupy` gives the stand-in, which notes `copies` (to, from, bytes, stream) and what is `locked` (at, bytes)."""
+    """`import cupy` gives the stand-in; it notes `copies` (to, from, bytes, stream) and `locked` (at, bytes)."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
 
