@@ -56,7 +56,7 @@ class Tuning(NamedTuple):
     trust_tokens: float = 16.0
     noise_tokens: float = 64.0
     band: float = 0.05
-    margin: float = 0.08
+    margin: float = 0.14
     better: float = 1.25
     horizon_tokens: float = 64.0
 

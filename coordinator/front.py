@@ -107,7 +107,7 @@ class Front:
         self._requested_at = 0
         self._transfer_ns = layout.group_bytes / _COPY_SPEED
         self._token_ns, self._token_at = 0.0, 0
-        self._read: npt.NDArray[np.float32] = np.zeros(home.shape, np.float32)
+        self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_TRANSFERS)
         board.owner[:] = home
@@ -143,6 +143,8 @@ class Front:
 
     def boundary(self) -> None:
         """Between two jobs: take in what has arrived, and when it is time let the policy decide."""
+        if len(self.names) == 1:
+            return
         self._hear()
         if self._since >= self._policy.every:
             self._since = 0
@@ -151,7 +153,9 @@ class Front:
         self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
-        """After a token: which neurons were computed, where."""
+        """After a token: which neurons were computed, where. A worker that is alone has nobody to share with."""
+        if len(self.names) == 1:
+            return
         board, layout = self._board, self._layout
         whole = np.bitwise_count(board.fired)
         asked = np.bitwise_count(board.mask) if self._predicted else np.uint8(GROUP)

@@ -4,7 +4,8 @@
 
 The model writes greedily; the topic changes evenly, each time by a word of the next one put in its mouth
 (`make_synthetic_model.py --topics`: word w belongs to topic (w - 259) % topics). OUT has `fired`, uint32 [tokens,
-layers, groups], bit i = neuron i of the group, `ids`, int64 [tokens], and `about`, JSON. The last line of stdout is JSON.
+layers, groups], bit i = neuron i of the group, `ids`, int64 [tokens], and `about`, JSON. The last line of stdout is
+JSON.
 """
 
 import argparse

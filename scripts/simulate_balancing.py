@@ -351,14 +351,11 @@ class Replay:
     def begin(self, decision: Decision, budget: int, now: float) -> int:
         """Begin the copies for which there are slots, one batch; how many to caches."""
         free = self.slots - (self.resident | self.coming).sum((1, 2))
-        begun = []
-        for move in decision.moves[:budget]:
-            if free[move[0]] > 0:
-                free[move[0]] -= 1
-                begun.append(move)
-        if not begun:
+        moves = decision.moves[:budget]
+        begun = [np.flatnonzero(moves[:, 0] == worker)[: max(0, free[worker])] for worker in range(self.workers)]
+        batch = moves[np.sort(np.concatenate(begun))]
+        if not len(batch):
             return 0
-        batch = np.stack(begun)
         self.coming[tuple(batch.T)] = True
         ready = max([now, *(done for done, _ in self.batches)])
         self.batches.append((ready + COPY_CALL_NS + len(batch) * self.copy_ns, batch))

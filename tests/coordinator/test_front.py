@@ -367,7 +367,7 @@ def test_copies_are_measured(bench: Bench, clock: Clock) -> None:
     clock.now += 777
     bench.workers.arrive(ns=80_000)
     bench.boundary()
-    assert bench.front.transfers == [(GPU, 2, begun, begun + 777)]
+    assert list(bench.front.transfers) == [(GPU, 2, begun, begun + 777)]
     first_guess = LAYOUT.group_bytes / 4.0
     assert bench.decide().transfer_ns == pytest.approx(0.8 * first_guess + 0.2 * 40_000)
 
@@ -564,7 +564,7 @@ def test_the_policy_sees_what_was_read(predicted: bool) -> None:
     bench.board.mask[:], bench.board.fired[:] = mask, fired
     bench.front.observe()
     ((read, active),) = bench.policy.observed
-    loads = np.zeros(3)
+    loads = np.zeros((LAYERS, 3))
     for layer in range(LAYERS):
         for group in range(GROUPS):
             asked = int(mask[layer, group]).bit_count() if predicted else 32
@@ -572,9 +572,9 @@ def test_the_policy_sees_what_was_read(predicted: bool) -> None:
             expected = 4 * HIDDEN * (asked + 2 * whole)  # a gate row for each, up and down rows of those that fire
             assert read[layer, group] == expected
             assert active[layer, group] == whole / 32
-            loads[bench.board.owner[layer, group]] += expected
-    np.testing.assert_allclose(bench.front.loads, loads)
-    np.testing.assert_allclose(bench.front.share(), loads / loads.sum())
+            loads[layer, bench.board.owner[layer, group]] += expected
+    np.testing.assert_allclose(bench.front.layer_loads(), loads)
+    np.testing.assert_allclose(bench.front.share(), loads.sum(0) / loads.sum())
 
 
 def report(jobs: int, busy: npt.ArrayLike, read: npt.ArrayLike) -> LoadReport:

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.integration.command import needs_two_cores
+from tests.integration.gpu import budget_for
 from tests.integration.reference import all_logits, choices, llama_from_folder
 from warmfront.coordinator.engine import Engine
-from warmfront.shared.bundle import BundleLayout
-from warmfront.shared.weights import Kind
 
 STORY = (
     "The lighthouse keeper wrote in his diary that the sea had been calm for twelve days, and that the supply boat "
@@ -27,12 +26,6 @@ PROMPTS = (
 FOLLOW_UP = "<|im_end|>\n<|im_start|>user\nAnd at night?<|im_end|>\n<|im_start|>assistant\n"
 NEW_TOKENS = 64
 GPU = {"gpu": "host"}
-
-
-def third_of_neurons(*, hidden: int, ffn: int, layers: int) -> int:
-    """A third of the bytes that float32 neurons take."""
-    layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=Kind.F32, down_kind=Kind.F32)
-    return layers * layout.groups * layout.group_bytes // 3
 
 
 def tokens_of(engine: Engine, ids: Sequence[int], count: int = NEW_TOKENS) -> list[int]:
@@ -57,12 +50,13 @@ def assert_same_logits(engine: Engine, model: Any, ids: Sequence[int], prefill: 
 
 
 def assert_gpu_has_a_third(engine: Engine) -> None:
-    """The budget was used, and the CPU workers have the rest."""
+    """The budget gives so many slots, and they were used."""
     workers = engine.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
-    share = workers[-1].groups / sum(worker.groups for worker in workers)
-    assert 0.3 < share <= 1 / 3 + 1e-9
+    slots = engine._supervisor.readies["gpu0"].slots
+    assert slots == sum(worker.groups for worker in workers) // 3
+    assert 0 < workers[-1].groups <= slots
 
 
 @pytest.fixture(
@@ -70,7 +64,7 @@ def assert_gpu_has_a_third(engine: Engine) -> None:
     params=[
         {"workers": 1},
         pytest.param({"workers": 2}, marks=needs_two_cores),
-        {"workers": 1, **GPU, "vram_budget": third_of_neurons(hidden=576, ffn=1536, layers=30)},
+        {"workers": 1, **GPU, "vram_budget": budget_for(30 * 48 // 3, hidden=576, ffn=1536, context=8192)},
     ],
     ids=["one worker", "two workers", "gpu"],
 )
@@ -105,7 +99,7 @@ def test_a_conversation_goes_on_from_the_cache(engine: Engine, smollm2_in_transf
 
 
 RELU = {"hidden_act": "relu", "intermediate_size": 400, "num_hidden_layers": 3}  # the last group is not full
-TINY_THIRD = third_of_neurons(hidden=64, ffn=400, layers=3)
+TINY_THIRD = budget_for(3 * 13 // 3, hidden=64, ffn=400)
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -1,0 +1,261 @@
+"""Balancing policies side by side on the emulated GPU: what moving neurons gains when the topic or the load shifts.
+
+    python scripts/bench_balancing.py topics MODEL --trace TRACE.npz [--vram 500MB] [--policies balance,ema]
+    python scripts/bench_balancing.py shift MODEL [--workers 2 | --gpu host --vram 500MB --slow cpu0:4] [--tokens 96]
+
+An emulated GPU (`--gpu host`) is one pinned thread of this machine, and `--slow cpu0:4` makes the CPU worker four times
+slower than it is, so that the emulated GPU is the fast device. All engines are loaded at once and take turns of a few
+tokens, so that whatever else the machine does meets all alike; those that wait sleep.
+
+topics   replays the ids of a trace of `record_firing.py`. `oracle` is the best single split for the whole trace, from
+         its own frequencies and the unit times that were measured; `random` as many groups at random; both never move.
+shift    a busy process is put on the first worker's core, and taken away again: `balance` against the frozen split
+         (`static`, which starts from the shares that balance had found).
+
+The last line of stdout is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator import Engine
+from warmfront.coordinator.expected import load_of
+from warmfront.coordinator.plan_file import write_plan
+from warmfront.coordinator.solver import Times, solve
+from warmfront.shared.config import parse_size
+
+TURN = 16
+WINDOW = 16
+STATIC = ("oracle", "random")
+
+
+class Token(NamedTuple):
+    """One token's time, the GPU's share of its bytes, groups that changed place or hands, ns of work by worker."""
+
+    seconds: float
+    hit: float
+    moves: int
+    flips: int
+    busy: npt.NDArray[np.float64]
+
+
+class Runner:
+    """An engine and what became of its tokens."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
+        self.tokens: list[Token] = []
+
+    def step(self, token: int) -> int:
+        """Decode one token; returns the greedy next."""
+        before, started = self.engine.front.flow, time.perf_counter()
+        logits = self.engine.step(token)
+        seconds, flow = time.perf_counter() - started, self.engine.front.flow
+        _, spans = self.engine.times()
+        busy = (spans[:, :, 1] - spans[:, :, 0]).astype(np.float64)
+        hit = float(self.engine.front.share()[-1])
+        self.tokens.append(Token(seconds, hit, flow.moves - before.moves, flow.flips - before.flips, busy))
+        return int(np.argmax(logits))
+
+    def rate(self, low: int = 0, high: int | None = None) -> float:
+        """Tokens a second of tokens low..high, by their median time: what a neighbour takes now and then drops out."""
+        return 1 / float(np.median([token.seconds for token in self.tokens[low:high]]))
+
+    def hits(self) -> npt.NDArray[np.float64]:
+        return np.array([token.hit for token in self.tokens])
+
+    def imbalance(self, low: int, high: int | None = None) -> float:
+        """The slowest worker's time over the workers' mean, by layer, of the mean token."""
+        busy = np.median([token.busy for token in self.tokens[low:high]], axis=0)
+        return float((busy.max(1) / busy.mean(1)).mean())
+
+    def changes(self, low: int, high: int | None = None) -> int:
+        return sum(token.moves + token.flips for token in self.tokens[low:high])
+
+
+def measured_times(runner: Runner) -> Times:
+    """Unit times of the CPU and the GPU worker as the engine has fitted them."""
+    cpu, gpu = runner.engine.front.costs
+    return Times(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
+
+
+def recovery(hits: npt.NDArray[np.float64], start: int, end: int) -> int:
+    """Tokens after `start` until the hit share over a window is 95 % of that of the last half before `end`."""
+    steady = hits[(start + end) // 2 : end].mean()
+    for token in range(start + 1, end):
+        if hits[max(start, token - WINDOW) : token].mean() >= 0.95 * steady:
+            return token - start
+    return end - start
+
+
+def topics(wish: argparse.Namespace) -> dict[str, Any]:
+    """The replay of a trace by every policy."""
+    with np.load(wish.trace) as file:
+        fired, ids, about = file["fired"], file["ids"].tolist(), json.loads(str(file["about"]))
+    ids, switches = ids[: wish.tokens], [0, *(at for at in about["switches"] if at < wish.tokens)]
+    common = {"gpu": "host", "vram_budget": wish.vram, "slow": wish.slow, "workers": 1, "verify": wish.verify}
+    with ExitStack() as stack:
+
+        def load(name: str, **wishes: Any) -> Runner:
+            engine = Engine.load(wish.model, say=print, **common, **wishes)
+            return Runner(name, stack.enter_context(engine))
+
+        balance = load("balance")
+        for token in ids[: wish.warm]:
+            balance.step(token)
+        times, balance.tokens = measured_times(balance), []
+        balance.engine.close()
+        model = Path(wish.model).name
+        print(f"{model}: CPU {times.cpu_byte_ns:.3f} ns/B, GPU {times.gpu_byte_ns:.3f} ns/B")
+        runners = [load(name, policy=name) for name in wish.policies if name not in STATIC]
+        for name in wish.policies:
+            if name in STATIC:
+                plan = Path(stack.enter_context(scratch())) / f"{name}.json"
+                split(name, runners[0].engine, fired[: wish.tokens], times, wish.vram, plan)
+                runners.append(load(name, policy="static", plan=str(plan)))
+        for start in range(0, len(ids), TURN):
+            for runner in runners:
+                for token in ids[start : start + TURN]:
+                    runner.step(token)
+        return {"times": times._asdict(), "policies": {each.name: summary(each, switches) for each in runners}}
+
+
+def scratch() -> "contextlib.AbstractContextManager[str]":
+    import tempfile
+
+    return tempfile.TemporaryDirectory()
+
+
+def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times, vram: int, path: Path) -> None:
+    """Write a plan: of the trace's own frequencies, or at random."""
+    firing = np.bitwise_count(fired).mean(0)
+    slots = engine.device_memory()["slots"] // engine.model.layout.group_bytes
+    if name == "oracle":
+        gpu = solve(firing, load_of(engine.model.layout, engine.selector, firing), slots, times)
+    else:
+        gpu = np.zeros(firing.size, bool)
+        gpu[np.random.default_rng(0).permutation(firing.size)[:slots]] = True
+        gpu = gpu.reshape(firing.shape)
+    write_plan(path, engine.model, vram, gpu, {})
+
+
+def summary(runner: Runner, switches: list[int]) -> dict[str, Any]:
+    """What one policy made of the trace."""
+    hits, ends = runner.hits(), [*switches[1:], len(runner.tokens)]
+    flow = runner.engine.front.flow
+    seconds = [token.seconds for token in runner.tokens]
+    groups = runner.engine.front.owners().size
+    settled = [(end - (end - start) // 2, end) for start, end in zip(switches, ends, strict=True)]
+    return {
+        "tok_s": round(len(seconds) / sum(seconds), 2),
+        "tok_s_median": round(runner.rate(), 2),
+        "hit_share": round(float(hits.mean()), 4),
+        "recovered_after": [recovery(hits, start, end) for start, end in zip(switches, ends, strict=True)][1:],
+        "max_over_mean": round(float(np.mean([runner.imbalance(*each) for each in settled])), 3),
+        "moves": flow.moves,
+        "flips": flow.flips,
+        "unused": round(runner.engine.front.unused / max(1, flow.moves), 4),
+        "changes_per_100_settled": round(
+            float(np.mean([100 * runner.changes(*each) / (each[1] - each[0]) / groups for each in settled])), 4
+        ),
+    }
+
+
+@contextlib.contextmanager
+def neighbour(cpu: int) -> Iterator[None]:
+    """A process that never stops computing, on one core."""
+    code = f"import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def shift(wish: argparse.Namespace) -> dict[str, Any]:
+    """Three spans of tokens: quiet, beside a busy process, quiet again."""
+    common = {"workers": wish.workers, "gpu": wish.gpu, "selector": wish.selector, "dtype": wish.dtype}
+    if wish.gpu != "none":
+        common |= {"vram_budget": wish.vram, "slow": wish.slow}
+    with ExitStack() as stack:
+        runners = []
+        for name in ("balance", "static"):
+            engine = Engine.load(wish.model, say=print, policy=name, **common)
+            runners.append(Runner(name, stack.enter_context(engine)))
+        balance, frozen = runners
+        tokens = dict.fromkeys(runners, 300)
+        cpu = balance.engine.cores.workers[0].cpus[0]
+
+        def span(count: int) -> None:
+            for _ in range(0, count, TURN):
+                for runner in runners:
+                    for _ in range(TURN):
+                        tokens[runner] = runner.step(tokens[runner])
+
+        # Balance finds its shares first, and the frozen split takes them over where it holds the groups.
+        for _ in range(wish.tokens):
+            tokens[balance] = balance.step(tokens[balance])
+        held = frozen.engine.front.resident
+        owners = balance.engine.front.owners()
+        able = np.take_along_axis(held, owners[None].astype(np.intp), 0)[0]
+        frozen.engine.front.hand_over(np.where(able, owners, frozen.engine.front.owners()))
+        balance.tokens = []
+        span(wish.tokens)
+        with neighbour(cpu):
+            span(wish.tokens)
+        span(wish.tokens)
+        n, half = wish.tokens, wish.tokens // 2
+        share = [1 - each for each in balance.hits()]
+        late = min(64, n)
+        return {
+            "balance_tok_s": [round(balance.rate(n * i + half, n * (i + 1)), 2) for i in range(3)],
+            "static_tok_s": [round(frozen.rate(n * i + half, n * (i + 1)), 2) for i in range(3)],
+            "loaded_ratio": round(balance.rate(n + half, 2 * n) / frozen.rate(n + half, 2 * n), 3),
+            "share_of_first": [
+                round(float(np.mean(share[low:high])), 4)
+                for low, high in ((half, n), (n + late - 16, n + late), (2 * n - 16, 2 * n), (3 * n - half, 3 * n))
+            ],
+            "changes_per_100_quiet": round(
+                100 * balance.changes(half, n) / half / balance.engine.front.owners().size, 4
+            ),
+            "changes": [balance.changes(n * i, n * (i + 1)) for i in range(3)],
+        }
+
+
+def main() -> None:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("topics", "shift"))
+    parser.add_argument("model")
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--vram", type=parse_size, default="500MB")
+    parser.add_argument("--slow", default="cpu0:4")
+    parser.add_argument("--policies", type=lambda text: text.split(","), default="balance,oracle,ema,random")
+    parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--warm", type=int, default=128)
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--gpu", default="none")
+    parser.add_argument("--selector", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    wish = parser.parse_args()
+    if wish.what == "topics" and wish.trace is None:
+        parser.error("topics needs --trace FILE.npz of record_firing.py")
+    wish.tokens = wish.tokens or (2000 if wish.what == "topics" else 192)
+    result = topics(wish) if wish.what == "topics" else shift(wish)
+    print(json.dumps({"bench": wish.what, "model": Path(wish.model).name, "vram": wish.vram, **result}))
+
+
+if __name__ == "__main__":
+    main()

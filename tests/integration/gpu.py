@@ -1,0 +1,70 @@
+"""Emulated GPUs of a known number of slots, and a policy that never leaves a group where it is."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.tables import assert_tables_hold
+from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.situation import Decision, Situation, decision_of, home_of
+from warmfront.gpu_worker.host import HostDevice
+from warmfront.shared.bundle import BundleLayout
+from warmfront.shared.weights import Kind
+
+
+def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512) -> int:
+    """Bytes of device memory for so many float32 groups, with all else that the worker puts there."""
+    layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=Kind.F32, down_kind=Kind.F32)
+    return sum(HostDevice().ledger(layout, slots, min(288, -(-context // 16) * 16)).values())
+
+
+class Restless:
+    """At every token, by chance: some copies on the GPU are dropped, some not used, some groups copied or rehomed."""
+
+    name = "restless"
+
+    def __init__(self, seed: int = 0, *, every: int = 1, some: float = 0.1) -> None:
+        self.every, self._some = every, some
+        self._rng = np.random.default_rng(seed)
+
+    def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
+        """Nothing is learnt."""
+
+    def decide(self, situation: Situation) -> Decision:
+        """Whatever the tables allow."""
+        chance = self._rng.random(situation.resident.shape)
+        home, owner = home_of(situation), situation.owner.copy()
+        caches = ~situation.homes
+        drops = np.argwhere(situation.resident & caches[:, None, None] & (chance < self._some))
+        for worker in np.flatnonzero(caches):
+            here = situation.resident[worker]
+            owner[here] = np.where(chance[worker][here] > 0.2, worker, home[here])
+        wanted = ~situation.resident & ~situation.coming & (chance < self._some)
+        # A group changes its home once at a time.
+        wanted[situation.homes] &= ~situation.coming[situation.homes].any(0)
+        wanted[situation.homes] &= wanted[situation.homes].cumsum(0) == 1
+        moves = self._rng.permutation(np.argwhere(wanted))
+        return decision_of(owner, home, [drops], [moves])
+
+
+class Still(Restless):
+    """Nothing ever moves."""
+
+    def __init__(self) -> None:
+        super().__init__(every=1 << 60)
+
+
+def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
+    """Have `policy` decide from now on, and check the tables at every boundary."""
+    front = engine.front
+    boundary = front.boundary
+
+    def checked() -> None:
+        boundary()
+        there = zip(front.names, front._present, strict=True)
+        assert_tables_hold(front, {name: engine._supervisor.readies[name].slots for name, present in there if present})
+
+    front._policy = policy
+    patch.setattr(front, "boundary", checked)
