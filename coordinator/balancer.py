@@ -54,9 +54,9 @@ class Tuning(NamedTuple):
     long_tokens: float = 512.0
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
-    noise_tokens: float = 64.0
+    noise_tokens: float = 256.0
     band: float = 0.05
-    margin: float = 0.14
+    margin: float = 0.18
     better: float = 1.25
     horizon_tokens: float = 64.0
 
