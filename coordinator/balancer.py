@@ -123,8 +123,8 @@ class Balance:
 
         self._flip(picture, owner, arrived)
         budget = 0 if situation.late else min(situation.budget, _MOST_MOVES)
-        drops, promotions, gains = self._promote(picture, _ahead(situation, owner), budget)
         ahead = _ahead(situation, owner)
+        drops, promotions, gains = self._promote(picture, ahead, budget)
         ahead[promotions[:, 1], promotions[:, 2]] = promotions[:, 0]
         moves, savings = self._move(picture, ahead)
         best = np.argsort(-np.concatenate((gains, savings)), kind="stable")[:budget]
