@@ -31,7 +31,7 @@ def compiled(_own_cache: None, tiny_llama: Callable[..., Path]) -> None:
     """The kernels are compiled, so that no command spends time on it or says so."""
     model = tiny_llama(hidden_act="relu")
     for options in ([], ["--gpu", "host"]):
-        assert run("generate", "-m", model, "-p", "Hello", "-n", "2", *options, timeout=300).code == 0
+        assert run("generate", "-m", model, "-p", "Hello", "-n", "2", *options, timeout=900).code == 0
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,26 @@ with CoordinatorChannel() as channel:
         assert time.monotonic() - began < 8
 
 
+def test_what_a_forgotten_process_sends_is_a_strangers(coordinator: CoordinatorChannel) -> None:
+    coordinator.forget("cpu0")
+    with connect(coordinator) as old, connect(coordinator) as new:
+        old.send(hello(coordinator.token))
+        next_messages(coordinator, 1)
+        old.send(Progress(1, 2))
+        time.sleep(0.2)
+        coordinator.forget("cpu0")
+        old.send(Progress(3, 4))
+        assert coordinator.poll(0.3).messages == []
+        new.send(hello(coordinator.token))
+        new.send(Progress(5, 6))
+        assert next_messages(coordinator, 2) == [("cpu0", hello(coordinator.token)), ("cpu0", Progress(5, 6))]
+        old.send(Progress(7, 8))
+        coordinator.send("cpu0", Shutdown())
+        assert new.receive(5) == Shutdown()
+        assert old.receive(0.2) is None
+        assert coordinator.poll(0.2).messages == []
+
+
 def strangers(token: str) -> dict[str, bytes]:
     return {
         "no hello": encode(Ready(1, 0, {})),
