@@ -50,15 +50,15 @@ Reals = npt.NDArray[np.floating]
 class Tuning(NamedTuple):
     """What `Balance` weighs; the defaults are those that `scripts/simulate_balancing.py` found good."""
 
-    every: int = 8
-    long_tokens: float = 512.0
+    every: int = 8  # tokens between decisions
+    long_tokens: float = 512.0  # time constants of the averages and of how they are judged
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
-    noise_tokens: float = 64.0
-    band: float = 0.05
-    margin: float = 0.14
-    better: float = 1.25
-    horizon_tokens: float = 64.0
+    noise_tokens: float = 256.0
+    band: float = 0.05  # a layer may take longer than in balance by this share
+    margin: float = 0.18  # at most this share of a layer's time the homes should be done earlier
+    better: float = 1.25  # as a copy that gives way, a new one saves
+    horizon_tokens: float = 64.0  # by when a copy must have paid for itself
 
 
 class _Picture(NamedTuple):
@@ -123,8 +123,8 @@ class Balance:
 
         self._flip(picture, owner, arrived)
         budget = 0 if situation.late else min(situation.budget, _MOST_MOVES)
-        drops, promotions, gains = self._promote(picture, _ahead(situation, owner), budget)
         ahead = _ahead(situation, owner)
+        drops, promotions, gains = self._promote(picture, ahead, budget)
         ahead[promotions[:, 1], promotions[:, 2]] = promotions[:, 0]
         moves, savings = self._move(picture, ahead)
         best = np.argsort(-np.concatenate((gains, savings)), kind="stable")[:budget]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.calibration import sample_ids
+from warmfront.coordinator.packer import locked
 from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.reorder import reorder
 from warmfront.shared.bundle import GROUP
@@ -70,25 +71,37 @@ def ensure_profiled(
 ) -> bool:
     """Profile and order `model` if it is sparse and never was; returns whether its file was replaced.
 
-    Where the cache has no room for a second copy of the model, it stays as it is.
+    Where the cache has no room for a second copy of the model, it stays as it is. Of two that load it for the first
+    time the second waits.
     """
     folder = model.path.parent
     if not model.spec.sparse or model.profile or not access(folder, W_OK):
         return False
     if shutil.disk_usage(folder).free < model.path.stat().st_size:
         return False
+    with locked(model.path, say):
+        with PackedModel(model.path) as now:
+            if now.profile:
+                return True
+        say("profiling which neurons fire (first load only)")
+        profile = _on_sample(model, config, say, progress)
+        try:
+            reorder(model.path, profile, model.order, say, lambda done, total: progress("ordering", done, total))
+        except ResourceError as error:
+            say(f"the neurons stay in the order they came in: {error}")
+            return False
+    return True
+
+
+def _on_sample(
+    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> Profile:
     from warmfront.coordinator.engine import Engine
 
-    say("profiling which neurons fire (first load only)")
     profile = empty_profile(model, ["sample"])
     wishes = EngineConfig(
         dtype=config.dtype, workers=config.workers, threads=config.threads, gpu="none", policy="static"
     )
     with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
         count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
-    try:
-        reorder(model.path, profile, model.order, say, lambda done, total: progress("ordering", done, total))
-    except ResourceError as error:
-        say(f"the neurons stay in the order they came in: {error}")
-        return False
-    return True
+    return profile

@@ -24,7 +24,9 @@ def render(figures: dict[str, Any], width: int) -> Iterator[str]:
     shares = f"{figures['neurons']:.1%} of the neurons, {figures['firing']:.1%} of the firing"
     yield f"on the GPU: {figures['groups']} groups, {shares}"
     if not figures["groups"]:
-        yield "nothing pays there: in no layer the GPU saves more than its job takes"
+        slow = figures["times"]["gpu_byte_ns"] >= figures["times"]["cpu_byte_ns"]
+        why = "it takes as long for a byte as the CPU" if slow else "in no layer it saves more than its job takes"
+        yield f"nothing pays on this GPU: {why}"
     elif figures["groups"] < figures["slots"]:
         yield f"{figures['slots'] - figures['groups']} slots stay empty: with more the GPU would be the slower side"
     yield f"feed-forward, predicted: {_ms(figures['plan_ns'])} a token"

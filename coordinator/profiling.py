@@ -91,14 +91,15 @@ def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Sa
     if not tokenizer.present:
         raise UsageError(f"{spec.name} came without a tokenizer.json: there is no way to read text with it")
     ids = [tokenizer.encode(text) for text in texts]
-    if most is None:
-        most = MOST_TOKENS
-        if (have := sum(map(len, ids))) > most:
-            say(f"the texts have {have:,} tokens: the first {most:,} are counted")
+    if not any(ids):
+        raise UsageError("the texts have no token that the model knows: give others")
+    left = min(most or MOST_TOKENS, MOST_TOKENS)
+    if left != most and (have := sum(map(len, ids))) > left:
+        say(f"the texts have {have:,} tokens: the first {left:,} are counted")
     cut = []
     for some in ids:
-        cut.append(some[:most])
-        most -= len(cut[-1])
+        cut.append(some[:left])
+        left -= len(cut[-1])
     return cut
 
 

@@ -6,6 +6,7 @@ neither layers nor owners: which group lies in which slot is the caller's book-k
 """
 
 import bisect
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Protocol
@@ -131,8 +132,9 @@ def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: 
 
     if needed(1) > budget:
         raise ResourceError(
-            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons ({needed(1) / 1e6:.1f} MB are needed at "
-            "least): pass a larger --vram-budget, or --gpu none"
+            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons "
+            f"({math.ceil(needed(1) / 1e5) / 10:.1f} MB are needed at least): "
+            "pass a larger --vram-budget, or --gpu none"
         )
     # A ledger grows with the slots, but not evenly: a layer's groups are as many as are ever computed at once.
     return bisect.bisect_right(range(2, most + 1), budget, key=needed) + 1

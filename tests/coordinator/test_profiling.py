@@ -178,9 +178,24 @@ def test_no_more_than_can_be_counted(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setattr(profiling, "MOST_TOKENS", 400)
-    assert run(texts)["tokens"] == 400
-    assert len(said) == 1
-    assert said[0].endswith("the first 400 are counted")
+    for wish in (None, 401):
+        assert run(texts, tokens=wish)["tokens"] == 400
+    assert run(texts, tokens=399)["tokens"] == 399
+    assert len(said) == 2
+    assert all(line.endswith("the first 400 are counted") for line in said)
+
+
+def test_a_first_load_that_comes_second(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    """Another has ordered the file since it was opened here."""
+    path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
+    fake = Fake(-1)
+    monkeypatch.setattr(Engine, "for_profiling", lambda *_, **__: fake)
+    monkeypatch.setattr(firing, "sample_ids", lambda engine: list(range(300)))
+    with PackedModel(path) as mine, PackedModel(path) as theirs:
+        for model in (theirs, mine):
+            assert firing.ensure_profiled(model, EngineConfig(), said.append, lambda what, done, total: None)
+    assert said == ["profiling which neurons fire (first load only)"]
+    assert fake.seen == 300
 
 
 @pytest.mark.parametrize("lack", ["room", "right", "room while writing"])

@@ -106,12 +106,12 @@ class Workers:
 
 
 def opened(model: PackedModel, workers: Workers, kind: str, selector: str = "all", ahead: bool = False) -> Any:
-    """A team of one thread or in torch, loaded."""
+    """A team, loaded: "compiled", of one thread, or on a device of torch's."""
     team: Any
-    if kind == "torch":
-        team = TorchTeam(model, workers.board, workers.gone, "cpu", [0], CONTEXT, selector, ahead)
-    else:
+    if kind == "compiled":
         team = Team(model, workers.board, workers.gone, [0], CONTEXT, selector, None, ahead)
+    else:
+        team = TorchTeam(model, workers.board, workers.gone, kind, [0], CONTEXT, selector, ahead)
     team.start()
     while not team.ready():
         time.sleep(0.01)
@@ -132,10 +132,12 @@ def asked_and_said(model: PackedModel, kind: str, selector: str = "all", ahead: 
     return workers.asked, np.array(logits)
 
 
-def assert_equal(model: PackedModel, tolerance: float, selector: str = "all", ahead: bool = False) -> list[np.ndarray]:
+def assert_equal(
+    model: PackedModel, tolerance: float, selector: str = "all", ahead: bool = False, device: str = "cpu"
+) -> list[np.ndarray]:
     """Returns the masks of the single tokens."""
     theirs, expected = asked_and_said(model, "compiled", selector, ahead)
-    ours, got = asked_and_said(model, "torch", selector, ahead)
+    ours, got = asked_and_said(model, device, selector, ahead)
     assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
     assert len(ours) == len(theirs) == len(JOBS) * model.spec.layers
     masks = []
@@ -184,10 +186,22 @@ def test_predictors(tiny_llama: MakeLlama, tmp_path: Path, metadata: dict[str, s
     assert not (masks[:, -1] >> 8).any(), "what is padding was predicted"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-4), ("bf16", 3e-2)])
+def test_a_real_card(tiny_llama: MakeLlama, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    with packed(tiny_llama(attention_bias=True), dtype) as model:
+        assert_equal(model, tolerance, device="cuda:0")
+    folder = with_predictors(tiny_llama(hidden_act="relu", intermediate_size=200), tmp_path / "made")
+    with packed(folder) as model:
+        assert_equal(model, 1e-4, "lowrank", device="cuda:0")
+
+
 def test_times_and_inputs_of_a_job(tiny_llama: MakeLlama) -> None:
     with packed(tiny_llama()) as model:
         workers = Workers(model)
-        team = opened(model, workers, "torch")
+        team = opened(model, workers, "cpu")
         before = time.monotonic_ns()
         for tokens in ([5, 6, 7], [8]):
             workers.asked.clear()
@@ -210,7 +224,7 @@ def test_a_lost_worker(tiny_llama: MakeLlama) -> None:
     """The job ends, is run again without it, and says what the compiled team says."""
     said = {}
     with packed(tiny_llama()) as model:
-        for kind in ("compiled", "torch"):
+        for kind in ("compiled", "cpu"):
             workers = Workers(model)
             workers.silent = True
             team = opened(model, workers, kind)
@@ -221,13 +235,13 @@ def test_a_lost_worker(tiny_llama: MakeLlama) -> None:
             said[kind] = team.logits.copy()
             team.stop()
             workers.end()
-    np.testing.assert_allclose(said["torch"], said["compiled"], atol=2e-5 * np.abs(said["compiled"]).max())
+    np.testing.assert_allclose(said["cpu"], said["compiled"], atol=2e-5 * np.abs(said["compiled"]).max())
 
 
 def test_an_abort(tiny_llama: MakeLlama) -> None:
     with packed(tiny_llama()) as model:
         workers = Workers(model)
-        team = opened(model, workers, "torch")
+        team = opened(model, workers, "cpu")
         workers.end()
         workers.board.abort[0] = 1
         workers.gone[:] = 1
@@ -239,7 +253,7 @@ def test_a_worker_that_does_not_answer(tiny_llama: MakeLlama, monkeypatch: pytes
     monkeypatch.setattr("warmfront.coordinator.torch_team._WORKER_PATIENCE_NS", 10_000_000)
     with packed(tiny_llama()) as model:
         workers = Workers(model)
-        team = opened(model, workers, "torch")
+        team = opened(model, workers, "cpu")
         workers.end()
         with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
             team.run([5], 0, True)
@@ -263,7 +277,7 @@ def errors_of_loading(model: PackedModel, error: BaseException, monkeypatch: pyt
     workers = Workers(model)
     monkeypatch.setattr(model, "read_into", fail)
     with pytest.raises((ModelError, ResourceError)) as caught:
-        opened(model, workers, "torch")
+        opened(model, workers, "cpu")
     workers.end()
     return caught.value
 

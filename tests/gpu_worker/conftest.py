@@ -127,11 +127,7 @@ def random_case() -> Callable[[BundleLayout, str, int], Case]:
 
 @pytest.fixture
 def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-<<<<<<< HEAD
-    """`import cupy` gives the stand-in: it notes `copies` (to, from, bytes, stream) and what is `locked` (at, bytes)."""
-=======
     """`import cupy` gives the stand-in; it notes `copies` (to, from, bytes, stream) and `locked` (at, bytes)."""
->>>>>>> h4
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
 

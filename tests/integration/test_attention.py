@@ -20,7 +20,7 @@ TOKENS = 24
 
 @pytest.mark.parametrize(
     "wishes",
-    [{}, {"gpu": "host", "vram_budget": 600_000, "selector": "exact"}],
+    [{}, {"gpu": "host", "vram_budget": 900_000, "selector": "exact"}],
     ids=["cpu workers", "emulated gpu worker"],
 )
 def test_tokens_and_logits_are_those_of_transformers(tiny_llama: Callable[..., Path], wishes: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Run: pytest tests/integration/test_profile_cli.py
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -228,6 +229,25 @@ def test_first_load(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
             assert packed.profile["texts"] == ["sample"]
             assert sum(packed.profile["tokens"]) > 150
     assert len(list(models.iterdir())) == 2
+
+
+def test_two_first_loads_at_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One counts, the other waits for it and takes its order."""
+    models = link_cache(tmp_path / "home")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "home"))
+    prepack(model)
+    command = [WARMFRONT, "generate", "-m", model, "-p", "The sea", "-n", "8"]
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            for _ in range(2)
+        ]
+        ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert ends[0][0] == ends[1][0]
+    said = b"".join(err for _, err in ends).decode()
+    assert said.count(FIRST_LOAD) == 1, said
+    assert len(list(models.iterdir())) == 1
 
 
 def test_without_a_tokenizer_it_is_the_models_own_text(model: Path) -> None:

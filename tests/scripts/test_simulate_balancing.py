@@ -128,9 +128,11 @@ def test_balance_recovers_from_a_change_of_topic(sim: ModuleType, topics: Any) -
 
 
 def test_balance_rests_while_nothing_changes(sim: ModuleType, steady: Any) -> None:
+    settling = steady._replace(counts=steady.counts[:160])
     for vram in (0.1, 0.6):
-        result = sim.simulate("balance", steady, device(sim), vram)
-        assert result.moves + result.flips < 0.02 * 4.8 * 192
+        # The margin is learned at first; the same draws, so that the rest is what comes after.
+        first, result = (sim.simulate("balance", trace, device(sim), vram) for trace in (settling, steady))
+        assert result.moves + result.flips - first.moves - first.flips < 0.01 * 3.2 * 192
     # In windows of 8 tokens, of which so small a model reads unevenly.
     assert np.mean(result.imbalance[8:]) < 1.2
 

@@ -1,0 +1,272 @@
+"""Everything that runs a model: the worker processes, the team of threads, the board between them, the front.
+
+The start in order: board; worker processes and team, which compile and load at the same time; the GPU's first groups.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.choices import choose_gpu
+from warmfront.coordinator.expected import firing_of, load_of
+from warmfront.coordinator.network import LOST
+from warmfront.coordinator.placement import most_active, place_homes
+from warmfront.coordinator.plan_file import read_plan
+from warmfront.coordinator.supervisor import Supervisor
+from warmfront.shared.board import LANES, Board, BoardSizes
+from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
+from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.memory import create_shared, map_shared
+from warmfront.shared.messages import Hello, Plan
+from warmfront.shared.process import hold_interrupts
+from warmfront.shared.store import PackedModel
+from warmfront.shared.topology import CorePlan, plan_cores, read_topology
+
+if TYPE_CHECKING:
+    from warmfront.coordinator.front import Front
+    from warmfront.coordinator.lowbit import Lowbit
+    from warmfront.coordinator.team import Team
+    from warmfront.coordinator.torch_team import TorchTeam
+
+__all__ = ["Crew"]
+
+# Tokens of one prefill job: 18 panels of 16, of which the products take three at a time.
+MAX_TOKENS = 288
+# Share of a GPU's free memory that is filled when no budget is given.
+_VRAM_SHARE = 0.9
+# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them.
+_SPARE_SHARE = 1 / 32
+_LOOK_S = 0.005
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+def _set(words: npt.NDArray[np.int64], names: Sequence[str], name: str) -> None:
+    words[names.index(name)] = 1
+
+
+class Crew:
+    """Made empty, then `start`ed once, then `run` one job at a time; `close` ends it at any point."""
+
+    def __init__(
+        self, model: PackedModel, config: EngineConfig, selector: str, context: int, attention: str, profiles: bool
+    ) -> None:
+        self.model, self.config, self.selector = model, config, selector
+        self.context, self.attention, self._profiles = context, attention, profiles
+        self.lowbit: Lowbit | None = None
+        self.cores: CorePlan
+        self.board: Board
+        self.supervisor: Supervisor
+        self.team: Team | TorchTeam
+        self.front: Front
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self._forget)
+
+    def start(self, say: Say, progress: Progress) -> None:
+        """Start everything and wait until it has loaded."""
+        cores = plan_cores(read_topology(), self.config.workers, self.config.threads)
+        gpu = choose_gpu(self.config)
+        if gpu == "host":
+            cores = cores.with_emulated_gpu()
+        self._launch(cores, gpu, say)
+        self._wait(partial(progress, "loading"))
+        self._open_front(partial(progress, "filling the GPU"))
+
+    def _launch(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
+        """Make the board, start the workers and the team."""
+        self._check_memory()
+        self.cores = cores
+        modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
+        if gpu is not None:
+            modules["gpu0"] = "warmfront.gpu_worker"
+        names = list(modules)
+        if unknown := parse_slow(self.config.slow).keys() - set(names):
+            raise UsageError(f"--slow names worker {min(unknown)}, but there are only {', '.join(names)}")
+        spec, layout = self.model.spec, self.model.layout
+        self._home = place_homes(layout.groups, spec.layers, [len(worker.cpus) for worker in cores.workers])
+        most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
+        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self._profiles))
+        fd = create_shared("warmfront-board", sizes.total)
+        self._closing.callback(os.close, fd)
+        self.board = Board.create(map_shared(fd), sizes)
+        self._gone = np.zeros(len(names), np.int64)
+        self._apart = self._attention_bytes()
+        self.supervisor = Supervisor(
+            modules,
+            fd,
+            partial(self._make_plans, cores, names),
+            partial(_set, self._gone, names),
+            self._abort,
+            {"WARMFRONT_GPU": gpu or ""},
+            [name for name in names if name.startswith("gpu")],
+        )
+        self._closing.callback(self.supervisor.stop)
+        # The workers are starting by now; numba's import and compilation here run beside theirs.
+        self.team = self._make_team(cores, say)
+        self._closing.callback(self.team.stop)
+        self.team.start()
+
+    def _make_team(self, cores: CorePlan, say: Say) -> "Team | TorchTeam":
+        if self.attention != "cpu":
+            with hold_interrupts():
+                from warmfront.coordinator.torch_team import TorchTeam
+
+            device = "cpu" if self.attention == "host" else self.attention
+            ahead, cpus = self.config.look_ahead, cores.coordinator
+            return TorchTeam(self.model, self.board, self._gone, device, cpus, self.context, self.selector, ahead)
+        with hold_interrupts():
+            from warmfront.coordinator.forward import serve_team
+            from warmfront.coordinator.lowbit import open_lowbit
+            from warmfront.coordinator.team import Team
+            from warmfront.shared.jit import cache_is_cold
+
+        if cache_is_cold(serve_team):
+            say("compiling kernels (first run only)")
+        if self.selector == "lowbit":
+            self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
+            self._closing.callback(self.lowbit.file.close)
+        return Team(
+            self.model,
+            self.board,
+            self._gone,
+            cores.coordinator,
+            self.context,
+            self.selector,
+            self.lowbit,
+            self.config.look_ahead,
+        )
+
+    def _attention_bytes(self) -> int:
+        """Bytes that attention takes on a GPU."""
+        if not self.attention.startswith("cuda"):
+            return 0
+        from warmfront.coordinator.torch_network import device_bytes
+
+        return device_bytes(self.model, self.context, self.selector)
+
+    def _wait(self, progress: Callable[[int, int], None]) -> None:
+        """Until the workers and the team have loaded."""
+        while not (self.supervisor.ready() and self.team.ready()):
+            parts = (self.team.progress(), self.supervisor.loaded)
+            progress(sum(done for done, _ in parts), sum(total for _, total in parts))
+            time.sleep(_LOOK_S)
+
+    def _make_plans(self, cores: CorePlan, names: Sequence[str], hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+        """What each worker is to do; called by the supervisor once they have said Hello."""
+        slow, several = parse_slow(self.config.slow), len(cores.workers) > 1
+        plans = {}
+        for name, hello in hellos.items():
+            index, on_gpu = names.index(name), name.startswith("gpu")
+            spare = int(np.count_nonzero(self._home == index) * _SPARE_SHARE) + 1 if several and not on_gpu else 0
+            plans[name] = Plan(
+                index=index,
+                model=os.fspath(self.model.path),
+                order=self.model.order,
+                cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
+                selector=self.selector,
+                home=self._home.tobytes(),
+                spare=spare,
+                slow=slow.get(name, 1.0),
+                budget=self._budget(hello) if on_gpu else 0,
+            )
+        return plans
+
+    def _budget(self, gpu: Hello) -> int:
+        """Bytes of device memory that the GPU worker may take."""
+        budget, shared = self.config.vram_budget, gpu.device.partition(" ")[0] == self.attention
+        free = max(0, gpu.free_bytes - self._apart if shared else gpu.free_bytes)
+        if budget is None:
+            return int(free * _VRAM_SHARE)
+        if budget > free:
+            beside = " beside the attention" if shared else ""
+            raise ResourceError(
+                f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {free / 1e9:.2f} GB free{beside}: "
+                "pass a smaller --vram-budget"
+            )
+        return budget
+
+    def _open_front(self, progress: Callable[[int, int], None]) -> None:
+        """Give the GPU what it begins with."""
+        from warmfront.coordinator.balancer import make_policy
+        from warmfront.coordinator.front import Front
+
+        self._apart = 0  # Attention has its memory by now: a GPU worker that starts again finds what is left.
+        layout, names = self.model.layout, list(self.supervisor.hellos)
+        expected = self.expected_bytes()
+        policy = make_policy(self.config.policy, expected, layout.group_bytes)
+        predicted = self.selector in PREDICTING
+        self.front = Front(
+            self.board, layout, self._home, names, predicted, policy, self.supervisor, self.team.present, self._gone
+        )
+        for worker, name in enumerate(names):
+            if name.startswith("gpu"):
+                wanted = self._first_on_gpu(expected, self.supervisor.readies[name].slots)
+                self.front.fill(worker, wanted, progress)
+
+    def _first_on_gpu(self, expected: npt.NDArray[np.float64], slots: int) -> npt.NDArray[np.bool_]:
+        """The groups [layers, groups] that a GPU of so many slots begins with: the plan's, else the most active."""
+        if self.config.plan is None:
+            return most_active(expected, slots)
+        wanted = read_plan(Path(self.config.plan), self.model)
+        if (count := int(wanted.sum())) > slots:
+            raise UsageError(
+                f"the plan {self.config.plan} gives the GPU {count} groups, it holds {slots}: "
+                "pass the --vram-budget that the plan was made for"
+            )
+        return wanted
+
+    def expected_bytes(self) -> npt.NDArray[np.float64]:
+        """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
+        return load_of(self.model.layout, self.selector, firing_of(self.model))
+
+    def _check_memory(self) -> None:
+        need = sum(entry.nbytes for entry in self.model.entries.values())
+        have = sum(node.available_bytes for node in read_topology().nodes)
+        if need > have:
+            raise ResourceError(
+                f"{self.model.spec.name} needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB of memory are free: "
+                "use a smaller --dtype or a smaller model"
+            )
+
+    def _forget(self) -> None:
+        """Let go of the memory: the supervisor's callbacks make a cycle, which the collector may find much later."""
+        for name in ("team", "board", "front"):
+            self.__dict__.pop(name, None)
+
+    def _abort(self) -> None:
+        self.board.abort[0] = 1
+        for leave in self.board.leave:
+            leave[0] = 1
+        self._gone[:] = 1
+
+    def run(
+        self, tokens: list[int], at: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+    ) -> None:
+        """One job of `tokens` at position `at`, and what the front has to do before and after it; see `Team.run`.
+
+        Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
+        """
+        self.supervisor.check()
+        self.front.boundary()
+        while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
+            if result != LOST or not self.front.lose():
+                self.supervisor.wait_for_error()
+        if len(tokens) == 1:
+            self.front.observe()
+            if self.config.verify:
+                self.front.verify()
+
+    def workers(self) -> Mapping[str, Hello]:
+        """Those that have come up, in the order of the board."""
+        return self.supervisor.hellos if hasattr(self, "supervisor") else {}
+
+    def close(self) -> None:
+        """End what runs; may be called twice."""
+        self._closing.close()
