@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.calibration import sample_ids
 from warmfront.coordinator.packer import locked
 from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.reorder import reorder
@@ -96,6 +95,7 @@ def ensure_profiled(
 def _on_sample(
     model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
 ) -> Profile:
+    from warmfront.coordinator.calibration import sample_ids
     from warmfront.coordinator.engine import Engine
 
     profile = empty_profile(model, ["sample"])

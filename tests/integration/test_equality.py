@@ -55,7 +55,7 @@ def assert_gpu_has_a_third(engine: Engine) -> None:
     workers = engine.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
-    slots = engine._supervisor.readies["gpu0"].slots
+    slots = engine._crew.supervisor.readies["gpu0"].slots
     assert slots == sum(worker.groups for worker in workers) // 3
     assert workers[-1].groups == slots
 
