@@ -48,7 +48,7 @@ def test_the_system_prompt_and_stop_strings_count(smollm2: Path) -> None:
 
 
 def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
-    model = prepack(tiny_llama(hidden_act="relu", max_position_embeddings=4096))
+    model = prepack(tiny_llama(max_position_embeddings=4096))
     command = [WARMFRONT, "chat", "-m", os.fspath(model)]
     done = subprocess.run(command, input=b"\xff\xfe\nhello\n", capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -25,7 +25,8 @@ PROMPTS = (
 )
 FOLLOW_UP = "<|im_end|>\n<|im_start|>user\nAnd at night?<|im_end|>\n<|im_start|>assistant\n"
 NEW_TOKENS = 64
-GPU = {"gpu": "host"}
+# A policy that leaves the GPU what it begins with, though these models would be faster without.
+GPU = {"gpu": "host", "policy": "static"}
 
 
 def tokens_of(engine: Engine, ids: Sequence[int], count: int = NEW_TOKENS) -> list[int]:
@@ -54,9 +55,9 @@ def assert_gpu_has_a_third(engine: Engine) -> None:
     workers = engine.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
-    slots = engine._supervisor.readies["gpu0"].slots
+    slots = engine._crew.supervisor.readies["gpu0"].slots
     assert slots == sum(worker.groups for worker in workers) // 3
-    assert 0 < workers[-1].groups <= slots
+    assert workers[-1].groups == slots
 
 
 @pytest.fixture(

@@ -213,7 +213,7 @@ class Victim:
 
     def kill(self) -> None:
         """The process that is there now."""
-        process = self._engine._supervisor._processes["gpu0"]
+        process = self._engine._crew.supervisor._processes["gpu0"]
         os.kill(process.pid, signal.SIGKILL)
         self.killed.append(process.pid)
 
@@ -221,7 +221,7 @@ class Victim:
         """Kill it, and so long after its successor has been started that one too."""
         self.kill()
         deadline = time.monotonic() + 30
-        while self._engine._supervisor._processes["gpu0"].pid == self.killed[-1] and time.monotonic() < deadline:
+        while self._engine._crew.supervisor._processes["gpu0"].pid == self.killed[-1] and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(after_s)
         self.kill()
@@ -250,7 +250,7 @@ def assert_it_goes_on(
     striker.join()
     assert tokens == expected[: len(tokens)]
     assert longest < LIMIT_S, f"a gap of {longest:.2f} s"
-    assert engine._supervisor.hellos["gpu0"].pid not in victim.killed
+    assert engine._crew.supervisor.hellos["gpu0"].pid not in victim.killed
     assert not any(Path(f"/proc/{pid}").exists() for pid in victim.killed)
     assert engine.decode_ids(PROMPT, 50) == expected[:50]
     assert worker_neurons(engine, "gpu0") > 0
@@ -317,7 +317,7 @@ def test_a_gpu_worker_may_die_during_a_move(
     restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """The batch is on its way when the process dies."""
-    victim, supervisor, moves = Victim(restless), restless._supervisor, []
+    victim, supervisor, moves = Victim(restless), restless._crew.supervisor, []
     move = supervisor.move
 
     def deadly(worker: str, message: Move) -> None:

@@ -101,7 +101,7 @@ def test_prompts_and_answers_by_turns(made: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_gpu_begins_full_and_the_moves_keep_to_its_slots(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(made, **GPU) as engine:
-        assert engine._supervisor.readies["gpu0"].slots == SLOTS
+        assert engine._crew.supervisor.readies["gpu0"].slots == SLOTS
         assert engine.front.resident[-1].sum() == SLOTS
         watch(engine, Restless(5, some=0.5), monkeypatch)
         engine.decode_ids(PROMPT, 40)
@@ -128,10 +128,10 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, str]
 ) -> None:
     """The CPU worker has computed the layer when the table changes, the GPU worker has not seen it yet."""
-    board, front, run = engine._board, engine.front, engine._team.run
+    board, front, run = engine._crew.board, engine.front, engine._crew.team.run
     first, then = (front.names.index(name) for name in changes)
     assert front.resident[:, 0, 3].all()
-    gpu = engine._supervisor.hellos["gpu0"].pid
+    gpu = engine._crew.supervisor.hellos["gpu0"].pid
 
     def change(sequence: int) -> None:
         deadline = time.monotonic() + 20
@@ -150,7 +150,7 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
         finally:
             changer.join()
 
-    monkeypatch.setattr(engine._team, "run", corrupted)
+    monkeypatch.setattr(engine._crew.team, "run", corrupted)
     with pytest.raises(WorkerError, match=r"^group 3 of layer 0 was not computed exactly once: "):
         engine.step(300)
 
