@@ -95,8 +95,9 @@ def ensure_profiled(
 def _on_sample(
     model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
 ) -> Profile:
-    from warmfront.coordinator.calibration import sample_ids
-    from warmfront.coordinator.engine import Engine
+    with hold_interrupts():
+        from warmfront.coordinator.calibration import sample_ids
+        from warmfront.coordinator.engine import Engine
 
     profile = empty_profile(model, ["sample"])
     wishes = EngineConfig(

@@ -1,7 +1,6 @@
 """Which CPU worker keeps each group of neurons, and which groups a GPU gets to begin with."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +9,14 @@ __all__ = ["first_groups", "most_active", "place_homes"]
 
 
 def place_homes(groups: int, layers: int, threads: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """The home of each group, uint8 [layers, groups]: every layer is sliced over the CPU workers by their `threads`."""
-    bounds = np.rint(groups * np.cumsum([0, *threads]) / sum(threads)).astype(int)
-    home = np.empty((layers, groups), np.uint8)
-    for index, (low, high) in enumerate(pairwise(bounds)):
-        home[:, low:high] = index
-    return home
+    """The home of each group, uint8 [layers, groups]: every layer is dealt to the CPU workers by their `threads`.
+
+    Dealt, not sliced: groups come in order of hotness, and each worker is to have its part of the hot ones.
+    """
+    shares = np.diff(np.rint(groups * np.cumsum([0, *threads]) / sum(threads)).astype(int))
+    turns = np.concatenate([(np.arange(share) + 0.5) / share for share in shares if share])
+    workers = np.repeat(np.arange(len(threads), dtype=np.uint8), shares)
+    return np.tile(workers[np.argsort(turns, kind="stable")], (layers, 1))
 
 
 def most_active(expected: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]:

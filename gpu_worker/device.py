@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.bundle import BundleLayout
-from warmfront.shared.errors import ResourceError
+from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import address
 
 __all__ = [
@@ -124,15 +124,15 @@ def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
 def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: int, most: int) -> int:
     """The most slots, up to `most` >= 1, whose ledger stays within `budget` bytes.
 
-    Raises ResourceError if not even one does.
+    Raises UsageError if not even one does.
     """
 
     def needed(slots: int) -> int:
         return sum(device.ledger(layout, slots, max_tokens).values())
 
     if needed(1) > budget:
-        raise ResourceError(
-            f"a VRAM budget of {budget / 1e6:.1f} MB holds no group of neurons "
+        raise UsageError(
+            f"a VRAM budget of {budget / 1e6:.6g} MB holds no group of neurons "
             f"({math.ceil(needed(1) / 1e5) / 10:.1f} MB are needed at least): "
             "pass a larger --vram-budget, or --gpu none"
         )

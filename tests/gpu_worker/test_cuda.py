@@ -18,7 +18,7 @@ from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.cuda import CudaDevice
 from warmfront.gpu_worker.device import Device, open_device, slots_within
 from warmfront.shared.bundle import BundleLayout
-from warmfront.shared.errors import ResourceError
+from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import create_shared, map_shared
 from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.weights import Kind
@@ -250,7 +250,7 @@ def test_slots_within_a_budget_on_cpu(cpu_cupy: Any, most: int) -> None:
     for budget in range(sums[1], sums[-1] + 9000, 4001):
         best = max(slots for slots in range(1, most + 1) if sums[slots] <= budget)
         assert slots_within(device, layout, budget, 16, most) == best
-    with pytest.raises(ResourceError) as refusal:
+    with pytest.raises(UsageError) as refusal:
         slots_within(device, layout, sums[1] - 1, 16, most)
     # What it says is needed is enough.
     stated = re.fullmatch(
