@@ -51,6 +51,7 @@ class Tuning(NamedTuple):
     """What `Balance` weighs; the defaults are those that `scripts/simulate_balancing.py` found good."""
 
     every: int = 8  # tokens between decisions
+    settled_every: int = 32  # at most, as long as nothing is to be changed
     long_tokens: float = 512.0  # time constants of the averages and of how they are judged
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
@@ -132,6 +133,8 @@ class Balance:
         made = drops[best[best < len(drops)]]
         decision = decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
         self._margin.watch(situation, decision.owner)
+        settled = not len(decision.moves) and not situation.coming.any() and (decision.owner == situation.owner).all()
+        self.every = min(2 * self.every, self.tuning.settled_every) if settled else self.tuning.every
         return decision
 
     def _flip(self, picture: _Picture, owner: Owners, arrived: Bools) -> None:

@@ -254,7 +254,7 @@ def test_slots_within_a_budget_on_cpu(cpu_cupy: Any, most: int) -> None:
         slots_within(device, layout, sums[1] - 1, 16, most)
     # What it says is needed is enough.
     stated = re.fullmatch(
-        r"a VRAM budget of \d\.\d MB holds no group of neurons \((\d\.\d) MB are needed at least\): "
+        r"a VRAM budget of [\d.]+ MB holds no group of neurons \((\d\.\d) MB are needed at least\): "
         "pass a larger --vram-budget, or --gpu none",
         str(refusal.value),
     )
