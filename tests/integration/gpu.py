@@ -64,7 +64,9 @@ def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
     def checked() -> None:
         boundary()
         there = zip(front.names, front._present, strict=True)
-        assert_tables_hold(front, {name: engine._crew.supervisor.readies[name].slots for name, present in there if present})
+        assert_tables_hold(
+            front, {name: engine._crew.supervisor.readies[name].slots for name, present in there if present}
+        )
 
     front._policy = policy
     patch.setattr(front, "boundary", checked)
