@@ -100,6 +100,13 @@ def test_the_command_line_answers_before_anything_heavy_is_loaded(arguments: lis
     assert not loaded & {"numba", "numpy", "torch", "zmq", "tokenizers", "transformers", "gguf"}
 
 
+def test_the_engine_is_imported_without_numba() -> None:
+    """The worker processes start before it: its import runs beside theirs."""
+    loaded = loaded_by("import warmfront.coordinator.engine")
+    assert "numpy" in loaded
+    assert not loaded & {"numba", "torch", "cupy", "transformers"}
+
+
 @pytest.mark.parametrize("package", ["cpu_worker", "gpu_worker"])
 def test_a_worker_started_by_hand_says_what_to_do(package: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WARMFRONT_")}
