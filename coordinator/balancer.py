@@ -57,7 +57,7 @@ class Tuning(NamedTuple):
     trust_tokens: float = 16.0
     noise_tokens: float = 256.0
     band: float = 0.05  # a layer may take longer than in balance by this share
-    margin: float = 0.18  # at most this share of a layer's time the homes should be done earlier
+    margin: float = 0.06  # at most this share of a layer's time the homes should be done earlier
     better: float = 1.25  # as a copy that gives way, a new one saves
     horizon_tokens: float = 64.0  # by when a copy must have paid for itself
 

@@ -23,7 +23,7 @@ from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import LANES, Board, BoardSizes
 from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
 from warmfront.shared.errors import ResourceError, UsageError
-from warmfront.shared.memory import create_shared, map_shared
+from warmfront.shared.memory import address, create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
@@ -41,15 +41,12 @@ __all__ = ["Crew"]
 MAX_TOKENS = 288
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
-# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them.
-_SPARE_SHARE = 1 / 32
+# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them. They take
+# memory only once they are used.
+_SPARE_SHARE = 1 / 2
 _LOOK_S = 0.005
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-
-
-def _set(words: npt.NDArray[np.int64], names: Sequence[str], name: str) -> None:
-    words[names.index(name)] = 1
 
 
 class Crew:
@@ -77,7 +74,7 @@ class Crew:
             cores = cores.with_emulated_gpu()
         self._launch(cores, gpu, say)
         self._wait(partial(progress, "loading"))
-        self._open_front(partial(progress, "filling the GPU"))
+        self._open_front(say, partial(progress, "filling the GPU"))
 
     def _launch(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
@@ -102,7 +99,7 @@ class Crew:
             modules,
             fd,
             partial(self._make_plans, cores, names),
-            partial(_set, self._gone, names),
+            partial(self._lose, names),
             self._abort,
             {"WARMFRONT_GPU": gpu or ""},
             [name for name in names if name.startswith("gpu")],
@@ -192,7 +189,7 @@ class Crew:
             )
         return budget
 
-    def _open_front(self, progress: Callable[[int, int], None]) -> None:
+    def _open_front(self, say: Say, progress: Callable[[int, int], None]) -> None:
         """Give the GPU what it begins with."""
         from warmfront.coordinator.balancer import make_policy
         from warmfront.coordinator.front import Front
@@ -203,7 +200,16 @@ class Crew:
         policy = make_policy(self.config.policy, expected, layout.group_bytes)
         predicted = self.selector in PREDICTING
         self.front = Front(
-            self.board, layout, self._home, names, predicted, policy, self.supervisor, self.team.present, self._gone
+            self.board,
+            layout,
+            self._home,
+            names,
+            predicted,
+            policy,
+            self.supervisor,
+            self.team.present,
+            self._gone,
+            say,
         )
         for worker, name in enumerate(names):
             if name.startswith("gpu"):
@@ -239,6 +245,14 @@ class Crew:
         """Let go of the memory: the supervisor's callbacks make a cycle, which the collector may find much later."""
         for name in ("team", "board", "front"):
             self.__dict__.pop(name, None)
+
+    def _lose(self, names: Sequence[str], name: str) -> None:
+        """A worker is dead: whoever waits for it is to look."""
+        from warmfront.shared.handoff import wake
+
+        worker = names.index(name)
+        self._gone[worker] = 1
+        wake(address(self.board.done[worker]))
 
     def _abort(self) -> None:
         self.board.abort[0] = 1

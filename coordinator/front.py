@@ -75,7 +75,8 @@ class _Batch(NamedTuple):
 class Front:
     """Owns the board's tables `owner` and `slot`. Used from the engine's thread; workers are numbered as on the board.
 
-    `home`: uint8 [layers, groups]; `present`: int64 [workers], cleared while a worker takes no part.
+    `home`: uint8 [layers, groups]; `present`: int64 [workers], cleared while a worker takes no part; `say` gets a line
+    when a worker is lost and when it is back.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class Front:
         supervisor: Supervisor,
         present: npt.NDArray[np.int64],
         gone: npt.NDArray[np.int64],
+        say: Callable[[str], None],
     ) -> None:
         self._board, self._layout, self.names = board, layout, list(names)
         self._supervisor, self._policy, self._predicted = supervisor, policy, predicted
-        self._present, self._gone = present, gone
+        self._present, self._gone, self._say = present, gone, say
         self.home = home.copy()
         self.homes: Bools = np.array([name.startswith("cpu") for name in names])
         self.resident: Bools = np.stack([home == worker for worker in range(len(names))])
@@ -256,9 +258,11 @@ class Front:
                 case DeliverMoved(_, moved):
                     if moved.batch in self._batches:
                         self._arrived(self._batches.pop(moved.batch), moved.ns)
-                case Lose(name):
+                case Lose(name, error):
+                    self._say(f"{error}; the run goes on without it")
                     self._lose(self.names.index(name))
                 case Rejoin(name, ready):
+                    self._say(f"worker {name} is back")
                     self._rejoin(self.names.index(name), ready.slots)
         return bool(news)
 

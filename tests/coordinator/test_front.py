@@ -13,7 +13,7 @@ from warmfront.coordinator import front as front_module
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.events import DeliverMoved, Lose, Rejoin
 from warmfront.coordinator.front import Flow, Front
-from warmfront.coordinator.placement import first_groups, place_homes
+from warmfront.coordinator.placement import first_groups
 from warmfront.coordinator.situation import Decision, Situation
 from warmfront.coordinator.supervisor import News
 from warmfront.shared.board import Board, BoardSizes
@@ -134,9 +134,10 @@ class Bench:
     def __init__(self, predicted: bool = False) -> None:
         sizes = BoardSizes(len(NAMES), LAYERS, GROUPS, HIDDEN, 16)
         self.board = Board.create(np.zeros(sizes.total, np.uint8), sizes)
-        self.home = place_homes(GROUPS, LAYERS, [1, 1])
+        self.home = np.tile(np.repeat(np.arange(2, dtype=np.uint8), GROUPS // 2), (LAYERS, 1))
         self.workers, self.policy = Workers(SLOTS), Script()
         self.present, self.gone = np.ones(3, np.int64), np.zeros(3, np.int64)
+        self.said: list[str] = []
         supervisor: Any = self.workers
         self.front = Front(
             self.board,
@@ -148,6 +149,7 @@ class Bench:
             supervisor,
             self.present,
             self.gone,
+            self.said.append,
         )
         self.slots = dict(SLOTS)
 
@@ -433,6 +435,7 @@ def test_a_lost_gpu_owns_nothing(bench: Bench) -> None:
     bench.lose()
     np.testing.assert_array_equal(bench.board.owner, bench.home)
     assert bench.present.tolist() == [1, 1, 0]
+    assert bench.said == ["worker gpu0 was killed; the run goes on without it"]
     assert not bench.board.taken[GPU].any()
     assert bench.board.leave[GPU][0] == bench.gone[GPU] == 0
     assert bench.workers.restarted == ["gpu0"]
@@ -457,6 +460,7 @@ def test_a_gpu_that_comes_back_with_fewer_slots(bench: Bench) -> None:
     bench.fill()
     bench.lose()
     bench.rejoin(5)
+    assert bench.said[1:] == ["worker gpu0 is back"]
     bench.workers.arrive()
     bench.boundary()
     assert len(bench.owned(GPU)) == 5
