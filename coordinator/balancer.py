@@ -51,13 +51,13 @@ class Tuning(NamedTuple):
     """What `Balance` weighs; the defaults are those that `scripts/simulate_balancing.py` found good."""
 
     every: int = 8  # tokens between decisions
-    settled_every: int = 32  # at most, as long as nothing is to be changed
+    settled_every: int = 16  # at most, as long as nothing is to be changed
     long_tokens: float = 512.0  # time constants of the averages and of how they are judged
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
     noise_tokens: float = 256.0
-    band: float = 0.05  # a layer may take longer than in balance by this share
-    margin: float = 0.06  # at most this share of a layer's time the homes should be done earlier
+    band: float = 0.06  # a layer may take longer than in balance by this share
+    margin: float = 0.09  # at most this share of a layer's time the homes should be done earlier
     better: float = 1.25  # as a copy that gives way, a new one saves
     horizon_tokens: float = 64.0  # by when a copy must have paid for itself
 

@@ -150,8 +150,12 @@ class Front:
         self._hear()
         if self._since >= self._policy.every:
             self._since = 0
-            self._listen()
+            reports = self._supervisor.reported()
+            if reports is not None:
+                self.take_in(reports)
             self._follow(self._policy.decide(self._situation()))
+        if self._since == self._policy.every - 1:  # they answer while the next token is made
+            self._inquire()
         self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
@@ -314,11 +318,8 @@ class Front:
         self._present[worker] = 1
         self._begin(worker, np.argwhere(self._lost.pop(worker)))
 
-    def _listen(self) -> None:
-        """Take in the last load reports, and ask for the next."""
-        reports = self._supervisor.reported()
-        if reports is not None:
-            self.take_in(reports)
+    def _inquire(self) -> None:
+        """Ask the workers what they have done."""
         now = time.monotonic_ns()
         if now - self._requested_at > _REPORT_EVERY_NS:
             self._requested_at = now

@@ -121,11 +121,11 @@ class CpuWorker:
         collapse(self._weights[count * member // threads * size : high * size])
 
     def move(self, places: Places) -> int:
-        """Read groups into slots of this worker; returns the ns that it took. Nobody computes with them yet."""
-        size, started = self._model.layout.group_bytes, time.monotonic_ns()
+        """Read groups into slots of this worker; returns the ns of work that it took. Nobody computes with them yet."""
+        size, started = self._model.layout.group_bytes, time.thread_time_ns()
         for layer, group, slot in places.tolist():
             self._model.read_groups(layer, group, self._weights[slot * size : (slot + 1) * size].reshape(1, size))
-        return time.monotonic_ns() - started
+        return time.thread_time_ns() - started
 
     def progress(self) -> tuple[int, int]:
         """Bytes loaded, of how many."""

@@ -130,7 +130,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The groups of a `Move` lie in their slots; it took this many ns."""
+    """The groups of a `Move` lie in their slots; it took this many ns of work: waiting for a core is none."""
 
     batch: int
     ns: int

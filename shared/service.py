@@ -61,7 +61,7 @@ class Service(Protocol):
         """Its work so far."""
 
     def move(self, places: Places) -> int:
-        """Copy groups into slots that nobody computes with, while serving; returns the ns that it took."""
+        """Copy groups into slots that nobody computes with, while serving; returns the ns of work that it took."""
 
     def stop(self) -> None:
         """End and join its threads; its `leave` word on the board is set."""

@@ -238,16 +238,16 @@ def test_no_hello_within_30_seconds() -> None:
     assert instructions[1:] == [SendMessage("cpu0", Shutdown()), Terminate("gpu0")]
 
 
-def test_no_progress_for_60_seconds_though_the_heart_beats() -> None:
+def test_no_progress_for_240_seconds_though_the_heart_beats() -> None:
     machine = Machine(Phase.LOADING)
     machine.wait(50, *both_beat())
     machine.hear("cpu0", Progress(0, 9))
     machine.hear("gpu0", Progress(0, 9))
-    assert machine.wait(50, ("cpu0", Heartbeat())) == []
+    assert machine.wait(230, ("cpu0", Heartbeat())) == []
     machine.hear("cpu0", Progress(1, 9))
     assert machine.wait(9.75) == []
     error = failed(machine.wait(0.25))
-    assert str(error) == "worker gpu0 made no progress for 60 s while loading the model"
+    assert str(error) == "worker gpu0 made no progress for 240 s while loading the model"
 
 
 def test_the_same_progress_again_is_none() -> None:
@@ -255,7 +255,7 @@ def test_the_same_progress_again_is_none() -> None:
     machine.hear("gpu0", READY)
     machine.hear("cpu0", Progress(3, 9))
     stuck: list[tuple[str, Message]] = [("cpu0", Progress(3, 9)), ("gpu0", Heartbeat())]
-    assert machine.wait(59.75, *stuck) == [ReportProgress(3, 9)] * 239
+    assert machine.wait(239.75, *stuck) == [ReportProgress(3, 9)] * 959
     _, *instructions = machine.wait(0.25, *stuck)
     assert "cpu0 made no progress" in str(failed(instructions))
 
