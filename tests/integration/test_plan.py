@@ -97,6 +97,6 @@ def test_a_gpu_that_does_not_pay(model: Path, tmp_path: Path) -> None:
 
 def test_plans_that_cannot_be(model: Path, tmp_path: Path) -> None:
     small = run("plan", model, "--gpu", "host", "--vram-budget", "1KB", cwd=tmp_path)
-    assert_refused(small, 1, "holds no group", "larger --vram-budget")
+    assert_refused(small, 2, "holds no group", "larger --vram-budget")
     assert_refused(run("plan", "absent", *HOST, cwd=tmp_path), 1, "no such model")
     assert list(tmp_path.iterdir()) == []

@@ -75,6 +75,8 @@ def test_defaults_leave_everything_open() -> None:
         "plan": None,
         "context": None,
         "measure": False,
+        "attention": "auto",
+        "look_ahead": False,
         "verify": False,
         "trace": None,
         "slow": None,
