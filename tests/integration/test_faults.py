@@ -25,7 +25,7 @@ from warmfront.coordinator.engine import Engine
 from warmfront.shared.errors import UsageError, WorkerError
 from warmfront.shared.messages import Move
 
-RUNS = 20
+RUNS = 30
 VICTIMS = ("cpu worker", "coordinator", "interrupted", "terminated")
 LIMIT_S = 2.0
 # Python's own start: its handler of Ctrl-C is not there yet.
@@ -352,7 +352,7 @@ def test_a_gpu_worker_may_die_during_the_prefill(
 
 @pytest.mark.stress
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [0.0, 0.4, 0.8, 1.2])
+@pytest.mark.parametrize("moment", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2])
 def test_a_gpu_worker_that_dies_while_loading_is_an_error(
     endless: Path, undisturbed: dict[str, list[int]], moment: float
 ) -> None:
