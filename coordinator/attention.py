@@ -12,6 +12,7 @@ from numba import carray
 
 from warmfront.coordinator.linear import address_of
 from warmfront.coordinator.network import POSITION, TOKENS, Network, State
+from warmfront.coordinator.shares import portion
 from warmfront.shared.activation import exponentials, highest_of, softmax_panel
 from warmfront.shared.atomics import floats_at, shorts_at
 from warmfront.shared.gemm import LANES, gather_columns, in_pairs, multiply_columns, multiply_rows, prepare
@@ -94,7 +95,7 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
     stride = padded * (2 if st.cache_kind == _F16 else 4)
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
     scores_at, chance = address_of(st.scores[member]), st.scores[member]
-    low, high = share(net.kv_heads * st.chunks, 1, member, st.members)
+    low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, member)
     for task in range(low, high):
         kv_head, chunk = task // st.chunks, task % st.chunks
         start, end = share(st.job[POSITION] + 1, ROWS, chunk, st.chunks)

@@ -138,6 +138,7 @@ class Crew:
             self.selector,
             self.lowbit,
             self.config.look_ahead,
+            self.config.policy == "balance",
         )
 
     def _attention_bytes(self) -> int:

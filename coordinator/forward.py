@@ -46,12 +46,13 @@ from warmfront.coordinator.network import (
     V,
 )
 from warmfront.coordinator.predictor import predict
+from warmfront.coordinator.shares import portion
 from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, load_acquire, longs_at
 from warmfront.shared.board import LEAVE
 from warmfront.shared.gemm import LANES, panels_of
-from warmfront.shared.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier
+from warmfront.shared.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import row_stride, share, widen
+from warmfront.shared.kernels import row_stride, widen
 
 __all__ = ["serve_team"]
 
@@ -80,7 +81,7 @@ def _project(
     `ready_at`: of the normed input, made for q.
     """
     rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    low, high = share(rows, 8, member, st.members)
+    low, high = portion(st.cuts, rows, 8, member)
     low, high = max(low, first), min(high, first + count)
     if low >= high:
         return
@@ -116,6 +117,7 @@ def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lane
     st.order[1] = st.job[TOKENS]
     st.order[2] = lanes
     st.order[3] = st.job[MEASURE]
+    st.order[4] = clock_ns()
     st.job[POSTED] = sequence
     announce(st.job_at, sequence)
 
@@ -142,6 +144,22 @@ def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
         for i in range(count):
             x[i] += y[i]
     return LOST if lost else DONE
+
+
+@kernel
+def _count(st: State, member: int, since: int) -> None:
+    """Add to what this thread's share of the rows has taken, from when it could begin: its wait for the core counts."""
+    st.busy[member, 0] += clock_ns() - since
+
+
+@kernel
+def _answered(st: State) -> int:
+    """When the last worker had done its part of the layer."""
+    last = 0
+    for worker in range(st.record_at.shape[0]):
+        if st.present[worker] != 0:
+            last = max(last, carray(longs_at(st.record_at[worker]), (2,))[1])
+    return last
 
 
 @kernel
@@ -182,7 +200,7 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
     for k in range(net.hidden):
         x[k] = x[at + k * lanes]
     normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
-    low, high = share(net.vocab, 1, member, st.members)
+    low, high = portion(st.cuts, net.vocab, 1, member)
     linear(
         net.head_kind,
         net.head,
@@ -210,15 +228,17 @@ def forward(member: int, net: Network, st: State) -> int:
     count = panels * hidden * lanes
     x, h = st.x[member], st.h[member]
     scratch_at, prepared_at = address_of(st.scratch[member]), address_of(st.prepared[member])
-    low, high = share(hidden, 8, member, st.members)
+    low, high = portion(st.cuts, hidden, 8, member)
     _embed(net, st, member, lanes)
     for layer in range(net.layers):
         _note(st, layer, member, _START)
+        since = clock_ns() if layer == 0 else _answered(st)
         normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         ready_at = ready(net.kinds[layer, Q], address_of(h), prepared_at, hidden, panels, lanes)
         _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes, ready_at)
         _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes, ready_at)
         _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes, ready_at)
+        _count(st, member, since)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
@@ -231,6 +251,7 @@ def forward(member: int, net: Network, st: State) -> int:
         if result != DONE:
             return result
         _note(st, layer, member, _ATTENTION)
+        since = passed(st.barrier_at)
         attended = st.att
         if lanes == 1:
             attended = st.h[member]
@@ -250,6 +271,7 @@ def forward(member: int, net: Network, st: State) -> int:
             lanes,
             scratch_at,
         )
+        _count(st, member, since)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result

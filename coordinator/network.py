@@ -67,7 +67,8 @@ class Network(NamedTuple):
 class State(NamedTuple):
     """What a team works on. `*_at` are addresses, the rest arrays.
 
-    x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32, shared by the team;
+    cuts, busy: see `Shares`; x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32,
+    shared by the team;
     scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
     keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`. Attention to one token is
     split into `chunks` of the positions: partial [chunks, heads * head_dim], tops and totals [chunks, heads]. inner:
@@ -76,6 +77,8 @@ class State(NamedTuple):
     """
 
     members: int
+    cuts: Any
+    busy: Any
     job: Any
     tokens: Any
     status: Any

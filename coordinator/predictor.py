@@ -15,11 +15,12 @@ from numba import carray
 
 from warmfront.coordinator.linear import address_of, linear, ready
 from warmfront.coordinator.network import FC1, FC2, LOWBIT, Network, State
+from warmfront.coordinator.shares import portion
 from warmfront.shared.atomics import floats_at
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.handoff import DONE, barrier
 from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import AHEAD_BYTES, quantise, row_stride, share, touch
+from warmfront.shared.kernels import AHEAD_BYTES, quantise, row_stride, touch
 from warmfront.shared.lowbit import lowbit_dot
 from warmfront.shared.rows import ROWS, dot_rows
 
@@ -40,7 +41,7 @@ def _word(scores: Any, thresholds: Any) -> Any:
 def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> int:
     """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
     rank, kind = net.ranks[layer], net.kinds[layer, FC1]
-    low, high = share(rank, 8, member, st.members)
+    low, high = portion(st.cuts, rank, 8, member)
     linear(
         kind,
         net.weights[layer, FC1],
@@ -66,7 +67,7 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_
     stride = row_stride(kind, rank)
     scores_at = address_of(st.scores[member])
     scores = carray(floats_at(scores_at), (GROUP,))
-    low, high = share(net.groups, 1, member, st.members)
+    low, high = portion(st.cuts, net.groups, 1, member)
     for group in range(low, high):
         for row in range(0, GROUP, ROWS):
             row_at = at + (group * GROUP + row) * stride
@@ -82,7 +83,7 @@ def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_a
     q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)
     stride = net.lowbit_stride
     scores = st.scores[member]
-    low, high = share(net.groups, 1, member, st.members)
+    low, high = portion(st.cuts, net.groups, 1, member)
     for group in range(low, high):
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride

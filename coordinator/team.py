@@ -23,6 +23,7 @@ from warmfront.coordinator.network import (
     Network,
     State,
 )
+from warmfront.coordinator.shares import Shares
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
@@ -34,7 +35,7 @@ from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.model import Predictor
-from warmfront.shared.process import hold_interrupts, pin, set_name
+from warmfront.shared.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
 
@@ -70,8 +71,12 @@ class Team:
         selector: str,
         lowbit: Lowbit | None,
         ahead: bool,
+        balances: bool,
     ) -> None:
-        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead."""
+        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead.
+
+        `balances`: rows move between the threads as the load of their cores shifts.
+        """
         self._model, self._board, self._gone, self._cpus, self._context = model, board, gone, cpus, context
         self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
         self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
@@ -82,6 +87,7 @@ class Team:
         self._keys, self._values = anonymous(size), anonymous(size)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
+        self._shares = Shares(len(cpus), balances)
         self._network = self._describe()
         self._state = self._prepare()
         self._sequence = 0
@@ -187,6 +193,8 @@ class Team:
 
         return State(
             members=members,
+            cuts=self._shares.cuts,
+            busy=self._shares.busy,
             job=np.zeros(16, np.int64),
             tokens=np.zeros(most, np.int64),
             status=np.zeros(members, np.int64),
@@ -237,6 +245,7 @@ class Team:
     def _live(self, member: int) -> None:
         try:
             pin([self._cpus[member]])
+            take_short_turns()
             set_name(f"wf-team{member}")
             self._fill(member)
             compile_for(serve_team, member, self._network, self._state)
@@ -269,6 +278,8 @@ class Team:
         with hold_interrupts():
             self._post(len(tokens), position, want_logits)
             result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
+        if len(tokens) == 1:
+            self._shares.token()
         if result == DONE and LATE in self._state.status:
             raise WorkerError("a worker did not answer for two minutes")
         return int(self._state.status[0]) if result == DONE else int(result)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, yield_core
+from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, pause
 from warmfront.shared.board import LEAVE
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import (
@@ -200,13 +200,13 @@ def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size:
     now = clock_ns()
     until = w.started[0] + (now - w.started[0]) * w.slow
     while now < until:
-        yield_core()
+        pause()
         now = clock_ns()
     w.record[0], w.record[1], w.record[2], w.record[3] = w.started[0], now, neurons, moved
     if tokens == 1:
         load = w.load[layer]
         load[JOBS] += 1
-        load[BUSY_NS] += now - w.started[0]
+        load[BUSY_NS] += now - w.order[4]
         load[NEURONS] += neurons
         load[BYTES] += moved
         if w.order[3] != 0:

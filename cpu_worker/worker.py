@@ -20,7 +20,7 @@ from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.process import pin
+from warmfront.shared.process import pin, take_short_turns
 from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
 
@@ -99,6 +99,7 @@ class CpuWorker:
     def _live(self, member: int) -> None:
         try:
             pin([self._plan.cpus[member]])
+            take_short_turns()
             self._fill(member)
             compile_for(serve, member, self._worker)
             self._serving[member].set()

@@ -19,7 +19,7 @@ from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_
 from warmfront.shared.memory import address
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.process import pin
+from warmfront.shared.process import pin, take_short_turns
 from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
 
@@ -59,6 +59,7 @@ class GpuWorker:
         try:
             if self._plan.cpus:
                 pin(self._plan.cpus)
+                take_short_turns()
             self._reserve()
             self._serve()
         except BaseException as error:
@@ -134,7 +135,7 @@ class GpuWorker:
         read = (gates + neurons) * layout.gate_row_bytes + neurons * layout.down_row_bytes
         self._board.record[self._plan.index][:] = (started, ended, neurons, read)
         if tokens == 1:
-            self._busy[layer] += (ended - started, neurons, read)
+            self._busy[layer] += (ended - int(self._board.order[4]), neurons, read)
             self._jobs += 1
 
     def move(self, places: Places) -> int:

@@ -8,7 +8,8 @@
     256         ├──────────────────────────────────────────────────────────────┤
                 │ job      a handoff line: sequence, sleepers                  │
     384         ├──────────────────────────────────────────────────────────────┤
-                │ order    layer (-1: leave the loop), tokens, lanes, measure  │
+                │ order    layer (-1: leave the loop), tokens, lanes, measure, │
+                │          ns when it was announced                            │
     512         ├──────────────────────────────────────────────────────────────┤
                 │ owner    uint8 [layers, groups]: index of the worker that    │
                 │          computes the group; padded to 128                   │
@@ -62,7 +63,7 @@ from warmfront.shared.memory import address
 __all__ = ["ABORT_AT", "JOB_AT", "LEAVE", "ORDER_AT", "Board", "BoardSizes"]
 
 MAGIC = b"WARMFRNT"
-VERSION = 3
+VERSION = 4
 LINE = 128
 ABORT_AT, JOB_AT, ORDER_AT, OWNER_AT = 128, 256, 384, 512
 # The layer of a job that tells the workers to leave their loop.
@@ -142,7 +143,7 @@ class Board:
         words = mapping[:OWNER_AT].view(np.int64)
         self.abort = words[ABORT_AT // 8 : ABORT_AT // 8 + 1]
         self.job = words[JOB_AT // 8 : JOB_AT // 8 + 2]
-        self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 4]
+        self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 5]
         count = sizes.layers * sizes.groups
         self.owner = mapping[OWNER_AT : OWNER_AT + count].reshape(sizes.layers, sizes.groups)
         self.mask = self._table(sizes.mask_at, np.uint32)

@@ -1,11 +1,12 @@
 """How one thread waits for another, in and across processes.
 
-A *line* is 128 bytes of shared memory that start with four words:
+A *line* is 128 bytes of shared memory that start with five words:
 
     +0   sequence  only grows; written by one side with a release-store
     +8   sleepers  number of threads asleep in the kernel on the sequence
     +16  crowded   monotonic time until which waiters had better sleep at once
     +24  slice     monotonic time of the last long turn of a neighbour
+    +32  period    ns for which the line was last crowded
 
 `announce(line, n)` publishes everything written before as sequence n. `await_sequence(line, n, ...)` returns once
 the sequence has reached n. A waiter spins for `spins` rounds (only sensible when the other side runs on a core of
@@ -14,7 +15,8 @@ futex, and a yielding waiter costs a busy neighbour nothing), then sleeps in the
 
 A yield that takes long has met a thread of somebody else, which keeps the core for its whole slice each time (one such
 neighbour: 5 instead of 110 tok/s). A sleeper is let in as soon as it is woken; so after two such turns in short
-succession (one may be the hypervisor's) the line is marked crowded.
+succession (one may be the hypervisor's) the line is marked crowded. To look again costs a slice: each time that it is
+still crowded it is so for twice as long.
 
 Every wait also watches the abort word of its region: the supervisor sets it when a process has died.
 """
@@ -44,6 +46,7 @@ __all__ = [
     "announce",
     "await_sequence",
     "barrier",
+    "passed",
     "wake",
 ]
 
@@ -54,10 +57,10 @@ DONE, ABORTED, LATE = 0, 1, 2
 PATIENCE_NS = 3_000_000
 # Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.
 _NAP_NS = 200_000_000
-# A turn of the neighbour this long is a slice of the scheduler's; two so close to each other make a line crowded, for
-# this long: looking again costs two slices.
-_SLICE_NS, _CLOSE_NS, _CROWDED_NS = 2_000_000, 20_000_000, 200_000_000
-_CROWDED, _SLICE = 16, 24
+# A turn of the neighbour this long is a slice of the scheduler's; two so close to each other make a line crowded, first
+# for the shortest period.
+_SLICE_NS, _CLOSE_NS, _SHORTEST_NS, _LONGEST_NS = 2_000_000, 20_000_000, 200_000_000, 1_600_000_000
+_CROWDED, _SLICE, _PERIOD = 16, 24, 32
 # Threads of one team run on different cores: spin, about 2 us. The coordinator's thread and the worker's thread that
 # take turns share a core: spinning would keep the other from it.
 BARRIER_SPINS, HANDOFF_SPINS = 100, 0
@@ -113,9 +116,20 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
         yield_core()
         after = clock_ns()
         if after - now > _SLICE_NS:
-            if now - load_acquire(line + _SLICE) < _CLOSE_NS:
-                store_release(line + _CROWDED, after + _CROWDED_NS)
-            store_release(line + _SLICE, after)
+            _mark(line, now, after)
+
+
+@kernel
+def _mark(line: int, now: int, after: int) -> None:
+    """A neighbour kept the core from `now` until `after`: the line is crowded if one lately did."""
+    period = load_acquire(line + _PERIOD)
+    if now - load_acquire(line + _SLICE) < period + _CLOSE_NS:
+        period = min(max(2 * period, _SHORTEST_NS), _LONGEST_NS)
+        store_release(line + _CROWDED, after + period)
+    else:
+        period = 0
+    store_release(line + _PERIOD, period)
+    store_release(line + _SLICE, after)
 
 
 @kernel
@@ -134,13 +148,21 @@ def _sleep(line: int, seen: int) -> None:
 def barrier(line: int, members: int, spins: int, abort: int) -> int:
     """Wait until all `members` threads of a team have arrived at the barrier that owns two lines at `line`.
 
-    The first line counts generations, the second the arrivals of all time. Returns DONE or ABORTED.
+    The first line counts generations, the second the arrivals of all time and notes when the last came. Returns DONE or
+    ABORTED.
     """
     if members == 1:
         return DONE
     arrivals = fetch_add(line + LINE, 1) + 1
     generation = (arrivals + members - 1) // members
     if arrivals == generation * members:
+        store_release(line + LINE + 8, clock_ns())
         announce(line, generation)
         return DONE
     return await_sequence(line, generation, abort, spins, 0)
+
+
+@kernel
+def passed(line: int) -> int:
+    """When the barrier of several members at `line` last let them go: ns on the monotonic clock."""
+    return load_acquire(line + LINE + 8)

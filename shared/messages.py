@@ -104,6 +104,8 @@ class Ready:
 class LoadReport:
     """A worker's work since it became ready: jobs in all; time, neurons and bytes read per layer.
 
+    A job's time is that from its announcement: what the worker waits for its core or device counts.
+
     `measured`: of the jobs whose selection was compared with the truth: their number, the neurons selected, those of
     all owned that fired, and those that were selected and fired.
     """

@@ -6,17 +6,30 @@ Linux only. `die_with_parent` and `ignore_interrupts` are called first thing in 
 import contextlib
 import ctypes
 import os
+import platform
 import signal
+import struct
 import sys
 import threading
 from collections.abc import Collection, Iterator
 
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["die_with_parent", "hold_interrupts", "ignore_interrupts", "pin", "python_module_command", "set_name"]
+__all__ = [
+    "die_with_parent",
+    "hold_interrupts",
+    "ignore_interrupts",
+    "pin",
+    "python_module_command",
+    "set_name",
+    "take_short_turns",
+]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+# By machine: the number of the system call, which glibc wraps since 2.41 only; the least slice that Linux gives.
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+_SLICE_NS = 100_000
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
@@ -66,6 +79,21 @@ def pin(cpus: Collection[int]) -> None:
         raise ResourceError(f"cannot run on cpus {wanted}: {error}; check taskset and cpusets") from error
     if got := sorted(set(wanted) - os.sched_getaffinity(0)):  # the kernel drops cpus outside the cpuset in silence
         raise ResourceError(f"cannot run on cpus {got} of {wanted}: not allowed; check taskset and cpusets")
+
+
+def take_short_turns() -> None:
+    """Ask the scheduler to let the calling thread in as soon as it is woken, for a short turn, beside busy neighbours.
+
+    Its share of the core stays what it was. Linux 6.12 or later honours this: a thread with a short slice need not wait
+    for the end of its neighbour's, 3 ms. Elsewhere nothing happens.
+    """
+    number = _SCHED_SETATTR.get(platform.machine())
+    if number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return
+    nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    # struct sched_attr: size, policy, flags, nice, priority, runtime (the slice, ns), deadline, period.
+    attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, _SLICE_NS, 0, 0)
+    ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_int(0), attributes, ctypes.c_uint(0))
 
 
 def set_name(name: str) -> None:

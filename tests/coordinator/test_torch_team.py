@@ -109,7 +109,7 @@ def opened(model: PackedModel, workers: Workers, kind: str, selector: str = "all
     """A team, loaded: "compiled", of one thread, or on a device of torch's."""
     team: Any
     if kind == "compiled":
-        team = Team(model, workers.board, workers.gone, [0], CONTEXT, selector, None, ahead)
+        team = Team(model, workers.board, workers.gone, [0], CONTEXT, selector, None, ahead, True)
     else:
         team = TorchTeam(model, workers.board, workers.gone, kind, [0], CONTEXT, selector, ahead)
     team.start()

@@ -44,7 +44,7 @@ def test_every_byte() -> None:
     x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
     board.abort[:] = 11
     board.job[:] = 21, 22
-    board.order[:] = -1, 32, 33, 34
+    board.order[:] = -1, 32, 33, 34, 35
     board.owner[:] = np.arange(100, 115).reshape(3, 5)
     board.mask[:] = np.arange(15).reshape(3, 5) + 0xFFFFFF00
     board.fired[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
@@ -58,10 +58,10 @@ def test_every_byte() -> None:
         board.taken[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=7q", 3, 2, 3, 5, 32, 16, 1)),
+        (0, b"WARMFRNT" + struct.pack("=7q", 4, 2, 3, 5, 32, 16, 1)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
-        (384, struct.pack("=4q", -1, 32, 33, 34)),
+        (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
         (512, bytes(range(100, 115))),
         (640, struct.pack("=15I", *range(0xFFFFFF00, 0xFFFFFF0F))),
         (768, struct.pack("=15I", *range(0xEEEEEE00, 0xEEEEEE0F))),
@@ -128,7 +128,7 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
     fd = create_shared("warmfront-test", SIZES.total)
     try:
         board = Board.create(map_shared(fd), SIZES)
-        board.order[:] = 2, 16, 16, 0
+        board.order[:] = 2, 16, 16, 0, 77
         board.job[0] = 41
         board.x[5] = -3.5
         board.slot[1][1, 4] = 1 << 20
@@ -137,7 +137,7 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
         )
     finally:
         os.close(fd)
-    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "-3.5"]
+    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "77", "-3.5"]
     assert board.y[1][:4].tolist() == [1.5, 2.5, -3.5, 0]
     assert not board.y[0].any()
     assert board.done[1][0] == 41
@@ -167,7 +167,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 3"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 4"):
         Board.attach(board.mapping)
 
 

@@ -25,6 +25,7 @@ from warmfront.shared.handoff import (
     LATE,
     LINE,
     PATIENCE_NS,
+    _mark,
     announce,
     await_sequence,
     barrier,
@@ -303,6 +304,23 @@ def test_a_busy_neighbour_makes_a_line_crowded(region: Region) -> None:
     finally:
         busy.kill()
         busy.wait()
+
+
+def test_a_line_that_stays_crowded_is_looked_at_more_seldom(region: Region) -> None:
+    """Every look costs a slice of the neighbour's."""
+    line, slice_ns, period, now = region.at + PING, 3_000_000, 0, 10**12
+    for _ in range(6):
+        _mark(line, now, now + slice_ns)
+        now += 10_000_000
+        _mark(line, now, now + slice_ns)
+        crowded = int(region.word(PING + 16)[0]) - now - slice_ns
+        assert crowded >= min(2 * period, 1_600_000_000)
+        period, now = crowded, now + slice_ns + crowded
+    assert period == 1_600_000_000
+    # A lone long turn, much later, may be the hypervisor's.
+    region.word(PING + 16)[0] = 0
+    _mark(line, now + 10**10, now + 10**10 + slice_ns)
+    assert region.word(PING + 16)[0] == 0
 
 
 def wrapped(value: int) -> int:

@@ -1,6 +1,7 @@
 """How processes live and die, with real ones.  pytest tests/shared/test_process.py"""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.process import hold_interrupts, pin, python_module_command, set_name
+from warmfront.shared.process import hold_interrupts, pin, python_module_command, set_name, take_short_turns
 
 CHILD = """
 import os, sys, time
@@ -104,6 +105,26 @@ def test_pin_refuses_what_is_not_allowed(cpus: list[int]) -> None:
     in_a_thread(threading.Thread(target=work))
     assert "check taskset and cpusets" in str(caught[0])
     assert str(cpus) in str(caught[0])
+
+
+def test_short_turns_are_asked_of_the_scheduler() -> None:
+    """The slice is to be seen where the kernel has custom slices; the thread's nice value stays."""
+    seen: list[tuple[int, int, str]] = []
+
+    def work() -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, 3)
+        take_short_turns()
+        schedule = Path(f"/proc/self/task/{thread}/sched")
+        found = re.search(r"se\.slice +: +(\d+)", schedule.read_text()) if schedule.exists() else None
+        seen.append((os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread), found[1] if found else ""))
+
+    in_a_thread(threading.Thread(target=work))
+    policy, nice, slice_ns = seen[0]
+    assert (policy, nice) == (os.SCHED_OTHER, 3)
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if release >= (6, 12) and slice_ns:
+        assert slice_ns == "100000"
 
 
 def test_set_name_names_the_thread() -> None:
