@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from warmfront.shared.jit import kernel
 from warmfront.shared.memory import anonymous
+from warmfront.shared.numa import bind, free_on
 from warmfront.shared.process import pin
 
 __all__ = ["Bandwidth"]
@@ -29,11 +30,17 @@ def _total(values: npt.NDArray[np.int64]) -> int:
 
 
 class Bandwidth:
-    """Measures with one thread on each of `cpus`; keeps a block of 1 GiB meanwhile."""
+    """Measures with one thread on each of `cpus`; keeps a block of 1 GiB meanwhile.
 
-    def __init__(self, cpus: Sequence[int]) -> None:
+    `node`: whose memory is read, None = the threads' own; the block is smaller if little is free there.
+    """
+
+    def __init__(self, cpus: Sequence[int], node: int | None = None) -> None:
         self._cpus = list(cpus)
-        self._block = anonymous(_BYTES, huge=True)
+        size = _BYTES if node is None else min(_BYTES, free_on(node) // 8)
+        self._block = anonymous(max(size, 1 << 20) // 4096 * 4096, huge=True)
+        if node is not None:
+            bind(self._block, node)
         self._block[:] = 1
         _total(self._block[:8].view(np.int64))
 
@@ -54,4 +61,4 @@ class Bandwidth:
         started = time.perf_counter()
         for thread in threads:
             thread.join()
-        return _BYTES / (time.perf_counter() - started) / 1e9
+        return self._block.nbytes / (time.perf_counter() - started) / 1e9

@@ -1,13 +1,22 @@
 """What warmfront chooses where the user did not, and what it refuses: device, selector, context."""
 
 from warmfront.shared.config import PREDICTING, EngineConfig
+from warmfront.shared.core_plan import CorePlan, plan_cores
 from warmfront.shared.errors import UsageError
 from warmfront.shared.model import ModelSpec
 from warmfront.shared.store import PackedModel
+from warmfront.shared.topology import read_topology
 
-__all__ = ["DEFAULT_CONTEXT", "choose_attention", "choose_context", "choose_gpu", "choose_selector"]
+__all__ = ["DEFAULT_CONTEXT", "choose_attention", "choose_context", "choose_cores", "choose_gpu", "choose_selector"]
 
 DEFAULT_CONTEXT = 4096
+
+
+def choose_cores(config: EngineConfig) -> CorePlan:
+    """Who runs on which cpus of this machine, but for an emulated GPU."""
+    return plan_cores(
+        read_topology(), config.workers, config.threads, config.coordinator_threads, config.spins, config.force
+    )
 
 
 def choose_gpu(config: EngineConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
@@ -99,6 +99,11 @@ load_options = _together(
     ),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
+    click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),
+    click.option("--spins", type=int, help="Rounds of spinning at a barrier [default: 100; 0 where cores are shared]"),
+    click.option("--force", is_flag=True, help="Allow more threads than cores."),
+    click.option("--pin/--no-pin", default=_ENGINE.pin, show_default=True, help="Keep threads on their cores."),
+    click.option("--tuning/--no-tuning", default=_ENGINE.tuning, show_default=True, help="Use what `tune` found."),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
 )
@@ -320,6 +325,43 @@ def info(model: str, dtype: str, as_json: bool) -> None:
 
     facts = describe(model, dtype, say)
     click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command()
+@click.argument("model", default="smollm2-135m")
+@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@selector_option
+@click.option("--exhaustive", is_flag=True, help="Measure every setting to the end, instead of dropping slow ones.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | None, as_json: bool) -> None:
+    """Find the workers, threads and spins that decode MODEL fastest here; Ctrl-C keeps the best so far."""
+    if plot:
+        check_writable(plot)
+        require("matplotlib", "--plot")
+
+    with hold_interrupts():
+        from warmfront.coordinator.tune import draw, render, tune
+
+    with Bars() as bars:
+        result = tune(model, {"dtype": dtype, "selector": selector, "tuning": False}, exhaustive, say, bars)
+    if plot:
+        draw(result, plot)
+    click.echo(json.dumps(result) if as_json else "\n".join(render(result)))
+    if result["interrupted"]:
+        raise click.Abort
+
+
+@cli.command()
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the memory's read bandwidth.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def topology(measure: bool, as_json: bool) -> None:
+    """NUMA nodes, cores, memory and limits of this machine, and who would run where."""
+    with hold_interrupts():
+        from warmfront.coordinator.machine import describe, render
+
+    facts = describe(measure)
+    click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
 def main() -> None:

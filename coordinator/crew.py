@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_gpu
+from warmfront.coordinator.choices import choose_cores, choose_gpu
 from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.placement import most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
+from warmfront.coordinator.speeds import worker_speeds
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import LANES, Board, BoardSizes
 from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
+from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import address, create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
-from warmfront.shared.topology import CorePlan, plan_cores, read_topology
+from warmfront.shared.topology import read_topology
 
 if TYPE_CHECKING:
     from warmfront.coordinator.front import Front
@@ -68,7 +70,7 @@ class Crew:
 
     def start(self, say: Say, progress: Progress) -> None:
         """Start everything and wait until it has loaded."""
-        cores = plan_cores(read_topology(), self.config.workers, self.config.threads)
+        cores = choose_cores(self.config)
         gpu = choose_gpu(self.config)
         if gpu == "host":
             cores = cores.with_emulated_gpu()
@@ -79,6 +81,8 @@ class Crew:
     def _launch(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
         self._check_memory()
+        for note in cores.notes:
+            say(note)
         self.cores = cores
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
@@ -87,7 +91,7 @@ class Crew:
         if unknown := parse_slow(self.config.slow).keys() - set(names):
             raise UsageError(f"--slow names worker {min(unknown)}, but there are only {', '.join(names)}")
         spec, layout = self.model.spec, self.model.layout
-        self._home = place_homes(layout.groups, spec.layers, [len(worker.cpus) for worker in cores.workers])
+        self._home = place_homes(layout.groups, spec.layers, worker_speeds(cores))
         most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
         sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self._profiles))
         fd = create_shared("warmfront-board", sizes.total)
@@ -133,7 +137,8 @@ class Crew:
             self.model,
             self.board,
             self._gone,
-            cores.coordinator,
+            cores,
+            self.config.pin,
             self.context,
             self.selector,
             self.lowbit,
@@ -173,6 +178,9 @@ class Crew:
                 spare=spare,
                 slow=slow.get(name, 1.0),
                 budget=self._budget(hello) if on_gpu else 0,
+                memory=-1 if on_gpu or (node := cores.workers[index].memory) is None else node,
+                pinned=self.config.pin,
+                spins=cores.spins,
             )
         return plans
 
@@ -235,7 +243,7 @@ class Crew:
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())
-        have = sum(node.available_bytes for node in read_topology().nodes)
+        have = read_topology().available_bytes
         if need > have:
             raise ResourceError(
                 f"{self.model.spec.name} needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB of memory are free: "

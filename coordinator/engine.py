@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_attention, choose_context, choose_gpu, choose_selector
+from warmfront.coordinator.choices import choose_attention, choose_context, choose_cores, choose_gpu, choose_selector
 from warmfront.coordinator.crew import Crew
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
@@ -29,14 +29,15 @@ from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.coordinator.trace import Trace
+from warmfront.coordinator.tuning import tuned
 from warmfront.shared.board import LANES
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING, EngineConfig, Sampling
+from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import UsageError
 from warmfront.shared.messages import LoadReport
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
-from warmfront.shared.topology import CorePlan, plan_cores, read_topology
 
 if TYPE_CHECKING:
     from warmfront.coordinator.front import Front
@@ -90,10 +91,11 @@ class Engine:
         started = time.monotonic()
         config = EngineConfig(**wishes)
         # What cannot be had is refused before the model is packed.
-        plan_cores(read_topology(), config.workers, config.threads)
+        choose_cores(config)
         choose_gpu(config)
         choose_attention(config, config.selector)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
+        config = tuned(config, path, choose_gpu(config), say)
         engine = cls._opened(path, config)
         try:
             if ensure_profiled(engine.model, config, say, progress):
@@ -317,10 +319,9 @@ class Engine:
             report = reports.get(name, LoadReport(0, [], [], [], [0] * 4))
             groups = int(np.count_nonzero(self._crew.board.owner == index))
             busy = sum(report.busy_ns) / 1e9
-            read = sum(report.bytes)
-            stats.append(
-                WorkerStats(name, hello.device, hello.pid, busy, sum(report.neurons), read, groups, report.jobs)
-            )
+            read, neurons = sum(report.bytes), sum(report.neurons)
+            nodes = {} if name.startswith("gpu") else dict(self._crew.supervisor.readies[name].ledger)
+            stats.append(WorkerStats(name, hello.device, hello.pid, busy, neurons, read, groups, report.jobs, nodes))
         return stats
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -334,9 +335,8 @@ class Engine:
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the GPU worker's memory by purpose; empty without one."""
-        return {
-            purpose: size for ready in self._crew.supervisor.readies.values() for purpose, size in ready.ledger.items()
-        }
+        readies = self._crew.supervisor.readies.items()
+        return {what: size for name, ready in readies if name.startswith("gpu") for what, size in ready.ledger.items()}
 
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""

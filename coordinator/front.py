@@ -107,7 +107,7 @@ class Front:
         self.costs = [WorkerCosts(_JOB_NS, _BYTE_NS) for _ in names]
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
-        self._transfer_ns = layout.group_bytes / _COPY_SPEED
+        self.transfer_ns = layout.group_bytes / _COPY_SPEED
         self._token_ns, self._token_at = 0.0, 0
         self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
@@ -212,7 +212,7 @@ class Front:
 
     def _situation(self) -> Situation:
         moving = sum(len(batch.places) for batch in self._batches.values())
-        room = _COPYING * self._token_ns * self._policy.every / self._transfer_ns
+        room = _COPYING * self._token_ns * self._policy.every / self.transfer_ns
         return Situation(
             owner=self._board.owner.copy(),
             resident=self.resident.copy(),
@@ -220,7 +220,7 @@ class Front:
             free=np.array([len(free) for free in self._free]),
             homes=self.homes,
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
-            transfer_ns=self._transfer_ns,
+            transfer_ns=self.transfer_ns,
             budget=max(0, max(_BATCH, int(room)) - moving),
             late=bool(self._batches),
         )
@@ -284,7 +284,7 @@ class Front:
             self._fresh[worker] = False
         board.slot[worker][layers, groups] = slots
         board.owner[layers, groups] = worker
-        self._transfer_ns += 0.2 * (ns / len(places) - self._transfer_ns)
+        self.transfer_ns += 0.2 * (ns / len(places) - self.transfer_ns)
         self.flow = self.flow._replace(moves=self.flow.moves + len(places))
         self.transfers.append(Transfer(worker, len(places), batch.began, time.monotonic_ns()))
 

@@ -8,14 +8,14 @@ import numpy.typing as npt
 __all__ = ["first_groups", "most_active", "place_homes"]
 
 
-def place_homes(groups: int, layers: int, threads: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """The home of each group, uint8 [layers, groups]: every layer is dealt to the CPU workers by their `threads`.
+def place_homes(groups: int, layers: int, speeds: Sequence[float]) -> npt.NDArray[np.uint8]:
+    """The home of each group, uint8 [layers, groups]: every layer is dealt to the CPU workers by their `speeds`.
 
     Dealt, not sliced: groups come in order of hotness, and each worker is to have its part of the hot ones.
     """
-    shares = np.diff(np.rint(groups * np.cumsum([0, *threads]) / sum(threads)).astype(int))
+    shares = np.diff(np.rint(groups * np.cumsum([0, *speeds]) / sum(speeds)).astype(int))
     turns = np.concatenate([(np.arange(share) + 0.5) / share for share in shares if share])
-    workers = np.repeat(np.arange(len(threads), dtype=np.uint8), shares)
+    workers = np.repeat(np.arange(len(speeds), dtype=np.uint8), shares)
     return np.tile(workers[np.argsort(turns, kind="stable")], (layers, 1))
 
 

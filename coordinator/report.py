@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.stats import Token
+from warmfront.coordinator.stats import Token, WorkerStats
 
 __all__ = ["as_object", "as_text", "rates"]
 
@@ -57,6 +57,14 @@ def as_text(engine: Engine) -> str:
         per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)
         lines.append(
             f"{worker.name} ({worker.device}, pid {worker.pid}) · busy {share:.0%} of the decode time · "
-            f"{worker.groups} groups · {per_token:.0f} neurons a token"
+            f"{worker.groups} groups · {per_token:.0f} neurons a token{_places(worker)}"
         )
     return "\n".join(lines)
+
+
+def _places(worker: WorkerStats) -> str:
+    """Where a worker's weights lie."""
+    total = sum(worker.nodes.values())
+    if not total:
+        return ""
+    return " · memory on " + ", ".join(f"{node} {size / total:.0%}" for node, size in worker.nodes.items())

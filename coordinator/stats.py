@@ -48,7 +48,7 @@ class Stats:
 class WorkerStats:
     """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned.
 
-    bytes: of weights read.
+    bytes: of weights read; nodes: bytes of weights held by NUMA node, as the kernel says where they lie.
     """
 
     name: str
@@ -59,3 +59,4 @@ class WorkerStats:
     bytes: int
     groups: int
     jobs: int
+    nodes: dict[str, int]

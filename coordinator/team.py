@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +23,20 @@ from warmfront.coordinator.network import (
     Network,
     State,
 )
-from warmfront.coordinator.shares import Shares
+from warmfront.coordinator.shares import Shares, portion
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
+from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.gemm import LANES
-from warmfront.shared.handoff import BARRIER_SPINS, DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
+from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.model import Predictor
+from warmfront.shared.numa import bind, pages_by_node
 from warmfront.shared.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
@@ -66,7 +68,8 @@ class Team:
         model: PackedModel,
         board: Board,
         gone: npt.NDArray[np.int64],
-        cpus: Sequence[int],
+        cores: CorePlan,
+        pinned: bool,
         context: int,
         selector: str,
         lowbit: Lowbit | None,
@@ -77,17 +80,19 @@ class Team:
 
         `balances`: rows move between the threads as the load of their cores shifts.
         """
-        self._model, self._board, self._gone, self._cpus, self._context = model, board, gone, cpus, context
+        self._model, self._board, self._gone, self._context = model, board, gone, context
+        self._cores, self._pinned = cores, pinned
+        self._cpus = cpus = cores.coordinator
         self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
         self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
-        self._loaded = 0
+        self._shares = Shares(len(cpus), balances)
+        self._loaded = [0] * len(cpus)
         self._weights, self._at = self._allocate()
         self._kind, size = _cache_rows(model, context)
         self._keys, self._values = anonymous(size), anonymous(size)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
-        self._shares = Shares(len(cpus), balances)
         self._network = self._describe()
         self._state = self._prepare()
         self._sequence = 0
@@ -115,17 +120,33 @@ class Team:
             offsets[name] = total
             total += -(-file.entries[name].nbytes // _ALIGN) * _ALIGN
         weights = anonymous(total, huge=True)
+        for member, cpu in enumerate(self._cpus):
+            node = self._cores.memory_of(cpu)
+            if node is not None:
+                for name, _, low, high in self._rows_of(member):
+                    bind(weights[offsets[name] + low : offsets[name] + high], node)
         return weights, {name: address(weights) + offset for name, offset in offsets.items()}
 
-    def _fill(self, member: int) -> None:
-        """Read the tensors that start in this thread's share of the memory."""
-        low, high = (len(self._weights) * i // len(self._cpus) for i in (member, member + 1))
+    def _rows_of(self, member: int) -> Iterator[tuple[str, PackedModel, int, int]]:
+        """The rows that a thread will mostly read: names, files, and the range of bytes of each tensor."""
+        spec, cuts = self._model.spec, self._shares.cuts
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        first = {"q": 0, "k": q, "v": q + kv}  # of the joint rows, which are shared out together
         for name, file in self._files().items():
-            start, size = self._at[name] - address(self._weights), file.entries[name].nbytes
-            if low <= start < high:
-                file.read_into(name, self._weights[start : start + size])
-                self._loaded += size
-        collapse(self._weights[low:high])
+            entry, at = file.entries[name], first.get(name.rpartition(".")[2])
+            rows = entry.shape[0]
+            ends = portion(cuts, rows, 8, member) if at is None else portion(cuts, q + 2 * kv, 8, member)
+            low, high = (min(max(end - (at or 0), 0), rows) * (entry.nbytes // rows) for end in ends)
+            if low < high:
+                yield name, file, low, high
+
+    def _fill(self, member: int) -> None:
+        """Read this thread's rows of every tensor: so their pages lie near its core."""
+        for name, file, low, high in self._rows_of(member):
+            start = self._at[name] - address(self._weights)
+            file.read_into(name, self._weights[start + low : start + high], low)
+            collapse(self._weights[start + low : start + high])
+            self._loaded[member] += high - low
 
     def _describe(self) -> Network:
         spec, at, files = self._model.spec, self._at, self._files()
@@ -233,9 +254,18 @@ class Team:
             gone_at=address(self._gone) + 8 * np.arange(len(self._gone)),
             record_at=np.array([address(record) for record in board.record], np.int64),
             y_at=np.array([address(y) for y in board.y], np.int64),
-            barrier_spins=BARRIER_SPINS,
+            barrier_spins=self._cores.spins,
             worker_spins=HANDOFF_SPINS,
         )
+
+    def pages(self) -> list[dict[int, int]]:
+        """Of a sample of the pages of each thread's largest part, how many lie on which NUMA node."""
+        result = []
+        for member in range(len(self._cpus)):
+            name, _, low, high = max(self._rows_of(member), key=lambda part: part[3] - part[2])
+            start = self._at[name] - address(self._weights)
+            result.append(pages_by_node(self._weights[start + low : start + high]))
+        return result
 
     def start(self) -> None:
         """Start the threads: each reads its share of the weights and enters the resident loop."""
@@ -244,7 +274,8 @@ class Team:
 
     def _live(self, member: int) -> None:
         try:
-            pin([self._cpus[member]])
+            if self._pinned:
+                pin([self._cpus[member]])
             take_short_turns()
             set_name(f"wf-team{member}")
             self._fill(member)
@@ -256,7 +287,7 @@ class Team:
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, of how many."""
-        return self._loaded, self._weights.nbytes
+        return sum(self._loaded), self._weights.nbytes
 
     def ready(self) -> bool:
         """Whether every thread waits for jobs; raises the error of one that failed."""

@@ -36,6 +36,10 @@ class Bars:
         rate = f", {(done - first) / (now - began):,.0f} a second" if done > first else ""
         self._draw(what, done, total, f"{done:,} of {total:,} tokens{rate}")
 
+    def last(self, what: str, passed: float, left: float) -> None:
+        """Draw how far in time `what` has come: seconds passed, and those to come as far as can be told."""
+        self._draw(what, round(passed), round(passed + left), f"{left:.0f} s left")
+
     def _draw(self, what: str, done: int, total: int, numbers: str) -> None:
         if not self._live or not total:
             return

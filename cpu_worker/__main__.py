@@ -10,11 +10,12 @@ from warmfront.shared.topology import read_topology
 
 
 def _describe() -> tuple[str, int]:
-    return "cpu", sum(node.available_bytes for node in read_topology().nodes)
+    return "cpu", read_topology().available_bytes
 
 
 def _make(plan: Plan, board: Board) -> Service:
-    pin(plan.cpus)  # before numba is imported: its memory and threads stay on the node
+    if plan.pinned:
+        pin(plan.cpus)  # before numba is imported: its memory and threads stay on the node
 
     from warmfront.cpu_worker.worker import CpuWorker
 

@@ -13,13 +13,15 @@ from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, MEASURED, NEURON
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
+from warmfront.shared.errors import ResourceError
 from warmfront.shared.ffn import bundles_at, scratch_floats
-from warmfront.shared.handoff import BARRIER_SPINS, HANDOFF_SPINS, LINE
+from warmfront.shared.handoff import HANDOFF_SPINS, LINE
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
+from warmfront.shared.numa import bind, free_on, pages_by_node
 from warmfront.shared.process import pin, take_short_turns
 from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
@@ -42,6 +44,8 @@ class CpuWorker:
         home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
         self._places = np.argwhere(home)
         self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
+        if plan.memory >= 0:
+            self._bind(plan.memory)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
@@ -87,7 +91,7 @@ class CpuWorker:
             barrier_at=lines_at,
             arrivals_at=lines_at + 2 * LINE,
             job_spins=HANDOFF_SPINS,
-            barrier_spins=BARRIER_SPINS,
+            barrier_spins=plan.spins,
         )
         self._loaded = [0] * threads
         self._errors: list[BaseException] = []
@@ -98,7 +102,8 @@ class CpuWorker:
 
     def _live(self, member: int) -> None:
         try:
-            pin([self._plan.cpus[member]])
+            if self._plan.pinned:
+                pin([self._plan.cpus[member]])
             take_short_turns()
             self._fill(member)
             compile_for(serve, member, self._worker)
@@ -106,6 +111,17 @@ class CpuWorker:
             serve(member, self._worker)
         except BaseException as error:
             self._errors.append(error)
+
+    def _bind(self, node: int) -> None:
+        """Have the weights on `node`, whoever touches them; first touch decides where binding is not allowed."""
+        need, free = len(self._places) * self._model.layout.group_bytes, free_on(node)
+        # The kernel would not refuse, but kill.
+        if need > free:
+            raise ResourceError(
+                f"node {node} has {free / 1e9:.1f} GB free, this worker's neurons take {need / 1e9:.1f} GB: "
+                "use a smaller --dtype or model, or free memory there"
+            )
+        bind(self._weights, node)
 
     def _fill(self, member: int) -> None:
         """Read this thread's share of the groups, a run of neighbours at a time."""
@@ -139,8 +155,11 @@ class CpuWorker:
         return all(serving.is_set() for serving in self._serving)
 
     def capacity(self) -> tuple[int, dict[str, int]]:
-        """Slots: those of the homes and the spare ones."""
-        return len(self._places) + self._plan.spare, {}
+        """Slots: those of the homes and the spare ones; bytes of the homes by NUMA node."""
+        size = len(self._places) * self._model.layout.group_bytes
+        pages = pages_by_node(self._weights[:size])
+        found = max(1, sum(pages.values()))
+        return len(self._places) + self._plan.spare, {f"node{n}": size * count // found for n, count in pages.items()}
 
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""

@@ -29,7 +29,7 @@ class HostDevice:
     name = "host (emulated GPU)"
 
     def __init__(self, capacity: int | None = None) -> None:
-        available = sum(node.available_bytes for node in read_topology().nodes)
+        available = read_topology().available_bytes
         self._capacity = available // 2 if capacity is None else capacity
         self._memory: dict[str, npt.NDArray[Any]] = {}
 

@@ -57,7 +57,7 @@ class GpuWorker:
 
     def _live(self) -> None:
         try:
-            if self._plan.cpus:
+            if self._plan.cpus and self._plan.pinned:
                 pin(self._plan.cpus)
                 take_short_turns()
             self._reserve()

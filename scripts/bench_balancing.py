@@ -128,7 +128,23 @@ def topics(wish: argparse.Namespace) -> dict[str, Any]:
             for runner in runners:
                 for token in ids[start : start + TURN]:
                     runner.step(token)
-        return {"times": times._asdict(), "policies": {each.name: summary(each, switches) for each in runners}}
+        device = {**device_of(times, runners), "link_gbs": 7.0, "shared": True}
+        policies = {each.name: summary(each, switches) for each in runners}
+        return {"times": times._asdict(), "device": device, "policies": policies}
+
+
+def device_of(times: Times, runners: list[Runner]) -> dict[str, Any]:
+    """What was measured as a `--device` for `simulate_balancing.py`: the coordinator's time is the rest of a token of
+    the oracle's, a copy's that of the policy which copied most."""
+    steady = next((each for each in runners if each.name == "oracle"), runners[0])
+    rest = [1e9 * token.seconds - token.busy.max(1).sum() for token in steady.tokens]
+    busiest = max(runners, key=lambda each: each.engine.front.flow.moves).engine
+    return {
+        "cpus": [[times.cpu_job_ns, times.cpu_byte_ns]],
+        "gpu": [times.gpu_job_ns, times.gpu_byte_ns],
+        "coordinator_ns": float(np.median(rest)),
+        "stolen_ns": busiest.front.transfer_ns / busiest.model.layout.group_bytes,
+    }
 
 
 def scratch() -> "contextlib.AbstractContextManager[str]":

@@ -58,6 +58,7 @@ class Device:
     coordinator_ns: float
     link_gbs: float
     stolen_ns: float  # of the CPU workers' time, per byte copied
+    shared: bool = False  # the coordinator computes on the same cores: copies take its time, too
 
 
 def machine(cpu_gbs: float, gpu_gbs: float, link_gbs: float, attention_bytes: float = 8.4e9) -> Device:
@@ -305,7 +306,9 @@ class Replay:
             slowest = times.max(0)
             busy = times[: self.homes].max(0)
             taken = copied * self.device.stolen_ns
-            lost = float(np.maximum(busy + taken * busy / busy.sum() - slowest, 0).sum())
+            beside = self.device.coordinator_ns if self.device.shared else 0.0
+            lost = float(np.maximum(busy + taken * busy / (busy.sum() + beside) - slowest, 0).sum())
+            lost += taken * beside / (busy.sum() + beside)
             token_ns = float(slowest.sum()) + lost + self.device.coordinator_ns
             now += token_ns
             stall += lost

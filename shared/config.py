@@ -61,14 +61,17 @@ def parse_slow(text: str | None) -> dict[str, float]:
 class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
 
-    workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per
-    core); vram_budget: bytes of device memory for the GPU worker; attention: where attention and predictors run, on
-    the CPU or on a device of torch's; policy: how neurons move between the workers; plan: a file of `warmfront plan`
-    to begin with; context: tokens that the KV cache holds; measure: compare the selected neurons with those that fire,
-    on one token of 64; verify: check for every token that each selected neuron was computed exactly once; look_ahead:
-    predict a layer's neurons from the input of the one before, beside its work; trace: a file to write a Chrome trace
-    to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4", an emulation. For the selector
-    lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
+    workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per core);
+    coordinator_threads: of its team (default: as many as the workers'); spins: rounds that a thread spins at a barrier
+    before it lets others in; force: more threads than cores are meant; pin: threads stay on their cores; tuning: take
+    what `warmfront tune` found, where none of these is given; vram_budget: bytes of device memory for the GPU worker;
+    attention: where attention and predictors run, on the CPU or on a device of torch's; policy: how neurons move
+    between the workers; plan: a file of `warmfront plan` to begin with; context: tokens that the KV cache holds;
+    measure: compare the selected neurons with those that fire, on one token of 64; verify: check for every token that
+    each selected neuron was computed exactly once; look_ahead: predict a layer's neurons from the input of the one
+    before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than
+    they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the gates, and the recall
+    by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
@@ -77,6 +80,11 @@ class EngineConfig:
     recall: float = 0.995
     workers: int | None = None
     threads: int | None = None
+    coordinator_threads: int | None = None
+    spins: int | None = None
+    force: bool = False
+    pin: bool = True
+    tuning: bool = True
     gpu: str = "auto"
     vram_budget: int | None = None
     attention: str = "auto"
@@ -108,6 +116,8 @@ class EngineConfig:
             if wish is not None and self.gpu == "none":
                 raise UsageError(f"{option} with --gpu none: leave one of the two out")
         parse_slow(self.slow)
+        if self.spins is not None and not 0 <= self.spins <= 1_000_000:
+            raise UsageError(f"{self.spins} rounds of spinning: pass --spins 0 to 1000000")
         if self.context is not None and self.context < 1:
             raise UsageError(f"a context of {self.context} tokens: pass --ctx 1 or more")
 

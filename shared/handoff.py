@@ -165,4 +165,4 @@ def barrier(line: int, members: int, spins: int, abort: int) -> int:
 @kernel
 def passed(line: int) -> int:
     """When the barrier of several members at `line` last let them go: ns on the monotonic clock."""
-    return load_acquire(line + LINE + 8)
+    return int(load_acquire(line + LINE + 8))

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raise it with any change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class Plan:
     `index`: its number on the board; `model`: path of the packed file, `order`: of its neurons; `cpus`: one per thread.
     A CPU worker reads the groups that `home`, uint8 [layers * groups], gives it, and has `spare` slots more; `slow`:
     how many times slower than it is it is to seem. A GPU worker reads nothing yet and makes as many slots as `budget`
-    bytes of device memory hold.
+    bytes of device memory hold. `memory`: the NUMA node whose memory to take, -1 = any; `pinned`: whether threads stay
+    on their cpus; `spins`: rounds of spinning at a barrier.
     """
 
     index: int
@@ -78,6 +79,9 @@ class Plan:
     spare: int
     slow: float
     budget: int
+    memory: int = -1
+    pinned: bool = True
+    spins: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ class Progress:
 class Ready:
     """The worker serves the board, holds this many bytes of weights and has this many slots.
 
-    `ledger`: bytes of device memory by purpose, of a GPU worker.
+    `ledger`: bytes of device memory by purpose, of a GPU worker; of memory by NUMA node ("node0"), as the kernel says,
+    of a CPU worker.
     """
 
     bytes_resident: int

@@ -1,70 +1,82 @@
-"""Which cores and memory this process may use, NUMA node by NUMA node, and who runs where.
+"""What this process may use of the machine: NUMA nodes, cores, memory, CPU time.
 
-Covers: reading /sys and the affinity mask (node ids need not be 0..n-1; cpusets and `taskset` hide cpus and whole
-nodes), and the core plan. Does not cover: cgroup CPU quotas, pages (`memory.py`), pinning (`process.py`).
+Covers: /sys and /proc, the affinity mask, cpusets and cgroup quotas (node ids need not be 0..n-1; any of the files may
+be missing, as in containers). Does not cover: who runs where (`core_plan.py`), pages (`numa.py`), pinning
+(`process.py`), how fast the memory is (`coordinator/bandwidth.py`).
 
 A thread of ours saturates a physical core, so hyper-threads are grouped and one cpu of each group is used.
 """
 
+import contextlib
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from warmfront.shared.errors import UsageError
-
-__all__ = ["CorePlan", "Node", "Topology", "WorkerCores", "parse_cpu_list", "plan_cores", "read_topology"]
+__all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_topology"]
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NUMA node with at least one allowed cpu. `cores`: the allowed cpus of each physical core; memory in bytes."""
+    """A NUMA node. `cores`: the allowed cpus of each physical core, the fastest kind first; memory in bytes.
+
+    `distances`: of its memory from other nodes' cpus by node id, 10 = its own. A node whose memory this process may not
+    use (`cpuset.mems`) has 0 bytes.
+    """
 
     id: int
     cores: tuple[tuple[int, ...], ...]
     total_bytes: int
     available_bytes: int
+    distances: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A data cache: its level, bytes, and how many of them there are."""
+
+    level: int
+    bytes: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The nodes on which this process may compute, by rising id; nodes that only hold memory are left out."""
+    """`nodes`: those on which this process may compute, by rising id; `memory_nodes`: those that only hold memory.
 
-    nodes: tuple[Node, ...]
-
-
-class WorkerCores(NamedTuple):
-    """Where one worker runs: `node` is None if its threads span several nodes; `cpus` has one cpu per thread."""
-
-    node: int | None
-    cpus: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CorePlan:
-    """Cpus of each worker and of the coordinator's team, which shares them: attention and feed-forward alternate.
-
-    `gpu`: where an emulated GPU runs; empty without one, or where every worker has but one cpu.
+    `efficient`: cpus of the slower kind of a hybrid processor; `offline`: cpus that are switched off; `quota`: cpus'
+    worth of time that the cgroup allows, None = no limit; `memory_limit`: bytes that the cgroup still allows;
+    `balancing`: the kernel moves pages between nodes by itself; `huge_pages`: its setting of transparent huge pages,
+    empty if it has none; `gpus`: PCI address and node (-1: unknown) of each.
     """
 
-    workers: tuple[WorkerCores, ...]
-    gpu: tuple[int, ...] = ()
+    nodes: tuple[Node, ...]
+    memory_nodes: tuple[Node, ...] = ()
+    efficient: frozenset[int] = frozenset()
+    offline: tuple[int, ...] = ()
+    quota: float | None = None
+    memory_limit: int | None = None
+    balancing: bool = False
+    huge_pages: str = ""
+    caches: tuple[Cache, ...] = ()
+    gpus: tuple[tuple[str, int], ...] = ()
 
     @property
-    def coordinator(self) -> tuple[int, ...]:
-        """Every cpu of every worker, in worker order."""
-        return (*(cpu for worker in self.workers for cpu in worker.cpus), *self.gpu)
+    def available_bytes(self) -> int:
+        """Memory that this process may still take, on all nodes together."""
+        free = sum(node.available_bytes for node in (*self.nodes, *self.memory_nodes))
+        return free if self.memory_limit is None else min(free, self.memory_limit)
 
-    def with_emulated_gpu(self) -> "CorePlan":
-        """The same threads, of which the last that a worker can spare is an emulated GPU's."""
-        workers = list(self.workers)
-        index = max(range(len(workers)), key=lambda i: (len(workers[i].cpus), i))
-        node, cpus = workers[index]
-        if len(cpus) < 2:
-            return self
-        workers[index] = WorkerCores(node, cpus[:-1])
-        return CorePlan(tuple(workers), cpus[-1:])
+    def memory_of(self, node_id: int) -> Node | None:
+        """The node whose memory a worker on `node_id` takes: its own if it has any, else the nearest that has."""
+        with_memory = [node for node in (*self.nodes, *self.memory_nodes) if node.total_bytes]
+        own = next(node for node in self.nodes if node.id == node_id)
+        if own.total_bytes:
+            return own
+        # A node that computes is preferred to one that only holds memory, which mostly is a slower kind.
+        rank = {id(node): (own.distances.get(node.id, 255), not node.cores, node.id) for node in with_memory}
+        return min(with_memory, key=lambda node: rank[id(node)], default=None)
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -80,92 +92,145 @@ def read_topology(root: Path = Path("/"), allowed: Collection[int] | None = None
     """Read the machine below `root`; `allowed` cpus default to this process's affinity mask."""
     mask = os.sched_getaffinity(0) if allowed is None else set(allowed)
     system = root / "sys/devices/system"
+    mems = _allowed_memory(root)
     folders = list(system.glob("node/node[0-9]*"))
+    # Cores of a hybrid processor: by kind where the kernel says so, else by capacity (ARM).
+    efficient = _efficient(root, mask)
     nodes = []
     for folder in folders:
-        cores = _cores(system, mask.intersection(parse_cpu_list((folder / "cpulist").read_text())))
+        number = int(folder.name.removeprefix("node"))
+        cores = _cores(system, mask.intersection(_cpus(folder / "cpulist")), efficient)
         # A node's own file counts only pages that the kernel has initialised (7 of 24 GB seen, deferred_init=lazy).
         meminfo = folder / "meminfo" if len(folders) > 1 else root / "proc/meminfo"
-        if cores:
-            nodes.append(Node(int(folder.name.removeprefix("node")), cores, *_memory(meminfo)))
-    if not nodes:  # a container that hides the nodes
-        nodes = [Node(0, _cores(system, mask), *_memory(root / "proc/meminfo"))]
-    return Topology(tuple(sorted(nodes, key=lambda node: node.id)))
+        total, available = _memory(meminfo) if mems is None or number in mems else (0, 0)
+        nodes.append(Node(number, cores, total, available, _distances(folder, folders)))
+    if not any(node.cores for node in nodes):  # a container that hides the nodes
+        nodes = [Node(0, _cores(system, mask, efficient), *_memory(root / "proc/meminfo"))]
+    nodes.sort(key=lambda node: node.id)
+    return Topology(
+        nodes=tuple(node for node in nodes if node.cores),
+        memory_nodes=tuple(node for node in nodes if not node.cores and node.total_bytes),
+        efficient=efficient,
+        offline=_cpus(system / "cpu/offline"),
+        quota=_quota(root),
+        memory_limit=_memory_limit(root),
+        balancing=_text(root / "proc/sys/kernel/numa_balancing") not in ("", "0"),
+        huge_pages=_chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
+        caches=_caches(system, mask),
+        gpus=tuple(_gpus(root)),
+    )
 
 
-def _cores(system: Path, cpus: set[int]) -> tuple[tuple[int, ...], ...]:
+def _text(path: Path) -> str:
+    """The stripped text of a file of the kernel's; empty if it is missing or may not be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cpus(path: Path) -> tuple[int, ...]:
+    return parse_cpu_list(_text(path))
+
+
+def _chosen(text: str) -> str:
+    """The bracketed word of "always [madvise] never"."""
+    match = re.search(r"\[(\w+)\]", text)
+    return match[1] if match else ""
+
+
+def _cores(system: Path, cpus: set[int], efficient: Collection[int]) -> tuple[tuple[int, ...], ...]:
     cores = set()
     for cpu in cpus:
-        siblings = system / f"cpu/cpu{cpu}/topology/thread_siblings_list"
-        shared = parse_cpu_list(siblings.read_text()) if siblings.exists() else (cpu,)
+        shared = _cpus(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or (cpu,)
         cores.add(tuple(sorted(cpus.intersection(shared))))
-    return tuple(sorted(cores))
+    return tuple(sorted(cores, key=lambda core: (core[0] in efficient, core)))
+
+
+def _efficient(root: Path, mask: set[int]) -> frozenset[int]:
+    atoms = _cpus(root / "sys/devices/cpu_atom/cpus")
+    if not atoms:
+        capacities = {cpu: _text(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in mask}
+        known = {cpu: int(text) for cpu, text in capacities.items() if text}
+        atoms = tuple(cpu for cpu, capacity in known.items() if capacity < max(known.values()))
+    small = mask.intersection(atoms)
+    return frozenset(small if small != mask else ())
+
+
+def _distances(folder: Path, folders: Collection[Path]) -> dict[int, int]:
+    # The file lists all online nodes in the order of their ids.
+    ids = sorted(int(each.name.removeprefix("node")) for each in folders)
+    return dict(zip(ids, map(int, _text(folder / "distance").split()), strict=False))
 
 
 def _memory(meminfo: Path) -> tuple[int, int]:
     """(total, available) bytes. A node's file lacks MemAvailable: what is free or a droppable file page stands in."""
     sizes = {}
-    for line in meminfo.read_text().splitlines():
+    for line in _text(meminfo).splitlines():
         name, _, value = line.partition(":")
         sizes[name.split()[-1]] = int(value.split()[0]) * 1024
-    file_pages = sizes["Active(file)"] + sizes["Inactive(file)"]
-    return sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"] + file_pages)
+    file_pages = sizes.get("Active(file)", 0) + sizes.get("Inactive(file)", 0)
+    return sizes.get("MemTotal", 0), sizes.get("MemAvailable", sizes.get("MemFree", 0) + file_pages)
 
 
-def plan_cores(topology: Topology, workers: int | None = None, threads: int | None = None) -> CorePlan:
-    """Give each worker its cores: `threads` in all, one per physical core, none shared between workers.
-
-    By default one worker per node and a thread on every core. A worker stays on one node, unless it is the only one
-    and its threads exceed the first node. Raises UsageError, naming the largest count that fits.
-    """
-    nodes = topology.nodes
-    cores = sum(len(node.cores) for node in nodes)
-    if threads is not None and threads < 1:
-        raise UsageError(f"asked for {threads} threads: pass --threads 1 or more")
-    if workers is not None and workers < 1:
-        raise UsageError(f"asked for {workers} workers: pass --workers 1 or more")
-    if threads is not None and threads > cores:
-        raise UsageError(
-            f"asked for {threads} threads, but this process may use {cores} cores: pass --threads {cores} or fewer"
-        )
-    most = threads or cores
-    if workers is None:
-        workers = min(len(nodes), most)
-    if workers > most:
-        raise UsageError(f"asked for {workers} workers of {most} threads in all: pass --workers {most} or fewer")
-
-    places = _places(nodes, workers, most)
-    room = [len(place.cpus) for place in places]
-    if threads is None:
-        threads = sum(room)
-    elif threads > sum(room):
-        raise UsageError(
-            f"asked for {threads} threads of {workers} workers, but each stays on one NUMA node and together these "
-            f"have {sum(room)} cores: pass --threads {sum(room)} or fewer, or --workers {len(nodes)}"
-        )
-    counts = _deal(threads, room)
-    return CorePlan(tuple(WorkerCores(node, cpus[:count]) for (node, cpus), count in zip(places, counts, strict=True)))
+def _allowed_memory(root: Path) -> frozenset[int] | None:
+    """The nodes whose memory the cpuset allows; None if the kernel does not say."""
+    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
+    return frozenset(parse_cpu_list(match[1])) if match else None
 
 
-def _places(nodes: Sequence[Node], workers: int, threads: int) -> list[WorkerCores]:
-    """The cpus that each worker may be given, one per core."""
-    if workers == 1 and threads > len(nodes[0].cores):
-        return [WorkerCores(None, tuple(core[0] for node in nodes for core in node.cores))]
-    used = nodes[:workers]
-    places = []
-    for node, parts in zip(used, _deal(workers, [len(node.cores) for node in used]), strict=True):
-        cpus = [core[0] for core in node.cores]
-        bounds = [len(cpus) * part // parts for part in range(parts + 1)]
-        places += [WorkerCores(node.id, tuple(cpus[bounds[i] : bounds[i + 1]])) for i in range(parts)]
-    return places
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's cgroup and its parents: of version 2, or of version 1's `controller`."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (controllers and controller)
+        # In a container the path is of the host, and the container's own group is at the top.
+        for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            if folder.is_relative_to(top):
+                yield folder
 
 
-def _deal(count: int, room: Sequence[int]) -> list[int]:
-    """Deal `count` in turns, skipping who is full: each gets one before any gets two."""
-    dealt = [0] * len(room)
-    while count:
-        for i, limit in enumerate(room):
-            if count and dealt[i] < limit:
-                dealt[i] += 1
-                count -= 1
-    return dealt
+def _quota(root: Path) -> float | None:
+    limits = []
+    for folder in _groups(root, "cpu"):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # "max", or no such file
+            if int(quota) > 0:
+                limits.append(int(quota) / int(period))
+    return min(limits, default=None)
+
+
+def _memory_limit(root: Path) -> int | None:
+    """What the tightest cgroup leaves; pages of files that it can drop count as free."""
+    left = []
+    for folder in _groups(root, "memory"):
+        limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
+        used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+        match = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+        if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as a huge number
+            left.append(max(0, int(limit) - int(used or 0) + (int(match[1]) if match else 0)))
+    return min(left, default=None)
+
+
+def _caches(system: Path, mask: set[int]) -> tuple[Cache, ...]:
+    """Data caches of the allowed cpus, by level."""
+    found: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    for cpu in mask:
+        for folder in (system / f"cpu/cpu{cpu}/cache").glob("index[0-9]*"):
+            size = re.fullmatch(r"(\d+)([KMG]?)", _text(folder / "size"))
+            if size and _text(folder / "type") != "Instruction":
+                level = int(_text(folder / "level") or 0)
+                cpus = _cpus(folder / "shared_cpu_list") or (cpu,)
+                found.setdefault((level, int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]), set()).add(cpus)
+    return tuple(Cache(level, size, len(several)) for (level, size), several in sorted(found.items()))
+
+
+def _gpus(root: Path) -> Iterator[tuple[str, int]]:
+    """NVIDIA's display and 3D controllers."""
+    for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
+        if _text(folder / "vendor") == "0x10de" and _text(folder / "class").startswith("0x03"):
+            yield folder.name, int(_text(folder / "numa_node") or -1)

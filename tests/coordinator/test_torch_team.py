@@ -23,6 +23,7 @@ from warmfront.coordinator.torch_network import TorchNetwork, device_bytes
 from warmfront.coordinator.torch_team import TorchTeam
 from warmfront.shared.board import LEAVE, Board, BoardSizes
 from warmfront.shared.config import EngineConfig
+from warmfront.shared.core_plan import CorePlan, WorkerCores
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WorkerError
 from warmfront.shared.handoff import ABORTED, DONE, announce, await_sequence
 from warmfront.shared.memory import address, zeros
@@ -109,7 +110,18 @@ def opened(model: PackedModel, workers: Workers, kind: str, selector: str = "all
     """A team, loaded: "compiled", of one thread, or on a device of torch's."""
     team: Any
     if kind == "compiled":
-        team = Team(model, workers.board, workers.gone, [0], CONTEXT, selector, None, ahead, True)
+        team = Team(
+            model,
+            workers.board,
+            workers.gone,
+            CorePlan((WorkerCores(0, (0,)),)),
+            True,
+            CONTEXT,
+            selector,
+            None,
+            ahead,
+            True,
+        )
     else:
         team = TorchTeam(model, workers.board, workers.gone, kind, [0], CONTEXT, selector, ahead)
     team.start()

@@ -27,7 +27,7 @@ from warmfront.shared.messages import (
 
 MESSAGES: list[Message] = [
     Hello("00ff", "cpu0", 4711, "cpu", 1 << 40, 1),
-    Plan(2, "/models/größe.warm", "1f", [0, 2, 5], "exact", bytes(range(256)), 3, 1.5, 1 << 40),
+    Plan(2, "/models/größe.warm", "1f", [0, 2, 5], "exact", bytes(range(256)), 3, 1.5, 1 << 40, 1, False, 100),
     Progress(0, 1 << 63),
     Ready(12345, 7, {"slots": 1 << 33, "größe": 0}),
     LoadReport(3, [1, 2], [-3, 4], [], [1, 2, 3, 4]),
@@ -47,9 +47,9 @@ def test_round_trip(message: Message) -> None:
 
 def test_exact_bytes() -> None:
     assert encode(Progress(1, 300)) == b"\x93\xa8Progress\x01\xcd\x01\x2c"
-    plan = Plan(1, "m", "", [7], "all", b"\x00", 2, 1.5, 0)
+    plan = Plan(1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100)
     slow = b"\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00"
-    assert encode(plan) == b"\x9a\xa4Plan\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02" + slow + b"\x00"
+    assert encode(plan) == b"\x9d\xa4Plan\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02" + slow + b"\x00\xff\xc3\x64"
     assert encode(Ready(5, 6, {"a": 7})) == b"\x94\xa5Ready\x05\x06\x81\xa1a\x07"
     assert encode(Move(3, b"\x01\x02")) == b"\x93\xa4Move\x03\xc4\x02\x01\x02"
     assert encode(Moved(3, 255)) == b"\x93\xa5Moved\x03\xcc\xff"

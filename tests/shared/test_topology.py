@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from warmfront.shared.core_plan import CorePlan, WorkerCores, plan_cores
 from warmfront.shared.errors import UsageError
-from warmfront.shared.topology import CorePlan, Node, Topology, WorkerCores, parse_cpu_list, plan_cores, read_topology
+from warmfront.shared.topology import Node, Topology, parse_cpu_list, read_topology
 
 NODE_MEMORY = """Node {id} MemTotal:       7170260 kB
 Node {id} MemFree:        6000000 kB
