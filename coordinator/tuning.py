@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.config import EngineConfig
+from warmfront.shared.core_plan import plan_cores
+from warmfront.shared.errors import UsageError
 from warmfront.shared.paths import cache_root
 from warmfront.shared.topology import Topology, read_topology
 
@@ -76,6 +78,11 @@ def tuned(config: EngineConfig, model: Path, gpu: str | None, say: Callable[[str
         return config
     setting = kept_setting(model)
     if setting is None:
+        return config
+    try:
+        plan_cores(read_topology(), *setting)
+    except UsageError:
+        say(f"what was tuned ({setting}) does not fit the cores of now: run `warmfront tune` again")
         return config
     say(f"as tuned: {setting}")
     return replace(config, **setting._asdict())

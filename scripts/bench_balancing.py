@@ -33,6 +33,7 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.expected import load_of
 from warmfront.coordinator.plan_file import write_plan
 from warmfront.coordinator.solver import Times, solve
+from warmfront.coordinator.unit_times import fit_line
 from warmfront.shared.config import parse_size
 
 TURN = 16
@@ -128,23 +129,38 @@ def topics(wish: argparse.Namespace) -> dict[str, Any]:
             for runner in runners:
                 for token in ids[start : start + TURN]:
                     runner.step(token)
-        device = {**device_of(times, runners), "link_gbs": 7.0, "shared": True}
         policies = {each.name: summary(each, switches) for each in runners}
-        return {"times": times._asdict(), "device": device, "policies": policies}
+        return {"times": times._asdict(), "device": device_of(runners), "policies": policies}
 
 
-def device_of(times: Times, runners: list[Runner]) -> dict[str, Any]:
-    """What was measured as a `--device` for `simulate_balancing.py`: the coordinator's time is the rest of a token of
-    the oracle's, a copy's that of the policy which copied most."""
+def device_of(runners: list[Runner]) -> dict[str, Any]:
+    """What was measured, as a `--device` for `simulate_balancing.py`.
+
+    A line through every policy's time per layer over its bytes; the coordinator's time is the rest of a token of the
+    oracle's; what a copied byte costs is that of the policy which copied most.
+    """
+    points = [points_of(runner) for runner in runners]
+    busy, read = (np.concatenate([each[i] for each in points], axis=1) for i in (0, 1))
+    cpu, gpu = (list(fit_line(busy[None, worker], read[None, worker])) for worker in (0, 1))
     steady = next((each for each in runners if each.name == "oracle"), runners[0])
     rest = [1e9 * token.seconds - token.busy.max(1).sum() for token in steady.tokens]
     busiest = max(runners, key=lambda each: each.engine.front.flow.moves).engine
     return {
-        "cpus": [[times.cpu_job_ns, times.cpu_byte_ns]],
-        "gpu": [times.gpu_job_ns, times.gpu_byte_ns],
+        "cpus": [cpu],
+        "gpu": gpu,
         "coordinator_ns": float(np.median(rest)),
+        "link_gbs": 7.0,
         "stolen_ns": busiest.front.transfer_ns / busiest.model.layout.group_bytes,
+        "shared": True,
     }
+
+
+def points_of(runner: Runner) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Of the CPU and the GPU worker: median ns of a layer's job, and its mean bytes, [2, layers] each."""
+    reports, names = runner.engine.reports(), runner.engine.front.names
+    jobs = np.array([reports[name].jobs for name in names])[:, None] / len(runner.tokens[0].busy)
+    read = np.array([reports[name].bytes for name in names]) / jobs
+    return np.median([token.busy for token in runner.tokens], axis=0).T, read
 
 
 def scratch() -> "contextlib.AbstractContextManager[str]":

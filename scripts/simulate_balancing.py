@@ -84,8 +84,10 @@ DEVICES = {
     "3080ti": machine(50, 912, 25),
     # Eight or more channels of DDR5; HBM3e, 4800 GB/s; PCIe 5.0 x16 (50 of 64 GB/s).
     "h200": machine(400, 4800, 50),
-    # The GPU worker's host device on two cores, measured; its copies share the cores.
-    "emulation": Device(cpus=[[10_000.0, 0.2]], gpu=[60_000.0, 0.05], coordinator_ns=21e6, link_gbs=7, stolen_ns=0.1),
+    # The emulated GPU of bench_balancing.py on two cores, as it measured it; copies share the cores with all else.
+    "emulation": Device(
+        cpus=[[247_000.0, 0.293]], gpu=[7_000.0, 0.082], coordinator_ns=39e6, link_gbs=7, stolen_ns=0.49, shared=True
+    ),
 }
 
 
