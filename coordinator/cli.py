@@ -8,140 +8,31 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from warmfront.coordinator.extras import require
+from warmfront.coordinator.options import (
+    Names,
+    Numbers,
+    dtype_option,
+    engine_options,
+    load_options,
+    run_options,
+    sampling_options,
+    selector_option,
+)
 from warmfront.coordinator.terminal import Bars, say
 from warmfront.coordinator.whole_file import check_writable
-from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.process import hold_interrupts
 
 __all__ = ["cli", "main"]
 
-_ENGINE, _SAMPLING = EngineConfig(), Sampling()
 DEFAULT_NEW_TOKENS = 128
-
-
-class Size(click.ParamType[int]):
-    """512MB, 1.5GiB, 8G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(str(value))
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Numbers(click.ParamType[list[int]]):
-    """1,2,3."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        try:
-            return [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers: write it like 1,2,3", param, ctx)
-
-
-class Names(click.ParamType[list[str]]):
-    """One or more of the given names: a,b,c."""
-
-    name = "names"
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        chosen = str(value).split(",")
-        if wrong := [name for name in chosen if name not in self._names]:
-            self.fail(f"{wrong[0]!r} is none of {', '.join(self._names)}", param, ctx)
-        return chosen
-
-
-def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def apply(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-selector_option = click.option(
-    "--selector",
-    type=click.Choice(SELECTORS),
-    default=_ENGINE.selector,
-    show_default=True,
-    help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
-)
-load_options = _together(
-    click.option(
-        "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
-    ),
-    click.option(
-        "--bits",
-        type=click.Choice([str(bits) for bits in BITS]),
-        default=str(_ENGINE.bits),
-        show_default=True,
-        callback=lambda _ctx, _param, value: int(value),
-        help="Selector lowbit: bits of the gates' copies.",
-    ),
-    click.option(
-        "--recall", type=float, default=_ENGINE.recall, show_default=True, help="Selector lowbit: recall by mass."
-    ),
-    click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
-    click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
-    click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),
-    click.option("--spins", type=int, help="Rounds of spinning at a barrier [default: 100; 0 where cores are shared]"),
-    click.option("--force", is_flag=True, help="Allow more threads than cores."),
-    click.option("--pin/--no-pin", default=_ENGINE.pin, show_default=True, help="Keep threads on their cores."),
-    click.option("--tuning/--no-tuning", default=_ENGINE.tuning, show_default=True, help="Use what `tune` found."),
-    click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
-    click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
-)
-run_options = _together(
-    load_options,
-    click.option(
-        "--attention",
-        default=_ENGINE.attention,
-        show_default=True,
-        help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
-    ),
-    click.option(
-        "--policy",
-        type=click.Choice(POLICIES),
-        default=_ENGINE.policy,
-        show_default=True,
-        help="How neurons move between the workers.",
-    ),
-    click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
-    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
-    click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
-    click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
-)
-engine_options = _together(
-    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
-    selector_option,
-    run_options,
-    click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
-)
-sampling_options = _together(
-    click.option("--temperature", type=float, default=_SAMPLING.temperature, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=int, default=_SAMPLING.top_k, show_default=True, help="0 is off."),
-    click.option("--top-p", type=float, default=_SAMPLING.top_p, show_default=True),
-    click.option("--min-p", type=float, default=_SAMPLING.min_p, show_default=True),
-    click.option("--repetition-penalty", type=float, default=_SAMPLING.repetition_penalty, show_default=True),
-    click.option("--seed", type=int, help="Makes sampling repeatable."),
-    click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
-)
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
@@ -265,7 +156,7 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     required=True,
     help="A file of text in UTF-8; may be repeated.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@dtype_option
 @click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
@@ -317,7 +208,7 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
 
 @cli.command()
 @click.argument("model", default="smollm2-135m")
-@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(model: str, dtype: str, as_json: bool) -> None:
     """What MODEL is: architecture, sizes, weight types, whether sparse selectors apply."""
@@ -329,7 +220,7 @@ def info(model: str, dtype: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model", default="smollm2-135m")
-@click.option("--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True)
+@dtype_option
 @selector_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end, instead of dropping slow ones.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")

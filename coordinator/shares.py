@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from warmfront.shared.jit import kernel
 
-__all__ = ["Shares", "portion"]
+__all__ = ["WHOLE", "Shares", "portion"]
 
 WHOLE = 1 << 16
 # Decoded tokens between two looks; share of the paces that a new look leaves; how far off the mean time a thread's may

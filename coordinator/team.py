@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ from warmfront.coordinator.network import (
     Network,
     State,
 )
-from warmfront.coordinator.shares import Shares, portion
+from warmfront.coordinator.shares import Shares
+from warmfront.coordinator.team_weights import TeamWeights
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
@@ -34,16 +35,13 @@ from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, 
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
-from warmfront.shared.memory import address, anonymous, collapse, zeros
+from warmfront.shared.memory import address, anonymous, zeros
 from warmfront.shared.model import Predictor
-from warmfront.shared.numa import bind, pages_by_node
 from warmfront.shared.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
 
 __all__ = ["Team", "cache_bytes"]
-
-_ALIGN = 64
 
 
 def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
@@ -87,8 +85,7 @@ class Team:
         self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._shares = Shares(len(cpus), balances)
-        self._loaded = [0] * len(cpus)
-        self._weights, self._at = self._allocate()
+        self._weights = TeamWeights(model, lowbit, selector, cores, self._shares.cuts)
         self._kind, size = _cache_rows(model, context)
         self._keys, self._values = anonymous(size), anonymous(size)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
@@ -105,51 +102,8 @@ class Team:
         """Bytes of the weights that the coordinator holds."""
         return self._weights.nbytes
 
-    def _files(self) -> dict[str, PackedModel]:
-        """The tensors that the coordinator keeps, and where to find them: all but the bundles and idle predictors."""
-        idle = (".ffn",) if self._selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-        apart = ("tokenizer", "profile")
-        files = {n: self._model for n in self._model.entries if not n.endswith(idle) and n not in apart}
-        if self._lowbit is not None:
-            files |= dict.fromkeys(self._lowbit.file.entries, self._lowbit.file)
-        return files
-
-    def _allocate(self) -> tuple[npt.NDArray[np.uint8], dict[str, int]]:
-        offsets, total = {}, 0
-        for name, file in self._files().items():
-            offsets[name] = total
-            total += -(-file.entries[name].nbytes // _ALIGN) * _ALIGN
-        weights = anonymous(total, huge=True)
-        for member, cpu in enumerate(self._cpus):
-            node = self._cores.memory_of(cpu)
-            if node is not None:
-                for name, _, low, high in self._rows_of(member):
-                    bind(weights[offsets[name] + low : offsets[name] + high], node)
-        return weights, {name: address(weights) + offset for name, offset in offsets.items()}
-
-    def _rows_of(self, member: int) -> Iterator[tuple[str, PackedModel, int, int]]:
-        """The rows that a thread will mostly read: names, files, and the range of bytes of each tensor."""
-        spec, cuts = self._model.spec, self._shares.cuts
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        first = {"q": 0, "k": q, "v": q + kv}  # of the joint rows, which are shared out together
-        for name, file in self._files().items():
-            entry, at = file.entries[name], first.get(name.rpartition(".")[2])
-            rows = entry.shape[0]
-            ends = portion(cuts, rows, 8, member) if at is None else portion(cuts, q + 2 * kv, 8, member)
-            low, high = (min(max(end - (at or 0), 0), rows) * (entry.nbytes // rows) for end in ends)
-            if low < high:
-                yield name, file, low, high
-
-    def _fill(self, member: int) -> None:
-        """Read this thread's rows of every tensor: so their pages lie near its core."""
-        for name, file, low, high in self._rows_of(member):
-            start = self._at[name] - address(self._weights)
-            file.read_into(name, self._weights[start + low : start + high], low)
-            collapse(self._weights[start + low : start + high])
-            self._loaded[member] += high - low
-
     def _describe(self) -> Network:
-        spec, at, files = self._model.spec, self._at, self._files()
+        spec, at, files = self._model.spec, self._weights.at, self._weights.files
         weights = np.zeros((spec.layers, len(ROLES)), np.int64)
         kinds = np.zeros((spec.layers, len(ROLES)), np.int64)
         ranks = np.zeros(spec.layers, np.int64)
@@ -259,13 +213,8 @@ class Team:
         )
 
     def pages(self) -> list[dict[int, int]]:
-        """Of a sample of the pages of each thread's largest part, how many lie on which NUMA node."""
-        result = []
-        for member in range(len(self._cpus)):
-            name, _, low, high = max(self._rows_of(member), key=lambda part: part[3] - part[2])
-            start = self._at[name] - address(self._weights)
-            result.append(pages_by_node(self._weights[start + low : start + high]))
-        return result
+        """Where the threads' weights lie: see `TeamWeights.pages`."""
+        return self._weights.pages()
 
     def start(self) -> None:
         """Start the threads: each reads its share of the weights and enters the resident loop."""
@@ -278,7 +227,7 @@ class Team:
                 pin([self._cpus[member]])
             take_short_turns()
             set_name(f"wf-team{member}")
-            self._fill(member)
+            self._weights.fill(member)
             compile_for(serve_team, member, self._network, self._state)
             self._serving[member].set()
             serve_team(member, self._network, self._state)
@@ -287,7 +236,7 @@ class Team:
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, of how many."""
-        return sum(self._loaded), self._weights.nbytes
+        return self._weights.loaded, self._weights.nbytes
 
     def ready(self) -> bool:
         """Whether every thread waits for jobs; raises the error of one that failed."""

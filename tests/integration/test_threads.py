@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.integration.command import CORES, assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import choices, llama_from_folder
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.shares import WHOLE
 from warmfront.coordinator.tuning import Setting, keep_setting, tuning_file
 
 IDS = [5, 17, 3, 42, 7]
@@ -49,6 +51,18 @@ def expected(model: Path) -> list[int]:
 def test_tokens_are_those_of_transformers(model: Path, expected: list[int], wishes: dict[str, Any]) -> None:
     with Engine.load(str(model), dtype="f32", tuning=False, **wishes) as engine:
         assert engine.decode_ids(IDS, len(expected)) == expected
+
+
+def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
+    """However the rows are divided: none is left out, none computed differently."""
+    random = np.random.default_rng(3)
+    with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
+        even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]
+        cuts, moved = engine._crew.team._shares.cuts, []
+        for logits in engine.forced_logits(range(5, 45), 8):
+            moved.append(logits.tobytes())
+            cuts[1:-1] = np.sort(random.integers(0, WHOLE + 1, 2))
+    assert moved == even
 
 
 def test_force_shares_cores_without_spinning(model: Path) -> None:

@@ -1,0 +1,141 @@
+"""The options that commands of the CLI share, and the kinds of their values."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.errors import UsageError
+
+__all__ = [
+    "Names",
+    "Numbers",
+    "Size",
+    "dtype_option",
+    "engine_options",
+    "load_options",
+    "run_options",
+    "sampling_options",
+    "selector_option",
+]
+
+_ENGINE, _SAMPLING = EngineConfig(), Sampling()
+
+
+class Size(click.ParamType[int]):
+    """512MB, 1.5GiB, 8G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Numbers(click.ParamType[list[int]]):
+    """1,2,3."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        try:
+            return [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers: write it like 1,2,3", param, ctx)
+
+
+class Names(click.ParamType[list[str]]):
+    """One or more of the given names: a,b,c."""
+
+    name = "names"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        chosen = str(value).split(",")
+        if wrong := [name for name in chosen if name not in self._names]:
+            self.fail(f"{wrong[0]!r} is none of {', '.join(self._names)}", param, ctx)
+        return chosen
+
+
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+selector_option = click.option(
+    "--selector",
+    type=click.Choice(SELECTORS),
+    default=_ENGINE.selector,
+    show_default=True,
+    help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
+)
+load_options = _together(
+    dtype_option,
+    click.option(
+        "--bits",
+        type=click.Choice([str(bits) for bits in BITS]),
+        default=str(_ENGINE.bits),
+        show_default=True,
+        callback=lambda _ctx, _param, value: int(value),
+        help="Selector lowbit: bits of the gates' copies.",
+    ),
+    click.option(
+        "--recall", type=float, default=_ENGINE.recall, show_default=True, help="Selector lowbit: recall by mass."
+    ),
+    click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
+    click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
+    click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),
+    click.option("--spins", type=int, help="Rounds of spinning at a barrier [default: 100; 0 where cores are shared]"),
+    click.option("--force", is_flag=True, help="Allow more threads than cores."),
+    click.option("--pin/--no-pin", default=_ENGINE.pin, show_default=True, help="Keep threads on their cores."),
+    click.option("--tuning/--no-tuning", default=_ENGINE.tuning, show_default=True, help="Use what `tune` found."),
+    click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
+    click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
+)
+run_options = _together(
+    load_options,
+    click.option(
+        "--attention",
+        default=_ENGINE.attention,
+        show_default=True,
+        help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
+    ),
+    click.option(
+        "--policy",
+        type=click.Choice(POLICIES),
+        default=_ENGINE.policy,
+        show_default=True,
+        help="How neurons move between the workers.",
+    ),
+    click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
+    click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
+    click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
+)
+engine_options = _together(
+    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
+    selector_option,
+    run_options,
+    click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
+)
+sampling_options = _together(
+    click.option("--temperature", type=float, default=_SAMPLING.temperature, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=_SAMPLING.top_k, show_default=True, help="0 is off."),
+    click.option("--top-p", type=float, default=_SAMPLING.top_p, show_default=True),
+    click.option("--min-p", type=float, default=_SAMPLING.min_p, show_default=True),
+    click.option("--repetition-penalty", type=float, default=_SAMPLING.repetition_penalty, show_default=True),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+)
