@@ -17,7 +17,7 @@ from warmfront.coordinator.packer import locked
 from warmfront.coordinator.profile import Profile
 from warmfront.coordinator.reorder import reorder
 from warmfront.shared.bundle import GROUP
-from warmfront.shared.config import EngineConfig
+from warmfront.shared.config import THREADING, EngineConfig
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
@@ -100,9 +100,8 @@ def _on_sample(
         from warmfront.coordinator.engine import Engine
 
     profile = empty_profile(model, ["sample"])
-    wishes = EngineConfig(
-        dtype=config.dtype, workers=config.workers, threads=config.threads, gpu="none", policy="static"
-    )
+    threads = {name: getattr(config, name) for name in THREADING}
+    wishes = EngineConfig(dtype=config.dtype, **threads, gpu="none", policy="static")
     with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
         count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
     return profile

@@ -19,6 +19,7 @@ __all__ = [
     "POLICIES",
     "PREDICTING",
     "SELECTORS",
+    "THREADING",
     "EngineConfig",
     "Sampling",
     "parse_size",
@@ -33,6 +34,8 @@ SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 PREDICTING = frozenset({"lowrank", "lowbit"})
 # How groups move between the workers (coordinator/balancer.py).
 POLICIES = ("balance", "static", "lru", "ema")
+# The wishes that say which threads run.
+THREADING = ("workers", "threads", "coordinator_threads", "spins", "force", "pin")
 GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")
 ATTENTION_PATTERN = re.compile(r"auto|cpu|host|cuda:\d+")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
