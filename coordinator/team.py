@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.forward import serve_team
+from warmfront.coordinator.kv_cache import KvCache
 from warmfront.coordinator.lowbit import Lowbit
 from warmfront.coordinator.network import (
     CAPTURE,
@@ -35,27 +36,12 @@ from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, 
 from warmfront.shared.jit import compile_for
 from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.lowbit import lowbit_bytes
-from warmfront.shared.memory import address, anonymous, zeros
+from warmfront.shared.memory import address, zeros
 from warmfront.shared.model import Predictor
 from warmfront.shared.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.store import PackedModel
-from warmfront.shared.weights import Kind
 
-__all__ = ["Team", "cache_bytes"]
-
-
-def _cache_rows(model: PackedModel, context: int) -> tuple[Kind, int]:
-    """Weight type of the KV cache, and bytes of its keys (its values take as many)."""
-    spec = model.spec
-    kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
-    padded = -(-spec.head_dim // 32) * 32
-    rows = spec.layers * spec.kv_heads * context + LANES  # the last head is read in sixteens of positions
-    return kind, rows * padded * (4 if kind == Kind.F32 else 2)
-
-
-def cache_bytes(model: PackedModel, context: int) -> int:
-    """Bytes of the KV cache for `context` tokens: float32 for float32 models, else float16."""
-    return 2 * _cache_rows(model, context)[1]
+__all__ = ["Team"]
 
 
 class Team:
@@ -86,8 +72,7 @@ class Team:
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._shares = Shares(len(cpus), balances)
         self._weights = TeamWeights(model, lowbit, selector, cores, self._shares.cuts)
-        self._kind, size = _cache_rows(model, context)
-        self._keys, self._values = anonymous(size), anonymous(size)
+        self._cache = KvCache(model, context, cores, self._shares.cuts)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
@@ -191,9 +176,9 @@ class Team:
             captured=floats(*captured),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
-            keys_at=address(self._keys),
-            values_at=address(self._values),
-            cache_kind=int(self._kind),
+            keys_at=self._cache.keys_at,
+            values_at=self._cache.values_at,
+            cache_kind=int(self._cache.kind),
             context=self._context,
             go_at=lines,
             finished_at=lines + LINE,
