@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.shared.errors import ResourceError
 from warmfront.shared.jit import kernel
 from warmfront.shared.memory import anonymous
 from warmfront.shared.numa import bind, free_on
@@ -45,14 +46,19 @@ class Bandwidth:
         _total(self._block[:8].view(np.int64))
 
     def measure(self) -> float:
-        """GB/s of reading the block once."""
+        """GB/s of reading the block once. Raises ResourceError if one of the cpus may not be used any more."""
         shares = np.array_split(self._block.view(np.int64), len(self._cpus))
         gate = threading.Barrier(len(shares) + 1)
+        errors: list[ResourceError] = []
 
         def read(cpu: int, values: npt.NDArray[np.int64]) -> None:
-            pin([cpu])
+            try:
+                pin([cpu])
+            except ResourceError as error:
+                errors.append(error)
             gate.wait()
-            _total(values)
+            if not errors:
+                _total(values)
 
         threads = [threading.Thread(target=read, args=each) for each in zip(self._cpus, shares, strict=True)]
         for thread in threads:
@@ -61,4 +67,6 @@ class Bandwidth:
         started = time.perf_counter()
         for thread in threads:
             thread.join()
+        if errors:
+            raise errors[0]
         return self._block.nbytes / (time.perf_counter() - started) / 1e9

@@ -27,6 +27,7 @@ from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import address, create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
+from warmfront.shared.numa import UNBOUND, bindable
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import read_topology
@@ -83,6 +84,8 @@ class Crew:
         self._check_memory()
         for note in cores.notes:
             say(note)
+        if not bindable(cores.memory_nodes):
+            say(UNBOUND)
         self.cores = cores
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:

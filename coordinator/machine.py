@@ -6,6 +6,7 @@ from typing import Any
 
 from warmfront.coordinator.bandwidth import Bandwidth
 from warmfront.shared.core_plan import plan_cores
+from warmfront.shared.numa import UNBOUND, bindable
 from warmfront.shared.topology import Node, Topology, read_topology
 
 __all__ = ["describe", "render"]
@@ -14,9 +15,13 @@ _ROUNDS = 3
 
 
 def describe(measure: bool) -> dict[str, Any]:
-    """The machine as an object; sizes in bytes. `measure`: GB/s from every node's cpus to every node's memory too."""
+    """The machine as an object; sizes in bytes. `measure`: GB/s from every node's cpus to every node's memory too.
+
+    Where memory cannot be bound to one of several nodes, nothing is measured.
+    """
     topology = read_topology()
     plan = plan_cores(topology)
+    bound = bindable(plan.memory_nodes)
     return {
         "nodes": [_node(node, topology) for node in topology.nodes],
         "memory_nodes": [_node(node, topology) for node in topology.memory_nodes],
@@ -28,13 +33,13 @@ def describe(measure: bool) -> dict[str, Any]:
         "huge_pages": topology.huge_pages,
         "caches": [asdict(cache) for cache in topology.caches],
         "gpus": [{"address": address, "node": node} for address, node in topology.gpus],
-        "bandwidth": _bandwidth(topology) if measure else [],
+        "bandwidth": _bandwidth(topology) if measure and bound else [],
         "plan": {
             "workers": [worker._asdict() for worker in plan.workers],
             "coordinator": list(plan.coordinator),
             "unused": sorted({cpu for node in topology.nodes for core in node.cores for cpu in core} - {*plan.cpus}),
             "spins": plan.spins,
-            "notes": list(plan.notes),
+            "notes": [*plan.notes, *([] if bound else [UNBOUND])],
         },
     }
 
@@ -66,9 +71,10 @@ def _bandwidth(topology: Topology) -> list[dict[str, Any]]:
 def render(facts: dict[str, Any]) -> Iterator[str]:
     """The lines for people."""
     for node in facts["nodes"]:
-        threads = sum(len(core) for core in node["cores"])
+        cores, cpus = len(node["cores"]), sum(len(core) for core in node["cores"])
         kinds = f", {node['efficient']} of them efficient ones" if node["efficient"] else ""
-        yield f"node {node['id']}: {len(node['cores'])} cores, {threads} hyper-threads{kinds}; {_memory(node)}"
+        threads = f", {cpus} hyper-threads" if cpus > cores else ""
+        yield f"node {node['id']}: {cores} cores{kinds}{threads}; {_memory(node)}"
         yield f"  cpus {_listed(cpu for core in node['cores'] for cpu in core)}"
     for node in facts["memory_nodes"]:
         yield f"node {node['id']}: no cpus for us; {_memory(node)}"
@@ -82,7 +88,7 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
     if facts["caches"]:
         yield "caches: " + ", ".join(f"L{c['level']} {c['count']} x {c['bytes'] >> 10} KB" for c in facts["caches"])
     for gpu in facts["gpus"]:
-        yield f"GPU {gpu['address']} on node {gpu['node']}"
+        yield f"GPU {gpu['address']}" + (f" on node {gpu['node']}" if gpu["node"] >= 0 else "")
     if facts["offline"]:
         yield f"offline cpus: {_listed(facts['offline'])}"
     if facts["quota"] is not None:
@@ -93,7 +99,7 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
     yield f"huge pages: {facts['huge_pages'] or 'none'}; kernel NUMA balancing: {balancing}"
     plan = facts["plan"]
     for index, worker in enumerate(plan["workers"]):
-        place = f" on node {worker['node']}" if worker["node"] is not None else " over all nodes"
+        place = f" on node {worker['node']}" if worker["node"] is not None else " over several nodes"
         yield f"plan: worker cpu{index}{place}, cpus {_listed(worker['cpus'])}"
     yield f"plan: coordinator's team on cpus {_listed(plan['coordinator'])}"
     if plan["unused"]:

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 
 from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.core_plan import CorePlan
+from warmfront.shared.numa import bindable
 from warmfront.shared.paths import cache_root
 from warmfront.shared.process import hold_interrupts
 
@@ -17,16 +19,16 @@ _ROUNDS = 3
 def worker_speeds(cores: CorePlan) -> list[float]:
     """How fast each worker reads its memory, in any unit: by its threads, or as measured where their nodes differ.
 
-    Measured once for a plan of cores, and kept.
+    Measured once for a plan of cores, and kept. Where memory cannot be bound there is nothing to measure.
     """
     threads = [float(len(worker.cpus)) for worker in cores.workers]
-    if len({worker.memory for worker in cores.workers}) == 1:
+    if len(cores.memory_nodes) < 2 or not bindable(cores.memory_nodes):
         return threads
     key = hashlib.sha256(repr(cores.workers).encode()).hexdigest()[:20]
     path = cache_root() / "bandwidth" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         kept = [float(value) for value in json.loads(path.read_bytes())]
-        if len(kept) == len(threads) and min(kept) > 0:
+        if len(kept) == len(threads) and all(0 < value < math.inf for value in kept):
             return kept
     with hold_interrupts():
         from warmfront.coordinator.bandwidth import Bandwidth

@@ -6,7 +6,7 @@ for, unless forced.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice, zip_longest
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ class WorkerCores(NamedTuple):
 class CorePlan:
     """Cpus of each worker and of the coordinator's team, which shares them: attention and feed-forward alternate.
 
-    `gpu`: where an emulated GPU runs; empty without one, or where every worker has but one cpu. `team`: threads of the
-    coordinator's, None = one on every cpu. `spins`: rounds of spinning at a barrier. `notes`: for the user.
+    `gpu`: where an emulated GPU runs; empty without one, or where every worker has but one cpu. `team`: cpus of the
+    coordinator's threads if they are fewer. `spins`: rounds of spinning at a barrier. `notes`: for the user.
     """
 
     workers: tuple[WorkerCores, ...]
     gpu: tuple[int, ...] = ()
-    team: int | None = None
+    team: tuple[int, ...] = ()
     spins: int = _SPINS
     notes: tuple[str, ...] = ()
 
@@ -52,11 +52,13 @@ class CorePlan:
 
     @property
     def coordinator(self) -> tuple[int, ...]:
-        """The team's cpus: all, or as many as wished of every worker in turns, so that all nodes' memory is read."""
-        if self.team is None:
-            return self.cpus
-        turns = zip_longest(*(worker.cpus for worker in self.workers), self.gpu)
-        return tuple([cpu for cpu in chain.from_iterable(turns) if cpu is not None][: self.team])
+        """The team's cpus."""
+        return self.team or self.cpus
+
+    @property
+    def memory_nodes(self) -> tuple[int, ...]:
+        """The nodes to which the workers' memory is bound."""
+        return tuple(sorted({worker.memory for worker in self.workers if worker.memory is not None}))
 
     def memory_of(self, cpu: int) -> int | None:
         """The node whose memory the worker on `cpu` takes; None if it does not matter."""
@@ -70,7 +72,7 @@ class CorePlan:
         if len(worker.cpus) < 2:
             return self
         workers[index] = worker._replace(cpus=worker.cpus[:-1])
-        return CorePlan(tuple(workers), worker.cpus[-1:], self.team, self.spins, self.notes)
+        return replace(self, workers=tuple(workers), gpu=worker.cpus[-1:])
 
 
 def plan_cores(
@@ -84,8 +86,8 @@ def plan_cores(
     """Give each worker its cores: `threads` in all, one per physical core, none shared between workers.
 
     By default one worker per node and a thread on every core. A worker stays on one node, unless it is the only one
-    and its threads exceed the first node. `team`: threads of the coordinator; `force`: more threads than cores are
-    wanted, and share them. Raises UsageError, naming the largest count that fits.
+    and its threads exceed the first node. `team`: threads of the coordinator, dealt to the nodes in turns; `force`:
+    more threads than cores are wanted, and share them. Raises UsageError, naming the largest count that fits.
     """
     for count, name, option in (
         (threads, "threads", "--threads"),
@@ -94,25 +96,19 @@ def plan_cores(
     ):
         if count is not None and count < 1:
             raise UsageError(f"asked for {count} {name}: pass {option} 1 or more")
-    cores, limit, usual = _counts(topology)
-    if threads is not None and threads > limit and not force:
-        what = f"{cores} cores" if limit == cores else f"{limit} cpus' worth of time (the cgroup's quota)"
-        raise UsageError(
-            f"asked for {threads} threads, but this process may use {what}: pass --threads {limit} or fewer"
-        )
+    limit, usual = _limits(topology)
     most = threads or (max(usual, workers or 0) if force else usual)
     nodes = _nodes(topology, most)
+    if threads is not None and not force:
+        _check_threads(topology, nodes, threads, limit, workers)
     workers = workers or min(len(nodes), most)
     if workers > most:
-        raise UsageError(f"asked for {workers} workers of {most} threads in all: pass --workers {most} or fewer")
+        raise UsageError(
+            f"asked for {workers} workers of {_some(most, 'thread')} in all: pass --workers {most} or fewer"
+        )
 
     places = _places(nodes, workers, most, force)
     room = [len(place.cpus) for place in places]
-    if threads is not None and threads > sum(room):
-        raise UsageError(
-            f"asked for {threads} threads of {workers} workers, but each stays on one NUMA node and together these "
-            f"have {sum(room)} cores: pass --threads {sum(room)} or fewer, or --workers {len(nodes)}"
-        )
     counts = _deal(min(most, sum(room)), room)
     several = len(topology.nodes) + len(topology.memory_nodes) > 1
     planned = [
@@ -122,27 +118,56 @@ def plan_cores(
     every = [cpu for worker in planned for cpu in worker.cpus]
     if team is not None and team > len(every):
         raise UsageError(
-            f"asked for {team} threads of the coordinator, but the workers have {len(every)} cpus: "
+            f"asked for {team} threads of the coordinator, but the workers have {_some(len(every), 'cpu')}: "
             f"pass --coordinator-threads {len(every)} or fewer"
         )
-    crowded = len(every) > limit
+    used = {core for node in topology.nodes for core in node.cores if not {*core}.isdisjoint(every)}
+    most_at_once = min(len(used), limit)
     if spins is None:
-        spins = 0 if crowded else _SPINS
-    return CorePlan(tuple(planned), (), team, spins, tuple(_notes(topology, planned, crowded)))
+        spins = 0 if len(every) > most_at_once else _SPINS
+    notes = _notes(topology, planned, len(every) > most_at_once)
+    return CorePlan(tuple(planned), (), _team(topology, every, team), spins, notes)
 
 
-def _counts(topology: Topology) -> tuple[int, int, int]:
-    """Physical cores; threads that may be asked for; threads by default, without a hybrid processor's slow cores."""
+def _limits(topology: Topology) -> tuple[int, int]:
+    """Threads that may be asked for; threads by default, without a hybrid processor's slow cores."""
     cores = [core for node in topology.nodes for core in node.cores]
     fast = sum(core[0] not in topology.efficient for core in cores)
     limit = len(cores) if topology.quota is None else max(1, min(len(cores), int(topology.quota)))
-    return len(cores), limit, min(limit, fast)
+    return limit, min(limit, fast)
 
 
 def _nodes(topology: Topology, threads: int) -> tuple[Node, ...]:
     """The nodes to use: those with fast cores, unless more threads are wanted than these have."""
     fast = tuple(node for node in topology.nodes if node.cores[0][0] not in topology.efficient)
-    return fast if threads <= sum(len(node.cores) for node in fast) else topology.nodes
+    slow = tuple(node for node in topology.nodes if node not in fast)
+    return fast if threads <= sum(len(node.cores) for node in fast) else fast + slow
+
+
+def _check_threads(topology: Topology, nodes: Sequence[Node], threads: int, limit: int, workers: int | None) -> None:
+    """Refuse more threads than there are cores, time for them, or cores on the workers' nodes."""
+    cores = sum(len(node.cores) for node in topology.nodes)
+    fits = limit
+    if workers is not None and 1 < workers < len(nodes):
+        fits = min(limit, sum(len(node.cores) for node in nodes[:workers]))
+    if threads > limit:
+        what = (
+            f"{_some(limit, 'core')}"
+            if limit == cores
+            else f"{topology.quota:g} cpus' worth of time (the cgroup's quota)"
+        )
+        raise UsageError(
+            f"asked for {threads} threads, but this process may use {what}: pass --threads {fits} or fewer"
+        )
+    if threads > fits:
+        raise UsageError(
+            f"asked for {threads} threads of {workers} workers, but each stays on one NUMA node and together these "
+            f"have {fits} cores: pass --threads {fits} or fewer, or --workers {len(nodes)}"
+        )
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _memory(topology: Topology, node: int | None) -> int | None:
@@ -150,12 +175,21 @@ def _memory(topology: Topology, node: int | None) -> int | None:
     return memory.id if memory is not None else None
 
 
-def _notes(topology: Topology, workers: Sequence[WorkerCores], crowded: bool) -> list[str]:
+def _team(topology: Topology, cpus: Sequence[int], count: int | None) -> tuple[int, ...]:
+    """`count` of the workers' cpus, one of every node in turns so that all nodes' memory is read; None = all."""
+    if count is None:
+        return ()
+    nodes = ({cpu for core in node.cores for cpu in core} for node in topology.nodes)
+    turns = zip_longest(*([cpu for cpu in cpus if cpu in node] for node in nodes))
+    return tuple([cpu for cpu in chain.from_iterable(turns) if cpu is not None][:count])
+
+
+def _notes(topology: Topology, workers: Sequence[WorkerCores], crowded: bool) -> tuple[str, ...]:
     notes = []
     if topology.quota is not None and topology.quota < 1:
-        notes.append(f"the cgroup allows {topology.quota:g} of a core's time: one thread, which will often be held up")
+        notes.append(f"the cgroup allows {topology.quota:g} of a core's time: even one thread will often be held up")
     if crowded:
-        notes.append("more threads than cores: slower than a thread per core")
+        notes.append("more threads than can run at once: slower than one on each core")
     if topology.balancing and len(topology.nodes) > 1:
         notes.append(
             "the kernel moves pages between NUMA nodes by itself, which slows warmfront down: "
@@ -163,28 +197,32 @@ def _notes(topology: Topology, workers: Sequence[WorkerCores], crowded: bool) ->
         )
     for worker in workers:
         if worker.memory is not None and worker.memory != worker.node:
-            notes.append(f"node {worker.node} has no memory for us: its worker takes node {worker.memory}'s")
-    return notes
+            notes.append(f"node {worker.node} has no memory for us: its workers take node {worker.memory}'s")
+    return tuple(dict.fromkeys(notes))
 
 
 def _places(nodes: Sequence[Node], workers: int, threads: int, force: bool) -> list[WorkerCores]:
     """The cpus that each worker may be given, one per core; forced, as many as it takes."""
     if workers == 1 and threads > len(nodes[0].cores) and len(nodes) > 1:
         together = tuple(core for node in nodes for core in node.cores)
-        return [WorkerCores(None, tuple(_seats(together, threads if force else 0)))]
+        return [WorkerCores(None, tuple(_seats(together, max(threads if force else 0, len(together)))))]
     used = nodes[:workers]
-    seats = [_seats(node.cores, -(-threads // len(used)) if force else 0) for node in used]
+    room = [len(node.cores) for node in used]
+    if force and threads > sum(room):
+        every = [sum(map(len, node.cores)) for node in used]
+        rounds = -(-threads // sum(every))
+        room = _deal(threads, [rounds * cpus for cpus in every])
     places = []
-    for node, cpus, parts in zip(used, seats, _deal(workers, [len(each) for each in seats]), strict=True):
+    for node, seats, parts in zip(used, room, _deal(workers, room), strict=True):
+        cpus = _seats(node.cores, seats)
         bounds = [len(cpus) * part // parts for part in range(parts + 1)]
         places += [WorkerCores(node.id, tuple(cpus[bounds[i] : bounds[i + 1]])) for i in range(parts)]
     return places
 
 
 def _seats(cores: Sequence[tuple[int, ...]], count: int) -> list[int]:
-    """A cpu of each core; if that is less than `count`, their hyper-threads too, and then all again."""
-    every = [cpu for rank in zip_longest(*cores) for cpu in rank if cpu is not None]
-    return list(islice(cycle(every), max(count, len(cores))))
+    """`count` cpus: one of each core first, then their hyper-threads too, and then all again."""
+    return list(islice(cycle(cpu for rank in zip_longest(*cores) for cpu in rank if cpu is not None), count))
 
 
 def _deal(count: int, room: Sequence[int]) -> list[int]:

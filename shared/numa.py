@@ -13,16 +13,20 @@ import errno
 import os
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.memory import address
+from warmfront.shared.memory import address, zeros
 from warmfront.shared.topology import read_topology
 
-__all__ = ["bind", "free_on", "pages_by_node"]
+__all__ = ["UNBOUND", "bind", "bindable", "free_on", "pages_by_node"]
+
+# What to tell the user where nothing is `bindable`.
+UNBOUND = "memory cannot be bound to NUMA nodes here (a container?): first touch decides"
 
 # mbind, move_pages
 _NUMBERS = {"x86_64": (237, 279), "aarch64": (235, 239)}
@@ -60,6 +64,11 @@ def bind(array: npt.NDArray[Any], node: int) -> bool:
     if number in (errno.EPERM, errno.ENOSYS, errno.EACCES):
         return False
     raise ResourceError(f"cannot bind memory to NUMA node {node}: {os.strerror(number)}; see `warmfront topology`")
+
+
+def bindable(nodes: Iterable[int]) -> bool:
+    """Whether memory may be bound to these nodes. Raises ResourceError if there is no such node."""
+    return all(bind(zeros(1, np.uint8), node) for node in nodes)
 
 
 def pages_by_node(array: npt.NDArray[Any], most: int = 4096) -> dict[int, int]:

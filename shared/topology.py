@@ -17,6 +17,10 @@ from pathlib import Path
 __all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_topology"]
 
 
+# Pages of files, as the kernel's accounts of a cgroup name them.
+_FILE_PAGES = ("inactive_file", "active_file")
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A NUMA node. `cores`: the allowed cpus of each physical core, the fastest kind first; memory in bytes.
@@ -111,7 +115,7 @@ def read_topology(root: Path = Path("/"), allowed: Collection[int] | None = None
         nodes=tuple(node for node in nodes if node.cores),
         memory_nodes=tuple(node for node in nodes if not node.cores and node.total_bytes),
         efficient=efficient,
-        offline=_cpus(system / "cpu/offline"),
+        offline=_offline(system),
         quota=_quota(root),
         memory_limit=_memory_limit(root),
         balancing=_text(root / "proc/sys/kernel/numa_balancing") not in ("", "0"),
@@ -147,12 +151,19 @@ def _cores(system: Path, cpus: set[int], efficient: Collection[int]) -> tuple[tu
     return tuple(sorted(cores, key=lambda core: (core[0] in efficient, core)))
 
 
+def _offline(system: Path) -> tuple[int, ...]:
+    """A virtual machine calls the cpus offline that it might be given one day: those are not present."""
+    offline, present = _cpus(system / "cpu/offline"), _cpus(system / "cpu/present")
+    return tuple(cpu for cpu in offline if cpu in present or not present)
+
+
 def _efficient(root: Path, mask: set[int]) -> frozenset[int]:
     atoms = _cpus(root / "sys/devices/cpu_atom/cpus")
     if not atoms:
         capacities = {cpu: _text(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in mask}
         known = {cpu: int(text) for cpu, text in capacities.items() if text}
-        atoms = tuple(cpu for cpu, capacity in known.items() if capacity < max(known.values()))
+        # Equal cores differ by some percent where a few may clock higher; big ones beside a "prime" core by 15.
+        atoms = tuple(cpu for cpu, capacity in known.items() if 3 * capacity < 2 * max(known.values()))
     small = mask.intersection(atoms)
     return frozenset(small if small != mask else ())
 
@@ -175,7 +186,7 @@ def _memory(meminfo: Path) -> tuple[int, int]:
 
 def _allowed_memory(root: Path) -> frozenset[int] | None:
     """The nodes whose memory the cpuset allows; None if the kernel does not say."""
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
+    match = re.search(r"^Mems_allowed_list:[ \t]*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
     return frozenset(parse_cpu_list(match[1])) if match else None
 
 
@@ -185,6 +196,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
+        # Mounted by its own name, or linked to it: "cpuacct,cpu" here may be "cpu,cpuacct" there.
         top = root / "sys/fs/cgroup" / (controllers and controller)
         # In a container the path is of the host, and the container's own group is at the top.
         for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
@@ -210,9 +222,11 @@ def _memory_limit(root: Path) -> int | None:
     for folder in _groups(root, "memory"):
         limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
-        match = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+        stat: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE))
+        # Version 1 counts the groups below in the totals only; `used` is always with them.
+        droppable = sum(int(stat.get(f"total_{kind}") or stat.get(kind) or 0) for kind in _FILE_PAGES)
         if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as a huge number
-            left.append(max(0, int(limit) - int(used or 0) + (int(match[1]) if match else 0)))
+            left.append(max(0, min(int(limit), int(limit) - int(used or 0) + droppable)))
     return min(left, default=None)
 
 

@@ -1,60 +1,12 @@
-"""Nodes, cores and the core plan, on small recorded trees.  pytest tests/shared/test_topology.py"""
+"""What is read of each recorded machine, and of this one.  pytest tests/shared/test_topology.py"""
 
 import os
-import random
 from pathlib import Path
 
 import pytest
 
-from warmfront.shared.core_plan import CorePlan, WorkerCores, plan_cores
-from warmfront.shared.errors import UsageError
-from warmfront.shared.topology import Node, Topology, parse_cpu_list, read_topology
-
-NODE_MEMORY = """Node {id} MemTotal:       7170260 kB
-Node {id} MemFree:        6000000 kB
-Node {id} Active(anon):    178592 kB
-Node {id} Active(file):    300000 kB
-Node {id} Inactive(file):  100000 kB
-Node {id} HugePages_Total:     0
-"""
-MACHINE_MEMORY = """MemTotal:        8000000 kB
-MemFree:         1000000 kB
-MemAvailable:    5000000 kB
-Active(file):     300000 kB
-Inactive(file):   100000 kB
-HugePages_Total:       0
-"""
-
-
-def write_machine(root: Path, nodes: dict[int, str], cores: list[str]) -> None:
-    """`nodes`: cpulist by node id; `cores`: the cpulist of each physical core."""
-    system = root / "sys/devices/system"
-    for id_, cpulist in nodes.items():
-        folder = system / f"node/node{id_}"
-        folder.mkdir(parents=True)
-        (folder / "cpulist").write_text(cpulist + "\n")
-        (folder / "meminfo").write_text(NODE_MEMORY.format(id=id_))
-    for siblings in cores:
-        for cpu in parse_cpu_list(siblings):
-            folder = system / f"cpu/cpu{cpu}/topology"
-            folder.mkdir(parents=True)
-            (folder / "thread_siblings_list").write_text(siblings + "\n")
-    (root / "proc").mkdir()
-    (root / "proc/meminfo").write_text(MACHINE_MEMORY)
-
-
-def cores_by_node(topology: Topology) -> dict[int, tuple[tuple[int, ...], ...]]:
-    return {node.id: node.cores for node in topology.nodes}
-
-
-def machine(*cores: int) -> Topology:
-    """A made-up machine: cores per node; node i has cpus from 100 * i on, two per core."""
-    return Topology(
-        tuple(
-            Node(id_, tuple((100 * id_ + i, 100 * id_ + 50 + i) for i in range(count)), 1 << 30, 1 << 29)
-            for id_, count in enumerate(cores)
-        )
-    )
+from tests.shared.machines import GB, MACHINES, STATUS, V2, Machine, write
+from warmfront.shared.topology import Cache, Topology, parse_cpu_list, read_topology
 
 
 @pytest.mark.parametrize(
@@ -71,50 +23,189 @@ def test_parse_cpu_list_refuses(text: str) -> None:
         parse_cpu_list(text)
 
 
-def test_one_socket_with_hyper_threads(tmp_path: Path) -> None:
-    write_machine(tmp_path, {0: "0-7"}, ["0,4", "1,5", "2,6", "3,7"])
-    topology = read_topology(tmp_path, range(8))
-    assert cores_by_node(topology) == {0: ((0, 4), (1, 5), (2, 6), (3, 7))}
-    assert topology.nodes[0].total_bytes == 8000000 * 1024
-    assert topology.nodes[0].available_bytes == 5000000 * 1024
+def topology_of(machine: Machine, root: Path) -> Topology:
+    write(machine, root)
+    return read_topology(root, machine.cpus)
 
 
-def test_two_sockets(tmp_path: Path) -> None:
-    write_machine(tmp_path, {0: "0-1,4-5", 1: "2-3,6-7"}, ["0,4", "1,5", "2,6", "3,7"])
-    topology = read_topology(tmp_path, range(8))
-    assert cores_by_node(topology) == {0: ((0, 4), (1, 5)), 1: ((2, 6), (3, 7))}
-    assert {node.total_bytes for node in topology.nodes} == {7170260 * 1024}
-    assert {node.available_bytes for node in topology.nodes} == {6400000 * 1024}
+@pytest.fixture
+def topology(request: pytest.FixtureRequest, tmp_path: Path) -> Topology:
+    """The machine that the test's mark names."""
+    return topology_of(MACHINES[request.param], tmp_path)
 
 
-def test_node_ids_with_a_gap(tmp_path: Path) -> None:
-    write_machine(tmp_path, {8: "2-3", 0: "0-1", 10: "4"}, ["0-1", "2-3", "4"])
-    topology = read_topology(tmp_path, range(5))
-    assert cores_by_node(topology) == {0: ((0, 1),), 8: ((2, 3),), 10: ((4,),)}
-    assert [node.id for node in topology.nodes] == [0, 8, 10]
+def of(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("topology", [name], indirect=True)
 
 
-def test_node_of_memory_only_is_left_out(tmp_path: Path) -> None:
-    write_machine(tmp_path, {0: "0-1", 1: ""}, ["0", "1"])
-    assert cores_by_node(read_topology(tmp_path, range(2))) == {0: ((0,), (1,))}
+SINGLES = tuple((i,) for i in range(16))
+CORES = {
+    "desktop": {0: ((0, 4), (1, 5), (2, 6), (3, 7))},
+    "intel hybrid": {0: ((0, 1), (2, 3), (4,), (5,), (6,), (7,))},
+    "big.LITTLE": {0: ((4,), (5,), (6,), (7,), (0,), (1,), (2,), (3,))},
+    "two sockets": {0: ((0, 8), (1, 9), (2, 10), (3, 11)), 1: ((4, 12), (5, 13), (6, 14), (7, 15))},
+    "four sockets": {i: ((2 * i, 8 + 2 * i), (2 * i + 1, 9 + 2 * i)) for i in range(4)},
+    "sub-NUMA clusters": {i: SINGLES[2 * i : 2 * i + 2] for i in range(8)},
+    "cxl": {0: ((0,), (1,)), 1: ((2,), (3,))},
+    "node without memory": {i: SINGLES[2 * i : 2 * i + 2] for i in range(4)},
+    "gaps": {0: ((0, 1),), 8: ((2, 3),)},
+    "offline": {0: ((0, 4), (1,))},
+    "cpuset": {0: ((2, 10), (3,)), 1: ((4,),)},
+    "quota": {0: ((0, 4), (1, 5), (2, 6), (3, 7))},
+    "half a core": {0: ((0, 4), (1, 5), (2, 6), (3, 7))},
+    "cgroup v1": {0: ((0, 4), (1, 5), (2, 6), (3, 7))},
+    "no sys": {0: ((1,), (3,))},
+    "no mems": {0: ((0, 8), (1, 9), (2, 10), (3, 11)), 1: ((4, 12), (5, 13), (6, 14), (7, 15))},
+}
+# GB of the nodes' memory where it is not 8 each.
+MEMORY = {
+    "desktop": {0: 32},
+    "two sockets": {0: 64, 1: 128},
+    "cxl": {0: 16, 1: 16, 2: 64},
+    "node without memory": {0: 16, 1: 0, 2: 16, 3: 0},
+    "gaps": {0: 8, 8: 8, 250: 4},
+    "cpuset": {0: 0, 1: 128},
+    "no mems": {0: 64, 1: 0},
+}
 
 
-def test_container_without_nodes(tmp_path: Path) -> None:
-    write_machine(tmp_path, {}, ["0,2", "1,3"])
-    topology = read_topology(tmp_path, {0, 1, 3})
-    assert cores_by_node(topology) == {0: ((0,), (1, 3))}
-    assert topology.nodes[0].total_bytes == 8000000 * 1024
-    assert topology.nodes[0].available_bytes == 5000000 * 1024
+@pytest.mark.parametrize("name", MACHINES)
+def test_cores_and_memory(name: str, tmp_path: Path) -> None:
+    topology = topology_of(MACHINES[name], tmp_path)
+    assert {node.id: node.cores for node in topology.nodes} == CORES[name]
+    assert [node.id for node in topology.nodes] == sorted(CORES[name])
+    every = [*topology.nodes, *topology.memory_nodes]
+    memory = MEMORY.get(name) or dict.fromkeys(CORES[name], 8)
+    assert {node.id: node.total_bytes / GB for node in every} == memory
+    assert {node.id: node.available_bytes / GB for node in every} == {id_: size / 2 for id_, size in memory.items()}
 
 
-def test_container_without_any_cpu_topology(tmp_path: Path) -> None:
-    write_machine(tmp_path, {}, [])
-    assert cores_by_node(read_topology(tmp_path, {3, 1})) == {0: ((1,), (3,))}
+@of("desktop")
+def test_desktop(topology: Topology) -> None:
+    assert topology.caches == (Cache(1, 32 << 10, 4), Cache(2, 1 << 20, 4), Cache(3, 32 << 20, 1))
+    assert topology.gpus == (("0000:01:00.0", -1),), "neither Intel's nor the card's sound"
+    assert (topology.huge_pages, topology.balancing) == ("madvise", False)
+    assert (topology.quota, topology.memory_limit, topology.offline) == (None, None, ())
+    assert topology.efficient == frozenset()
+    assert topology.available_bytes == 16 * GB
 
 
-def test_mask_removes_a_node_and_a_sibling(tmp_path: Path) -> None:
-    write_machine(tmp_path, {0: "0-1,4-5", 1: "2-3,6-7"}, ["0,4", "1,5", "2,6", "3,7"])
-    assert cores_by_node(read_topology(tmp_path, {2, 6, 7})) == {1: ((2, 6), (7,))}
+@of("intel hybrid")
+def test_efficient_cores(topology: Topology) -> None:
+    assert topology.efficient == {4, 5, 6, 7}
+
+
+@of("big.LITTLE")
+def test_little_cores(topology: Topology) -> None:
+    assert topology.efficient == {0, 1, 2, 3}, "the big ones beside a prime core are fast too"
+
+
+def test_only_slow_cores_allowed(tmp_path: Path) -> None:
+    write(MACHINES["intel hybrid"], tmp_path)
+    assert read_topology(tmp_path, range(4, 8)).efficient == frozenset(), "there are no faster ones for us"
+
+
+@of("two sockets")
+def test_two_sockets(topology: Topology) -> None:
+    assert [node.distances for node in topology.nodes] == [{0: 10, 1: 21}, {0: 21, 1: 10}]
+    assert topology.gpus == (("0000:81:00.0", 1),)
+    assert (topology.huge_pages, topology.balancing) == ("always", True)
+    assert topology.caches == (Cache(3, 16 << 20, 2),)
+    assert [topology.memory_of(id_) for id_ in (0, 1)] == [*topology.nodes]
+
+
+@of("sub-NUMA clusters")
+def test_distances_between_clusters(topology: Topology) -> None:
+    assert topology.nodes[5].distances == {0: 21, 1: 21, 2: 21, 3: 21, 4: 12, 5: 10, 6: 12, 7: 12}
+
+
+@of("cxl")
+def test_a_node_of_memory_only(topology: Topology) -> None:
+    assert [node.id for node in topology.memory_nodes] == [2]
+    assert topology.available_bytes == 48 * GB
+    assert topology.nodes[0].distances == {0: 10, 1: 21, 2: 14}
+
+
+@of("node without memory")
+def test_the_nearest_memory(topology: Topology) -> None:
+    nearest = [topology.memory_of(node.id) for node in topology.nodes]
+    assert [node and node.id for node in nearest] == [0, 0, 2, 2]
+
+
+@of("gaps")
+def test_ids_with_gaps(topology: Topology) -> None:
+    assert topology.nodes[1].distances == {0: 40, 8: 10, 250: 80}
+
+
+@of("offline")
+def test_offline_cpus(topology: Topology) -> None:
+    assert topology.offline == (2, 3, 5, 6, 7), "not those that a virtual machine may be given one day"
+
+
+@of("cpuset")
+def test_cpuset(topology: Topology) -> None:
+    memory = topology.memory_of(0)
+    assert memory is not None
+    assert memory.id == 1
+    assert topology.available_bytes == 64 * GB
+
+
+def test_a_whole_node_masked_out_still_has_memory(tmp_path: Path) -> None:
+    write(MACHINES["two sockets"], tmp_path)
+    topology = read_topology(tmp_path, {4, 5, 13})
+    assert [node.cores for node in topology.nodes] == [((4,), (5, 13))]
+    assert [node.id for node in topology.memory_nodes] == [0]
+
+
+@of("quota")
+def test_quota(topology: Topology) -> None:
+    assert topology.quota == 2.5
+    assert topology.memory_limit == topology.available_bytes == GB + GB // 2 + GB // 4
+
+
+@of("half a core")
+def test_half_a_core(topology: Topology) -> None:
+    assert topology.quota == 0.5
+
+
+@of("cgroup v1")
+def test_cgroup_v1(topology: Topology) -> None:
+    assert topology.quota == 3
+    assert topology.memory_limit == GB + GB // 4
+
+
+@pytest.mark.parametrize("used", [0, GB // 2])
+def test_file_pages_never_raise_the_limit(used: int, tmp_path: Path) -> None:
+    files = {"proc/self/cgroup": "0::/a/b", f"{V2}/a/memory.max": str(GB), f"{V2}/a/memory.current": str(used)}
+    files[f"{V2}/a/memory.stat"] = f"inactive_file {used}\nactive_file {used}"
+    assert topology_of(Machine({0: "0"}, ["0"], files=files), tmp_path).memory_limit == GB
+
+
+def test_the_tightest_of_nested_groups(tmp_path: Path) -> None:
+    files = {"proc/self/cgroup": "0::/a/b", f"{V2}/a/cpu.max": "150000 100000", f"{V2}/a/b/cpu.max": "400000 100000"}
+    assert topology_of(Machine({0: "0-3"}, ["0-3"], files=files), tmp_path).quota == 1.5
+
+
+@pytest.mark.parametrize("line", ["0::/../../other", "", "0::/gone (deleted)"])
+def test_odd_groups_limit_nothing(line: str, tmp_path: Path) -> None:
+    topology = topology_of(Machine({0: "0"}, ["0"], files={"proc/self/cgroup": line}), tmp_path)
+    assert (topology.quota, topology.memory_limit) == (None, None)
+
+
+@of("no sys")
+def test_nothing_but_proc(topology: Topology) -> None:
+    assert topology == Topology(topology.nodes)
+
+
+def test_no_files_at_all(tmp_path: Path) -> None:
+    (node,) = read_topology(tmp_path, {0, 2}).nodes
+    assert (node.id, node.cores, node.total_bytes) == (0, ((0,), (2,)), 0)
+
+
+def test_a_status_without_nodes(tmp_path: Path) -> None:
+    machine = Machine({0: "0", 1: "1"}, ["0", "1"], distances=["10 20", "20 10"])
+    write(Machine(**{**vars(machine), "files": {"proc/self/status": STATUS.format("0-1", "")}}), tmp_path)
+    assert [node.total_bytes for node in read_topology(tmp_path, {0, 1}).nodes] == [8 * GB, 8 * GB]
 
 
 def test_this_machine() -> None:
@@ -125,108 +216,3 @@ def test_this_machine() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert sum(node.total_bytes for node in topology.nodes) == pytest.approx(total, rel=0.01)
     assert all(0 < node.available_bytes <= node.total_bytes for node in topology.nodes)
-
-
-def test_default_plan_has_a_worker_per_node_and_a_thread_per_core() -> None:
-    plan = plan_cores(machine(2, 3))
-    assert plan == CorePlan((WorkerCores(0, (0, 1)), WorkerCores(1, (100, 101, 102))))
-    assert plan.coordinator == (0, 1, 100, 101, 102)
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "threads", "expected"),
-    [
-        ((4, 4), None, 5, [(0, 3), (1, 2)]),
-        ((1, 4), None, 4, [(0, 1), (1, 3)]),
-        ((4, 4), None, 1, [(0, 1)]),
-        ((4, 4), 1, 4, [(0, 4)]),
-        ((4, 4), 1, 5, [(None, 5)]),
-        ((4, 4), 1, None, [(None, 8)]),
-        ((4,), 1, None, [(0, 4)]),
-        ((4, 4, 4), 2, None, [(0, 4), (1, 4)]),
-        ((4, 4), 4, None, [(0, 2), (0, 2), (1, 2), (1, 2)]),
-        ((5,), 2, None, [(0, 2), (0, 3)]),
-        ((4, 4), 3, 6, [(0, 2), (0, 2), (1, 2)]),
-        ((1, 3), 4, 4, [(0, 1), (1, 1), (1, 1), (1, 1)]),
-    ],
-)
-def test_plan(
-    cores: tuple[int, ...], workers: int | None, threads: int | None, expected: list[tuple[int | None, int]]
-) -> None:
-    plan = plan_cores(machine(*cores), workers, threads)
-    assert [(worker.node, len(worker.cpus)) for worker in plan.workers] == expected
-
-
-@pytest.mark.parametrize(
-    ("workers", "left", "gpu"),
-    [
-        ([(0, (0, 1))], [(0, (0,))], (1,)),
-        ([(0, (0, 1, 2)), (1, (100, 101))], [(0, (0, 1)), (1, (100, 101))], (2,)),
-        ([(0, (0, 1)), (1, (100, 101))], [(0, (0, 1)), (1, (100,))], (101,)),
-        ([(None, (0, 1, 100))], [(None, (0, 1))], (100,)),
-        ([(0, (0,)), (1, (100,))], [(0, (0,)), (1, (100,))], ()),
-        ([(0, (3,))], [(0, (3,))], ()),
-    ],
-)
-def test_an_emulated_gpu_takes_a_thread_that_can_be_spared(
-    workers: list[tuple[int | None, tuple[int, ...]]],
-    left: list[tuple[int | None, tuple[int, ...]]],
-    gpu: tuple[int, ...],
-) -> None:
-    plan = CorePlan(tuple(WorkerCores(*each) for each in workers))
-    with_gpu = plan.with_emulated_gpu()
-    assert with_gpu == CorePlan(tuple(WorkerCores(*each) for each in left), gpu)
-    assert sorted(with_gpu.coordinator) == sorted(plan.coordinator), "the team has every cpu all the same"
-    assert plan.gpu == ()
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "threads", "message"),
-    [
-        (
-            (2,),
-            None,
-            8,
-            "asked for 8 threads, but this process may use 2 cores: pass --threads 2 or fewer",
-        ),
-        ((2,), None, 0, "asked for 0 threads: pass --threads 1 or more"),
-        ((2,), -1, None, "asked for -1 workers: pass --workers 1 or more"),
-        ((2,), 3, None, "asked for 3 workers of 2 threads in all: pass --workers 2 or fewer"),
-        ((2, 2), 3, 2, "asked for 3 workers of 2 threads in all: pass --workers 2 or fewer"),
-        (
-            (2, 2, 2),
-            2,
-            5,
-            "asked for 5 threads of 2 workers, but each stays on one NUMA node and together these have 4 cores: "
-            "pass --threads 4 or fewer, or --workers 3",
-        ),
-    ],
-)
-def test_plan_refuses(cores: tuple[int, ...], workers: int | None, threads: int | None, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        plan_cores(machine(*cores), workers, threads)
-    assert str(caught.value) == message
-
-
-def test_any_plan_uses_each_core_once_and_stays_on_its_node() -> None:
-    rng = random.Random(1)
-    made = 0
-    for _ in range(3000):
-        topology = machine(*(rng.randint(1, 6) for _ in range(rng.randint(1, 4))))
-        cores = {core[0]: node.id for node in topology.nodes for core in node.cores}
-        workers, threads = rng.choice([None, rng.randint(1, 8)]), rng.choice([None, rng.randint(1, 24)])
-        try:
-            plan = plan_cores(topology, workers, threads)
-        except UsageError:
-            assert (threads or 0) > len(cores) or (workers or 0) > (threads or len(cores)) or workers in (2, 3)
-            continue
-        made += 1
-        cpus = plan.coordinator
-        assert len(set(cpus)) == len(cpus)
-        assert set(cpus) <= set(cores)
-        assert workers is None or len(plan.workers) == workers
-        assert threads is None or len(cpus) == threads
-        for worker in plan.workers:
-            nodes = {cores[cpu] for cpu in worker.cpus}
-            assert nodes == {worker.node} if worker.node is not None else len(nodes) > 1 == len(plan.workers)
-    assert made > 1000
