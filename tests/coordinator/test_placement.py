@@ -51,3 +51,18 @@ def test_all_slots_are_used() -> None:
         groups, layers = (int(n) for n in rng.integers(1, (20, 9)))
         slots = int(rng.integers(0, groups * layers + 1))
         assert np.count_nonzero(first_groups(groups, layers, slots)) == slots
+
+
+def test_any_speeds_are_followed_in_every_layer() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(500):
+        workers, groups, layers = (int(n) for n in rng.integers(1, (17, 400, 5)))
+        speeds = (rng.uniform(0.01, 100, workers) ** rng.choice([0, 1])).tolist()
+        home = place_homes(groups, layers, speeds)
+        assert home.shape == (layers, groups), "each group has exactly one home"
+        assert home.max() < workers
+        assert (home == home[0]).all()
+        exact = groups * np.array(speeds) / sum(speeds)
+        assert np.abs(np.bincount(home[0], minlength=workers) - exact).max() <= 1
+        hot = np.bincount(home[0, : groups // 2], minlength=workers)
+        assert np.abs(hot - exact / 2).max() <= 2.5, "of the hot half, too"

@@ -229,7 +229,7 @@ MACHINES = {
             f"{V2}/cpu/cpu.cfs_period_us": "100000",
             f"{V1.format('memory')}/memory.limit_in_bytes": str(2 * GB),
             f"{V1.format('memory')}/memory.usage_in_bytes": str(GB),
-            f"{V1.format('memory')}/memory.stat": f"inactive_file 5\nactive_file 6\ntotal_inactive_file {GB // 4}\ntotal_active_file 0",
+            f"{V1.format('memory')}/memory.stat": f"active_file 5\ntotal_inactive_file {GB // 4}\ntotal_active_file 0",
             f"{V2}/memory/memory.limit_in_bytes": "9223372036854771712",
         },
     ),
