@@ -35,7 +35,7 @@ def describe(measure: bool) -> dict[str, Any]:
         "gpus": [{"address": address, "node": node} for address, node in topology.gpus],
         "bandwidth": _bandwidth(topology) if measure and bound else [],
         "plan": {
-            "workers": [worker._asdict() for worker in plan.workers],
+            "workers": [{**worker._asdict(), "cpus": list(worker.cpus)} for worker in plan.workers],
             "coordinator": list(plan.coordinator),
             "unused": sorted({cpu for node in topology.nodes for core in node.cores for cpu in core} - {*plan.cpus}),
             "spins": plan.spins,
@@ -74,7 +74,7 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
         cores, cpus = len(node["cores"]), sum(len(core) for core in node["cores"])
         kinds = f", {node['efficient']} of them efficient ones" if node["efficient"] else ""
         threads = f", {cpus} hyper-threads" if cpus > cores else ""
-        yield f"node {node['id']}: {cores} cores{kinds}{threads}; {_memory(node)}"
+        yield f"node {node['id']}: {cores} core{'s' * (cores > 1)}{kinds}{threads}; {_memory(node)}"
         yield f"  cpus {_listed(cpu for core in node['cores'] for cpu in core)}"
     for node in facts["memory_nodes"]:
         yield f"node {node['id']}: no cpus for us; {_memory(node)}"

@@ -1,4 +1,4 @@
-"""Workers' speeds: measured only where it matters, kept, measured anew if damaged.  pytest tests/coordinator/test_speeds.py"""
+"""Speeds: measured where it matters, kept, measured anew if damaged.  pytest tests/coordinator/test_speeds.py"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Binding memory, and where pages lie: on this machine, and where the kernel refuses.  pytest tests/shared/test_numa.py"""
+"""Binding memory and where pages lie; a kernel that refuses.  pytest tests/shared/test_numa.py"""
 
 import ctypes
 import errno
