@@ -7,7 +7,7 @@ from typing import Any
 from warmfront.coordinator.bandwidth import Bandwidth
 from warmfront.shared.core_plan import plan_cores
 from warmfront.shared.numa import UNBOUND, bindable
-from warmfront.shared.topology import Node, Topology, read_topology
+from warmfront.shared.topology import Node, Topology, read_caches, read_topology
 
 __all__ = ["describe", "render"]
 
@@ -31,7 +31,7 @@ def describe(measure: bool) -> dict[str, Any]:
         "available_bytes": topology.available_bytes,
         "numa_balancing": topology.balancing,
         "huge_pages": topology.huge_pages,
-        "caches": [asdict(cache) for cache in topology.caches],
+        "caches": [asdict(cache) for cache in read_caches()],
         "gpus": [{"address": address, "node": node} for address, node in topology.gpus],
         "bandwidth": _bandwidth(topology) if measure and bound else [],
         "plan": {

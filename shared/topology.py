@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_topology"]
+__all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_caches", "read_topology"]
 
 
 # Pages of files, as the kernel's accounts of a cgroup name them.
@@ -63,7 +63,6 @@ class Topology:
     memory_limit: int | None = None
     balancing: bool = False
     huge_pages: str = ""
-    caches: tuple[Cache, ...] = ()
     gpus: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -120,7 +119,6 @@ def read_topology(root: Path = Path("/"), allowed: Collection[int] | None = None
         memory_limit=_memory_limit(root),
         balancing=_text(root / "proc/sys/kernel/numa_balancing") not in ("", "0"),
         huge_pages=_chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
-        caches=_caches(system, mask),
         gpus=tuple(_gpus(root)),
     )
 
@@ -230,11 +228,11 @@ def _memory_limit(root: Path) -> int | None:
     return min(left, default=None)
 
 
-def _caches(system: Path, mask: set[int]) -> tuple[Cache, ...]:
-    """Data caches of the allowed cpus, by level."""
+def read_caches(root: Path = Path("/"), allowed: Collection[int] | None = None) -> tuple[Cache, ...]:
+    """Data caches of the allowed cpus, by level. Apart from the topology: their files are most of all files."""
     found: dict[tuple[int, int], set[tuple[int, ...]]] = {}
-    for cpu in mask:
-        for folder in (system / f"cpu/cpu{cpu}/cache").glob("index[0-9]*"):
+    for cpu in os.sched_getaffinity(0) if allowed is None else allowed:
+        for folder in (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*"):
             size = re.fullmatch(r"(\d+)([KMG]?)", _text(folder / "size"))
             if size and _text(folder / "type") != "Instruction":
                 level = int(_text(folder / "level") or 0)

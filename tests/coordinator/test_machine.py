@@ -11,7 +11,7 @@ from tests.shared.machines import MACHINES, write
 from warmfront.coordinator import machine
 from warmfront.coordinator.machine import describe, render
 from warmfront.shared.numa import UNBOUND
-from warmfront.shared.topology import read_topology
+from warmfront.shared.topology import read_caches, read_topology
 
 FOUR_SOCKETS = """\
 node 0: 2 cores, 4 hyper-threads; 4.3 of 8.6 GB free
@@ -81,6 +81,7 @@ def facts_of(name: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, bound: b
 
     write(MACHINES[name], root)
     monkeypatch.setattr(machine, "read_topology", lambda: read_topology(root, MACHINES[name].cpus))
+    monkeypatch.setattr(machine, "read_caches", lambda: read_caches(root, MACHINES[name].cpus))
     monkeypatch.setattr(machine, "bindable", bindable)
     return describe(measure=False)
 

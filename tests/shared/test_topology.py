@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.shared.machines import GB, MACHINES, STATUS, V2, Machine, write
-from warmfront.shared.topology import Cache, Topology, parse_cpu_list, read_topology
+from warmfront.shared.topology import Cache, Topology, parse_cpu_list, read_caches, read_topology
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,25 @@ def test_cores_and_memory(name: str, tmp_path: Path) -> None:
 
 @of("desktop")
 def test_desktop(topology: Topology) -> None:
-    assert topology.caches == (Cache(1, 32 << 10, 4), Cache(2, 1 << 20, 4), Cache(3, 32 << 20, 1))
     assert topology.gpus == (("0000:01:00.0", -1),), "neither Intel's nor the card's sound"
     assert (topology.huge_pages, topology.balancing) == ("madvise", False)
     assert (topology.quota, topology.memory_limit, topology.offline) == (None, None, ())
     assert topology.efficient == frozenset()
     assert topology.available_bytes == 16 * GB
+
+
+@pytest.mark.parametrize(
+    ("name", "caches"),
+    [
+        ("desktop", [Cache(1, 32 << 10, 4), Cache(2, 1 << 20, 4), Cache(3, 32 << 20, 1)]),
+        ("two sockets", [Cache(3, 16 << 20, 2)]),
+        ("no sys", []),
+    ],
+)
+def test_caches(name: str, caches: list[Cache], tmp_path: Path) -> None:
+    write(MACHINES[name], tmp_path)
+    assert read_caches(tmp_path, MACHINES[name].cpus) == tuple(caches)
+    assert read_caches(tmp_path, {0}) == tuple(Cache(each.level, each.bytes, 1) for each in caches)
 
 
 @of("intel hybrid")
@@ -110,7 +123,6 @@ def test_two_sockets(topology: Topology) -> None:
     assert [node.distances for node in topology.nodes] == [{0: 10, 1: 21}, {0: 21, 1: 10}]
     assert topology.gpus == (("0000:81:00.0", 1),)
     assert (topology.huge_pages, topology.balancing) == ("always", True)
-    assert topology.caches == (Cache(3, 16 << 20, 2),)
     assert [topology.memory_of(id_) for id_ in (0, 1)] == [*topology.nodes]
 
 
