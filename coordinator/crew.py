@@ -17,7 +17,7 @@ import numpy.typing as npt
 from warmfront.coordinator.choices import choose_cores, choose_gpu
 from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.network import LOST
-from warmfront.coordinator.placement import most_active, place_homes
+from warmfront.coordinator.placement import bytes_by_node, most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
 from warmfront.coordinator.speeds import worker_speeds
 from warmfront.coordinator.supervisor import Supervisor
@@ -27,7 +27,7 @@ from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import address, create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
-from warmfront.shared.numa import UNBOUND, bindable
+from warmfront.shared.numa import UNBOUND, bindable, free_on
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import read_topology
@@ -84,8 +84,6 @@ class Crew:
         self._check_memory()
         for note in cores.notes:
             say(note)
-        if not bindable(cores.memory_nodes):
-            say(UNBOUND)
         self.cores = cores
         modules = {f"cpu{i}": "warmfront.cpu_worker" for i in range(len(cores.workers))}
         if gpu is not None:
@@ -95,6 +93,7 @@ class Crew:
             raise UsageError(f"--slow names worker {min(unknown)}, but there are only {', '.join(names)}")
         spec, layout = self.model.spec, self.model.layout
         self._home = place_homes(layout.groups, spec.layers, worker_speeds(cores))
+        self._check_nodes(cores, say)
         most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
         sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self._profiles))
         fd = create_shared("warmfront-board", sizes.total)
@@ -243,6 +242,21 @@ class Crew:
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
         return load_of(self.model.layout, self.selector, firing_of(self.model))
+
+    def _check_nodes(self, cores: CorePlan, say: Say) -> None:
+        """Refuse what the nodes cannot hold: the kernel would not refuse to bind it, but kill later."""
+        if not bindable(cores.memory_nodes):
+            say(UNBOUND)
+            return
+        group_bytes = self.model.layout.group_bytes
+        others = sum(entry.nbytes for entry in self.model.entries.values()) - self._home.size * group_bytes
+        for node, need in bytes_by_node(cores, self._home, group_bytes, max(0, others)).items():
+            free = free_on(node)
+            if need > free:
+                raise ResourceError(
+                    f"NUMA node {node} is to hold {need / 1e9:.1f} GB, but has {free / 1e9:.1f} GB free: "
+                    "use a smaller --dtype or model, or free memory there"
+                )
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["first_groups", "most_active", "place_homes"]
+from warmfront.shared.core_plan import CorePlan
+
+__all__ = ["bytes_by_node", "first_groups", "most_active", "place_homes"]
 
 
 def place_homes(groups: int, layers: int, speeds: Sequence[float]) -> npt.NDArray[np.uint8]:
@@ -17,6 +19,18 @@ def place_homes(groups: int, layers: int, speeds: Sequence[float]) -> npt.NDArra
     turns = np.concatenate([(np.arange(share) + 0.5) / share for share in shares if share])
     workers = np.repeat(np.arange(len(speeds), dtype=np.uint8), shares)
     return np.tile(workers[np.argsort(turns, kind="stable")], (layers, 1))
+
+
+def bytes_by_node(cores: CorePlan, home: npt.NDArray[np.uint8], group_bytes: int, others: int) -> dict[int, int]:
+    """What is bound to each NUMA node: its workers' groups, and its threads' part of the coordinator's `others`."""
+    groups = np.bincount(home.ravel(), minlength=len(cores.workers)).tolist()
+    team = [cores.memory_of(cpu) for cpu in cores.coordinator]
+    return {
+        node: sum(count for count, worker in zip(groups, cores.workers, strict=True) if worker.memory == node)
+        * group_bytes
+        + others * team.count(node) // len(team)
+        for node in cores.memory_nodes
+    }
 
 
 def most_active(expected: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.bool_]:

@@ -13,7 +13,6 @@ from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, MEASURED, NEURON
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.errors import ResourceError
 from warmfront.shared.ffn import bundles_at, scratch_floats
 from warmfront.shared.handoff import HANDOFF_SPINS, LINE
 from warmfront.shared.jit import compile_for
@@ -21,7 +20,7 @@ from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.numa import bind, free_on, pages_by_node
+from warmfront.shared.numa import bind, pages_by_node
 from warmfront.shared.process import pin, take_short_turns
 from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
@@ -45,7 +44,7 @@ class CpuWorker:
         self._places = np.argwhere(home)
         self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
         if plan.memory >= 0:
-            self._bind(plan.memory)
+            bind(self._weights, plan.memory)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
@@ -111,17 +110,6 @@ class CpuWorker:
             serve(member, self._worker)
         except BaseException as error:
             self._errors.append(error)
-
-    def _bind(self, node: int) -> None:
-        """Have the weights on `node`, whoever touches them; first touch decides where binding is not allowed."""
-        need, free = len(self._places) * self._model.layout.group_bytes, free_on(node)
-        # The kernel would not refuse, but kill.
-        if need > free:
-            raise ResourceError(
-                f"node {node} has {free / 1e9:.1f} GB free, this worker's neurons take {need / 1e9:.1f} GB: "
-                "use a smaller --dtype or model, or free memory there"
-            )
-        bind(self._weights, node)
 
     def _fill(self, member: int) -> None:
         """Read this thread's share of the groups, a run of neighbours at a time."""

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from warmfront.coordinator.placement import first_groups, place_homes
+from warmfront.coordinator.placement import bytes_by_node, first_groups, place_homes
+from warmfront.shared.core_plan import CorePlan, WorkerCores
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,11 @@ def test_any_speeds_are_followed_in_every_layer() -> None:
         assert np.abs(np.bincount(home[0], minlength=workers) - exact).max() <= 1
         hot = np.bincount(home[0, : groups // 2], minlength=workers)
         assert np.abs(hot - exact / 2).max() <= 2.5, "of the hot half, too"
+
+
+def test_bytes_of_each_node() -> None:
+    home = place_homes(12, 2, [2, 1, 1])
+    workers = (WorkerCores(0, (0, 1), 0), WorkerCores(1, (4,), 0), WorkerCores(2, (8,), 2))
+    assert bytes_by_node(CorePlan(workers), home, 100, 1000) == {0: 1800 + 750, 2: 600 + 250}
+    alone = CorePlan((WorkerCores(None, (0, 4)),))
+    assert bytes_by_node(alone, np.zeros_like(home), 100, 1000) == {}

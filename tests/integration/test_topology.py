@@ -25,24 +25,25 @@ node = replace(real.nodes[0], cores=(real.nodes[0].cores[0], (4000,)))
 choices.read_topology = lambda: replace(real, nodes=(node,))
 main()
 """
-# A plan that takes memory of a node, where the kernel forbids the coordinator to bind any.
-UNBINDABLE = """
-import ctypes, errno
+# Plans that take memory of a node, though there is but one.
+BOUND = """
 from dataclasses import replace
 from warmfront.coordinator import crew
 from warmfront.coordinator.cli import main
+choose = crew.choose_cores
+def on_a_node(config):
+    plan = choose(config)
+    return replace(plan, workers=tuple(each._replace(memory=each.node) for each in plan.workers))
+crew.choose_cores = on_a_node
+"""
+UNBINDABLE = """
+import ctypes, errno
 from warmfront.shared import numa
 class Refusing:
     def syscall(self, *_):
         ctypes.set_errno(errno.EPERM)
         return -1
 numa._libc = Refusing()
-choose = crew.choose_cores
-def on_a_node(config):
-    plan = choose(config)
-    return replace(plan, workers=tuple(each._replace(memory=each.node) for each in plan.workers))
-crew.choose_cores = on_a_node
-main()
 """
 
 
@@ -116,5 +117,18 @@ def test_a_cpu_that_goes_away_unpinned(model: Path) -> None:
 
 
 def test_unbound_memory_is_said_once(model: Path) -> None:
-    outcome = generate(UNBINDABLE, model)
+    outcome = generate(f"{BOUND}{UNBINDABLE}main()", model)
     assert (outcome.code, outcome.err) == (0, f"{UNBOUND}\n")
+
+
+def test_bound_weights_change_nothing(model: Path) -> None:
+    outcome = generate(f"{BOUND}main()", model)
+    assert outcome == generate("from warmfront.coordinator.cli import main; main()", model)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_node_that_is_too_small(model: Path) -> None:
+    outcome = generate(f"{BOUND}crew.free_on = lambda node: 1000\nmain()", model)
+    assert_refused(outcome, 1, "is to hold", "but has 0.0 GB free")
+    unbound = generate(f"{BOUND}{UNBINDABLE}crew.free_on = lambda node: 1000\nmain()", model)
+    assert (unbound.code, unbound.err) == (0, f"{UNBOUND}\n"), "elsewhere there is room"
