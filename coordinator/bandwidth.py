@@ -6,7 +6,7 @@ bandwidth moves within seconds: measure it beside what it is to explain.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,17 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.memory import anonymous
 from warmfront.shared.numa import bind, free_on
 from warmfront.shared.process import pin
+from warmfront.shared.topology import read_topology
 
 __all__ = ["Bandwidth"]
+
+Values = npt.NDArray[np.int64]
 
 _BYTES = 1 << 30
 
 
 @kernel
-def _total(values: npt.NDArray[np.int64]) -> int:
+def _total(values: Values) -> int:
     total = 0
     for i in range(len(values)):
         total += values[i]
@@ -31,36 +34,41 @@ def _total(values: npt.NDArray[np.int64]) -> int:
 
 
 class Bandwidth:
-    """Measures with one thread on each of `cpus`; keeps a block of 1 GiB meanwhile.
+    """Measures with one thread on each of `cpus`; keeps a block of 1 GiB meanwhile, less where little is free.
 
-    `node`: whose memory is read, None = the threads' own; the block is smaller if little is free there.
+    `node`: whose memory is read, None = what the threads have touched first. Raises ResourceError, here and in
+    `measure`, if one of the cpus may not be used any more.
     """
 
     def __init__(self, cpus: Sequence[int], node: int | None = None) -> None:
         self._cpus = list(cpus)
-        size = _BYTES if node is None else min(_BYTES, free_on(node) // 8)
-        self._block = anonymous(max(size, 1 << 20) // 4096 * 4096, huge=True)
+        free = read_topology().available_bytes if node is None else free_on(node)
+        self._block = anonymous(max(min(_BYTES, free // 8), 1 << 20) // 4096 * 4096, huge=True)
         if node is not None:
             bind(self._block, node)
-        self._block[:] = 1
+        self._each(lambda values: values.fill(1))
         _total(self._block[:8].view(np.int64))
 
     def measure(self) -> float:
-        """GB/s of reading the block once. Raises ResourceError if one of the cpus may not be used any more."""
+        """GB/s of reading the block once."""
+        return self._block.nbytes / self._each(_total) / 1e9
+
+    def _each(self, act: Callable[[Values], object]) -> float:
+        """Have every thread `act` on its share of the block; returns the seconds until all have."""
         shares = np.array_split(self._block.view(np.int64), len(self._cpus))
         gate = threading.Barrier(len(shares) + 1)
         errors: list[ResourceError] = []
 
-        def read(cpu: int, values: npt.NDArray[np.int64]) -> None:
+        def run(cpu: int, values: Values) -> None:
             try:
                 pin([cpu])
             except ResourceError as error:
                 errors.append(error)
             gate.wait()
             if not errors:
-                _total(values)
+                act(values)
 
-        threads = [threading.Thread(target=read, args=each) for each in zip(self._cpus, shares, strict=True)]
+        threads = [threading.Thread(target=run, args=each) for each in zip(self._cpus, shares, strict=True)]
         for thread in threads:
             thread.start()
         gate.wait()
@@ -69,4 +77,4 @@ class Bandwidth:
             thread.join()
         if errors:
             raise errors[0]
-        return self._block.nbytes / (time.perf_counter() - started) / 1e9
+        return time.perf_counter() - started
