@@ -27,7 +27,7 @@ from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.memory import address, create_shared, map_shared
 from warmfront.shared.messages import Hello, Plan
-from warmfront.shared.numa import UNBOUND, bindable, free_on
+from warmfront.shared.numa import UNBOUND, bindable, ensure_free
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import read_topology
@@ -251,12 +251,7 @@ class Crew:
         group_bytes = self.model.layout.group_bytes
         others = sum(entry.nbytes for entry in self.model.entries.values()) - self._home.size * group_bytes
         for node, need in bytes_by_node(cores, self._home, group_bytes, max(0, others)).items():
-            free = free_on(node)
-            if need > free:
-                raise ResourceError(
-                    f"NUMA node {node} is to hold {need / 1e9:.1f} GB, but has {free / 1e9:.1f} GB free: "
-                    "use a smaller --dtype or model, or free memory there"
-                )
+            ensure_free(node, need)
 
     def _check_memory(self) -> None:
         need = sum(entry.nbytes for entry in self.model.entries.values())

@@ -44,7 +44,7 @@ class CpuWorker:
         self._places = np.argwhere(home)
         self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
         if plan.memory >= 0:
-            bind(self._weights, plan.memory)
+            bind(self._weights, plan.memory, need=len(self._places) * layout.group_bytes)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)

@@ -23,7 +23,7 @@ from warmfront.shared.errors import ResourceError
 from warmfront.shared.memory import address, zeros
 from warmfront.shared.topology import read_topology
 
-__all__ = ["UNBOUND", "bind", "bindable", "free_on", "pages_by_node"]
+__all__ = ["UNBOUND", "bind", "bindable", "ensure_free", "free_on", "pages_by_node"]
 
 # What to tell the user where nothing is `bindable`.
 UNBOUND = "memory cannot be bound to NUMA nodes here (a container?): first touch decides"
@@ -36,11 +36,11 @@ _BITS = 64
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def bind(array: npt.NDArray[Any], node: int) -> bool:
+def bind(array: npt.NDArray[Any], node: int, need: int = 0) -> bool:
     """Have the pages of `array` that are touched from now on lie on `node`; those that it shares with others too.
 
-    Returns False where this is not allowed, as in some containers: then first touch decides. Raises ResourceError if
-    there is no such node.
+    `need`: bytes that are going to be touched. Returns False where this is not allowed, as in some containers: then
+    first touch decides. Raises ResourceError if there is no such node, or it has less than `need` free.
     """
     numbers = _NUMBERS.get(platform.machine())
     if numbers is None:
@@ -59,6 +59,8 @@ def bind(array: npt.NDArray[Any], node: int) -> bool:
         ctypes.c_uint(0),
     )
     if result == 0:
+        if need:
+            ensure_free(node, need)
         return True
     number = ctypes.get_errno()
     if number in (errno.EPERM, errno.ENOSYS, errno.EACCES):
@@ -94,6 +96,16 @@ def pages_by_node(array: npt.NDArray[Any], most: int = 4096) -> dict[int, int]:
     if result != 0:
         return {}
     return dict(sorted(Counter(status[status >= 0].tolist()).items()))
+
+
+def ensure_free(node: int, need: int) -> None:
+    """Raise ResourceError if `node` has less than `need` bytes free: the kernel would not refuse, but kill later."""
+    free = free_on(node)
+    if need > free:
+        raise ResourceError(
+            f"NUMA node {node} is to hold {need / 1e9:.1f} GB, but has {free / 1e9:.1f} GB free: "
+            "use a smaller --dtype or model, or free memory there"
+        )
 
 
 def free_on(node: int) -> int:

@@ -29,6 +29,7 @@ main()
 BOUND = """
 from dataclasses import replace
 from warmfront.coordinator import crew
+from warmfront.shared import numa
 from warmfront.coordinator.cli import main
 choose = crew.choose_cores
 def on_a_node(config):
@@ -128,7 +129,7 @@ def test_bound_weights_change_nothing(model: Path) -> None:
 
 
 def test_a_node_that_is_too_small(model: Path) -> None:
-    outcome = generate(f"{BOUND}crew.free_on = lambda node: 1000\nmain()", model)
+    outcome = generate(f"{BOUND}numa.free_on = lambda node: 1000\nmain()", model)
     assert_refused(outcome, 1, "is to hold", "but has 0.0 GB free")
-    unbound = generate(f"{BOUND}{UNBINDABLE}crew.free_on = lambda node: 1000\nmain()", model)
+    unbound = generate(f"{BOUND}{UNBINDABLE}numa.free_on = lambda node: 1000\nmain()", model)
     assert (unbound.code, unbound.err) == (0, f"{UNBOUND}\n"), "elsewhere there is room"
