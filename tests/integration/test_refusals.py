@@ -50,7 +50,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
         ("generate -p x --workers two", ["'--workers'", "not a valid integer"]),
         ("generate -p x --workers 0", ["0 workers", "--workers 1 or more"]),
         ("generate -p x --threads 0", ["0 threads", "--threads 1 or more"]),
-        ("generate -p x --threads 1 --workers 2", ["2 workers of 1 threads", "--workers 1 or fewer"]),
+        ("generate -p x --threads 1 --workers 2", ["2 workers of 1 thread in all", "--workers 1 or fewer"]),
         (f"generate -p x --threads {CORES + 1}", [f"{CORES + 1} threads", f"--threads {CORES} or fewer"]),
         (f"generate -p x --workers {CORES + 1}", [f"{CORES + 1} workers", f"--workers {CORES} or fewer"]),
         ("generate -p x --dtype q5", ["'q5' is not one of", "'q4'"]),
