@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.integration.command import Outcome, assert_refused, prepack, run
-from warmfront.shared.numa import UNBOUND
+from warmfront.shared.numa import UNBOUND, bindable
+from warmfront.shared.topology import read_topology
 
 # A machine with a cpu that this one has not: so it is when a cpuset shrinks between planning and pinning.
 SHRUNK = """
@@ -122,10 +123,14 @@ def test_unbound_memory_is_said_once(model: Path) -> None:
     assert (outcome.code, outcome.err) == (0, f"{UNBOUND}\n")
 
 
-def test_bound_weights_change_nothing(model: Path) -> None:
-    outcome = generate(f"{BOUND}main()", model)
-    assert outcome == generate("from warmfront.coordinator.cli import main; main()", model)
+@pytest.mark.skipif(not bindable([read_topology().nodes[0].id]), reason="a container without mbind")
+def test_bound_weights_lie_on_their_node(model: Path) -> None:
+    outcome = generate(f"{BOUND}main()", model, "--json")
     assert (outcome.code, outcome.err) == (0, "")
+    for worker in json.loads(outcome.out)["workers"]:
+        (name,) = worker["nodes"]
+        assert name in {f"node{node.id}" for node in read_topology().nodes}
+        assert worker["nodes"][name] > 0
 
 
 def test_a_node_that_is_too_small(model: Path) -> None:
