@@ -151,11 +151,8 @@ def _check_threads(topology: Topology, nodes: Sequence[Node], threads: int, limi
     if workers is not None and 1 < workers < len(nodes):
         fits = min(limit, sum(len(node.cores) for node in nodes[:workers]))
     if threads > limit:
-        what = (
-            f"{_some(limit, 'core')}"
-            if limit == cores
-            else f"{topology.quota:g} cpus' worth of time (the cgroup's quota)"
-        )
+        time = f"{topology.quota or 0:g} cpus' worth of time (the cgroup's quota)"
+        what = time if limit < cores else _some(cores, "core")
         raise UsageError(
             f"asked for {threads} threads, but this process may use {what}: pass --threads {fits} or fewer"
         )
