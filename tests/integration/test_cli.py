@@ -81,7 +81,7 @@ def test_json(model: Path) -> None:
     assert worker["neurons"] > 0
     assert worker["bytes"] > 0
     assert found["selection"] is None  # nothing is predicted
-    assert set(worker) == {"name", "device", "pid", "busy_s", "neurons", "bytes", "groups", "jobs"}
+    assert set(worker) == {"name", "device", "pid", "busy_s", "neurons", "bytes", "groups", "jobs", "nodes"}
 
 
 def test_text_and_ids_are_the_same_prompt(model: Path) -> None:
