@@ -20,7 +20,7 @@ from warmfront.shared.kernels import quantised_bytes
 from warmfront.shared.memory import address, anonymous, collapse, zeros
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.numa import bind, pages_by_node
+from warmfront.shared.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.process import pin, take_short_turns
 from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
@@ -43,8 +43,9 @@ class CpuWorker:
         home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
         self._places = np.argwhere(home)
         self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
+        self._spare = plan.spare
         if plan.memory >= 0:
-            bind(self._weights, plan.memory, need=len(self._places) * layout.group_bytes)
+            self._bind(plan.memory)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
@@ -111,6 +112,13 @@ class CpuWorker:
         except BaseException as error:
             self._errors.append(error)
 
+    def _bind(self, node: int) -> None:
+        """Have the weights on `node`, whoever touches them: what it cannot hold is refused, as are spare slots."""
+        size = self._model.layout.group_bytes
+        if bind(self._weights, node):
+            ensure_free(node, len(self._places) * size)
+            self._spare = min(self._spare, free_on(node) // size - len(self._places))
+
     def _fill(self, member: int) -> None:
         """Read this thread's share of the groups, a run of neighbours at a time."""
         count, threads = len(self._places), len(self._plan.cpus)
@@ -147,7 +155,7 @@ class CpuWorker:
         size = len(self._places) * self._model.layout.group_bytes
         pages = pages_by_node(self._weights[:size])
         found = max(1, sum(pages.values()))
-        return len(self._places) + self._plan.spare, {f"node{n}": size * count // found for n, count in pages.items()}
+        return len(self._places) + self._spare, {f"node{n}": size * count // found for n, count in pages.items()}
 
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""

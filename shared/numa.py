@@ -36,11 +36,11 @@ _BITS = 64
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def bind(array: npt.NDArray[Any], node: int, need: int = 0) -> bool:
+def bind(array: npt.NDArray[Any], node: int) -> bool:
     """Have the pages of `array` that are touched from now on lie on `node`; those that it shares with others too.
 
-    `need`: bytes that are going to be touched. Returns False where this is not allowed, as in some containers: then
-    first touch decides. Raises ResourceError if there is no such node, or it has less than `need` free.
+    Returns False where this is not allowed, as in some containers: then first touch decides. Raises ResourceError if
+    there is no such node.
     """
     numbers = _NUMBERS.get(platform.machine())
     if numbers is None:
@@ -59,8 +59,6 @@ def bind(array: npt.NDArray[Any], node: int, need: int = 0) -> bool:
         ctypes.c_uint(0),
     )
     if result == 0:
-        if need:
-            ensure_free(node, need)
         return True
     number = ctypes.get_errno()
     if number in (errno.EPERM, errno.ENOSYS, errno.EACCES):

@@ -113,7 +113,7 @@ def tiny_gguf(tmp_path: Path) -> Callable[..., Path]:
     """A factory of random one-layer GGUF files: hidden 256, ffn 512, 4 heads, 2 key-value heads, vocabulary 64."""
 
     def make(name: str = "tiny.gguf", **options: Any) -> Path:
-        _write_gguf(tmp_path / name, **options)
+        write_gguf(tmp_path / name, **options)
         return tmp_path / name
 
     return make
@@ -145,7 +145,7 @@ GGUF_SHAPES = {
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
 
 
-def _write_gguf(
+def write_gguf(
     path: Path,
     *,
     kind: str = "F16",
