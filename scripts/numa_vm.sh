@@ -146,7 +146,7 @@ boot() {
     local kernel="root=/dev/nvme0n1 rootfstype=ext4 ro rootwait init=/init console=ttyS2 panic=-1"
     local drive=if=none,format=raw,readonly=on
     # shellcheck disable=SC2046
-    timeout --kill-after=5 "$seconds" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max,la57=off $(machine) \
+    setpriv --pdeathsig TERM timeout --kill-after=5 "$seconds" qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max,la57=off $(machine) \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$1/kernel" -append "$kernel mitigations=off numa_balancing=disable" \
         -serial stdio -serial file:"$2/code" -serial file:"$2/log" \
