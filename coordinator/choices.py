@@ -1,5 +1,7 @@
 """What warmfront chooses where the user did not, and what it refuses: device, selector, context."""
 
+from dataclasses import replace
+
 from warmfront.shared.config import PREDICTING, EngineConfig
 from warmfront.shared.core_plan import CorePlan, plan_cores
 from warmfront.shared.errors import UsageError
@@ -13,10 +15,13 @@ DEFAULT_CONTEXT = 4096
 
 
 def choose_cores(config: EngineConfig) -> CorePlan:
-    """Who runs on which cpus of this machine, but for an emulated GPU."""
-    return plan_cores(
+    """Who runs on which cpus, but for an emulated GPU. What is not pinned takes memory from anywhere."""
+    plan = plan_cores(
         read_topology(), config.workers, config.threads, config.coordinator_threads, config.spins, config.force
     )
+    if config.pin:
+        return plan
+    return replace(plan, workers=tuple(worker._replace(memory=None) for worker in plan.workers))
 
 
 def choose_gpu(config: EngineConfig) -> str | None:

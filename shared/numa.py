@@ -102,7 +102,7 @@ def ensure_free(node: int, need: int) -> None:
     if need > free:
         raise ResourceError(
             f"NUMA node {node} is to hold {need / 1e9:.1f} GB, but has {free / 1e9:.1f} GB free: "
-            "use a smaller --dtype or model, or free memory there"
+            "use a smaller --dtype or model, free memory there, or pass --no-pin to take it from any node"
         )
 
 

@@ -35,7 +35,7 @@ from warmfront.coordinator.cli import main
 choose = crew.choose_cores
 def on_a_node(config):
     plan = choose(config)
-    return replace(plan, workers=tuple(each._replace(memory=each.node) for each in plan.workers))
+    return plan if not config.pin else replace(plan, workers=tuple(w._replace(memory=w.node) for w in plan.workers))
 crew.choose_cores = on_a_node
 """
 UNBINDABLE = """
@@ -136,5 +136,7 @@ def test_bound_weights_lie_on_their_node(model: Path) -> None:
 def test_a_node_that_is_too_small(model: Path) -> None:
     outcome = generate(f"{BOUND}numa.free_on = lambda node: 1000\nmain()", model)
     assert_refused(outcome, 1, "is to hold", "but has 0.0 GB free")
+    anywhere = generate(f"{BOUND}numa.free_on = lambda node: 1000\nmain()", model, "--no-pin")
+    assert anywhere.code == 0, anywhere
     unbound = generate(f"{BOUND}{UNBINDABLE}numa.free_on = lambda node: 1000\nmain()", model)
     assert (unbound.code, unbound.err) == (0, f"{UNBOUND}\n"), "elsewhere there is room"
