@@ -46,10 +46,11 @@ print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=True) for
 """
 
 
+needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+
+
 def llama_cpp_ids(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
     """In a process of its own: llama.cpp keeps descriptors open, and ends the process that gives it a bad file."""
-    if find_spec("llama_cpp") is None:
-        pytest.skip("needs llama-cpp-python")
     command = [sys.executable, "-c", LLAMA_CPP, str(path)]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
     result: list[list[int]] = json.loads(done.stdout)
@@ -72,6 +73,7 @@ def tokenizer_of(path: Path, fields: dict[str, Any]) -> tuple[TokenizerFiles, li
     return files, notes
 
 
+@needs_llama_cpp
 def test_smollm2_as_in_llama_cpp(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
     files, notes = tokenizer_of(smollm2, smollm2_fields)
     assert [ids(files, text) for text in TEXTS] == llama_cpp_ids(smollm2, TEXTS)
@@ -105,6 +107,7 @@ def test_decoding_returns_the_text(smollm2: Path, smollm2_fields: dict[str, Any]
     assert tokenizer.decode(tokenizer.encode("<|im_start|>Hi<|im_end|>").ids) == "Hi"
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("pre", sorted(PRE))
 def test_words_are_cut_as_in_llama_cpp(
     tiny_gguf: Callable[..., Path], smollm2_fields: dict[str, Any], pre: str
@@ -158,6 +161,7 @@ def sentence_piece() -> dict[str, Any]:
     }
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("space", [True, False])
 def test_sentence_piece_as_in_llama_cpp(
     tiny_gguf: Callable[..., Path], sentence_piece: dict[str, Any], space: bool

@@ -25,6 +25,7 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.lowbit import groups_of, rows_of
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.profile import Profile
+from warmfront.coordinator.sample_text import SAMPLE_TEXT
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.store import PackedModel
@@ -32,7 +33,6 @@ from warmfront.shared.store import PackedModel
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SHAPE = {"hidden": 256, "layers": 3, "ffn": 1024, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 31, "topics": 4}
 JOB, SEGMENT = 288, 32
-PROSE = (Path(__file__).parents[2] / "README.md").read_text()
 FIRST_LOAD = "profiling which neurons fire (first load only)"
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -50,7 +50,7 @@ def model(tiny_llama: Make, tmp_path: Path) -> Path:
 @pytest.fixture
 def texts(tmp_path: Path) -> list[Path]:
     files = [tmp_path / "first.txt", tmp_path / "second.txt", tmp_path / "short.txt"]
-    for file, text in zip(files, (PROSE[:900], PROSE[2000:3000], "a"), strict=True):
+    for file, text in zip(files, (SAMPLE_TEXT[:900], SAMPLE_TEXT[1000:2000], "a"), strict=True):
         file.write_text(text)
     return files
 
@@ -194,7 +194,7 @@ def test_topics_come_into_groups_of_their_own(made: Path) -> None:
 
 def test_interrupted_and_resumed(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
-    text.write_text(PROSE * 5)
+    text.write_text(SAMPLE_TEXT * (60_000 // len(SAMPLE_TEXT)))
     path = packed_of(prepack(model))
     command = [WARMFRONT, "profile", os.fspath(model), "--text", os.fspath(text)]
     with Terminal(command) as terminal:
