@@ -70,7 +70,7 @@ def test_force_shares_cores_without_spinning(model: Path) -> None:
     with Engine.load(str(model), dtype="f32", threads=2 * CORES, force=True, say=said.append) as engine:
         assert len(engine.cores.cpus) == 2 * CORES
         assert engine.cores.spins == 0
-    assert "more threads than cores: slower than a thread per core" in said
+    assert "more threads than can run at once: slower than one on each core" in said
 
 
 def test_more_threads_than_cores_are_refused(model: Path) -> None:
