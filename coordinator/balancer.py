@@ -11,7 +11,8 @@ far as the copies at hand allow:
 - *Promotions* bring the groups whose absence from the caches costs most, of all layers; none to a layer that is in
   balance, since a faster worker's larger share buys nothing there. With no slot free, one takes the slot of the copy
   that saves least, if it is better by a factor and pays the transfer back within a horizon: no pair swaps to and fro.
-- *Moves between homes* take the most active groups of the slow home to the fast one, with the same accounting.
+- *Moves between homes* take the most active groups of the slow home to the fast one, with the same accounting, where
+  it was slow at the last decision too: a neighbour's short turn on one core is over before its groups have moved.
 
 What is given up goes home before the copy into its slot begins. To keep slots free until copies have come costs more:
 their groups would be missed always, what gives way is missed for a few tokens, and is little by definition.
@@ -52,6 +53,8 @@ class Tuning(NamedTuple):
 
     every: int = 8  # tokens between decisions
     settled_every: int = 16  # at most, as long as nothing is to be changed
+    rarest: int = 32  # tokens between decisions, however short a token is
+    deciding: float = 0.01  # share of the time that decisions may take
     long_tokens: float = 512.0  # time constants of the averages and of how they are judged
     recent_tokens: float = 20.0
     trust_tokens: float = 16.0
@@ -101,6 +104,7 @@ class Balance:
         self._expectation = Expectation(long_run, tuning.long_tokens, tuning.recent_tokens, tuning.trust_tokens)
         self._margin = Margin(len(long_run), tuning.noise_tokens)
         self._before: Bools | None = None  # copies at the last decision
+        self._slow: Bools | None = None  # homes [H, L] that were slow at the last decision
 
     def observe(self, bytes_read: Reals, active: Reals) -> None:
         """Learn what is read."""
@@ -134,7 +138,9 @@ class Balance:
         decision = decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
         self._margin.watch(situation, decision.owner)
         settled = not len(decision.moves) and not situation.coming.any() and (decision.owner == situation.owner).all()
-        self.every = min(2 * self.every, self.tuning.settled_every) if settled else self.tuning.every
+        settled = settled and (self._slow is None or not self._slow.any())
+        every = min(2 * self.every, self.tuning.settled_every) if settled else self.tuning.every
+        self.every = max(every, min(self.tuning.rarest, int(situation.decision_tokens / self.tuning.deciding)))
         return decision
 
     def _flip(self, picture: _Picture, owner: Owners, arrived: Bools) -> None:
@@ -202,7 +208,9 @@ class Balance:
         costs, loads = situation.costs[homes], picture.loads(ahead)[homes]
         even = level(costs, loads.sum(0))
         limit = times(costs, even).max(0) * (1 + self.tuning.band)
-        slow = times(costs, loads) > limit
+        now = times(costs, loads) > limit
+        slow = now if self._slow is None else now & self._slow
+        self._slow = now
         receiver = (even - loads).argmax(0)
         room = (even - loads).max(0)
         # A group with a copy in a cache, or under way, stays.

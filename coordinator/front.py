@@ -108,7 +108,7 @@ class Front:
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
         self.transfer_ns = layout.group_bytes / _COPY_SPEED
-        self._token_ns, self._token_at = 0.0, 0
+        self._token_ns, self._token_at, self._deciding_ns = 0.0, 0, 0.0
         self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_TRANSFERS)
@@ -149,11 +149,12 @@ class Front:
             return
         self._hear()
         if self._since >= self._policy.every:
-            self._since = 0
+            self._since, began = 0, time.monotonic_ns()
             reports = self._supervisor.reported()
             if reports is not None:
                 self.take_in(reports)
             self._follow(self._policy.decide(self._situation()))
+            self._deciding_ns += 0.2 * (time.monotonic_ns() - began - self._deciding_ns)
         if self._since == self._policy.every - 1:  # they answer while the next token is made
             self._inquire()
         self._token_at = time.monotonic_ns()
@@ -223,6 +224,7 @@ class Front:
             transfer_ns=self.transfer_ns,
             budget=max(0, max(_BATCH, int(room)) - moving),
             late=bool(self._batches),
+            decision_tokens=self._deciding_ns / max(1.0, self._token_ns),
         )
 
     def _follow(self, decision: Decision) -> None:

@@ -31,6 +31,7 @@ class Situation(NamedTuple):
     transfer_ns: float  # per group copied, as measured
     budget: int  # groups whose copying may begin now
     late: bool  # copies begun at the last decision are not finished
+    decision_tokens: float = 0.0  # how many tokens' time a decision takes, as measured
 
 
 class Decision(NamedTuple):
