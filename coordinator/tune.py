@@ -27,10 +27,10 @@ __all__ = ["Course", "draw", "render", "shapes", "tune"]
 Say = Callable[[str], None]
 
 # Rounds of each stage; of the last one, between the last few, twice as many.
-_ROUNDS = 6
+_ROUNDS = 12
 # Settings between which the last stage decides.
 _FINALISTS = 2
-_TURN_S = 0.4
+_TURN_S = 0.2
 _PROMPT, _FEWEST, _MOST = 16, 8, 128
 _SPINS = (0, 100, 2000)
 _USUAL_SPINS = 100
