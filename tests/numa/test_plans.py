@@ -22,4 +22,4 @@ def test_a_node_without_memory_takes_that_of_the_nearest(without_memory: Topolog
     plan = plan_cores(without_memory)
     assert [node.total_bytes > 0 for node in without_memory.nodes] == [True, False, True, True]
     assert plan.workers == tuple(WorkerCores(node, (node,), memory) for node, memory in enumerate((0, 2, 2, 3)))
-    assert plan.notes == ("node 1 has no memory for us: its worker takes node 2's",)
+    assert plan.notes == ("node 1 has no memory for us: its workers take node 2's",)
