@@ -104,7 +104,7 @@ class Balance:
         self._expectation = Expectation(long_run, tuning.long_tokens, tuning.recent_tokens, tuning.trust_tokens)
         self._margin = Margin(len(long_run), tuning.noise_tokens)
         self._before: Bools | None = None  # copies at the last decision
-        self._slow: Bools | None = None  # homes [H, L] that were slow at the last decision
+        self._slow: Bools = np.zeros((1, 1), np.bool_)  # homes [H, L] that were slow at the last decision
 
     def observe(self, bytes_read: Reals, active: Reals) -> None:
         """Learn what is read."""
@@ -137,8 +137,8 @@ class Balance:
         made = drops[best[best < len(drops)]]
         decision = decision_of(owner, home, [made[made[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]])
         self._margin.watch(situation, decision.owner)
-        settled = not len(decision.moves) and not situation.coming.any() and (decision.owner == situation.owner).all()
-        settled = settled and (self._slow is None or not self._slow.any())
+        quiet = not len(decision.moves) and not situation.coming.any() and not self._slow.any()
+        settled = quiet and (decision.owner == situation.owner).all()
         every = min(2 * self.every, self.tuning.settled_every) if settled else self.tuning.every
         self.every = max(every, min(self.tuning.rarest, int(situation.decision_tokens / self.tuning.deciding)))
         return decision
@@ -209,7 +209,7 @@ class Balance:
         even = level(costs, loads.sum(0))
         limit = times(costs, even).max(0) * (1 + self.tuning.band)
         now = times(costs, loads) > limit
-        slow = now if self._slow is None else now & self._slow
+        slow = now & self._slow
         self._slow = now
         receiver = (even - loads).argmax(0)
         room = (even - loads).max(0)

@@ -253,3 +253,23 @@ def test_balance_begins_nothing_that_does_not_pay() -> None:
     assert len(policy.decide(dear).moves) == 0
     assert len(policy.decide(world.situation()._replace(late=True)).moves) == 0
     assert len(policy.decide(world.situation()._replace(budget=3)).moves) == 3
+
+
+def test_balance_moves_between_homes_only_what_is_late_twice() -> None:
+    world = World(np.full((LAYERS, GROUPS), 0.3), 0, 0, homes=2)
+    policy, even = policy_for("balance", world), world.costs
+    late = even * [[1], [3]]
+    for costs, moves in ((late, False), (even, False), (late, False), (late, True)):
+        begun = policy.decide(world.situation()._replace(costs=costs)).moves
+        assert bool(len(begun)) == moves
+        assert policy.every == 8 or costs is even
+
+
+def test_balance_decides_the_less_often_the_more_of_a_tokens_time_it_takes() -> None:
+    world = World(skewed(), 1, 20)
+    policy = policy_for("balance", world)
+    for tokens, every in ((0.2, 20), (5.0, 32)):
+        policy.decide(world.situation()._replace(decision_tokens=tokens))
+        assert policy.every == every
+    policy.decide(world.situation()._replace(decision_tokens=0.01))
+    assert policy.every <= 16
