@@ -7,7 +7,8 @@
     STOPPING --every worker has exited--> STOPPED, or FAILED if there was an error
 
 Each worker may be quiet only so long: until its Hello, between two messages, between two steps of loading. While it
-loads, heartbeats do not count. The shutdown ladder is Shutdown, 1 s of grace, SIGTERM, 0.5 s, SIGKILL.
+loads, heartbeats do not count. The shutdown ladder is Shutdown, 1 s of grace, SIGTERM, 0.5 s, SIGKILL; it begins with
+SIGTERM for a worker that is not ready.
 
 Who drives it (`supervisor.py`) calls `handle(Tick(), now)` at least every half second and hands over the messages of a
 poll before the exits: a worker's last words say more than its exit code. A step longer than `MAX_STEP_S` counts as
@@ -266,10 +267,11 @@ class Lifecycle:
         return [Abort(error), *self._stop()]
 
     def _stop(self) -> list[Instruction]:
-        """Ask every worker to leave; one that has not said Hello cannot be asked."""
+        """Ask every worker to leave; one that is not ready does not listen yet and has nothing to end in order."""
         self.phase, self._stopping_since = Phase.STOPPING, self._clock
+        ready = self.serving()
         ask: list[Instruction] = [
-            SendMessage(name, Shutdown()) if self._workers[name].hello else Terminate(name) for name in self._alive
+            SendMessage(name, Shutdown()) if name in ready else Terminate(name) for name in self._alive
         ]
         return ask + self._finish_if_empty()
 

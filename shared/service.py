@@ -2,7 +2,8 @@
 
     Hello -> wait for Plan -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest and Move -> Shutdown
 
-The main thread talks to the coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is
+Before it is ready, SIGTERM is what ends it: an import or a compilation hears no message. The main thread talks to the
+coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is
 sent as a `Failure` before the process leaves with exit code 1.
 """
 
@@ -93,39 +94,27 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], S
         try:
             device, free = describe()
             channel.send(Hello(channel.token, name, os.getpid(), device, free, PROTOCOL))
-            plan = _plan(channel)
-            if plan is not None:
-                _serve(channel, make, plan, Board.attach(map_shared(fd)))
+            _serve(channel, make, _plan(channel), Board.attach(map_shared(fd)))
         except Exception as error:
             channel.send(Failure.of(error, channel.token, name))
             return 1
     return 0
 
 
-def _plan(channel: WorkerChannel) -> Plan | None:
-    """The plan, or None if told to leave instead."""
-    while True:
-        message = channel.receive(_HEARTBEAT_S)
-        if isinstance(message, Plan):
-            return message
-        if isinstance(message, Shutdown):
-            return None
+def _plan(channel: WorkerChannel) -> Plan:
+    while not isinstance(message := channel.receive(_HEARTBEAT_S), Plan):
         channel.send(Heartbeat())
+    return message
 
 
 def _serve(channel: WorkerChannel, make: Callable[[Plan, Board], Service], plan: Plan, board: Board) -> None:
     service = make(plan, board)
     try:
         while not service.ready():
-            message = channel.receive(_PROGRESS_S)
-            if isinstance(message, Shutdown):
-                return
+            channel.receive(_PROGRESS_S)
             channel.send(Progress(*service.progress()))
         channel.send(Ready(service.progress()[1], *service.capacity()))
-        while True:
-            message = channel.receive(_HEARTBEAT_S)
-            if isinstance(message, Shutdown):
-                return
+        while not isinstance(message := channel.receive(_HEARTBEAT_S), Shutdown):
             if not service.ready():
                 raise WorkerError("a thread ended too early")
             if isinstance(message, Move):

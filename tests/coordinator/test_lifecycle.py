@@ -153,7 +153,7 @@ def test_a_worker_that_exits_is_a_failure_told_once(phase: Phase, returncode: in
     error = failed(instructions)
     assert type(error) is WorkerError
     assert str(error) == line
-    ask = Terminate("gpu0") if phase is Phase.STARTING else SendMessage("gpu0", Shutdown())
+    ask = SendMessage("gpu0", Shutdown()) if phase is Phase.READY else Terminate("gpu0")
     assert instructions[1:] == [ask]
     assert machine.phase() is Phase.STOPPING
     assert machine.take(Exited("gpu0", 0)) == [Finished(error)]
@@ -205,7 +205,7 @@ def test_the_ladder_after_a_failure() -> None:
 def test_stop_before_every_worker_has_started() -> None:
     machine = Machine()
     machine.hear("gpu0", HELLOS["gpu0"])
-    assert machine.take(StopRequested()) == [Terminate("cpu0"), SendMessage("gpu0", Shutdown())]
+    assert machine.take(StopRequested()) == [Terminate("cpu0"), Terminate("gpu0")]
     assert machine.hear("cpu0", HELLOS["cpu0"]) == []
     assert machine.take(StopRequested()) == []
     assert machine.take(Exited("cpu0", -15)) == []
@@ -235,7 +235,7 @@ def test_no_hello_within_30_seconds() -> None:
     assert machine.wait(29.75, ("cpu0", Heartbeat())) == []
     instructions = machine.wait(0.25, ("cpu0", Heartbeat()))
     assert str(failed(instructions)) == "worker gpu0 did not start within 30 s"
-    assert instructions[1:] == [SendMessage("cpu0", Shutdown()), Terminate("gpu0")]
+    assert instructions[1:] == [Terminate("cpu0"), Terminate("gpu0")]
 
 
 def test_no_progress_for_240_seconds_though_the_heart_beats() -> None:

@@ -157,21 +157,22 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-@pytest.mark.parametrize("hello", [False, True])
-def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, hello: bool, deaf: bool) -> None:
-    """One that never said Hello is terminated at once, one that did after a second; one deaf to that is killed."""
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, ready: bool, deaf: bool) -> None:
+    """One that is not ready is terminated at once, one that is after a second; one deaf to that is killed."""
     code = (
-        f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO if hello else ''}\n"
+        f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO}\nchannel.receive(20)\n"
+        f"{'channel.send(Ready(7, 3, {}))' if ready else ''}\n"
         "open(os.environ['FOLDER'] + '/started', 'w').write(str(os.getpid()))\ntime.sleep(60)"
     )
     supervisor = bench.start(cpu0=code)
     bench.exists("started")
-    if hello:
-        wait_for(lambda: bool(supervisor.hellos))
+    if ready:
+        wait_for(supervisor.ready)
     started = time.monotonic()
     supervisor.stop()
     took = time.monotonic() - started
-    least, most = (1.5, 4) if deaf else (1.0, 3) if hello else (0.0, 0.9)
+    least, most = (1.5, 4) if deaf else (1.0, 3) if ready else (0.0, 0.9)
     assert least <= took < most
     supervisor.check()
     assert not (Path("/proc") / (bench._folder / "started").read_text()).exists()

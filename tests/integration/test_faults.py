@@ -4,7 +4,6 @@ pytest tests/integration/test_faults.py
 """
 
 import contextlib
-import functools
 import gc
 import os
 import random
@@ -12,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,17 +31,6 @@ VICTIMS = ("cpu worker", "coordinator", "interrupted", "terminated")
 # Python's own start: its handler of Ctrl-C is not there yet.
 PYTHON_START_S = 0.15
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-@functools.cache
-def end_limit_s() -> float:
-    """Within which a command ends, imports and all: in proportion more where numba's takes over half a second."""
-    took = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import numba"], check=True)
-        took.append(time.monotonic() - started)
-    return LIMIT_S * max(1.0, min(took) / 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +112,7 @@ def test_nothing_is_left(endless: Path, smollm2: Path, fault: Fault) -> None:
         took = time.monotonic() - struck
         left = [address for address in addresses if address.removeprefix("ipc://") in sockets()]
         _, said = process.communicate()
-    assert took < end_limit_s(), f"took {took:.1f} s: {said}"
+    assert took < LIMIT_S, f"took {took:.1f} s: {said}"
     assert left == []
     assert set(os.listdir("/dev/shm")) <= shared
     if "worker" in fault.victim:
