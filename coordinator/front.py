@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.events import DeliverMoved, Lose, Rejoin
-from warmfront.coordinator.situation import Decision, Policy, Situation
+from warmfront.coordinator.situation import BATCH, Decision, Policy, Situation, budget_of
 from warmfront.coordinator.supervisor import Supervisor
 from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP, BundleLayout
@@ -37,8 +37,6 @@ __all__ = ["Flow", "Front", "Transfer"]
 Table = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.int32]
-# Groups of one Move message, and the part of the time that copies may take of a token's.
-_BATCH, _COPYING = 16, 0.25
 # Copies run at about this speed until some were measured, in bytes per ns.
 _COPY_SPEED = 4.0
 # What a worker is taken to cost until it has reported: ns for a job, ns for a byte.
@@ -108,7 +106,7 @@ class Front:
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
         self.transfer_ns = layout.group_bytes / _COPY_SPEED
-        self._token_ns, self._token_at, self._deciding_ns = 0.0, 0, 0.0
+        self._token_ns, self._token_at, self.deciding_ns = 0.0, 0, 0.0
         self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_TRANSFERS)
@@ -154,7 +152,7 @@ class Front:
             if reports is not None:
                 self.take_in(reports)
             self._follow(self._policy.decide(self._situation()))
-            self._deciding_ns += 0.2 * (time.monotonic_ns() - began - self._deciding_ns)
+            self.deciding_ns += 0.2 * (time.monotonic_ns() - began - self.deciding_ns)
         if self._since == self._policy.every - 1:  # they answer while the next token is made
             self._inquire()
         self._token_at = time.monotonic_ns()
@@ -213,7 +211,6 @@ class Front:
 
     def _situation(self) -> Situation:
         moving = sum(len(batch.places) for batch in self._batches.values())
-        room = _COPYING * self._token_ns * self._policy.every / self.transfer_ns
         return Situation(
             owner=self._board.owner.copy(),
             resident=self.resident.copy(),
@@ -222,9 +219,9 @@ class Front:
             homes=self.homes,
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
             transfer_ns=self.transfer_ns,
-            budget=max(0, max(_BATCH, int(room)) - moving),
+            budget=budget_of(self._token_ns * self._policy.every, self.transfer_ns, moving),
             late=bool(self._batches),
-            decision_tokens=self._deciding_ns / max(1.0, self._token_ns),
+            decision_tokens=self.deciding_ns / max(1.0, self._token_ns),
         )
 
     def _follow(self, decision: Decision) -> None:
@@ -251,8 +248,8 @@ class Front:
         self._free[worker] = sorted(self._free[worker])[len(groups) :]
         self._coming[worker, groups[:, 0], groups[:, 1]] = True
         places = np.column_stack((groups, slots)).astype(np.int32)
-        for first in range(0, len(places), _BATCH):
-            some = places[first : first + _BATCH]
+        for first in range(0, len(places), BATCH):
+            some = places[first : first + BATCH]
             self._sent += 1
             self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns())
             self._supervisor.move(self.names[worker], Move(self._sent, some.tobytes()))

@@ -11,12 +11,27 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bools", "Decision", "Floats", "Ints", "Owners", "Policy", "Situation", "decision_of", "held_by", "home_of"]
+__all__ = [
+    "BATCH",
+    "Bools",
+    "Decision",
+    "Floats",
+    "Ints",
+    "Owners",
+    "Policy",
+    "Situation",
+    "budget_of",
+    "decision_of",
+    "held_by",
+    "home_of",
+]
 
 Owners = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+BATCH = 16  # groups that are copied at one request
+_COPYING = 0.25  # part of the time that copies may take
 
 
 class Situation(NamedTuple):
@@ -53,6 +68,11 @@ class Policy(Protocol):
 
     def decide(self, situation: Situation) -> Decision:
         """Every `every` tokens."""
+
+
+def budget_of(until_next_ns: float, transfer_ns: float, moving: int) -> int:
+    """Groups whose copying may begin, `moving` being under way, if the next decision is `until_next_ns` away."""
+    return max(0, max(BATCH, int(_COPYING * until_next_ns / transfer_ns)) - moving)
 
 
 def home_of(situation: Situation) -> Owners:

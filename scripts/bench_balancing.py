@@ -137,7 +137,7 @@ def device_of(runners: list[Runner]) -> dict[str, Any]:
     """What was measured, as a `--device` for `simulate_balancing.py`.
 
     A line through every policy's time per layer over its bytes; the coordinator's time is the rest of a token of the
-    oracle's; what a copied byte costs is that of the policy which copied most.
+    oracle's; what a copied byte and a decision cost is that of the policy which copied most.
     """
     points = [points_of(runner) for runner in runners]
     busy, read = (np.concatenate([each[i] for each in points], axis=1) for i in (0, 1))
@@ -145,13 +145,15 @@ def device_of(runners: list[Runner]) -> dict[str, Any]:
     steady = next((each for each in runners if each.name == "oracle"), runners[0])
     rest = [1e9 * token.seconds - token.busy.max(1).sum() for token in steady.tokens]
     busiest = max(runners, key=lambda each: each.engine.front.flow.moves).engine
+    copied_ns = busiest.front.transfer_ns / busiest.model.layout.group_bytes
     return {
         "cpus": [cpu],
         "gpu": gpu,
         "coordinator_ns": float(np.median(rest)),
-        "link_gbs": 7.0,
-        "stolen_ns": busiest.front.transfer_ns / busiest.model.layout.group_bytes,
+        "link_gbs": 1 / copied_ns,
+        "stolen_ns": copied_ns,
         "shared": True,
+        "deciding_ns": busiest.front.deciding_ns,
     }
 
 

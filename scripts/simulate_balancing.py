@@ -12,10 +12,10 @@ else the first tenth of the trace, which is not replayed. A synthetic trace fire
 The model. A layer takes max over workers of a + b * bytes read; the coordinator's part of a token is constant. Copies
 run beside it at the link's pace, 17 us a batch, and count from the first token after they have come; they take memory
 bandwidth from the CPU workers, which is the stall they expose. Workers report their times with 2 % of noise and one in
-a hundred ten times too long, from which the costs are fitted. A batch of copies may use half of the link's time until
-the next decision. Figures of the devices are below. Beside the policies: `random`, random groups in the slots, and
-`oracle static`, the best single split for the trace by its own frequencies, with the GPU's part of a layer up to the
-balance of the means, or 5, 10 or 20 % above, whichever is fastest.
+a hundred ten times too long, from which the costs are fitted. How many copies may begin at once is the engine's rule
+(`situation.budget_of`). Figures of the devices are below. Beside the policies: `random`, random groups in the slots,
+and `oracle static`, the best single split for the trace by its own frequencies, with the GPU's part of a layer up to
+the balance of the means, or 5, 10 or 20 % above, whichever is fastest.
 
 The last line of stdout is JSON.
 """
@@ -36,6 +36,7 @@ import numpy.typing as npt
 from warmfront.coordinator.balancer import POLICIES, Decision, Policy, Situation, make_policy
 from warmfront.coordinator.costs import WorkerCosts
 from warmfront.coordinator.levels import fill, level
+from warmfront.coordinator.situation import budget_of
 from warmfront.shared.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -44,7 +45,6 @@ ALL = (*POLICIES, "random", "oracle static")
 COPY_CALL_NS = 17_000.0
 NOISE, HICCUPS = 0.02, 0.01
 REPORT_EVERY = 8
-LINK_SHARE = 0.5  # of the time between decisions that copies may take
 REACHES = (1.0, 1.05, 1.1, 1.2)
 WINDOW = 16  # tokens over which a hit share is averaged to tell whether it has recovered
 
@@ -59,6 +59,7 @@ class Device:
     link_gbs: float
     stolen_ns: float  # of the CPU workers' time, per byte copied
     shared: bool = False  # the coordinator computes on the same cores: copies take its time, too
+    deciding_ns: float = 0.0  # a decision, where it was measured
 
 
 def machine(cpu_gbs: float, gpu_gbs: float, link_gbs: float, attention_bytes: float = 8.4e9) -> Device:
@@ -285,14 +286,17 @@ class Replay:
         seconds, hits, imbalance = [], [], []
         sums = np.zeros((2, self.workers, self.trace.profile.shape[0]))
         spent = np.zeros_like(sums[0])
-        token_ns = self.device.coordinator_ns
+        token_ns, since = self.device.coordinator_ns, 0
         for token, counts in enumerate(self.trace.counts):
             for at, worker, factor in self.shifts:
                 if at == token:
                     self.true[worker, 1] = self.base[worker, 1] * factor
             self.land(now)
-            if token and token % policy.every == 0:
-                situation = self.situation(token_ns * policy.every, now)
+            own = self.device.coordinator_ns
+            if since >= policy.every:
+                since = 0
+                own += self.device.deciding_ns
+                situation = self.situation(token_ns, policy.every)
                 started = time.thread_time()
                 decision = policy.decide(situation)
                 deciding += time.thread_time() - started
@@ -311,7 +315,8 @@ class Replay:
             beside = self.device.coordinator_ns if self.device.shared else 0.0
             lost = float(np.maximum(busy + taken * busy / (busy.sum() + beside) - slowest, 0).sum())
             lost += taken * beside / (busy.sum() + beside)
-            token_ns = float(slowest.sum()) + lost + self.device.coordinator_ns
+            token_ns = float(slowest.sum()) + lost + own
+            since += 1
             now += token_ns
             stall += lost
             self.fresh &= ~((self.owner == np.arange(self.workers)[:, None, None]) & (counts > 0))
@@ -330,9 +335,8 @@ class Replay:
         unused += int(self.fresh.sum())
         return Result(seconds, hits, moves, unused, flips, stall / 1e9, imbalance, 1e3 * deciding / max(decisions, 1))
 
-    def situation(self, until_next_ns: float, now: float) -> Situation:
-        """What the policy is told; copies may take a share of the time to the next decision."""
-        room = LINK_SHARE * until_next_ns - COPY_CALL_NS - sum(max(0.0, done - now) for done, _ in self.batches[-1:])
+    def situation(self, token_ns: float, every: int) -> Situation:
+        """What the policy is told."""
         return Situation(
             self.owner.copy(),
             self.resident.copy(),
@@ -341,8 +345,9 @@ class Replay:
             self.is_home,
             np.array([[costs.job_ns, costs.byte_ns] for costs in self.fitted]),
             self.copy_ns,
-            max(0, int(room / self.copy_ns)),
+            budget_of(every * token_ns, self.copy_ns, int(self.coming.sum())),
             bool(self.batches),
+            self.device.deciding_ns / token_ns,
         )
 
     def drop(self, decision: Decision) -> int:

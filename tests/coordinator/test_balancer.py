@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from warmfront.coordinator.balancer import POLICIES, Decision, Policy, Situation, make_policy
+from warmfront.coordinator.situation import budget_of
 from warmfront.shared.errors import UsageError
 
 LAYERS, GROUPS, GROUP_BYTES = 4, 48, 100_000
@@ -273,3 +274,10 @@ def test_balance_decides_the_less_often_the_more_of_a_tokens_time_it_takes() -> 
         assert policy.every == every
     policy.decide(world.situation()._replace(decision_tokens=0.01))
     assert policy.every <= 16
+
+
+@pytest.mark.parametrize(
+    ("until_next_ns", "moving", "budget"), [(100e6, 0, 25), (100e6, 9, 16), (1e6, 0, 16), (1e6, 20, 0)]
+)
+def test_copies_get_a_quarter_of_the_time_or_a_batch(until_next_ns: float, moving: int, budget: int) -> None:
+    assert budget_of(until_next_ns, 1e6, moving) == budget
