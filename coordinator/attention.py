@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.linear import address_of
 from warmfront.coordinator.network import POSITION, TOKENS, Network, State
 from warmfront.coordinator.shares import portion
 from warmfront.shared.activation import exponentials, highest_of, softmax_panel
-from warmfront.shared.atomics import floats_at, shorts_at
+from warmfront.shared.atomics import address_of, floats_at, shorts_at
 from warmfront.shared.gemm import LANES, gather_columns, in_pairs, multiply_columns, multiply_rows, prepare
 from warmfront.shared.halves import to_half
-from warmfront.shared.jit import kernel
+from warmfront.shared.jit import inlined, kernel
 from warmfront.shared.kernels import share, touch
 from warmfront.shared.rows import ROWS, add_rows, dot_rows
 from warmfront.shared.weights import Kind
@@ -31,14 +30,12 @@ Floats = npt.NDArray[np.float32]
 
 
 @kernel
-def _cache_row(net: Network, st: State, layer: int, head: int, position: int) -> int:
-    """Byte offset of one head's row in the key and in the value cache."""
-    padded = (net.head_dim + 31) // 32 * 32
-    size = 2 if st.cache_kind == _F16 else 4
-    return ((layer * net.kv_heads + head) * st.context + position) * padded * size
+def _cache_row(kv_heads: int, context: int, stride: int, layer: int, head: int, position: int) -> int:
+    """Byte offset of one head's row in the key and in the value cache, of `stride` bytes a row."""
+    return ((layer * kv_heads + head) * context + position) * stride
 
 
-@kernel
+@inlined
 def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
     """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
     rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
@@ -68,7 +65,7 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
         position = st.job[POSITION] + panel * lanes
         some = min(lanes, tokens - panel * lanes)
         head, column = (low - first) // net.head_dim, (low - first) % net.head_dim
-        at = cache_at + _cache_row(net, st, layer, head, position)
+        at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
         for row in range(low, high):
             source = st.qkv[(panel * rows + row) * lanes : (panel * rows + row + 1) * lanes]
             for lane in range(some):
@@ -81,10 +78,10 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
             if column == net.head_dim:
                 column = 0
                 head += 1
-                at = cache_at + _cache_row(net, st, layer, head, position)
+                at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
 
 
-@kernel
+@inlined
 def attend_one(net: Network, st: State, layer: int, member: int) -> None:
     """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
 
@@ -100,7 +97,7 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
         kv_head, chunk = task // st.chunks, task % st.chunks
         start, end = share(st.job[POSITION] + 1, ROWS, chunk, st.chunks)
         count = (end - start + ROWS - 1) // ROWS * ROWS
-        first_row = _cache_row(net, st, layer, kv_head, start)
+        first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, start)
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
@@ -131,7 +128,7 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
                 st.partial[chunk, at + i] = mixed[head, i]
 
 
-@kernel
+@inlined
 def join(net: Network, st: State, out: Floats) -> None:
     """The attention of one token [heads * head_dim], from the chunks; each thread does all of it for itself."""
     for head in range(net.heads):
@@ -150,7 +147,7 @@ def join(net: Network, st: State, out: Floats) -> None:
                 result[i] += factor * part[i]
 
 
-@kernel
+@inlined
 def attend_panels(net: Network, st: State, layer: int, member: int, panels: int) -> None:
     """Causal attention of several tokens: this thread's (key-value head, panel) pairs, as matrix products.
 
@@ -174,7 +171,7 @@ def attend_panels(net: Network, st: State, layer: int, member: int, panels: int)
             for i in range(head_dim * LANES):
                 target[i] = source[i] * net.score_scale
         queries_at = prepare(st.cache_kind, address_of(queries), address_of(prepared), padded, group)
-        first_row = _cache_row(net, st, layer, kv_head, 0)
+        first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, 0)
         for p in range(0, count, 8):
             row_at, scores_at = st.keys_at + first_row + p * stride, address_of(scores) + p * LANES * 4
             multiply_rows(
@@ -218,4 +215,5 @@ def attend_panels(net: Network, st: State, layer: int, member: int, panels: int)
         for head in range(group):
             target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
             source = mixed[head * padded * LANES :]
-            target[: head_dim * LANES] = source[: head_dim * LANES]
+            for i in range(head_dim * LANES):
+                target[i] = source[i]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.attention import attend_one, attend_panels, cache, join, rotate
-from warmfront.coordinator.linear import address_of, linear, normalise, ready
+from warmfront.coordinator.linear import linear, normalise, ready
 from warmfront.coordinator.network import (
     ATTN_NORM,
     CAPTURE,
@@ -47,16 +47,17 @@ from warmfront.coordinator.network import (
 )
 from warmfront.coordinator.predictor import predict
 from warmfront.coordinator.shares import portion
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, load_acquire, longs_at
+from warmfront.shared.atomics import address_of, clock_ns, fetch_add, floats_at, load_acquire, longs_at
 from warmfront.shared.board import LEAVE
 from warmfront.shared.gemm import LANES, panels_of
 from warmfront.shared.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
-from warmfront.shared.jit import kernel
+from warmfront.shared.jit import inlined, kernel
 from warmfront.shared.kernels import row_stride, widen
 
 __all__ = ["serve_team"]
 
 Floats = npt.NDArray[np.float32]
+Longs = npt.NDArray[np.int64]
 # A worker that takes longer than this for one layer is taken for lost.
 _WORKER_PATIENCE_NS = 120_000_000_000
 _START, _QKV, _ATTENTION, _OUTPUT, _PREDICTOR, _POST, _MERGE = range(len(STEPS))
@@ -109,10 +110,11 @@ def _project(
         cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, lanes)
 
 
-@kernel
+@inlined
 def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lanes: int) -> None:
     """Write the job on the board and announce it."""
-    st.board_x[:count] = values[:count]
+    for i in range(count):
+        st.board_x[i] = values[i]
     st.order[0] = layer
     st.order[1] = st.job[TOKENS]
     st.order[2] = lanes
@@ -122,7 +124,7 @@ def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lane
     announce(st.job_at, sequence)
 
 
-@kernel
+@inlined
 def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
     """Wait for every worker and add its part to x; the order of the workers is fixed.
 
@@ -147,39 +149,39 @@ def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
 
 
 @kernel
-def _count(st: State, member: int, since: int) -> None:
+def _count(busy: Longs, member: int, since: int) -> None:
     """Add to what this thread's share of the rows has taken, from when it could begin: its wait for the core counts."""
-    st.busy[member, 0] += clock_ns() - since
+    busy[member, 0] += clock_ns() - since
 
 
 @kernel
-def _answered(st: State) -> int:
+def _answered(present: Longs, record_at: Longs) -> int:
     """When the last worker had done its part of the layer."""
     last = 0
-    for worker in range(st.record_at.shape[0]):
-        if st.present[worker] != 0:
-            last = max(last, carray(longs_at(st.record_at[worker]), (2,))[1])
+    for worker in range(len(record_at)):
+        if present[worker] != 0:
+            last = max(last, carray(longs_at(record_at[worker]), (2,))[1])
     return last
 
 
 @kernel
-def _note(st: State, layer: int, member: int, step: int) -> None:
+def _note(times: Longs, layer: int, member: int, step: int) -> None:
     """The first thread writes down when it came to the end of a step."""
     if member == 0:
-        st.times[layer, step] = clock_ns()
+        times[layer, step] = clock_ns()
 
 
-@kernel
+@inlined
 def _note_workers(st: State, layer: int, member: int) -> None:
     """The first thread keeps when each worker began and ended its part of the layer."""
-    _note(st, layer, member, _MERGE)
+    _note(st.times, layer, member, _MERGE)
     if member == 0:
         for worker in range(st.record_at.shape[0]):
             record = carray(longs_at(st.record_at[worker]), (2,))
             st.spans[layer, worker, 0], st.spans[layer, worker, 1] = record[0], record[1]
 
 
-@kernel
+@inlined
 def _embed(net: Network, st: State, member: int, lanes: int) -> None:
     stride = row_stride(net.embed_kind, net.hidden)
     x, h = st.x[member], st.h[member]
@@ -191,7 +193,7 @@ def _embed(net: Network, st: State, member: int, lanes: int) -> None:
             x[at + k * lanes] = h[k]
 
 
-@kernel
+@inlined
 def _output(net: Network, st: State, member: int, lanes: int) -> None:
     """Logits of the last token: this thread's share of the vocabulary."""
     last = st.job[TOKENS] - 1
@@ -218,7 +220,7 @@ def _output(net: Network, st: State, member: int, lanes: int) -> None:
     )
 
 
-@kernel
+@inlined
 def forward(member: int, net: Network, st: State) -> int:
     """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED, LATE or LOST."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
@@ -231,18 +233,18 @@ def forward(member: int, net: Network, st: State) -> int:
     low, high = portion(st.cuts, hidden, 8, member)
     _embed(net, st, member, lanes)
     for layer in range(net.layers):
-        _note(st, layer, member, _START)
-        since = clock_ns() if layer == 0 else _answered(st)
+        _note(st.times, layer, member, _START)
+        since = clock_ns() if layer == 0 else _answered(st.present, st.record_at)
         normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
         ready_at = ready(net.kinds[layer, Q], address_of(h), prepared_at, hidden, panels, lanes)
         _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes, ready_at)
         _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes, ready_at)
         _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes, ready_at)
-        _count(st, member, since)
+        _count(st.busy, member, since)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
-        _note(st, layer, member, _QKV)
+        _note(st.times, layer, member, _QKV)
         if lanes == 1:
             attend_one(net, st, layer, member)
         else:
@@ -250,7 +252,7 @@ def forward(member: int, net: Network, st: State) -> int:
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
-        _note(st, layer, member, _ATTENTION)
+        _note(st.times, layer, member, _ATTENTION)
         since = passed(st.barrier_at)
         attended = st.att
         if lanes == 1:
@@ -271,25 +273,26 @@ def forward(member: int, net: Network, st: State) -> int:
             lanes,
             scratch_at,
         )
-        _count(st, member, since)
+        _count(st.busy, member, since)
         result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
         if result != DONE:
             return result
         for i in range(count):
             x[i] += st.proj[i]
         normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
-        _note(st, layer, member, _OUTPUT)
+        _note(st.times, layer, member, _OUTPUT)
         if net.predicts and lanes == 1 and (layer == 0 or not net.ahead):
             result = predict(net, st, layer, member)
             if result != DONE:
                 return result
-        _note(st, layer, member, _PREDICTOR)
+        _note(st.times, layer, member, _PREDICTOR)
         sequence = st.job[SEQUENCE] + layer + 1
         if member == 0:
             _post(st, sequence, layer, h, count, lanes)
             if st.job[CAPTURE] != 0:
-                st.captured[layer, :count] = h[:count]
-        _note(st, layer, member, _POST)
+                for i in range(count):
+                    st.captured[layer, i] = h[i]
+        _note(st.times, layer, member, _POST)
         if net.ahead and lanes == 1 and layer + 1 < net.layers:
             result = predict(net, st, layer + 1, member)
             if result != DONE:

@@ -12,16 +12,10 @@ from warmfront.shared.jit import kernel
 from warmfront.shared.kernels import AHEAD_BYTES, dot, quantise, row_stride
 from warmfront.shared.weights import Kind
 
-__all__ = ["address_of", "linear", "normalise", "ready"]
+__all__ = ["linear", "normalise", "ready"]
 
 Floats = npt.NDArray[np.float32]
 _Q8 = int(Kind.Q8)
-
-
-@kernel
-def address_of(array: Any) -> Any:
-    """The address of an array, in compiled code."""
-    return array.ctypes.data
 
 
 @kernel

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from warmfront.coordinator.linear import address_of, linear, ready
+from warmfront.coordinator.linear import linear, ready
 from warmfront.coordinator.network import FC1, FC2, LOWBIT, Network, State
 from warmfront.coordinator.shares import portion
-from warmfront.shared.atomics import floats_at
+from warmfront.shared.atomics import address_of, floats_at
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.handoff import DONE, barrier
-from warmfront.shared.jit import kernel
+from warmfront.shared.jit import inlined, kernel
 from warmfront.shared.kernels import AHEAD_BYTES, quantise, row_stride, touch
 from warmfront.shared.lowbit import lowbit_dot
 from warmfront.shared.rows import ROWS, dot_rows
@@ -37,7 +37,7 @@ def _word(scores: Any, thresholds: Any) -> Any:
     return word
 
 
-@kernel
+@inlined
 def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> int:
     """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
     rank, kind = net.ranks[layer], net.kinds[layer, FC1]
@@ -77,7 +77,7 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_
     return DONE
 
 
-@kernel
+@inlined
 def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> None:
     bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
     q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from warmfront.shared.atomics import clock_ns, fetch_add, floats_at, pause
+from warmfront.shared.atomics import address_of, clock_ns, fetch_add, floats_at, pause
 from warmfront.shared.board import LEAVE
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import (
@@ -25,7 +25,7 @@ from warmfront.shared.ffn import (
 )
 from warmfront.shared.gemm import panels_of
 from warmfront.shared.handoff import DONE, announce, await_sequence, barrier
-from warmfront.shared.jit import kernel
+from warmfront.shared.jit import inlined, kernel
 from warmfront.shared.kernels import quantise, share
 
 __all__ = ["BUSY_NS", "BYTES", "FIRED", "HIT", "JOBS", "MEASURED", "NEURONS", "SELECTED", "Worker", "serve"]
@@ -91,7 +91,7 @@ class Worker(NamedTuple):
     barrier_spins: int
 
 
-@kernel
+@inlined
 def _owned_groups(w: Worker, member: int, layer: int, tokens: int) -> int:
     """List the groups that this worker owns in `layer`: slots, numbers, words of the mask; returns how many.
 
@@ -112,7 +112,7 @@ def _owned_groups(w: Worker, member: int, layer: int, tokens: int) -> int:
     return count
 
 
-@kernel
+@inlined
 def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> bool:
     """One token by `exact`; returns whether it was not aborted."""
     b, slots = w.bundles, w.owned[member]
@@ -133,30 +133,30 @@ def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> bool:
     for other in range(w.threads):
         count = w.opened_count[other, 0]
         start, end = max(low - first, 0), min(high - first, count)
-        sums_at, scratch_at = w.sums[member].ctypes.data, w.scratch[member].ctypes.data
+        sums_at, scratch_at = address_of(w.sums[member]), address_of(w.scratch[member])
         open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, q_at, sums_at, scratch_at)
         first += count
     return True
 
 
-@kernel
+@inlined
 def _compute(w: Worker, member: int, layer: int, groups: int, tokens: int) -> bool:
     """This thread's part of the job into its sums; returns whether it was not aborted."""
-    slots, sums_at, computed = w.owned[member], w.sums[member].ctypes.data, w.computed[member]
+    slots, sums_at, computed = w.owned[member], address_of(w.sums[member]), w.computed[member]
     if tokens > 1:
         low, high = share(groups, 1, member, w.threads)
-        scratch_at = w.scratch[member].ctypes.data
+        scratch_at = address_of(w.scratch[member])
         ids, firing = w.ids[member], w.firing[layer]
         dense_groups(w.bundles, slots, low, high, w.x_at, panels_of(tokens), sums_at, scratch_at, ids, firing)
         computed[_GATES] = computed[_NEURONS] = (high - low) * GROUP
         return True
-    q_at = quantise(w.x_at, w.quantised[member].ctypes.data, w.bundles.hidden)
+    q_at = quantise(w.x_at, address_of(w.quantised[member]), w.bundles.hidden)
     if w.exact:
         return _sparse(w, member, groups * GROUP, q_at)
     listed = w.listed[member]
     count = list_masked(w.words[member], groups, listed) if w.predicted else groups * GROUP
     low, high = share(count, 1, member, w.threads)
-    scratch_at = w.scratch[member].ctypes.data
+    scratch_at = address_of(w.scratch[member])
     computed[_GATES] = high - low
     computed[_NEURONS] = listed_neurons(
         w.bundles, slots, listed, low, high, w.skip, w.x_at, q_at, sums_at, scratch_at, w.bits[member]
@@ -167,7 +167,7 @@ def _compute(w: Worker, member: int, layer: int, groups: int, tokens: int) -> bo
     return True
 
 
-@kernel
+@inlined
 def _note_fired(w: Worker, layer: int, groups: int) -> None:
     """Join what the threads saw fire."""
     for i in range(groups):
@@ -177,16 +177,15 @@ def _note_fired(w: Worker, layer: int, groups: int) -> None:
         w.fired[layer, w.ids[0, i]] = word
 
 
-@kernel
+@inlined
 def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
     """Add up this thread's slice of all sums; the last thread to come announces the job done."""
     y = carray(floats_at(w.y_at), (size,))
     low, high = share(size, 16, member, w.threads)
-    y[low:high] = w.sums[0, low:high]
-    for other in range(1, w.threads):
+    for other in range(w.threads):
         part = w.sums[other]
         for i in range(low, high):
-            y[i] += part[i]
+            y[i] = y[i] + part[i] if other else part[i]
     if fetch_add(w.arrivals_at, 1) + 1 != w.threads * sequence:
         return
     gates, neurons, fired = 0, 0, 0

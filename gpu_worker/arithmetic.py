@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.shared.atomics import floats_at
+from warmfront.shared.atomics import address_of, floats_at
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.ffn import Bundles, dense_groups, list_masked, listed_neurons
 from warmfront.shared.gemm import LANES, panels_of
@@ -45,7 +45,7 @@ def add_masked(
     fired[:groups] = 0
     count, computed = list_masked(mask, groups, listed), 0
     for token in range(len(x)):
-        x_at, out_at = x[token].ctypes.data, out[token].ctypes.data
+        x_at, out_at = address_of(x[token]), address_of(out[token])
         out[token, :] = 0
         q_at = quantise(x_at, room.quantised_at, b.hidden)
         computed += listed_neurons(b, slots, listed, 0, count, sparse, x_at, q_at, out_at, room.scratch_at, fired)

@@ -8,6 +8,7 @@ than bound through ctypes, because a ctypes pointer would forbid caching of the 
 import platform
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -15,6 +16,7 @@ from numba.extending import intrinsic
 from warmfront.shared.jit import kernel
 
 __all__ = [
+    "address_of",
     "clock_ns",
     "fence",
     "fetch_add",
@@ -138,6 +140,12 @@ def _pointer_to(element: Any, llvm: Any) -> Any:
 floats_at = _pointer_to(types.float32, ir.FloatType())
 longs_at = _pointer_to(types.int64, I64)
 shorts_at = _pointer_to(types.uint16, ir.IntType(16))
+
+
+@kernel
+def address_of(array: Any) -> Any:
+    """The address of an array, in compiled code."""
+    return np.int64(array.ctypes.data)
 
 
 @kernel

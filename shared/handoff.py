@@ -24,6 +24,7 @@ Every wait also watches the abort word of its region: the supervisor sets it whe
 import numpy as np
 
 from warmfront.shared.atomics import (
+    address_of,
     clock_ns,
     fence,
     fetch_add,
@@ -140,7 +141,7 @@ def _sleep(line: int, seen: int) -> None:
     fetch_add(line + 8, 1)
     fence()
     if load_acquire(line) == seen:
-        futex_wait(line, seen, nap.ctypes.data)
+        futex_wait(line, seen, address_of(nap))
     fetch_add(line + 8, -1)
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.types.misc import unliteral
 
 from warmfront.shared.paths import cache_root
 
-__all__ = ["cache_is_cold", "compile_for", "kernel"]
+__all__ = ["cache_is_cold", "compile_for", "inlined", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
+_COMPILED = re.compile(r"^ *@(kernel|inlined|intrinsic)\b", re.MULTILINE)
 _IMPORT = re.compile(r"^from warmfront\.(\w+)\.(\w+) import", re.MULTILINE)
 # Caches that are kept, so that two installations do not make each other compile anew.
 _KEPT = 4
@@ -31,7 +33,7 @@ _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 def _cache_folder() -> Path:
     top = Path(__file__).parent.parent
     sources = [source for package in _PACKAGES for source in (top / package).glob("*.py")]
-    compiled = {source for source in sources if re.search("jit import kernel|@intrinsic", source.read_text())}
+    compiled = {source for source in sources if _COMPILED.search(source.read_text())}
     # Constants and types that compiled code imports are compiled in.
     imported = {top / package / f"{module}.py" for c in compiled for package, module in _IMPORT.findall(c.read_text())}
     digest = hashlib.sha256(numba.__version__.encode())
@@ -53,6 +55,16 @@ def compile_for(function: Any, *arguments: object) -> None:
     function.compile(tuple(numba.typeof(argument) for argument in arguments))
 
 
+def inlined(function: F) -> F:
+    """Compile `function` into its callers, at each call, not by itself.
+
+    A kernel is optimised anew within each kernel that calls it, and again within that one's callers; and each hands its
+    arguments on field by field, hundreds for a tuple of arrays. So what has one caller is inlined.
+    """
+    piece: F = numba.njit(inline="always")(function)
+    return piece
+
+
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if not _FOLDER.exists():
@@ -62,7 +74,12 @@ def kernel(function: F) -> F:
     previous = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_FOLDER)
     try:
-        compiled: F = numba.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
+        compiled: Any = numba.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
     finally:
         numba.config.CACHE_DIR = previous
-    return compiled
+    resolve = compiled.get_call_template
+    # numba would compile it anew for every constant that a caller passes.
+    compiled.get_call_template = lambda args, kws: resolve(
+        tuple(map(unliteral, args)), {name: unliteral(kind) for name, kind in kws.items()}
+    )
+    return compiled  # type: ignore[no-any-return]
