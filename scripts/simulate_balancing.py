@@ -87,7 +87,13 @@ DEVICES = {
     "h200": machine(400, 4800, 50),
     # The emulated GPU of bench_balancing.py on two cores, as it measured it; copies share the cores with all else.
     "emulation": Device(
-        cpus=[[247_000.0, 0.293]], gpu=[7_000.0, 0.082], coordinator_ns=39e6, link_gbs=7, stolen_ns=0.49, shared=True
+        cpus=[[179_000.0, 0.502]],
+        gpu=[208_000.0, 0.126],
+        coordinator_ns=52.5e6,
+        link_gbs=1.04,
+        stolen_ns=0.96,
+        shared=True,
+        deciding_ns=4.4e6,
     ),
 }
 
