@@ -1,4 +1,4 @@
-"""Compilation of the hot path: one decorator, one cache.
+"""Compilation of the hot path: kernels, what is inlined into them, one cache.
 
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into. So the
 cache folder carries a digest of all sources that hold compiled code, and of those that they import: a changed kernel

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+
+from warmfront.shared.jit import inlined, kernel
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "from warmfront.shared import jit; print(jit._FOLDER)"
@@ -24,6 +27,23 @@ from warmfront.shared.kernels import row_stride
 compile_for(row_stride, 0, 32)
 print(cache_is_cold(row_stride), row_stride.signatures == [(numba.int64, numba.int64)])
 """
+
+
+@kernel
+def _twice(number: int) -> int:
+    return 2 * number
+
+
+@inlined
+def _sum_of_twos(number: int) -> int:
+    if number > 100:
+        return 0
+    return _twice(2) + _twice(number)
+
+
+@kernel
+def _sum(number: int) -> int:
+    return _sum_of_twos(number) + _twice(3)
 
 
 @pytest.fixture
@@ -89,3 +109,9 @@ def test_what_matters(copy: Path, source: str, matters: bool) -> None:
     before = run(FOLDER, copy)
     append(copy / source)
     assert (run(FOLDER, copy) != before) == matters
+
+
+def test_a_constant_makes_no_kernel_of_its_own_and_what_is_inlined_none() -> None:
+    assert [_sum(5), _sum(101)] == [2 * (2 + 5 + 3), 2 * 3]
+    assert _twice.signatures == [(numba.int64,)]
+    assert _sum_of_twos.signatures == []
