@@ -16,6 +16,7 @@ import numba
 from numba.core.types.misc import unliteral
 
 from warmfront.shared.paths import cache_root
+from warmfront.shared.process import hold_interrupts
 
 __all__ = ["cache_is_cold", "compile_for", "inlined", "kernel"]
 
@@ -77,9 +78,11 @@ def kernel(function: F) -> F:
         compiled: Any = numba.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
     finally:
         numba.config.CACHE_DIR = previous
-    resolve = compiled.get_call_template
+    resolve, compile_now = compiled.get_call_template, compiled.compile
     # numba would compile it anew for every constant that a caller passes.
     compiled.get_call_template = lambda args, kws: resolve(
         tuple(map(unliteral, args)), {name: unliteral(kind) for name, kind in kws.items()}
     )
+    # LLVM calls back into Python, where a KeyboardInterrupt would be dropped.
+    compiled.compile = hold_interrupts()(compile_now)
     return compiled  # type: ignore[no-any-return]

@@ -38,24 +38,27 @@ class Terminal:
         deadline = time.monotonic() + timeout
         fresh = ""
         while wanted not in fresh:
-            ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{wanted!r} did not come within {timeout} s after {self.text!r}"
-            fresh += (piece := self._read())
-            self.text += piece
+            fresh += (piece := self._read(deadline, repr(wanted)))
             assert piece, f"ended before {wanted!r}: {self.text!r}"
         return fresh
 
-    def _read(self) -> str:
+    def _read(self, deadline: float, wanted: str) -> str:
+        """What is shown next; nothing if the other side is closed."""
+        ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
+        assert ready, f"{wanted} did not come in time after {self.text!r}"
         try:
-            return os.read(self._master, 4096).decode(errors="replace")
-        except OSError:  # the other side is closed
+            piece = os.read(self._master, 4096).decode(errors="replace")
+        except OSError:
             return ""
+        self.text += piece
+        return piece
 
     def wait(self, timeout: float = 10) -> int:
         """The exit code; what is still shown is read."""
-        while piece := self._read():
-            self.text += piece
-        return self.process.wait(timeout)
+        deadline = time.monotonic() + timeout
+        while self._read(deadline, "the end"):
+            pass
+        return self.process.wait(max(0.1, deadline - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self

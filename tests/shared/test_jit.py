@@ -27,6 +27,30 @@ from warmfront.shared.kernels import row_stride
 compile_for(row_stride, 0, 32)
 print(cache_is_cold(row_stride), row_stride.signatures == [(numba.int64, numba.int64)])
 """
+# Ctrl-C while LLVM compiles.
+PRESSED = """
+import signal
+from numba import types
+from numba.extending import intrinsic
+from warmfront.shared.jit import kernel
+
+@intrinsic
+def press(context):
+    def build(context, builder, signature, arguments):
+        signal.raise_signal(signal.SIGINT)
+        return context.get_dummy_value()
+    return types.void(), build
+
+@kernel
+def pressed():
+    press()
+
+try:
+    pressed()
+except KeyboardInterrupt:
+    print("interrupted with", len(pressed.signatures), "compiled")
+pressed()
+"""
 
 
 @kernel
@@ -115,3 +139,9 @@ def test_a_constant_makes_no_kernel_of_its_own_and_what_is_inlined_none() -> Non
     assert [_sum(5), _sum(101)] == [2 * (2 + 5 + 3), 2 * 3]
     assert _twice.signatures == [(numba.int64,)]
     assert _sum_of_twos.signatures == []
+
+
+def test_ctrl_c_waits_for_the_compilation(copy: Path) -> None:
+    """In LLVM's callbacks it would be dropped."""
+    (copy.parent / "pressed.py").write_text(PRESSED)
+    assert run("import pressed", copy) == ["interrupted", "with", "1", "compiled"]
