@@ -153,6 +153,8 @@ class Balance:
         limit = picture.times(even).max(0) * (1 + self.tuning.band)
         now = picture.times(loads)
         uneven = now.max(0) > limit
+        if not (uneven.any() or arrived.any()):
+            return
         for worker in np.flatnonzero(~homes):
             takes = situation.resident[worker] & homes[owner] & (uneven[:, None] | arrived[worker])
             takes = picture.fill(even[worker] - loads[worker], takes)
@@ -167,13 +169,13 @@ class Balance:
         situation, home, expected = picture.situation, picture.home, picture.expected
         homes = situation.homes
         loads, even = picture.loads(ahead), picture.even(expected.sum(1))
-        room = np.where(homes[:, None], 0.0, even - loads)
         limit = picture.times(even).max(0) * (1 + self.tuning.band)
         slow = homes[:, None] & (picture.times(loads) > limit)
+        if not budget or homes.all() or not slow.any():
+            return _table([]), _table([]), np.empty(0)
+        room = np.where(homes[:, None], 0.0, even - loads)
         held = np.asarray((situation.resident | situation.coming)[~homes].any(0))
         wanted = ~held & slow[home, np.arange(len(home))[:, None]]
-        if not budget or homes.all() or not wanted.any():
-            return _table([]), _table([]), np.empty(0)
         wanted = picture.fill(np.maximum(room, 0).sum(0), wanted)
         # What a copy saves: its bytes at its home's pace. What lies beyond the balance saves nothing.
         saves = expected * situation.costs[home, 1]
