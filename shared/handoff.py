@@ -142,6 +142,7 @@ def _sleep(line: int, seen: int) -> None:
     fence()
     if load_acquire(line) == seen:
         futex_wait(line, seen, address_of(nap))
+        nap[1] = 0  # an array is freed after its last use, and its address is none
     fetch_add(line + 8, -1)
 
 

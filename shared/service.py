@@ -2,9 +2,9 @@
 
     Hello -> wait for Plan -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest and Move -> Shutdown
 
-Before it is ready, SIGTERM is what ends it: an import or a compilation hears no message. The main thread talks to the
-coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is
-sent as a `Failure` before the process leaves with exit code 1.
+The main thread talks to the coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is sent
+as a `Failure` before the process leaves with exit code 1. Before it is ready, SIGTERM is what ends it: an import or a
+compilation hears no message.
 """
 
 import os
