@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.network import POSITION, TOKENS, Network, State
+from warmfront.coordinator.network import POSITION, SPOILED, TOKENS, Network, State
 from warmfront.coordinator.shares import portion
 from warmfront.shared.activation import exponentials, highest_of, softmax_panel
 from warmfront.shared.atomics import address_of, floats_at, shorts_at
@@ -26,6 +26,8 @@ __all__ = ["attend_one", "attend_panels", "cache", "join", "rotate"]
 # Positions whose values are widened at a time.
 _ROWS = 64
 _F16 = int(Kind.F16)
+# All ones in infinities and NaN.
+_F16_EXPONENT = 0x7C00
 Floats = npt.NDArray[np.float32]
 
 
@@ -57,10 +59,14 @@ def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int)
 
 @kernel
 def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
-    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache."""
+    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache.
+
+    Notes in the job if one is not finite: it would reach texts that later share the place (`KvCache.forget`).
+    """
     rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
     size = 2 if st.cache_kind == _F16 else 4
     step = (net.head_dim + 31) // 32 * 32 * size
+    spoiled = False
     for panel in range((tokens + lanes - 1) // lanes):
         position = st.job[POSITION] + panel * lanes
         some = min(lanes, tokens - panel * lanes)
@@ -71,14 +77,19 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
             for lane in range(some):
                 place = at + lane * step + column * size
                 if size == 2:
-                    carray(shorts_at(place), (1,))[0] = to_half(source[lane])
+                    bits = to_half(source[lane])
+                    carray(shorts_at(place), (1,))[0] = bits
+                    spoiled |= bits & _F16_EXPONENT == _F16_EXPONENT
                 else:
                     carray(floats_at(place), (1,))[0] = source[lane]
+                    spoiled |= not np.isfinite(source[lane])
             column += 1
             if column == net.head_dim:
                 column = 0
                 head += 1
                 at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
+    if spoiled:
+        st.job[SPOILED] = 1
 
 
 @inlined

@@ -14,7 +14,7 @@ from typing import Any
 
 from warmfront.coordinator.bandwidth import Bandwidth
 from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.kv_cache import cache_bytes
+from warmfront.coordinator.footprint import cache_bytes
 from warmfront.shared.errors import UsageError
 
 __all__ = ["measure", "render"]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.choices import choose_cores, choose_gpu
 from warmfront.coordinator.expected import firing_of, load_of
+from warmfront.coordinator.footprint import cache_bytes, scratch_bytes
 from warmfront.coordinator.network import LOST
 from warmfront.coordinator.placement import bytes_by_node, most_active, place_homes
 from warmfront.coordinator.plan_file import read_plan
@@ -59,7 +60,7 @@ class Crew:
         self, model: PackedModel, config: EngineConfig, selector: str, context: int, attention: str, profiles: bool
     ) -> None:
         self.model, self.config, self.selector = model, config, selector
-        self.context, self.attention, self._profiles = context, attention, profiles
+        self.context, self.attention, self.profiles = context, attention, profiles
         self.lowbit: Lowbit | None = None
         self.cores: CorePlan
         self.board: Board
@@ -81,7 +82,7 @@ class Crew:
 
     def _launch(self, cores: CorePlan, gpu: str | None, say: Say) -> None:
         """Make the board, start the workers and the team."""
-        self._check_memory()
+        self._check_memory(cores, gpu)
         for note in cores.notes:
             say(note)
         self.cores = cores
@@ -94,8 +95,8 @@ class Crew:
         spec, layout = self.model.spec, self.model.layout
         self._home = place_homes(layout.groups, spec.layers, worker_speeds(cores))
         self._check_nodes(cores, say)
-        most = min(MAX_TOKENS, -(-self.context // LANES) * LANES)
-        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self._profiles))
+        most = self._max_tokens
+        sizes = BoardSizes(len(modules), spec.layers, layout.groups, spec.hidden, most, int(self.profiles))
         fd = create_shared("warmfront-board", sizes.total)
         self._closing.callback(os.close, fd)
         self.board = Board.create(map_shared(fd), sizes)
@@ -253,13 +254,28 @@ class Crew:
         for node, need in bytes_by_node(cores, self._home, group_bytes, max(0, others)).items():
             ensure_free(node, need)
 
-    def _check_memory(self) -> None:
-        need = sum(entry.nbytes for entry in self.model.entries.values())
-        have = read_topology().available_bytes
+    @property
+    def _max_tokens(self) -> int:
+        """Tokens of the longest job."""
+        return min(MAX_TOKENS, -(-self.context // LANES) * LANES)
+
+    def _check_memory(self, cores: CorePlan, gpu: str | None) -> None:
+        """Refuse what would be killed for want of memory, perhaps in the middle of an answer."""
+        spec, layout = self.model.spec, self.model.layout
+        needs = {"weights": sum(entry.nbytes for entry in self.model.entries.values())}
+        if not self.attention.startswith("cuda"):
+            scratch = scratch_bytes(spec, self.context, len(cores.coordinator), self._max_tokens)
+            needs[f"a context of {self.context} tokens"] = cache_bytes(self.model, self.context) + scratch
+        if gpu == "host":
+            slots = spec.layers * layout.groups * layout.group_bytes
+            budget = self.config.vram_budget
+            needs["the emulated GPU"] = slots if budget is None else min(slots, budget)
+        need, have = sum(needs.values()), read_topology().available_bytes
         if need > have:
+            parts = ", ".join(f"{size / 1e9:.2f} for {what}" for what, size in needs.items())
             raise ResourceError(
-                f"{self.model.spec.name} needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB of memory are free: "
-                "use a smaller --dtype or a smaller model"
+                f"{spec.name} needs {need / 1e9:.2f} GB ({parts}), {have / 1e9:.2f} GB of memory are free: "
+                "pass a smaller --ctx or --dtype, or use a smaller model"
             )
 
     def _forget(self) -> None:
@@ -288,6 +304,7 @@ class Crew:
 
         Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
         """
+        self.team.check()
         self.supervisor.check()
         self.front.boundary()
         while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:

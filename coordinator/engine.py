@@ -4,12 +4,17 @@
         for token in engine.generate("The lighthouse keeper", max_new_tokens=32):
             print(token.text, end="")
 
-An engine owns its worker processes, its team of threads and the board between them; `close` ends them all. It is
-used from one thread at a time.
+An engine owns its worker processes, its team of threads and the board between them; `close` ends them all. It computes
+one text at a time: what begins a text (`generate`, `decode_ids`, ...) ends those begun before, which then raise
+UsageError, also from other threads. A process that was forked has no use of it.
 """
 
 import contextlib
+import os
+import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +64,15 @@ def _no_progress(_what: str, _done: int, _total: int) -> None:
     pass
 
 
+def _close_dropped(closing: contextlib.ExitStack, owner: int) -> None:
+    """End what an engine that nobody closed has left running, unless this process was forked from its owner."""
+    if os.getpid() == owner:
+        closing.close()
+        warnings.warn(
+            "an engine was not closed: call close(), or use it in a with block", ResourceWarning, stacklevel=2
+        )
+
+
 class Engine:
     """A loaded model and everything that runs it: made by `Engine.load`, ended by `close` or a with block."""
 
@@ -71,6 +85,7 @@ class Engine:
         self.attention = choose_attention(config, self.selector)
         self.stats = Stats()
         self._closed = False
+        self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
         self._decoded, self._measures = 0, False
         self._crew = Crew(model, config, self.selector, self.context, self.attention, profiles)
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
@@ -78,6 +93,7 @@ class Engine:
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
         self._closing.callback(self._crew.close)
+        self._dropped = weakref.finalize(self, _close_dropped, self._closing, os.getpid())
 
     @classmethod
     def load(
@@ -139,20 +155,24 @@ class Engine:
     @property
     def cores(self) -> CorePlan:
         """Who runs on which cpus."""
+        self._check_open()
         return self._crew.cores
 
     @property
     def front(self) -> "Front":
         """Who holds and who computes which neurons."""
+        self._check_open()
         return self._crew.front
 
     @property
     def lowbit(self) -> "Lowbit | None":
         """The copies of the gates, with the selector lowbit."""
+        self._check_open()
         return self._crew.lowbit
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:
         """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
+        self._check_open()
         return self._crew.expected_bytes()
 
     def _calibrate(self, lowbit: "Lowbit", say: Say) -> None:
@@ -168,14 +188,20 @@ class Engine:
 
         Only with the selector lowbit. What exceeds the context is computed as a text of its own.
         """
-        self.reset()
-        most, inputs = min(self._crew.board.sizes.max_tokens, self.context), []
-        for at in range(0, len(ids), most):
-            some = list(ids[at : at + most])
-            if len(self._cached) + len(some) > self.context:
-                self.reset()
-            self._run(some, False, capture=True)
-            inputs.append(self._crew.team.captured(len(some)))
+        self._check_open()
+        if self._crew.lowbit is None:
+            raise UsageError(
+                "the feed-forward inputs are kept for the selector lowbit only: load with selector='lowbit'"
+            )
+        most = min(self._crew.board.sizes.max_tokens, self.context)
+        inputs: list[npt.NDArray[np.float32]] = []
+        with self._text() as turn:
+            for at in range(0, len(ids), most):
+                some = list(ids[at : at + most])
+                if not inputs or len(self._cached) + len(some) > self.context:
+                    self._forget(0)
+                self._run(turn, some, False, capture=True)
+                inputs.append(self._crew.team.captured(len(some)))
         return np.concatenate(inputs, axis=1)
 
     def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -183,10 +209,14 @@ class Engine:
 
         Only of an engine that profiles, without a GPU.
         """
-        self.reset()
-        # A single token would take the way of decoding, which does not note this.
-        self._run([*ids, ids[0]] if len(ids) == 1 else list(ids), False)
-        return self._fired(len(ids))
+        self._check_open()
+        if not self._crew.profiles:
+            raise UsageError("this engine does not note which neurons fire: load it with Engine.for_profiling")
+        with self._text() as turn:
+            self._forget(0)
+            # A single token would take the way of decoding, which does not note this.
+            self._run(turn, [*ids, ids[0]] if len(ids) == 1 else list(ids), False)
+            return self._fired(len(ids))
 
     def _fired(self, tokens: int) -> npt.NDArray[np.bool_]:
         """Of the last job, from the board's [layers, groups, 32, panels] of 16 tokens a word."""
@@ -213,7 +243,8 @@ class Engine:
         sampler = Sampler(sampling or Sampling())
         text, stops = self.tokenizer.stream(), StopText(stop)
         self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids))
-        logits = self._prefill(ids)
+        with self._text() as turn:
+            logits = self._prefill(turn, ids)
         first_at = time.monotonic()
         answer: list[int] = []
         while len(answer) < max_new_tokens:
@@ -230,81 +261,134 @@ class Engine:
             yield Token(token, piece + stops.rest() if last else piece)
             if last or stops.found:
                 return
-            logits = self.step(token)
+            logits = self._step(turn, token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        vocab = self.model.spec.vocab
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise UsageError("the prompt is empty: give at least one token")
-        if wrong := [token for token in ids if not 0 <= token < vocab]:
-            raise UsageError(f"token id {wrong[0]} is outside the vocabulary of {vocab}")
+        self._check_ids(ids)
         if len(ids) >= self.context:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.context} with the answer: "
                 "shorten it or pass a larger --ctx"
             )
-        return ids
+        return [int(token) for token in ids]
 
     def decode_ids(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` greedy tokens that follow `ids` after the first, past any end of the text: for measurements."""
+        ids = self.prompt_ids(ids)
         self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids), new_tokens=count + 1)
-        logits, answer = self._prefill(self.prompt_ids(ids)), []
-        started = time.monotonic()
-        for _ in range(count):
-            answer.append(int(np.argmax(logits)))
-            logits = self.step(answer[-1])
+        with self._text() as turn:
+            self._check_room(len(ids), count)
+            logits, answer = self._prefill(turn, ids), []
+            started = time.monotonic()
+            for _ in range(count):
+                answer.append(int(np.argmax(logits)))
+                logits = self._step(turn, answer[-1])
         self.stats.decode_s = time.monotonic() - started
         return answer
 
     def forced_logits(self, ids: Sequence[int], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
-        """Teacher forcing: prefill the first `prefill` tokens, then decode the rest one at a time.
+        """Teacher forcing: prefill the first `prefill` tokens, at least one, then decode the rest one at a time.
 
         Yields float32 [vocab] logits after the prefill and after each further token: how quality is measured, since
         prefill alone is dense and never takes the sparse path.
         """
         ids = self.prompt_ids(ids)
-        self.reset()
-        yield self._prefill(ids[:prefill]).copy()
+        if not 1 <= prefill <= len(ids):
+            raise UsageError(f"a prefill of {prefill} of {len(ids)} tokens: there are no logits before the first")
+        with self._text() as turn:
+            self._forget(0)
+            logits = self._prefill(turn, ids[:prefill]).copy()
+        yield logits
         for token in ids[prefill:]:
-            yield self.step(token).copy()
+            yield self._step(turn, token).copy()
 
-    def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Logits after `ids`; what the cache already holds of them is not computed again."""
+    def step(self, token: int) -> npt.NDArray[np.float32]:
+        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job.
+
+        Raises UsageError for a token outside the vocabulary and when the context is full.
+        """
+        with self._text() as turn:
+            return self._step(turn, token)
+
+    @contextlib.contextmanager
+    def _text(self) -> Iterator[int]:
+        """Begin a text, or go on with what the cache holds, alone: other threads wait, older texts are over."""
         self._check_open()
+        with self._lock:
+            self._turn += 1
+            yield self._turn
+
+    def _prefill(self, turn: int, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits after `ids`; what the cache already holds of them is not computed again."""
         started = time.monotonic()
-        known = 0
-        while known < min(len(self._cached), len(ids) - 1) and self._cached[known] == ids[known]:
+        known, most = 0, min(len(self._cached), len(ids) - 1, self._crew.team.clean)
+        while known < most and self._cached[known] == ids[known]:
             known += 1
-        del self._cached[known:]
+        self._forget(known)
         most = self._crew.board.sizes.max_tokens
         while len(self._cached) < len(ids):
             at = len(self._cached)
-            self._run(ids[at : at + most], at + most >= len(ids))
+            self._run(turn, ids[at : at + most], at + most >= len(ids))
         self.stats.prefilled = len(ids) - known
         self.stats.prefill_s = time.monotonic() - started
         return self._logits
 
-    def step(self, token: int) -> npt.NDArray[np.float32]:
-        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
+    def _step(self, turn: int, token: int) -> npt.NDArray[np.float32]:
         measure = self._measures and self._decoded % _MEASURE_EVERY == 0
         self._decoded += 1
-        self._run([token], True, measure=measure)
+        self._run(turn, [token], True, measure=measure)
         return self._logits
 
-    def _run(self, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False) -> None:
-        with hold_interrupts():
+    def _run(
+        self, turn: int, tokens: list[int], want_logits: bool, *, measure: bool = False, capture: bool = False
+    ) -> None:
+        """Run `tokens` behind what the cache holds, for the text that began with `turn`.
+
+        Compiled code checks no bounds, so all are checked here.
+        """
+        self._check_open()
+        with self._lock, hold_interrupts():
             self._check_open()
+            if turn != self._turn:
+                raise UsageError("this text is over: another one was begun with the same engine, which computes one")
             at = len(self._cached)
+            self._check_room(at, len(tokens))
+            if not 0 < len(tokens) <= self._crew.board.sizes.max_tokens:
+                raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self._crew.board.sizes.max_tokens}")
+            self._check_ids(tokens)
             self._crew.run(tokens, at, want_logits, measure=measure, capture=capture)
             if self._trace is not None:
                 self._trace.note(at, len(tokens), *self.times())
             self._cached += tokens
 
+    def _check_room(self, at: int, tokens: int) -> None:
+        if at + tokens > self.context:
+            raise UsageError(
+                f"{tokens} tokens behind the first {at}, but the context holds {self.context}: pass a larger --ctx"
+            )
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocab = self.model.spec.vocab
+        for token in ids:
+            if not isinstance(token, int | np.integer):
+                raise UsageError(f"token id {token!r} is not a whole number")
+            if not 0 <= token < vocab:
+                raise UsageError(f"token id {token} is outside the vocabulary of {vocab}")
+
+    def _forget(self, position: int) -> None:
+        """Drop what the KV cache holds from `position` on."""
+        del self._cached[position:]
+        self._crew.team.forget(position)
+
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this engine is closed: load the model again")
+        if os.getpid() != self._owner:
+            raise UsageError(f"this engine belongs to process {self._owner}: load the model in this one")
 
     @property
     def _logits(self) -> npt.NDArray[np.float32]:
@@ -326,6 +410,7 @@ class Engine:
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """When what of the last job was done: see `Team.times`."""
+        self._check_open()
         return self._crew.team.times()
 
     def reports(self) -> Mapping[str, LoadReport]:
@@ -335,11 +420,13 @@ class Engine:
 
     def device_memory(self) -> dict[str, int]:
         """Bytes of the GPU worker's memory by purpose; empty without one."""
+        self._check_open()
         readies = self._crew.supervisor.readies.items()
         return {what: size for name, ready in readies if name.startswith("gpu") for what, size in ready.ledger.items()}
 
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and measured."""
+        self._check_open()
         measured = np.array([report.measured for report in self._crew.supervisor.reports().values()])
         if self.selector not in PREDICTING or not self.model.spec.sparse or not measured[0, 0]:
             return None
@@ -369,7 +456,8 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the KV cache: the next prompt is computed from its first token."""
-        self._cached.clear()
+        with self._text():
+            self._forget(0)
 
     def close(self) -> None:
         """End the workers and the team; may be called twice."""
@@ -378,7 +466,8 @@ class Engine:
             transfers = self.front.transfers if hasattr(self._crew, "front") else ()
             self._closing.callback(self._trace.close, pids, transfers)
         self._closed = True
-        self._closing.close()
+        if self._dropped.detach() is not None:
+            self._closing.close()
 
     def __enter__(self) -> Self:
         return self

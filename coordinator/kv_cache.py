@@ -7,34 +7,25 @@ from typing import Any
 
 import numpy.typing as npt
 
+from warmfront.coordinator.footprint import cache_bytes, cache_kind, head_bytes
 from warmfront.coordinator.shares import portion
 from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.gemm import LANES
 from warmfront.shared.memory import address, anonymous
 from warmfront.shared.numa import bind
 from warmfront.shared.store import PackedModel
-from warmfront.shared.weights import Kind
 
-__all__ = ["KvCache", "cache_bytes"]
-
-
-def _head_bytes(model: PackedModel, context: int) -> tuple[Kind, int]:
-    """Weight type, and bytes of one head's keys of one layer."""
-    kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
-    padded = -(-model.spec.head_dim // 32) * 32
-    return kind, context * padded * (4 if kind == Kind.F32 else 2)
-
-
-def cache_bytes(model: PackedModel, context: int) -> int:
-    """Bytes of the cache for `context` tokens."""
-    return 2 * model.spec.layers * model.spec.kv_heads * _head_bytes(model, context)[1]
+__all__ = ["KvCache"]
 
 
 class KvCache:
-    """`kind`: its weight type; `keys_at`, `values_at`: addresses."""
+    """`kind`: its weight type; `keys_at`, `values_at`: addresses. `clean`: no row before this position is spoiled."""
 
     def __init__(self, model: PackedModel, context: int, cores: CorePlan, cuts: npt.NDArray[Any]) -> None:
-        self.kind, head = _head_bytes(model, context)
+        self.kind, head = cache_kind(model), head_bytes(model, context)
+        self.clean = self._context = context
+        self._spoiled_end = 0
+        self._shape = model.spec.layers * model.spec.kv_heads, context, head // context
         # The last head is read in sixteens of positions.
         size = cache_bytes(model, context) // 2 + head // context * LANES
         self._arrays = anonymous(size), anonymous(size)
@@ -48,3 +39,23 @@ class KvCache:
             for layer in range(model.spec.layers):
                 for array in self._arrays:
                     bind(array[(layer * heads + low) * head : (layer * heads + high) * head], node)
+
+    def spoil(self, position: int, tokens: int) -> None:
+        """A job of `tokens` from `position` on has written keys or values that are not finite."""
+        self.clean = min(self.clean, position)
+        self._spoiled_end = max(self._spoiled_end, position + tokens)
+
+    def forget(self, position: int) -> None:
+        """The text ends at `position` now: zero what is spoiled behind it.
+
+        Rows are read in sixteens, also those behind the end, whose weight is 0; and 0 times infinity is NaN.
+        """
+        first, end = max(position, self.clean), self._spoiled_end
+        if first >= end:
+            return
+        heads, context, stride = self._shape
+        for array in self._arrays:
+            array[: heads * context * stride].reshape(heads, context, stride)[:, first:end] = 0
+        self._spoiled_end = first
+        if first == self.clean:
+            self.clean = self._context

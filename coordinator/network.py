@@ -10,6 +10,7 @@ __all__ = [
     "POSTED",
     "ROLES",
     "SEQUENCE",
+    "SPOILED",
     "STEPS",
     "TOKENS",
     "WANT_LOGITS",
@@ -20,8 +21,9 @@ __all__ = [
 # Columns of Network.weights and Network.kinds.
 ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias", "fc1", "fc2", "lowbit")
 ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, FC1, FC2, LOWBIT = range(len(ROLES))
-# Words of State.job. Sequence numbers on the board: SEQUENCE before the job, POSTED so far.
-TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE, POSTED = range(7)
+# Words of State.job. Sequence numbers on the board: SEQUENCE before the job, POSTED so far. SPOILED: not 0 once the job
+# has written a key or value that is not finite.
+TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE, POSTED, SPOILED = range(8)
 # What a job of the team ends with beside the results of a wait (`shared/handoff.py`): a worker has died.
 LOST = 3
 # Columns of State.times: when the team's first thread was done with each part of a layer.

@@ -1,12 +1,12 @@
 """The coordinator's team of resident threads: holds the attention weights and the KV cache, runs `forward`."""
 
-import math
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.footprint import chunks_of, scratch_shapes
 from warmfront.coordinator.forward import serve_team
 from warmfront.coordinator.kv_cache import KvCache
 from warmfront.coordinator.lowbit import Lowbit
@@ -18,6 +18,7 @@ from warmfront.coordinator.network import (
     POSTED,
     ROLES,
     SEQUENCE,
+    SPOILED,
     STEPS,
     TOKENS,
     WANT_LOGITS,
@@ -30,7 +31,7 @@ from warmfront.shared.board import Board
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.core_plan import CorePlan
-from warmfront.shared.errors import WorkerError
+from warmfront.shared.errors import WarmfrontError, WorkerError
 from warmfront.shared.gemm import LANES
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
 from warmfront.shared.jit import compile_for
@@ -137,20 +138,11 @@ class Team:
 
     def _prepare(self) -> State:
         spec, board, members = self._model.spec, self._board, len(self._cpus)
-        width = spec.heads * spec.head_dim
-        most = board.sizes.max_tokens
-        lines = address(self._lines)
-        widest = max(spec.hidden, width)
-        scores = spec.heads // spec.kv_heads * (self._context + LANES) * LANES
-        rank = int(self._network.ranks.max())
+        most, lines = board.sizes.max_tokens, address(self._lines)
+        shapes = scratch_shapes(spec, self._context, members, most)
+        widest, rank = shapes["scratch"][1] // 8, int(self._network.ranks.max())
         prepared = max(quantised_bytes(max(widest, rank)), 2 * most * widest)
-        # As many chunks of the positions as make the key-value heads divide evenly over the threads.
-        chunks = members // math.gcd(members, spec.kv_heads)
         captured = (spec.layers, most * spec.hidden) if self._lowbit is not None else (0, 0)
-
-        def floats(*shape: int) -> npt.NDArray[np.float32]:
-            return zeros(shape, np.float32)
-
         return State(
             members=members,
             cuts=self._shares.cuts,
@@ -158,22 +150,12 @@ class Team:
             job=np.zeros(16, np.int64),
             tokens=np.zeros(most, np.int64),
             status=np.zeros(members, np.int64),
-            x=floats(members, most * spec.hidden),
-            h=floats(members, most * widest),
-            qkv=floats(most * (width + 2 * spec.kv_heads * spec.head_dim)),
-            att=floats(most * width),
-            proj=floats(most * spec.hidden),
-            scores=floats(members, scores),
-            chances=floats(members, scores // 2),
-            chunks=chunks,
-            partial=floats(chunks, width),
-            tops=floats(chunks, spec.heads),
-            totals=floats(chunks, spec.heads),
-            scratch=floats(members, 8 * max(spec.hidden, width)),
+            chunks=chunks_of(spec, members),
+            **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
             prepared=zeros((members, prepared), np.uint8),
             logits=self.logits,
-            inner=floats(rank),
-            captured=floats(*captured),
+            inner=zeros(rank, np.float32),
+            captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
             keys_at=self._cache.keys_at,
@@ -217,7 +199,12 @@ class Team:
             self._serving[member].set()
             serve_team(member, self._network, self._state)
         except BaseException as error:
-            self._errors.append(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A thread is lost, and with it every later job: nobody may wait for it."""
+        self._errors.append(error)
+        self._board.abort[0] = 1
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, of how many."""
@@ -225,9 +212,25 @@ class Team:
 
     def ready(self) -> bool:
         """Whether every thread waits for jobs; raises the error of one that failed."""
-        if self._errors:
-            raise self._errors[0]
+        self.check()
         return all(serving.is_set() for serving in self._serving)
+
+    def check(self) -> None:
+        """Raise the error that ended a thread, if one did."""
+        if self._errors:
+            error = self._errors[0]
+            if isinstance(error, WarmfrontError):
+                raise error
+            raise WorkerError(f"a thread of the coordinator failed: {type(error).__name__}: {error}") from error
+
+    @property
+    def clean(self) -> int:
+        """No key or value before this position is infinite or NaN."""
+        return self._cache.clean
+
+    def forget(self, position: int) -> None:
+        """What the KV cache holds from `position` on is not of the text any more."""
+        self._cache.forget(position)
 
     def run(
         self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
@@ -238,15 +241,19 @@ class Team:
         Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
         KeyboardInterrupt waits for the job to end before it goes on.
         """
+        job = self._state.job
         self._state.tokens[: len(tokens)] = tokens
-        self._state.job[MEASURE], self._state.job[CAPTURE] = measure, capture
+        job[MEASURE], job[CAPTURE], job[SPOILED] = measure, capture, 0
         with hold_interrupts():
             self._post(len(tokens), position, want_logits)
             result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
+        if job[SPOILED]:
+            self._cache.spoil(position, len(tokens))
         if len(tokens) == 1:
             self._shares.token()
         if result == DONE and LATE in self._state.status:
-            raise WorkerError("a worker did not answer for two minutes")
+            self._fail(WorkerError("a worker did not answer for two minutes"))
+        self.check()
         return int(self._state.status[0]) if result == DONE else int(result)
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -52,6 +52,7 @@ class TorchTeam:
         self._model, self._board, self._gone = model, board, gone
         self._device, self._threads = device, len(cpus)
         self._predicts, self._ahead = selector == "lowrank", ahead
+        self.clean = self._context = context
         self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
         self._network = TorchNetwork(model, device, context, selector)
@@ -96,6 +97,14 @@ class TorchTeam:
         if self._error is not None:
             raise self._error
         return self._serving.is_set()
+
+    def check(self) -> None:
+        """As `Team.check`: jobs run in the caller's thread, so no other can be lost."""
+
+    def forget(self, position: int) -> None:
+        """What the KV cache holds from `position` on is not of the text any more; only what is of it is ever read."""
+        if position <= self.clean:
+            self.clean = self._context
 
     def run(
         self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
@@ -144,6 +153,8 @@ class TorchTeam:
             self._spans[layer] = [record[:2] for record in self._board.record]
         if want_logits:
             torch.from_numpy(self.logits).copy_(network.logits(x))
+            if not np.isfinite(self.logits).all():
+                self.clean = 0  # which keys and values are to blame is not known
         return DONE
 
     def _note(self, layer: int, step: str) -> None:

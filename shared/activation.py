@@ -27,8 +27,8 @@ def _every(value: float) -> Any:
 
 
 def _exp(b: Any, x: Any) -> Any:
-    """exp of 16 floats; below -87 it is the smallest normal number, which is as good as zero here."""
-    x = call(b, "llvm.minnum.v16f32", V16, x, _every(88.0))
+    """exp of 16 floats; below -87 it is the smallest normal number, which is as good as zero here. NaN stays NaN."""
+    given, x = x, call(b, "llvm.minnum.v16f32", V16, x, _every(88.0))
     x = call(b, "llvm.maxnum.v16f32", V16, x, _every(-87.0))
     n = call(b, "llvm.rint.v16f32", V16, b.fmul(x, _every(1 / math.log(2))))
     r = fma(b, n, _every(-0.693359375), x)
@@ -38,7 +38,9 @@ def _exp(b: Any, x: Any) -> Any:
         series = fma(b, series, r, _every(coefficient))
     result = b.fadd(fma(b, series, b.fmul(r, r), r), _every(1.0))
     power = b.shl(b.fptosi(n, vector(I32)), ir.Constant(vector(I32), [23] * LANES))
-    return b.bitcast(b.add(b.bitcast(result, vector(I32)), power), V16)
+    result = b.bitcast(b.add(b.bitcast(result, vector(I32)), power), V16)
+    # minnum takes NaN for a missing number: a score that is NaN would otherwise come out as exp(88).
+    return b.select(b.fcmp_unordered("uno", given, given), given, result)
 
 
 @intrinsic
@@ -113,7 +115,7 @@ def _silu_times(context, gates, ups, count):
 def activate(code: int, value: Any) -> Any:
     """The activation function ACTIVATIONS[code] of one float."""
     if code == _RELU:
-        return max(value, np.float32(0))
+        return np.float32(0) if value <= 0 else value  # NaN passes
     if code == _SILU:
         return value / (np.float32(1) + np.float32(math.exp(-value)))
     if code == _GELU:

@@ -7,7 +7,9 @@ Both check themselves and raise UsageError.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from warmfront.shared.errors import UsageError
 
@@ -60,6 +62,20 @@ def parse_slow(text: str | None) -> dict[str, float]:
     return slow
 
 
+def _check_types(config: Any) -> None:
+    """Raise UsageError for a field that is of another type than declared; numpy's numbers are numbers too."""
+    kinds: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}
+    for field in fields(config):
+        allowed, value = get_args(field.type) or (field.type,), getattr(config, field.name)
+        if isinstance(value, bool) and bool not in allowed:
+            good = False  # for Python it is a number
+        else:
+            good = any(isinstance(value, kinds.get(kind, kind)) for kind in allowed)
+        if not good:
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise UsageError(f"{field.name}={value!r}: it must be of type {names}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
@@ -101,6 +117,7 @@ class EngineConfig:
     slow: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.dtype not in DTYPES:
             raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.selector not in SELECTORS:
@@ -141,6 +158,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, good, wish in (
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),

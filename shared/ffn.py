@@ -7,6 +7,8 @@
               those whose gate is open
     prefill   several tokens: small GEMMs over whole groups    `dense_groups`
 
+A gate is open unless it is <= 0: one that is NaN passes, so that every selector and prefill show it alike.
+
 A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Results are added
 to float32 sums that belong to one thread, in the order of the list.
 """
@@ -190,7 +192,7 @@ def listed_neurons(
         ahead_at = _bundle(b, slots, listed[min(i + ahead, high - 1)])
         _touch_later(b, slots, listed, i, high)
         gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
-        if not skip or gate > 0:
+        if not skip or not gate <= 0:
             computed += 1
             mark(fired, neuron)
             factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
@@ -207,7 +209,7 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: in
     for neuron in range(low, high):
         ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
         gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, q_at, b.hidden, ahead_at)
-        if gate > 0:
+        if not gate <= 0:
             gates[count] = gate
             opened[count] = neuron
             count += 1
@@ -249,7 +251,7 @@ def _note_firing(gate_at: int, panels: int, neurons: int, ids: Ints, firing: Any
         for neuron in range(neurons):
             bits = 0
             for lane in range(LANES):
-                if gates[panel, neuron, lane] > 0:
+                if not gates[panel, neuron, lane] <= 0:
                     bits |= 1 << lane
             firing[ids[neuron // GROUP], neuron % GROUP, panel] = bits
 

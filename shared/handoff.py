@@ -105,7 +105,8 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
         if _reached(seen, sequence):
             return DONE
         if load_acquire(abort) != 0:
-            return ABORTED
+            # Who is gone may have answered between the two loads: all waiters must come to the same result.
+            return DONE if _reached(load_acquire(line), sequence) else ABORTED
         now = clock_ns()
         if deadline_ns != 0 and now > deadline_ns:
             return LATE

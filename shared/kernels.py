@@ -90,6 +90,9 @@ def byte_dot(
     blocks' minima in the same way. Two blocks at a time: bytes times bytes in one instruction, then one multiply-add by
     the scales, into two sums in turn, since one would wait for itself; what a number's zero adds, the block sums take
     back. Four blocks are read where fewer are left; what follows a row is multiplied by 0.
+
+    What lies behind the last block of either side is never used, only replaced by 0: the input's buffer serves vectors
+    of several lengths, so its padding may hold bytes of a longer one that read as NaN, and 0 * NaN is NaN.
     """
     blocks = b.udiv(cols, long(BLOCK))
     scales_at, sums_at = _quantised_parts(b, q, cols)
@@ -101,12 +104,13 @@ def byte_dot(
         valid = b.icmp_signed("<", lanes, splat(b, left))
         floats_at, halves_at = b.mul(first, long(4)), b.mul(first, long(2))
         scale = b.select(valid, scales(halves_at), nothing)
-        factors = b.fmul(scale, load(b, scales_at, floats_at, V16))
+        factors = b.fmul(scale, b.select(valid, load(b, scales_at, floats_at, V16), nothing))
         if callable(zero):
             offset = b.select(valid, zero(halves_at), nothing)
         else:
             offset = b.fmul(scale, ir.Constant(V16, [-float(zero)] * LANES))
-        b.store(fma(b, offset, load(b, sums_at, floats_at, V16), b.load(offsets)), offsets)
+        block_sums = b.select(valid, load(b, sums_at, floats_at, V16), nothing)
+        b.store(fma(b, offset, block_sums, b.load(offsets)), offsets)
         rounds = b.udiv(b.add(left, long(3)), long(4))
         rounds = b.select(b.icmp_signed("<", rounds, long(4)), rounds, long(4))
         with cgutils.for_range(b, rounds, intp=I64) as loop:
@@ -143,7 +147,7 @@ def quantised_bytes(cols: int) -> int:
     """Bytes of a quantised input: 15 bits a feature, x = (128 * high + low) * scale.
 
     int8 high parts and int8 low parts [cols padded to 64] each, of each two blocks the first halves, then the second
-    halves; float32 scales and float32 block sums [blocks padded to 16] each. What is padding stays zero.
+    halves; float32 scales and float32 block sums [blocks padded to 16] each. Padding is never written nor used.
     """
     return 2 * 64 * -(-cols // 64) + 2 * 64 * -(-cols // (16 * BLOCK))
 
@@ -164,6 +168,9 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any, scales_at: 
     halves = [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)]
     most = call(b, "llvm.maxnum.v16f32", V16, *(call(b, "llvm.fabs.v16f32", V16, half) for half in halves))
     top = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, most)
+    # maxnum passes over NaN, and no integer stands for it: the scale has to.
+    missing = b.bitcast(b.fcmp_unordered("uno", *halves), I16)
+    top = b.select(b.icmp_unsigned("!=", missing, ir.Constant(I16, 0)), ir.Constant(FLOAT, float("nan")), top)
     some = b.fcmp_ordered(">", top, ir.Constant(FLOAT, 0.0))
     inverse = b.select(some, b.fdiv(ir.Constant(FLOAT, _STEPS), top), ir.Constant(FLOAT, 0.0))
     scale = b.fdiv(top, ir.Constant(FLOAT, _STEPS))
@@ -199,7 +206,7 @@ def _quantise(context, x, out, cols):
 
 @kernel
 def quantise(x: int, out: int, cols: int) -> Any:
-    """Prepare float32 [cols] at `x` for `dot`, in `out` [quantised_bytes(cols)], which was zeroed once.
+    """Prepare float32 [cols] at `x` for `dot`, in `out` [quantised_bytes(cols)].
 
     Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
     """

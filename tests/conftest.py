@@ -53,9 +53,11 @@ def _write_llama(
     tie_word_embeddings: bool = False,
     rope_parameters: dict[str, Any] | None = None,
     max_shard_size: str = "1GB",
+    scale: float = 0.15,
     **sizes: int,
 ) -> None:
-    """`rope_parameters` as in transformers 5; `sizes`: fields of LlamaConfig that replace the defaults here."""
+    """`rope_parameters` as in transformers 5; `scale`: standard deviation of the weights, large enough that every part
+    of so small a model moves the logits; `sizes`: fields of LlamaConfig that replace the defaults here."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,8 +88,8 @@ def _write_llama(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Large enough that every part moves the logits; norms stay around one.
-            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            # Norms stay around one.
+            noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(1 + noise if "norm" in name else noise)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
 

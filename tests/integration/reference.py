@@ -11,6 +11,9 @@ import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from warmfront.shared.store import PackedModel
+from warmfront.shared.weights import row_bytes, unpack
+
 Floats = npt.NDArray[np.float32]
 
 GGUF_NAMES = {
@@ -67,6 +70,59 @@ def llama_from_gguf(path: Path) -> Any:
 def llama_from_folder(path: Path) -> Any:
     """The model of a Hugging Face folder, widened to float32."""
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+
+
+def llama_from_packed(packed: PackedModel) -> Any:
+    """The model of a packed file without biases, each weight as it was rounded there, widened to float32."""
+    spec, layout = packed.spec, packed.layout
+    parts = {"gate": (0, layout.gate_kind), "up": (layout.up_offset, layout.gate_kind)}
+    parts["down"] = (layout.down_offset, layout.down_kind)
+
+    def matrix(name: str, cols: int) -> Floats:
+        entry = packed.entries[name]
+        assert entry.kind is not None
+        return unpack(packed.bytes_of(name).reshape(entry.shape), entry.kind, cols)
+
+    state = {"model.norm.weight": packed.floats("norm")}
+    for ours, theirs in (("embed", "model.embed_tokens"), ("head", "lm_head")):
+        if ours in packed.entries:
+            state[f"{theirs}.weight"] = matrix(ours, spec.hidden)
+    for layer in range(spec.layers):
+        here = f"layers.{layer}."
+        groups = packed.bytes_of(f"{here}ffn").reshape(layout.groups, layout.group_bytes)
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)[: spec.ffn]
+        for theirs, name in GGUF_NAMES.items():
+            part = name.removeprefix("ffn_").removeprefix("attn_")
+            if name.endswith("norm"):
+                values = packed.floats(here + name)
+            elif part in parts:
+                start, kind = parts[part]
+                rows = bundles[:, start : start + row_bytes(kind, spec.hidden)]
+                values = unpack(np.ascontiguousarray(rows), kind, spec.hidden)
+                values = values.T if part == "down" else values
+            else:
+                width = spec.heads * spec.head_dim if part == "output" else spec.hidden
+                values = matrix(here + part[0], width)
+                if part in ("q", "k"):
+                    values = _halves(values, spec.heads if part == "q" else spec.kv_heads)
+            state[f"model.{here}{theirs}.weight"] = np.ascontiguousarray(values)
+    config = LlamaConfig(
+        hidden_size=spec.hidden,
+        intermediate_size=spec.ffn,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab,
+        hidden_act=spec.activation,
+        rms_norm_eps=spec.norm_eps,
+        max_position_embeddings=spec.context,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_frequencies[1] ** (-spec.head_dim / 2)},
+        tie_word_embeddings="head" not in packed.entries,
+    )
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({name: torch.from_numpy(values) for name, values in state.items()}, strict=True)
+    return model.eval()
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Floats:

@@ -18,18 +18,27 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 1234}
 IN_EACH_ENGINE, COMMANDS = 8, 4
 
 
+MOVES = (
+    "groups that move change the order of a sum and so the last bits of the logits, and a draw near the border between "
+    "two tokens takes the other one"
+)
+
+
 @pytest.mark.slow
 @needs_two_cores
 @pytest.mark.usefixtures("compiled")
-def test_twenty_of_twenty(smollm2: Path) -> None:
-    answers = []
+@pytest.mark.parametrize(
+    "policy", ["static", pytest.param("balance", marks=pytest.mark.xfail(reason=MOVES, strict=False))]
+)
+def test_twenty_of_twenty(smollm2: Path, policy: str) -> None:
+    answers, wishes = [], WISHES | {"policy": policy}
     for _ in range(2):
-        with Engine.load(str(smollm2), **WISHES) as engine:
+        with Engine.load(str(smollm2), **wishes) as engine:
             for _ in range(IN_EACH_ENGINE):
                 engine.reset()
                 tokens = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=Sampling(**SAMPLING))
                 answers.append([token.id for token in tokens])
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in (WISHES | SAMPLING).items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (wishes | SAMPLING).items()]
     for _ in range(COMMANDS):
         outcome = run("generate", "-m", smollm2, "-p", PROMPT, f"-n{NEW_TOKENS}", "--json", *options)
         answers.append(json.loads(outcome.out)["token_ids"])

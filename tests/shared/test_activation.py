@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from warmfront.shared.activation import activate_times, exponentials, softmax_panel
+from warmfront.shared.activation import activate, activate_times, exponentials, softmax_panel
 from warmfront.shared.jit import kernel
 from warmfront.shared.memory import address
 from warmfront.shared.model import ACTIVATIONS
@@ -35,6 +35,17 @@ def test_exponentials_of_differences() -> None:
     got = values.copy()
     run_exponentials(address(got), got.size, float(values.max()))
     np.testing.assert_allclose(got, np.exp(values.astype(np.float64) - values.max()), rtol=2e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan(activation: str) -> None:
+    values = np.array([1, np.nan, -2, 3] * 4, np.float32)
+    scores, gates, ups = values.copy(), values.copy(), np.ones(16, np.float32)
+    assert np.isnan(run_exponentials(address(scores), 16, 3.0))
+    activate_times(ACTIVATIONS.index(activation), address(gates), address(ups), 16)
+    for got in (scores, gates):
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(values))
+    assert np.isnan(activate(ACTIVATIONS.index(activation), np.float32(np.nan)))
 
 
 def test_softmax_panel() -> None:

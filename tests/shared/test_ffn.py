@@ -209,6 +209,28 @@ def test_open_gates_and_neurons(gate: Kind, down: Kind) -> None:
             assert_close(sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25, QUANTISED)
 
 
+def test_a_gate_that_is_nan_is_open() -> None:
+    """So that every way of computing shows it: the sum is NaN, with gates skipped or not, for one token or several."""
+    slots = Slots(Kind.F32, Kind.F32)
+    listed, x = np.arange(SLOTS * 32, dtype=np.int32), np.full(HIDDEN, np.nan, np.float32)
+    gates, opened = np.zeros(len(listed), np.float32), np.zeros(len(listed), np.int32)
+    order, fired = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    assert open_gates(bundles, order, 0, 64, address(x), address(x), gates, opened) == 64
+    sums = np.zeros(HIDDEN, np.float32)
+    scratch = np.zeros(scratch_floats(HIDDEN, 16), np.float32)
+    count = listed_neurons(
+        bundles, order, listed, 0, 64, True, address(x), address(x), address(sums), address(scratch), fired
+    )
+    assert count == 64
+    assert np.isnan(sums).all()
+    panel, sums = np.full(HIDDEN * 16, np.nan, np.float32), np.zeros(HIDDEN * 16, np.float32)
+    firing = np.zeros((SLOTS, 32, 1), np.uint16)
+    dense_groups(bundles, order, 0, 2, address(panel), 1, address(sums), address(scratch), order, firing)
+    assert np.isnan(sums).all()
+    assert (firing[:2] == 0xFFFF).all()
+
+
 def test_no_gate_is_open_at_zero() -> None:
     slots, x = slots_of(Kind.F32, Kind.F32), np.zeros((1, HIDDEN), np.float32)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))

@@ -65,6 +65,27 @@ def test_dot_axpy_widen(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
+def test_what_a_longer_input_left_behind_counts_for_nothing(kind: Kind) -> None:
+    """One buffer is prepared for inputs of several lengths: here all that is not written reads as NaN."""
+    packed, values = rows_of(kind)
+    x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
+    prepared = np.full(kernels.quantised_bytes(2048), 0xFF, np.uint8)
+    q = kernels.quantise(address(x), address(prepared), COLS)
+    for row, reference in zip(packed, values, strict=True):
+        got = kernels.dot(kind, address(row), address(x), q, COLS, address(row))
+        assert got == pytest.approx(reference @ x, abs=2e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_an_input_that_is_not_finite_shows(kind: Kind, value: float) -> None:
+    x = np.ones(COLS, np.float32)
+    x[40] = value
+    for row in rows_of(kind)[0]:
+        assert not np.isfinite(dot(kind, address(row), x, address(row)))
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
     """Not the result, and an address where nothing is does not fault."""
     packed, _ = rows_of(kind, 1)

@@ -1,0 +1,275 @@
+"""The Python API, used as nobody should: it answers right or refuses.  pytest tests/integration/test_engine.py"""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.integration.reference import all_logits, llama_from_packed
+from tests.leak_check import assert_nothing_left, snapshot
+from warmfront.coordinator import crew, team
+from warmfront.coordinator.engine import Engine
+from warmfront.shared.errors import ResourceError, UsageError, WorkerError
+from warmfront.shared.gemm import in_pairs
+
+IDS = [3 + (7 * i + i // 13) % 290 for i in range(48)]
+X, Y = [5, 17, 200, 42], [101, 7, 250]
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Callable[..., Path]) -> Iterator[Engine]:
+    with Engine.load(str(tiny_llama()), context=CONTEXT, dtype="f32") as engine:
+        yield engine
+
+
+def tokens_of(engine: Engine, ids: list[int], count: int = 12) -> list[int]:
+    return [token.id for token in engine.generate(ids, max_new_tokens=count)]
+
+
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 16},
+        {"head_dim": 64},
+        {"head_dim": 8},
+        {"hidden_size": 256, "head_dim": 16, "scale": 0.08},
+        {"hidden_size": 640, "num_key_value_heads": 1, "head_dim": 256, "scale": 0.04},
+    ],
+    ids=lambda sizes: " ".join(f"{name}={size}" for name, size in sizes.items()),
+)
+def test_rounded_weights(tiny_llama: Callable[..., Path], sizes: dict[str, Any], dtype: str) -> None:
+    """Logits are those that transformers computes of the rounded weights, up to what is rounded on the way.
+
+    Decoding rounds keys and values to float16, prefill its inputs to bfloat16 where the CPU multiplies that.
+    """
+    with Engine.load(str(tiny_llama(**sizes)), dtype=dtype, context=CONTEXT) as engine:
+        model = llama_from_packed(engine.model)
+        exact = all_logits(model, IDS)
+        in_prefill = 2.0**-9 if in_pairs(int(engine.model.entries["embed"].kind or 0)) else 2.0**-11
+        for prefill, half_unit in ((1, 2.0**-11), (40, in_prefill)):
+            got = np.stack(list(engine.forced_logits(IDS, prefill)))
+            error = np.abs(got - exact[prefill - 1 :]).max(1) / np.abs(exact[prefill - 1 :]).max(1)
+            assert np.median(error) < 8 * half_unit, f"{np.median(error):.1e} after a prefill of {prefill}"
+            # Where a random model's attention wavers between two tokens, a rounding counts for more.
+            assert error.max() < 64 * half_unit, f"{error.max():.1e} after a prefill of {prefill}"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine: engine.decode_ids(IDS, CONTEXT - len(IDS) + 1),
+        lambda engine: engine.decode_ids(IDS, 10**6),
+        lambda engine: [engine.step(3) for _ in range(CONTEXT + 1)],
+        lambda engine: engine.step(-1),
+        lambda engine: engine.step(engine.model.spec.vocab),
+        lambda engine: engine.step(10**12),
+        lambda engine: engine.step(1.5),
+        lambda engine: engine.decode_ids([1, -2], 1),
+        lambda engine: engine.decode_ids([], 1),
+        lambda engine: engine.prompt_ids([engine.model.spec.vocab]),
+        lambda engine: list(engine.forced_logits(IDS * 2, 1)),
+        lambda engine: list(engine.forced_logits(IDS, 0)),
+        lambda engine: list(engine.forced_logits(IDS, -1)),
+        lambda engine: list(engine.forced_logits(IDS, len(IDS) + 1)),
+        lambda engine: list(engine.generate([1, 2.5])),
+        lambda engine: engine.firing(IDS),
+        lambda engine: engine.feed_forward_inputs(IDS),
+    ],
+)
+def test_what_lies_outside_is_refused(engine: Engine, use: Callable[[Engine], object]) -> None:
+    expected = tokens_of(engine, X)
+    with pytest.raises(UsageError):
+        use(engine)
+    assert tokens_of(engine, X) == expected
+
+
+def test_the_whole_context_can_be_used(engine: Engine) -> None:
+    engine.reset()
+    for token in range(CONTEXT):
+        assert np.isfinite(engine.step(token)).all()
+    assert len(engine.decode_ids(IDS, CONTEXT - len(IDS))) == CONTEXT - len(IDS)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda engine: next(engine.generate(Y)),
+        lambda engine: engine.step(9),
+        lambda engine: engine.reset(),
+        lambda engine: engine.decode_ids(Y, 2),
+        lambda engine: next(engine.forced_logits(Y, 1)),
+    ],
+    ids=["generate", "step", "reset", "decode_ids", "forced_logits"],
+)
+def test_a_text_is_over_once_another_is_begun(engine: Engine, other: Callable[[Engine], object]) -> None:
+    alone = tokens_of(engine, X)
+    answer = engine.generate(X, max_new_tokens=12)
+    assert [next(answer).id for _ in range(3)] == alone[:3]
+    other(engine)
+    with pytest.raises(UsageError, match="this text is over"):
+        next(answer)
+    assert tokens_of(engine, X) == alone
+
+
+def test_threads_get_their_own_text_or_none(engine: Engine) -> None:
+    """Whoever begins last goes on; nobody waits for ever."""
+    prompts = [X, Y, [9, 9]]
+    alone = [tokens_of(engine, ids, 30) for ids in prompts]
+    seen: list[list[int] | UsageError] = []
+
+    def use(ids: list[int]) -> None:
+        try:
+            seen.append(tokens_of(engine, ids, 30))
+        except UsageError as error:
+            seen.append(error)
+
+    for _ in range(10):
+        threads = [threading.Thread(target=use, args=(ids,), daemon=True) for ids in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    assert len(seen) == 30
+    answers = [answer for answer in seen if isinstance(answer, list)]
+    assert len(answers) >= 10
+    assert all(answer in alone for answer in answers)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+def test_an_overflow_stays_in_its_text(tiny_llama: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    """Token 7 alone drives a value beyond what the cache holds; a text beside it is what it is in a fresh engine."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_llama().iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = dict(load_file(folder / "model.safetensors"))
+    embed, values = (tensors[f"model.{name}.weight"].copy() for name in ("embed_tokens", "layers.0.self_attn.v_proj"))
+    values[0], values[0, 0] = 0, 3e4 if dtype == "f16" else 3e38
+    embed[:, 0], embed[7], embed[7, 0] = 0, 0, 5
+    tensors |= {"model.embed_tokens.weight": embed, "model.layers.0.self_attn.v_proj.weight": values}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    harmless = [token if token != 7 else 8 for token in IDS]
+    poison = [*harmless[:20], *[7] * 20]
+    with Engine.load(str(folder), dtype=dtype, context=CONTEXT) as engine:
+        fresh = np.stack(list(engine.forced_logits(harmless, 12)))
+        assert np.isfinite(fresh).all()
+        for prefill in (30, 5):
+            assert not np.isfinite(list(engine.forced_logits(poison, prefill))[-1]).any()
+            np.testing.assert_array_equal(np.stack(list(engine.forced_logits(harmless, 12))), fresh)
+        # A text that shares its beginning: what was cached beside the overflow is computed anew.
+        engine.decode_ids(harmless[:21], 1)
+        clean = engine._logits.copy()
+        list(engine.forced_logits(poison, 30))
+        engine.decode_ids(harmless[:21], 1)
+        np.testing.assert_allclose(engine._logits, clean, rtol=0, atol=0.03 * np.abs(clean).max())
+
+
+class _Dying:
+    """Stands for the loop of the team's threads: ends with an error after its time."""
+
+    def __init__(self, after: threading.Event) -> None:
+        self._after, self._real = after, team.serve_team
+
+    def __call__(self, member: int, *arguments: object) -> None:
+        if member == 0:
+            self._after.wait()
+            raise MemoryError("no more room")
+        self._real(member, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_a_thread_that_dies_ends_the_run(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(team, "serve_team", _Dying(over))
+    with Engine.load(str(tiny_llama()), context=CONTEXT, threads=2, force=True) as engine:
+        threading.Timer(0.5, over.set).start()
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="a thread of the coordinator failed: MemoryError: no more room"):
+                tokens_of(engine, X)
+        assert time.monotonic() - start < 3
+
+
+def test_a_forked_child_is_refused(engine: Engine) -> None:
+    expected = tokens_of(engine, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which is the point here
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        try:
+            tokens_of(engine, X)
+        except UsageError as error:
+            os._exit(0 if "belongs to process" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert tokens_of(engine, X) == expected
+
+
+def test_what_does_not_fit_beside_the_weights_is_refused(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers of two heads of 16 weights, padded to 32: 102 MB of float32 keys and values, 38 MB of scores."""
+    monkeypatch.setattr(crew, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
+    folder = tiny_llama(max_position_embeddings=100_000)
+    with pytest.raises(ResourceError, match=r"GB \(0.00 for weights, 0.14 for a context of 100000 tokens\), 0.04 GB"):
+        Engine.load(str(folder), context=100_000)
+    with pytest.raises(ResourceError, match="for the emulated GPU"):
+        Engine.load(str(folder), context=100_000, gpu="host")
+    Engine.load(str(folder), context=512).close()
+
+
+def test_a_closed_engine_refuses(tiny_llama: Callable[..., Path]) -> None:
+    engine = Engine.load(str(tiny_llama()), context=CONTEXT)
+    tokens_of(engine, X)
+    engine.close()
+    uses: list[Callable[[], object]] = [
+        *(getattr(engine, name) for name in ("times", "workers", "reports", "selection", "device_memory", "reset")),
+        *(lambda name=name: getattr(engine, name) for name in ("front", "cores", "lowbit")),
+        engine.expected_bytes,
+        lambda: engine.step(1),
+        lambda: engine.decode_ids(X, 1),
+        lambda: next(engine.forced_logits(X, 1)),
+        lambda: engine.firing(X),
+        lambda: engine.feed_forward_inputs(X),
+    ]
+    for use in uses:
+        with pytest.raises(UsageError, match="closed"):
+            use()
+
+
+def test_an_engine_that_is_dropped_is_closed(tiny_llama: Callable[..., Path]) -> None:
+    before = snapshot()
+    engine = Engine.load(str(tiny_llama()), context=CONTEXT)
+    answer = engine.generate(X)
+    next(answer)
+    held = [answer, engine]
+    del answer, engine
+    with pytest.warns(ResourceWarning, match="an engine was not closed"):
+        held.clear()
+    assert_nothing_left(before)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"context": True}, {"context": "64"}, {"threads": "2"}, {"threads": 1.5}, {"dtype": None}, {"pin": 1}],
+    ids=str,
+)
+def test_wishes_of_another_type_are_refused(tiny_llama: Callable[..., Path], wish: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wish))}=.*: it must be of type"):
+        Engine.load(str(tiny_llama()), **wish)
