@@ -167,9 +167,9 @@ def _count(
             partial.save()
             kept_at = time.monotonic()
 
-    config = EngineConfig(
-        dtype=dtype, selector="exact", gpu="none", policy="static", context=len(max((job.ids for job in jobs), key=len))
-    )
+    # A job of one token is run as two (`Engine.firing`).
+    context = max(2, *(len(job.ids) for job in jobs))
+    config = EngineConfig(dtype=dtype, selector="exact", gpu="none", policy="static", context=context)
     with Engine.for_profiling(path, config, say=say, progress=progress) as engine:
         count(engine, partial.profile, jobs[first:], after)
 

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     wish = parser.parse_args()
-    with Engine.load(wish.model, dtype=wish.dtype, gpu="none", say=print) as engine:
+    with Engine.load(wish.model, dtype=wish.dtype, gpu="none", context=wish.tokens, say=print) as engine:
         spec, layout = engine.model.spec, engine.model.layout
         started = time.perf_counter()
         fired, ids = record(engine, wish.topics, wish.tokens, wish.seed)

@@ -267,6 +267,10 @@ def test_dense_models_are_left_alone(tiny_llama: Make, texts: list[Path]) -> Non
     assert_refused(run("profile", path, *options_of(texts)), 2, "not ReLU-like", "silu", "nothing to profile")
 
 
+def test_a_single_token(model: Path, texts: list[Path]) -> None:
+    assert profile(model, texts, "--tokens", "1")["tokens"] == 1
+
+
 def test_what_it_prints(model: Path, texts: list[Path]) -> None:
     outcome = run("profile", prepack(model), *options_of(texts[:2]), "--tokens", "300")
     assert outcome.code == 0, outcome.err
