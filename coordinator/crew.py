@@ -292,9 +292,7 @@ class Crew:
         wake(address(self.board.done[worker]))
 
     def _abort(self) -> None:
-        self.board.abort[0] = 1
-        for leave in self.board.leave:
-            leave[0] = 1
+        self.board.end()
         self._gone[:] = 1
 
     def run(

@@ -202,9 +202,10 @@ class Team:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """A thread is lost, and with it every later job: nobody may wait for it."""
+        """A thread is lost, and with it every later job: nobody may wait for it, nor for what it would have posted."""
         self._errors.append(error)
-        self._board.abort[0] = 1
+        self._board.end()
+        self._gone[:] = 1
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, of how many."""

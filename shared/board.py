@@ -178,6 +178,12 @@ class Board:
             raise ProtocolError(f"board of version {version} and {mapping.size} bytes: this is version {VERSION}")
         return cls(mapping, sizes)
 
+    def end(self) -> None:
+        """Have every wait of every process end: nothing more will be computed on this board."""
+        self.abort[0] = 1
+        for leave in self.leave:
+            leave[0] = 1
+
     def _words(self, start: int, count: int) -> npt.NDArray[np.int64]:
         return self.mapping[start : start + 8 * count].view(np.int64)
 

@@ -26,7 +26,7 @@ from warmfront.shared.config import EngineConfig
 from warmfront.shared.core_plan import CorePlan, WorkerCores
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WorkerError
 from warmfront.shared.gemm import in_pairs
-from warmfront.shared.handoff import ABORTED, DONE, announce, await_sequence
+from warmfront.shared.handoff import ABORTED, DONE, LATE, announce, await_sequence
 from warmfront.shared.memory import address, zeros
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import unpack
@@ -320,6 +320,27 @@ def test_a_worker_that_does_not_answer(tiny_llama: MakeLlama, monkeypatch: pytes
         workers.end()
         with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
             team.run([5], 0, True)
+        team.stop()
+
+
+def test_after_a_worker_was_late_nobody_waits_again(tiny_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled team's threads have ended by then: a job would never be done."""
+    with packed(tiny_llama()) as model:
+        workers = Workers(model)
+        team = opened(model, workers, "compiled")
+        assert team.run([5], 0, True) == DONE
+
+        def late(*_arguments: int) -> int:
+            team._state.status[:] = LATE
+            return DONE
+
+        monkeypatch.setattr("warmfront.coordinator.team.await_sequence", late)
+        with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
+            team.run([6], 1, True)
+        monkeypatch.undo()
+        with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
+            team.run([6], 1, True)
+        workers.end()
         team.stop()
 
 

@@ -201,6 +201,7 @@ def test_a_thread_that_dies_ends_the_run(tiny_llama: Callable[..., Path], monkey
         for _ in range(2):
             with pytest.raises(WorkerError, match="a thread of the coordinator failed: MemoryError: no more room"):
                 tokens_of(engine, X)
+        engine.close()
         assert time.monotonic() - start < 3
 
 
