@@ -129,10 +129,10 @@ class Crew:
             from warmfront.coordinator.forward import serve_team
             from warmfront.coordinator.lowbit import open_lowbit
             from warmfront.coordinator.team import Team
-            from warmfront.shared.jit import cache_is_cold
+            from warmfront.shared.jit import cache_is_cold, compiling_note
 
         if cache_is_cold(serve_team):
-            say("compiling kernels (first run only)")
+            say(compiling_note())
         if self.selector == "lowbit":
             self.lowbit = open_lowbit(self.model, self.config.bits, self.config.recall, say)
             self._closing.callback(self.lowbit.file.close)
