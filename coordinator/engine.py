@@ -86,7 +86,7 @@ class Engine:
         self.stats = Stats()
         self._closed = False
         self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
-        self._decoded, self._measures = 0, False
+        self._decoded, self._measures, self._loaded = 0, False, False
         self._crew = Crew(model, config, self.selector, self.context, self.attention, profiles)
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
@@ -150,7 +150,7 @@ class Engine:
         self._crew.start(say, progress)
         if self.lowbit is not None and not self.lowbit.calibrated:
             self._calibrate(self.lowbit, say)
-        self._measures = self.config.measure
+        self._measures, self._loaded = self.config.measure, True
 
     @property
     def cores(self) -> CorePlan:
@@ -361,7 +361,7 @@ class Engine:
                 raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self._crew.board.sizes.max_tokens}")
             self._check_ids(tokens)
             self._crew.run(tokens, at, want_logits, measure=measure, capture=capture)
-            if self._trace is not None:
+            if self._trace is not None and self._loaded:
                 self._trace.note(at, len(tokens), *self.times())
             self._cached += tokens
 
