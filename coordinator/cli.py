@@ -5,6 +5,7 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 """
 
 import contextlib
+import io
 import json
 import shutil
 import sys
@@ -28,11 +29,13 @@ from warmfront.coordinator.terminal import Bars, say
 from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
 from warmfront.shared.errors import UsageError, WarmfrontError
-from warmfront.shared.process import hold_interrupts
+from warmfront.shared.process import ensure_files, hold_interrupts, open_standard_files
 
 __all__ = ["cli", "main"]
 
 DEFAULT_NEW_TOKENS = 128
+# Open at once, without those of the workers.
+FILES = 48
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
@@ -46,6 +49,7 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str
 @click.version_option(package_name="warmfront")
 def cli() -> None:
     """Run language models that do not fit the GPU: hot neurons there, cold neurons on the CPU."""
+    ensure_files(FILES)
 
 
 @cli.command()
@@ -257,6 +261,9 @@ def topology(measure: bool, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    open_standard_files()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack a character of the answer or of a file's name
     sys.exit(_run())
 
 

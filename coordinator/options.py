@@ -1,7 +1,7 @@
 """The options that commands of the CLI share, and the kinds of their values."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,9 +21,15 @@ __all__ = [
 ]
 
 _ENGINE, _SAMPLING = EngineConfig(), Sampling()
+if TYPE_CHECKING:
+    _SizeType = click.ParamType[int]
+    _NumbersType = click.ParamType[list[int]]
+    _NamesType = click.ParamType[list[str]]
+else:  # cannot be subscripted before click 8.4
+    _SizeType = _NumbersType = _NamesType = click.ParamType
 
 
-class Size(click.ParamType[int]):
+class Size(_SizeType):
     """512MB, 1.5GiB, 8G."""
 
     name = "size"
@@ -35,7 +41,7 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class Numbers(click.ParamType[list[int]]):
+class Numbers(_NumbersType):
     """1,2,3."""
 
     name = "numbers"
@@ -47,7 +53,7 @@ class Numbers(click.ParamType[list[int]]):
             self.fail(f"{value!r} is no list of numbers: write it like 1,2,3", param, ctx)
 
 
-class Names(click.ParamType[list[str]]):
+class Names(_NamesType):
     """One or more of the given names: a,b,c."""
 
     name = "names"

@@ -39,11 +39,13 @@ from warmfront.coordinator.lifecycle import Lifecycle
 from warmfront.shared.channel import CoordinatorChannel
 from warmfront.shared.errors import WarmfrontError, WorkerError
 from warmfront.shared.messages import Failure, Hello, LoadReport, Move, Plan, Ready, ReportRequest
-from warmfront.shared.process import python_module_command
+from warmfront.shared.process import ensure_files, python_module_command
 
 __all__ = ["Supervisor"]
 
 _TICK_S = 0.25
+# Files that may be open at once, of ZeroMQ and ours, and of each worker's: ZeroMQ aborts the process for want of one.
+_FILES, _FILES_OF_WORKER = 32, 4
 # What a worker said last may still be on its way when its process is gone.
 _LAST_WORDS_S = 0.05
 News = Lose | Rejoin | DeliverMoved
@@ -85,6 +87,7 @@ class Supervisor:
         environment: Mapping[str, str],
         spare: Collection[str] = (),
     ) -> None:
+        ensure_files(_FILES + _FILES_OF_WORKER * len(modules))
         self._modules, self._board_fd = dict(modules), board_fd
         self._make_plans, self._lose, self._abort = make_plans, lose, abort
         self._spare = frozenset(spare)

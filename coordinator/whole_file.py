@@ -22,5 +22,5 @@ def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path`; a file that is there is replaced in one step. Raises OSError, and then leaves nothing."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         whole = Path(scratch) / path.name
-        whole.write_text(text)
+        whole.write_text(text, encoding="utf-8")
         whole.replace(path)

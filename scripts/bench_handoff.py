@@ -89,7 +89,7 @@ def write_model(folder: Path) -> None:
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def layer_us(folder: Path, threads: int, rounds: int) -> float:
@@ -100,7 +100,7 @@ def layer_us(folder: Path, threads: int, rounds: int) -> float:
             for _ in range(rounds):
                 engine.reset()
                 engine.decode_ids([1, 2, 3], 200)
-        events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
+        events = [event for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
     tokens: dict[int, list[float]] = {}
     for number, event in enumerate(event for event in events if event["args"]["tokens"] == 1):
         tokens.setdefault(number // (LAYERS * PARTS), []).extend((event["ts"], event["ts"] + event["dur"]))

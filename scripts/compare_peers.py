@@ -102,7 +102,7 @@ def others_share() -> float:
     """Share of all cores that others use, asked while nothing is measured."""
 
     def ticks() -> tuple[int, int]:
-        cells = [int(cell) for cell in Path("/proc/stat").read_text().split()[1:9]]
+        cells = [int(cell) for cell in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
         return cells[3] + cells[4], sum(cells)
 
     idle, total = ticks()
@@ -286,10 +286,10 @@ def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
                 peer.ratios.append((mine_decode / decode, mine_prefill / prefill))
         look()
 
-    with ours.open() as mine:
+    with ours.open(encoding="utf-8") as mine:
         for peer in peers:
             try:
-                with peer.open() as theirs:
+                with peer.open(encoding="utf-8") as theirs:
                     turns(mine, peer, theirs)
             except Skip as skip:
                 print(f"{peer.name} skipped: {skip}", flush=True)

@@ -532,7 +532,7 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Sink]:
         "tie_word_embeddings": False,
         "vocab_size": shape.vocab,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens(shape.vocab))}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
@@ -545,7 +545,7 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Sink]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     model: dict[str, tuple[str, tuple[int, ...]]] = {}
     predictor: dict[str, tuple[str, tuple[int, ...]]] = {}

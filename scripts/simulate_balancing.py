@@ -518,7 +518,7 @@ def device_of(text: str) -> Device:
     if text in DEVICES:
         return DEVICES[text]
     try:
-        return Device(**json.loads(Path(text).read_text()))
+        return Device(**json.loads(Path(text).read_text(encoding="utf-8")))
     except (OSError, TypeError) as error:
         raise ValueError(str(error)) from None
 

@@ -166,7 +166,7 @@ def main() -> None:
 
 def near_of(path: Path) -> float:
     """ns of one way between two cores: half a round trip."""
-    return 500 * float(json.loads(path.read_text().splitlines()[-1])["round_trip_two_cores_us"])
+    return 500 * float(json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["round_trip_two_cores_us"])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """How a process of warmfront lives: it dies with its parent, leaves Ctrl-C to it, stays on its cores, has a name.
 
-Linux only. `die_with_parent` and `ignore_interrupts` are called first thing in a worker's main thread.
+Linux only. `open_standard_files` is called first thing in every process, `die_with_parent` and `ignore_interrupts` in a
+worker's main thread.
 """
 
 import contextlib
 import ctypes
 import os
 import platform
+import resource
 import signal
 import struct
 import sys
@@ -17,8 +19,10 @@ from warmfront.shared.errors import ResourceError
 
 __all__ = [
     "die_with_parent",
+    "ensure_files",
     "hold_interrupts",
     "ignore_interrupts",
+    "open_standard_files",
     "pin",
     "python_module_command",
     "set_name",
@@ -52,6 +56,39 @@ def ignore_interrupts() -> None:
     """Leave Ctrl-C to the coordinator, which stops its workers in order; SIGTERM ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def open_standard_files() -> None:
+    """Put /dev/null in the place of those of stdin, stdout, stderr that are closed.
+
+    The next file that is opened would get their numbers, and what is printed would be written into it.
+    """
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8", closefd=False))
+
+
+def ensure_files(count: int) -> None:
+    """Let this process open `count` files beside those that are open; its children inherit that.
+
+    Raises the soft limit where it is lower, and ResourceError if the hard limit does not allow it.
+    """
+    with contextlib.suppress(OSError):  # without /proc
+        count += len(os.listdir("/proc/self/fd"))
+    soft, hard = (
+        sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if hard < count:
+        raise ResourceError(
+            f"only {hard} files may be open at once, warmfront needs {count}: raise the limit (ulimit -n {count})"
+        )
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from warmfront.shared.messages import (
     ReportRequest,
     Shutdown,
 )
-from warmfront.shared.process import die_with_parent, ignore_interrupts, set_name
+from warmfront.shared.process import die_with_parent, ignore_interrupts, open_standard_files, set_name
 from warmfront.shared.store import PackedModel
 
 __all__ = ["Places", "Service", "open_planned", "run"]
@@ -82,6 +82,7 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], S
 
     `describe` gives the device's name and free bytes; `make` builds the service.
     """
+    open_standard_files()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or len(sys.argv) < 3:
         print("a worker is started by the coordinator: run `warmfront` instead", file=sys.stderr)

@@ -126,7 +126,7 @@ def read_topology(root: Path = Path("/"), allowed: Collection[int] | None = None
 def _text(path: Path) -> str:
     """The stripped text of a file of the kernel's; empty if it is missing or may not be read."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -12,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.process import hold_interrupts, pin, python_module_command, set_name, take_short_turns
+from warmfront.shared.process import (
+    ensure_files,
+    hold_interrupts,
+    pin,
+    python_module_command,
+    set_name,
+    take_short_turns,
+)
 
 CHILD = """
 import os, sys, time
@@ -175,3 +183,52 @@ def test_interrupts_are_left_alone_by_other_threads() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_standard_one(tmp_path: Path, closed: str) -> None:
+    code = f"""
+import sys
+from warmfront.shared.process import open_standard_files
+open_standard_files()
+with open({str(tmp_path / "file")!r}, "w") as file:
+    print("printed", flush=True)
+    print("printed", file=sys.stderr, flush=True)
+    file.write(f"{{file.fileno()}} {{sys.stdin.read()!r}}")
+"""
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    number, read = (tmp_path / "file").read_text().split()
+    assert int(number) > 2
+    assert read == "''"
+    assert done.stdout == (b"" if " >&-" in f" {closed}" else b"printed\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"printed\n")
+
+
+def limits(code: str, soft: int, hard: int) -> str:
+    """What `code` prints under these limits of open files."""
+    start = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from warmfront.shared.process import ensure_files
+{code}
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+    return done.stdout or done.stderr.splitlines()[-1]
+
+
+def test_the_soft_limit_of_files_is_raised_as_far_as_is_needed() -> None:
+    assert limits("ensure_files(40)", 10, 60) == "44 60\n"
+    assert limits("ensure_files(40)", 50, 60) == "50 60\n"
+    refusal = "only 43 files may be open at once, warmfront needs 44: raise the limit (ulimit -n 44)"
+    assert limits("ensure_files(40)", 10, 43).endswith(refusal)
+    # Those that are open count.
+    assert limits("import os; pipes = [os.pipe() for _ in range(10)]; ensure_files(40)", 30, 70) == "64 70\n"
+
+
+def test_no_limit_of_files_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: unlimited)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("there is nothing to raise"))
+    ensure_files(1 << 40)
