@@ -1,7 +1,10 @@
 """What warmfront chooses where the user did not, and what it refuses: device, selector, context."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from warmfront.coordinator.devices import against_attention, against_neurons
 from warmfront.shared.config import PREDICTING, EngineConfig
 from warmfront.shared.core_plan import CorePlan, plan_cores
 from warmfront.shared.errors import UsageError
@@ -9,7 +12,14 @@ from warmfront.shared.model import ModelSpec
 from warmfront.shared.store import PackedModel
 from warmfront.shared.topology import read_topology
 
-__all__ = ["DEFAULT_CONTEXT", "choose_attention", "choose_context", "choose_cores", "choose_gpu", "choose_selector"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "choose_attention",
+    "choose_context",
+    "choose_cores",
+    "choose_devices",
+    "choose_selector",
+]
 
 DEFAULT_CONTEXT = 4096
 
@@ -24,36 +34,42 @@ def choose_cores(config: EngineConfig) -> CorePlan:
     return replace(plan, workers=tuple(worker._replace(memory=None) for worker in plan.workers))
 
 
-def choose_gpu(config: EngineConfig) -> str | None:
-    """The device of the GPU worker, None for none."""
-    if config.gpu == "none":
-        return None
-    if config.gpu != "auto":
-        return config.gpu
-    from warmfront.coordinator.devices import cuda_devices
+def choose_devices(config: EngineConfig, say: Callable[[str], None]) -> EngineConfig:
+    """`config` with what `auto` stands for as GPU and attention: a CUDA device only if it computes rightly.
 
-    if cuda_devices() > 0:
-        return "cuda:0"
-    if config.vram_budget is not None:
-        raise UsageError(
-            "--vram-budget, but there is no CUDA device here: leave it out, or add --gpu host to emulate one"
-        )
-    return None
+    Raises UsageError for wishes that need a GPU where there is none.
+    """
+    gpu = config.gpu
+    if config.plan is not None and not Path(config.plan).is_file():
+        raise UsageError(f"--plan {config.plan}: there is no such file; make one with `warmfront plan`")
+    if gpu == "auto":
+        against = against_neurons(0, say)
+        gpu = "cuda:0" if against is None else "none"
+        for option, wish in (("--vram-budget", config.vram_budget), ("--plan", config.plan)):
+            if wish is not None and against is not None:
+                lack = f"no GPU can be used ({against})" if against else "there is no CUDA device here"
+                raise UsageError(f"{option}, but {lack}: leave it out, or add --gpu host to emulate one")
+        if against:
+            say(f"no GPU is used: {against}")
+    attention = choose_attention(replace(config, gpu=gpu), config.selector)
+    if config.attention == "auto" and attention != "cpu":
+        against = against_attention(int(attention.partition(":")[2]), say)
+        if against is not None:
+            say(f"attention stays on the CPU: {against}")
+            attention = "cpu"
+    return replace(config, gpu=gpu, attention=attention)
 
 
 def choose_attention(config: EngineConfig, selector: str) -> str:
     """Where attention, norms, predictor and head run: "cpu" for the compiled team, else a device of torch's or "host".
 
-    `auto` takes the first CUDA device that torch sees, unless no GPU is wanted or the selector needs the compiled team.
+    `auto` goes with the GPU worker to its CUDA device, unless the selector needs the compiled team.
     """
     wish = config.attention
     if selector == "lowbit" and wish not in ("auto", "cpu"):
         raise UsageError(f"--attention {wish}, but --selector lowbit predicts on the CPU: pass --attention cpu")
     if wish == "auto":
-        from warmfront.coordinator.devices import cuda_devices
-
-        able = config.gpu != "none" and selector != "lowbit" and cuda_devices() > 0
-        return "cuda:0" if able and _torch_devices()[0] > 0 else "cpu"
+        return config.gpu if config.gpu.startswith("cuda") and selector != "lowbit" else "cpu"
     if wish.startswith("cuda"):
         count, version = _torch_devices()
         if count == 0:

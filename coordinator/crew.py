@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_cores, choose_gpu
+from warmfront.coordinator.choices import choose_cores
 from warmfront.coordinator.expected import firing_of, load_of
 from warmfront.coordinator.footprint import cache_bytes, scratch_bytes
 from warmfront.coordinator.network import LOST
@@ -73,7 +73,7 @@ class Crew:
     def start(self, say: Say, progress: Progress) -> None:
         """Start everything and wait until it has loaded."""
         cores = choose_cores(self.config)
-        gpu = choose_gpu(self.config)
+        gpu = None if self.config.gpu == "none" else self.config.gpu
         if gpu == "host":
             cores = cores.with_emulated_gpu()
         self._launch(cores, gpu, say)

@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.choices import choose_attention, choose_context, choose_cores, choose_gpu, choose_selector
+from warmfront.coordinator.choices import (
+    choose_attention,
+    choose_context,
+    choose_cores,
+    choose_devices,
+    choose_selector,
+)
 from warmfront.coordinator.crew import Crew
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
@@ -108,10 +114,9 @@ class Engine:
         config = EngineConfig(**wishes)
         # What cannot be had is refused before the model is packed.
         choose_cores(config)
-        choose_gpu(config)
-        choose_attention(config, config.selector)
+        config = choose_devices(config, say)
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
-        config = tuned(config, path, choose_gpu(config), say)
+        config = tuned(config, path, None if config.gpu == "none" else config.gpu, say)
         engine = cls._opened(path, config)
         try:
             if ensure_profiled(engine.model, config, say, progress):

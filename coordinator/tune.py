@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmfront.coordinator.choices import choose_gpu
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.terminal import Bars
 from warmfront.coordinator.tuning import Setting, keep_setting, tuning_file
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.core_plan import plan_cores
-from warmfront.shared.errors import UsageError
 from warmfront.shared.topology import Topology, read_topology
 
 __all__ = ["Course", "draw", "render", "shapes", "tune"]
@@ -114,9 +112,11 @@ def _rate(engine: Engine) -> float:
 
 
 def tune(model: str, wishes: dict[str, Any], exhaustive: bool, say: Say, bars: Bars) -> dict[str, Any]:
-    """Measure and keep the best; the object that is printed. `exhaustive`: every setting runs every round."""
-    if choose_gpu(EngineConfig(**wishes)) is not None:
-        raise UsageError("tune measures CPU workers; with a GPU the balancer finds each one's part: pass --gpu none")
+    """Measure and keep the best; the object that is printed. `exhaustive`: every setting runs every round.
+
+    Without a GPU, also where there is one: with it, the balancer finds each one's part as it runs.
+    """
+    wishes = wishes | {"gpu": "none", "attention": "cpu"}
     packed: list[Path] = []
 
     def load(setting: Setting) -> Engine:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, inside, runs
 from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.driver import cupy_extra
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.memory import address
 
@@ -37,7 +38,7 @@ class CudaDevice:
         try:
             import cupy
         except ImportError as error:
-            raise ResourceError(f"{self.name}: CuPy cannot be imported: install warmfront[cuda]") from error
+            raise ResourceError(f"{self.name}: CuPy cannot be imported ({error}): {cupy_extra()}") from error
         self._cuda: Any = cupy.cuda
         self._raw_module: Any = cupy.RawModule
         self._memory: dict[str, Any] = {}
@@ -215,4 +216,6 @@ class CudaDevice:
             yield
         except (RuntimeError, self._cuda.compiler.CompileException) as error:
             reason = str(error).strip().partition("\n")[0]
+            if "InsufficientDriver" in reason:
+                reason += f"; {cupy_extra()}"
             raise ResourceError(f"{self.name}: cannot {action} the device: {reason}") from error

@@ -404,10 +404,9 @@ def test_unknown_device(wish: str) -> None:
 
 def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [0]
-    monkeypatch.setattr("warmfront.coordinator.devices.cuda_devices", lambda: cards[0])
     monkeypatch.setattr("warmfront.coordinator.choices._torch_devices", lambda: (cards[0], "2.0+fake"))
 
-    def chosen(wish: str, selector: str = "all", gpu: str = "auto") -> str:
+    def chosen(wish: str, selector: str = "all", gpu: str = "none") -> str:
         return choose_attention(EngineConfig(attention=wish, gpu=gpu), selector)
 
     assert [chosen(wish) for wish in ("auto", "cpu", "host")] == ["cpu", "cpu", "host"]
@@ -418,7 +417,9 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         "or pass --attention cpu"
     )
     cards[0] = 2
-    assert [chosen("auto"), chosen("auto", "lowbit"), chosen("auto", gpu="none")] == ["cuda:0", "cpu", "cpu"]
+    # Where the neurons are; an emulated GPU has none of torch's devices.
+    assert [chosen("auto", gpu=gpu) for gpu in ("cuda:1", "host", "none")] == ["cuda:1", "cpu", "cpu"]
+    assert chosen("auto", "lowbit", "cuda:0") == "cpu"
     assert chosen("cuda:1") == "cuda:1"
     with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
         chosen("cuda:2")

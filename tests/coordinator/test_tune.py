@@ -72,10 +72,12 @@ def race(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         noise, table = random.Random(1), _Speeds(speed)
 
         def load(_model: str, say: Any, progress: Any, **wishes: Any) -> FakeEngine:
+            # Also where there is a GPU.
+            assert (wishes["gpu"], wishes["attention"]) == ("none", "cpu")
             return FakeEngine(Setting(**{name: wishes[name] for name in Setting._fields}), table, noise)
 
         monkeypatch.setattr(module, "Engine", SimpleNamespace(load=load))
-        result = tune("made-up", {"dtype": "f16", "gpu": "none"}, exhaustive, print, Bars())
+        result = tune("made-up", {"dtype": "f16"}, exhaustive, print, Bars())
         assert FakeEngine.loaded == 0, "every engine is closed"
         return result
 

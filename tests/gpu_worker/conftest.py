@@ -1,22 +1,15 @@
-"""Cases, an independent reference, and a stand-in for CuPy where there is no GPU.
+"""Cases, an independent reference, and a stand-in for CuPy (stand_in/cupy.py) where there is no GPU.
 
-The reference decodes packed rows weight by weight in float64, from the layout that shared/weights.py states. The
-stand-in has just the calls of CuPy that `CudaDevice` makes, over host memory, and runs the kernels of ffn.cu compiled
-for the CPU (cuda_on_cpu.cpp) under the undefined-behaviour sanitizer, which reports misaligned loads. What is enqueued
-on a stream is put off until an event behind it is waited for: who reads or overwrites too early gets wrong numbers.
-What passes on it has run on no card.
+The reference decodes packed rows weight by weight in float64, from the layout that shared/weights.py states.
 """
 
-import ctypes
 import math
 import shutil
-import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +20,6 @@ from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.weights import Kind, pack
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "gpu_worker"
 
 Doubles = npt.NDArray[np.float64]
 
@@ -126,107 +118,15 @@ def random_case() -> Callable[[BundleLayout, str, int], Case]:
 
 
 @pytest.fixture
-def cpu_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """`import cupy` gives the stand-in; it notes `copies` (to, from, bytes, stream) and `locked` (at, bytes)."""
+def cpu_cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`import cupy` gives the stand-in, new for each test."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
 
-    class Memory:
-        def __init__(self, size: int) -> None:
-            self.size = size
-            # Freed bytes and unwritten bytes are NaN in every weight type.
-            self._bytes = np.full(size + 64, 0xFF, np.uint8)
-            self.ptr = self._bytes.ctypes.data + -self._bytes.ctypes.data % 64
-
-    class Stream:
-        """What is enqueued waits in `later` until somebody waits for an event."""
-
-        def __init__(self, non_blocking: bool) -> None:
-            assert non_blocking
-            self.ptr = len(streams)
-            self.later: deque[Callable[[], object]] = deque()
-            self.enqueued = self.done = 0
-            streams.append(self)
-
-        def enqueue(self, work: Callable[[], object]) -> None:
-            self.later.append(work)
-            self.enqueued += 1
-
-        def run(self, until: int) -> None:
-            while self.done < until:
-                self.later.popleft()()
-                self.done += 1
-
-    class Event:
-        def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-            self._recorded: tuple[Stream, int] | None = None
-
-        def record(self, stream: Stream) -> None:
-            self._recorded = stream, stream.enqueued
-
-        def synchronize(self) -> None:
-            if self._recorded is not None:
-                stream, until = self._recorded
-                stream.run(until)
-
-    streams: list[Stream] = []
-
-    def copy(to: int, source: int, size: int, kind: int, stream: int) -> None:
-        module.copies.append((to, source, size, stream))
-        streams[stream].enqueue(lambda: ctypes.memmove(to, source, size))
-
-    class Kernel:
-        def __init__(self, function: Any) -> None:
-            self._function = function
-
-        def __call__(
-            self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], stream: Stream
-        ) -> None:
-            assert block == (256, 1, 1)
-            types = {np.uint64: ctypes.c_void_p, np.int32: ctypes.c_int}
-            values = [types[type(arg)](int(arg)) for arg in args]
-            stream.enqueue(lambda: self._function((ctypes.c_uint * 3)(*grid), *values))
-
-    class RawModule:
-        def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
-            (tmp_path / "ffn.cu").write_text(code)
-            sanitize = "-fsanitize=alignment,bounds,shift,signed-integer-overflow"
-            flags = ("-O1", "-shared", "-fPIC", sanitize, f"-I{tmp_path}", *options[1:], "-std=c++20")
-            target = tmp_path / "kernels.so"
-            subprocess.run(["g++", *flags, str(HERE / "cuda_on_cpu.cpp"), "-o", str(target)], check=True)
-            self._library = ctypes.CDLL(str(target))
-
-        def get_function(self, name: str) -> Kernel:
-            return Kernel(self._library[f"run_{name}"])
-
-    runtime = SimpleNamespace(
-        getDeviceCount=lambda: 1,
-        getDeviceProperties=lambda index: {"name": b"CPU stand-in"},
-        memGetInfo=lambda: (1 << 26, 1 << 26),
-        memcpyAsync=copy,
-        hostRegister=lambda at, size, flags: module.locked.append((at, size)),
-        hostUnregister=lambda at: module.locked.remove(next(part for part in module.locked if part[0] == at)),
-        memcpyHostToDevice=1,
-        memcpyDeviceToHost=2,
-    )
-
-    class Device:
-        def __init__(self, index: int) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *error: object) -> None: ...
-
-    module: Any = ModuleType("cupy")
-    module.copies, module.locked = [], []
-    module.RawModule = RawModule
-    module.cuda = SimpleNamespace(
-        runtime=runtime,
-        Device=Device,
-        Event=Event,
-        Stream=Stream,
-        memory=SimpleNamespace(Memory=Memory),
-        alloc_pinned_memory=bytearray,
-        get_elapsed_time=lambda begin, end: 0.5,
-        compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
-    )
+    spec = spec_from_file_location("cupy", HERE / "stand_in" / "cupy.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

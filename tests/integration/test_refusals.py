@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, prepack, run
-from warmfront.coordinator.devices import cuda_devices
 from warmfront.coordinator.packer import ensure_packed
+from warmfront.shared.driver import find_driver
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -109,10 +109,21 @@ def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
     assert_refused(outcome, 2, "ReLU", "silu", "--selector all")
 
 
-@pytest.mark.skipif(cuda_devices() > 0, reason="there is a GPU to take the budget")
-def test_budget_without_gpu(relu: Path) -> None:
-    outcome = run("generate", "-m", relu, "-p", "x", "--vram-budget", "1GB")
-    assert_refused(outcome, 2, "no CUDA device", "--gpu host")
+@pytest.mark.skipif(find_driver() is not None, reason="there may be a GPU to take it")
+@pytest.mark.parametrize("option", ["--vram-budget", "--plan"])
+def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
+    """A plan need not be read to be refused; that it is there is all."""
+    wish = "1GB" if option == "--vram-budget" else relu / "config.json"
+    outcome = run("generate", "-m", relu, "-p", "x", option, wish)
+    assert_refused(outcome, 2, option, "no CUDA device", "--gpu host")
+    assert_refused(run("generate", "-m", relu, "-p", "x", option, wish, "--gpu", "none"), 2, option, "--gpu none")
+
+
+@pytest.mark.parametrize("gpu", ["auto", "host"])
+def test_a_plan_that_is_not_there(gpu: str) -> None:
+    """Said before the model is looked for."""
+    outcome = run("generate", "-m", "no/such/model", "-p", "x", "--plan", "no/such/plan.json", "--gpu", gpu)
+    assert_refused(outcome, 2, "--plan no/such/plan.json", "no such file", "warmfront plan")
 
 
 def write_config(folder: Path, text: str) -> None:
