@@ -38,7 +38,7 @@ _VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_PATH", "LD_LIBR
 
 def against_neurons(index: int, say: Say) -> str | None:
     """What speaks against a GPU worker on device `index`: None if nothing does, "" where there is no card."""
-    sources = ("ffn.cu", "cuda.py", "launch.py", "check.py")
+    sources = ("ffn.cu", "prefill.cu", "cuda.py", "launch.py", "check.py")
     return _against("warmfront.gpu_worker.check", index, "cupy", [_TOP / "gpu_worker" / name for name in sources], say)
 
 

@@ -79,7 +79,10 @@ class CudaDevice:
             self._copied = [self._cuda.Event(block=True, disable_timing=True) for _ in self._staging]
         with self._guard("compile kernels on"), self._card:
             module = self._raw_module(code=launch.source(), options=launch.options(layout, activation))
-            self._gate_up, self._down, self._reduce = map(module.get_function, ("gate_up", "down", "reduce"))
+            names = ("gate_up", "down", "reduce", "gate_up_many", "down_many")
+            self._gate_up, self._down, self._reduce, self._gate_up_many, self._down_many = map(
+                module.get_function, names
+            )
 
     def allocated(self) -> Ledger:
         return {purpose: int(memory.size) for purpose, memory in self._memory.items()}
@@ -153,7 +156,10 @@ class CudaDevice:
             self._upload(base + at.ids, pinned[at.ids : at.mask + 4 * groups if x_straight else x_ends], stream)
             if x_straight:
                 self._upload(base + at.x, x, stream)
-            self._launch(groups, tokens, sparse, base + passed)
+            if tokens > 1 and not sparse and mask is None:
+                self._launch_many(groups, tokens)
+            else:
+                self._launch(groups, tokens, sparse, base + passed)
             if out_straight:
                 self._download(out, base + at.out)
             if sparse or not out_straight:
@@ -184,19 +190,41 @@ class CudaDevice:
         return self._locked is not None and vectors.nbytes >= least and inside(vectors, self._locked)
 
     def _launch(self, groups: int, tokens: int, sparse: bool, passed_at: int) -> None:
+        """Neurons by the mask, each token for itself."""
         grids = launch.grids(self._layout, groups, tokens)
         at, base = self._offsets, self._memory["activations"].ptr
         slots, ids = np.uint64(self._memory["slots"].ptr), np.uint64(base + at.ids)
         mask, x = np.uint64(base + at.mask), np.uint64(base + at.x)
-        h, passed, out = np.uint64(base + at.h), np.uint64(passed_at), np.uint64(base + at.out)
-        partials = np.uint64(self._memory["partials"].ptr) if grids.segments > 1 else out
+        h, passed = np.uint64(base + at.h), np.uint64(passed_at)
         n, t = np.int32(groups), np.int32(tokens)
         arguments = (slots, ids, mask, n, x, t, np.int32(sparse), h, passed)
         self._gate_up(grids.gate_up, _BLOCK, arguments, stream=self._stream)
-        self._down(grids.down, _BLOCK, (slots, ids, n, h, partials), stream=self._stream)
+        self._down(grids.down, _BLOCK, (slots, ids, n, h, self._sums_at(grids)), stream=self._stream)
+        self._add_up(grids, tokens)
+
+    def _launch_many(self, groups: int, tokens: int) -> None:
+        """All neurons, as products of matrices."""
+        grids = launch.many_grids(self._layout, groups, tokens)
+        at, base = self._offsets, self._memory["activations"].ptr
+        slots, ids = np.uint64(self._memory["slots"].ptr), np.uint64(base + at.ids)
+        x, h = np.uint64(base + at.x), np.uint64(base + at.h)
+        n, t, per = np.int32(groups), np.int32(tokens), np.int32(grids.per)
+        self._gate_up_many(grids.gate_up, _BLOCK, (slots, ids, n, x, t, per, h), stream=self._stream)
+        arguments = (slots, ids, n, h, t, per, self._sums_at(grids))
+        self._down_many(grids.down, _BLOCK, arguments, stream=self._stream)
+        self._add_up(grids, tokens)
+
+    def _sums_at(self, grids: launch.Grids | launch.ManyGrids) -> np.uint64:
+        """Where sums over segments go: one segment's are the output."""
+        out = self._memory["activations"].ptr + self._offsets.out
+        return np.uint64(self._memory["partials"].ptr if grids.segments > 1 else out)
+
+    def _add_up(self, grids: launch.Grids | launch.ManyGrids, tokens: int) -> None:
         if grids.segments > 1:
+            out = np.uint64(self._memory["activations"].ptr + self._offsets.out)
             length = np.int32(tokens * self._layout.hidden)
-            self._reduce(grids.reduce, _BLOCK, (partials, np.int32(grids.segments), length, out), stream=self._stream)
+            arguments = (self._sums_at(grids), np.int32(grids.segments), length, out)
+            self._reduce(grids.reduce, _BLOCK, arguments, stream=self._stream)
 
     def _upload(self, to: int, data: npt.NDArray[Any], stream: Any) -> None:
         runtime = self._cuda.runtime

@@ -1,4 +1,4 @@
-"""How `ffn.cu` is compiled and launched for a model: macros, grids, and the sizes of its buffers. No CUDA here.
+"""How `ffn.cu` and `prefill.cu` are compiled and launched for a model: macros, grids, sizes of buffers. No CUDA here.
 
 The workspace is one block of device memory, each part on a 256-byte boundary:
 
@@ -16,7 +16,18 @@ from typing import NamedTuple
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.weights import BLOCK
 
-__all__ = ["THREADS", "Grids", "Workspace", "grids", "options", "partial_rows", "source", "workspace"]
+__all__ = [
+    "THREADS",
+    "Grids",
+    "ManyGrids",
+    "Workspace",
+    "grids",
+    "many_grids",
+    "options",
+    "partial_rows",
+    "source",
+    "workspace",
+]
 
 Grid = tuple[int, int, int]
 
@@ -24,8 +35,11 @@ Grid = tuple[int, int, int]
 _WARPS = 8
 _UNIT = 8
 THREADS = 32 * _WARPS
-# Blocks of `down` at most: about four for each multiprocessor of the largest cards. A constant, not the card's
-# count: the order of the sums, and so the result's bits, must not depend on the card.
+# As in prefill.cu: columns of a block of `down_many`, tokens of a block and of a thread at most.
+_COLUMNS = 64
+_MOST_PER = 4
+# Blocks of `down` and `down_many` at most: about four for each multiprocessor of the largest cards. A constant, not the
+# card's count: the order of the sums, and so the result's bits, must not depend on the card.
 _DOWN_BLOCKS = 512
 _ALIGNMENT = 256
 
@@ -37,6 +51,16 @@ class Grids(NamedTuple):
     down: Grid
     reduce: Grid
     segments: int
+
+
+class ManyGrids(NamedTuple):
+    """For several tokens at once; `per`: tokens of a thread, a block has 32 times as many."""
+
+    gate_up: Grid
+    down: Grid
+    reduce: Grid
+    segments: int
+    per: int
 
 
 class Workspace(NamedTuple):
@@ -53,7 +77,8 @@ class Workspace(NamedTuple):
 
 def source() -> str:
     """The kernels."""
-    return files("warmfront.gpu_worker").joinpath("ffn.cu").read_text("utf-8")
+    folder = files("warmfront.gpu_worker")
+    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in ("ffn.cu", "prefill.cu"))
 
 
 def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
@@ -83,9 +108,26 @@ def grids(layout: BundleLayout, groups: int, tokens: int) -> Grids:
     )
 
 
+def many_grids(layout: BundleLayout, groups: int, tokens: int) -> ManyGrids:
+    """The launch of `groups` >= 1 whole groups for `tokens` >= 1 tokens at once."""
+    tiles, per = _token_tiles(tokens)
+    segments = min(groups, _most_many_segments(layout, tokens))
+    return ManyGrids(
+        gate_up=(groups, tiles, 1),
+        down=(-(-layout.hidden // _COLUMNS), segments, tiles),
+        reduce=(-(-tokens * layout.hidden // THREADS), 1, 1),
+        segments=segments,
+        per=per,
+    )
+
+
 def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
     """Rows [hidden] of partial sums that any launch of up to `max_tokens` tokens may need."""
-    several = ((_most_segments(layout, tokens), tokens) for tokens in range(1, max_tokens + 1))
+    several = (
+        (most(layout, tokens), tokens)
+        for tokens in range(1, max_tokens + 1)
+        for most in (_most_segments, _most_many_segments)
+    )
     return max((segments * tokens for segments, tokens in several if segments > 1), default=0)
 
 
@@ -106,3 +148,13 @@ def _tiles(layout: BundleLayout) -> int:
 
 def _most_segments(layout: BundleLayout, tokens: int) -> int:
     return max(1, _DOWN_BLOCKS // (_tiles(layout) * tokens))
+
+
+def _token_tiles(tokens: int) -> tuple[int, int]:
+    """Blocks that share the tokens, and tokens of each of their threads: 288 are 3 x 32 x 3."""
+    tiles = -(-tokens // (32 * _MOST_PER))
+    return tiles, -(-tokens // (32 * tiles))
+
+
+def _most_many_segments(layout: BundleLayout, tokens: int) -> int:
+    return max(1, _DOWN_BLOCKS // (-(-layout.hidden // _COLUMNS) * _token_tiles(tokens)[0]))

@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -33,25 +33,27 @@ ACTIVATE: dict[str, Callable[[float], float]] = {
 
 def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
     """A packed row, weight by weight."""
-    half = {Kind.F16, Kind.Q8, Kind.Q4, Kind.Q4S}
-    code, size = ("f2", 2) if kind in half else ("f4", 4)
 
-    def number(at: int) -> float:
-        return float(np.frombuffer(row[at : at + size], code)[0])
+    def numbers(at: int, count: int, code: str) -> list[float]:
+        return [float(value) for value in np.frombuffer(row, code, count, at)]
 
+    blocks = cols // 32
     if kind in (Kind.F32, Kind.F16):
-        return [number(size * j) for j in range(cols)]
+        return numbers(0, cols, "f4" if kind == Kind.F32 else "f2")
     if kind == Kind.BF16:
-        return [float(np.frombuffer(b"\0\0" + row[2 * j : 2 * j + 2], "f4")[0]) for j in range(cols)]
+        widened = b"".join(b"\0\0" + row[2 * j : 2 * j + 2] for j in range(cols))
+        return [float(value) for value in np.frombuffer(widened, "f4")]
     if kind == Kind.Q8:
-        return [(row[j] - 256 * (row[j] > 127)) * number(cols + 2 * (j // 32)) for j in range(cols)]
+        scales = numbers(cols, blocks, "f2")
+        return [(row[j] - 256 * (row[j] > 127)) * scales[j // 32] for j in range(cols)]
     nibbles = [row[j // 32 * 16 + j % 16] >> 4 * (j % 32 // 16) & 15 for j in range(cols)]
     if kind == Kind.Q4C:
         return [float(q) for q in nibbles]
-    scales, minima = cols // 2, cols // 2 + cols // 16
+    scales = numbers(cols // 2, blocks, "f2")
     if kind == Kind.Q4S:
-        return [(q - 8) * number(scales + 2 * (j // 32)) for j, q in enumerate(nibbles)]
-    return [q * number(scales + 2 * (j // 32)) + number(minima + 2 * (j // 32)) for j, q in enumerate(nibbles)]
+        return [(q - 8) * scales[j // 32] for j, q in enumerate(nibbles)]
+    minima = numbers(cols // 2 + cols // 16, blocks, "f2")
+    return [q * scales[j // 32] + minima[j // 32] for j, q in enumerate(nibbles)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Case:
     activation: str
     groups: npt.NDArray[np.uint8]
     x: npt.NDArray[np.float32]
+    _decoded: dict[int, Doubles] = field(default_factory=dict)
 
     @classmethod
     def random(cls, layout: BundleLayout, activation: str, tokens: int) -> "Case":
@@ -83,15 +86,17 @@ class Case:
 
     def _rows(self, picked: list[int], offset: int, kind: Kind) -> Doubles:
         """The rows at `offset` of the bundles of the picked groups: [neurons, hidden]."""
-        layout, groups = self.layout, self.groups[picked]
-        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
-        rows = np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
-        if kind == Kind.Q4C:
-            tails = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden].copy().view(np.float16)
-            parts = tails.astype(np.float64).reshape(-1, 2, layout.hidden)
-            scale, minimum = np.repeat(parts, GROUP, 0).swapaxes(0, 1)
-            rows = rows * scale + minimum
-        return rows
+        if offset not in self._decoded:  # of all groups, once
+            layout = self.layout
+            bundles = self.groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
+            rows = np.array([decode(bundle[offset:].tobytes(), kind, layout.hidden) for bundle in bundles])
+            if kind == Kind.Q4C:
+                tails = self.groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden].copy()
+                parts = tails.view(np.float16).astype(np.float64).reshape(-1, 2, layout.hidden)
+                scale, minimum = np.repeat(parts, GROUP, 0).swapaxes(0, 1)
+                rows = rows * scale + minimum
+            self._decoded[offset] = rows.reshape(layout.groups, GROUP, layout.hidden)
+        return self._decoded[offset][picked].reshape(-1, self.layout.hidden)
 
     def expect(
         self, picked: list[int], sparse: bool, chosen: npt.NDArray[np.bool_] | None = None

@@ -1,4 +1,4 @@
-// Runs the kernels of gpu_worker/ffn.cu on the CPU, to check their arithmetic and addresses where there is no GPU.
+// Runs the kernels of gpu_worker/ffn.cu and prefill.cu on the CPU, to check their arithmetic and addresses where there is no GPU.
 //
 // Every thread of a block is a fiber, and blocks run one after another. A fiber that reaches a warp collective or
 // __syncthreads waits until all threads concerned have reached one; if none can go on, that is a deadlock and the
@@ -18,6 +18,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
+#define __launch_bounds__(threads, blocks)
 
 struct Dim3 { unsigned x, y, z; };
 struct alignas(8) uint2 { unsigned x, y; };
@@ -113,4 +114,12 @@ extern "C" void run_down(const unsigned* grid, const byte* slots, const int* ids
 }
 extern "C" void run_reduce(const unsigned* grid, const float* partials, int segments, int length, float* out) {
     launch(grid, [=] { reduce(partials, segments, length, out); });
+}
+extern "C" void run_gate_up_many(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* x,
+                                 int tokens, int per, float* h) {
+    launch(grid, [=] { gate_up_many(slots, ids, groups, x, tokens, per, h); });
+}
+extern "C" void run_down_many(const unsigned* grid, const byte* slots, const int* ids, int groups, const float* h,
+                              int tokens, int per, float* partials) {
+    launch(grid, [=] { down_many(slots, ids, groups, h, tokens, per, partials); });
 }

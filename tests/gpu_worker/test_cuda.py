@@ -119,6 +119,54 @@ def test_many_tokens_on_cpu(random_case: MakeCase, cpu_cupy: ModuleType, activat
     check(CudaDevice(0), random_case(layout_of(Kind.F16, Kind.Q4, 3), activation, 17), activation == "relu")
 
 
+@pytest.mark.parametrize(
+    ("gate", "down", "tokens", "blocks"),
+    [
+        (Kind.F32, Kind.F32, 100, 512),
+        (Kind.F16, Kind.Q4C, 33, 10),
+        (Kind.Q8, Kind.Q4S, 70, 10),
+        (Kind.Q4, Kind.BF16, 130, 20),
+    ],
+)
+def test_products_on_cpu(
+    random_case: MakeCase,
+    cpu_cupy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    gate: Kind,
+    down: Kind,
+    tokens: int,
+    blocks: int,
+) -> None:
+    """Every number of tokens a thread has, tiles that are not full, a group or several to a segment."""
+    monkeypatch.setattr(launch, "_DOWN_BLOCKS", blocks)
+    case, device = random_case(layout_of(gate, down, 5), "silu", tokens), CudaDevice(0)
+    reserve(device, case)
+    out = np.full(case.x.shape, np.nan, np.float32)
+    picked = [4, 0, 3, 2]
+    assert device.execute(places_of(picked), case.x, False, out)[0] == 4 * 32 * tokens
+    assert_close(out, case.expect(picked, False)[0])
+    assert "runtime error" not in capfd.readouterr().err
+    device.close()
+
+
+def test_a_token_does_not_depend_on_those_beside_it_on_cpu(
+    random_case: MakeCase, cpu_cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, where the sums have no segments; and float32 is as exact as a sum in order can be."""
+    monkeypatch.setattr(launch, "_DOWN_BLOCKS", 1)
+    case, device = random_case(layout_of(Kind.F32, Kind.F32, 3), "relu", 40), CudaDevice(0)
+    reserve(device, case)
+    places = places_of([0, 1, 2])
+    several, few = np.empty_like(case.x), np.empty_like(case.x[:5])
+    device.execute(places, case.x, False, several)
+    device.execute(places, case.x[30:35], False, few)
+    assert few.tobytes() == several[30:35].tobytes()
+    expected = case.expect([0, 1, 2], False)[0]
+    np.testing.assert_allclose(several, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    device.close()
+
+
 def test_staging_ring_on_cpu(random_case: MakeCase, cpu_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More groups than both staging buffers hold."""
     monkeypatch.setattr("warmfront.gpu_worker.cuda.STAGING_BYTES", 0)
@@ -288,12 +336,12 @@ def real_card() -> Device:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("tokens", [1, 17, 288])
 @pytest.mark.parametrize(("gate", "down"), PAIRS)
 def test_real_card(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, sparse: bool) -> None:
     device = real_card()
     activation = "relu" if sparse else ACTIVATIONS[gate % len(ACTIVATIONS)]
-    check(device, random_case(layout_of(gate, down, 45), activation, tokens), sparse)
+    check(device, random_case(layout_of(gate, down, 33), activation, tokens), sparse)
 
 
 @pytest.mark.gpu
@@ -331,6 +379,15 @@ def test_buffers_cover_every_launch(hidden: int) -> None:
         assert tiles * 256 >= hidden
         assert grids.gate_up[0] * 8 >= groups * 32 * tokens
         assert grids.reduce[0] * 256 >= tokens * hidden
+        assert segments == 1 or segments * tokens <= rows
+        many = launch.many_grids(layout, groups, tokens)
+        columns, segments, tiles = many.down
+        assert columns * 64 >= hidden
+        assert many.gate_up == (groups, tiles, 1)
+        assert 1 <= many.per <= 4
+        assert tiles * 32 * many.per >= tokens
+        assert many.reduce == grids.reduce
+        assert 1 <= segments == many.segments <= groups
         assert segments == 1 or segments * tokens <= rows
     at = launch.workspace(layout, layout.groups, 129)
     pairs = 129 * layout.groups * 32

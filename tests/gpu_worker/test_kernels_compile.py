@@ -20,7 +20,7 @@ from warmfront.shared.model import ACTIVATIONS
 from warmfront.shared.weights import Kind
 
 CARDS = ("80", "90")
-KERNELS = ("gate_up", "down", "reduce")
+KERNELS = ("gate_up", "down", "reduce", "gate_up_many", "down_many")
 
 
 def options(gate: Kind, down: Kind, hidden: int = 576) -> tuple[str, ...]:

@@ -1,0 +1,167 @@
+// Several tokens at once: the feed-forward as two matrix products; appended to ffn.cu, whose names it uses.
+//
+//   gate_up_many  h[token][neuron] = activation(gate . x) * (up . x)      block: the 32 neurons of a group x its tokens
+//   down_many     partial[segment][token][column] = sum of h * down       block: 64 columns x its tokens, then `reduce`
+//
+// A step of either takes 32 terms of the sums: a tile of weights, widened to float32 once for all tokens, and a tile of
+// inputs go to shared memory; a thread then adds 8 weights x PER tokens of its own in registers. Every sum is made by
+// one thread in order, so a token's h does not depend on the tokens beside it.
+//
+// What limits it on an H100 (67 TFLOP/s in float32, 3.35 TB/s; by arithmetic, not measured): a layer of hidden 4096,
+// 11008 neurons and 288 tokens takes 6 * 4096 * 11008 * 288 = 78 GFLOP, 1.2 ms at the least, and reads 270 MB of float16
+// weights once for every 96 tokens, mostly from the L2, 0.25 ms. So arithmetic: an inner step has 8 * PER
+// multiplications for 2 broadcast loads of 16 bytes and PER of 4, which shared memory serves in less time. One dot
+// product per neuron and token, as for single tokens, loads 24 KB for 8 KFLOP and is bound by the L1, ten times slower.
+// Tensor cores are left out: they would round the inputs, and what float32 models promise is float32.
+
+constexpr int STEP = 32;       // terms of a sum that are in shared memory at a time
+constexpr int MOST_PER = 4;    // tokens of a thread at most
+constexpr int WIDE = 64 + 8;   // weights of a term, padded: the units of a row are stored without bank conflicts
+constexpr int TOKENS = 32 * MOST_PER + 1;  // inputs of a term, padded likewise
+
+struct Tiles {
+    float4 weights[STEP][WIDE / 4];
+    float inputs[STEP][TOKENS];
+};
+
+// Row of a column, of 32, in a tile of gates: weight i of unit u at 4 i + u.
+template <int KIND>
+__device__ __forceinline__ int row_of(int column) {
+    return KIND >= Q4 ? (column / 16 * 4 + column % 4) * 4 + column % 16 / 4 : column % UNIT * 4 + column / UNIT;
+}
+
+// Inputs [token][stride] of 32 terms into the tile, 0 for tokens that are not there; lane = term, in row `row`.
+template <int PER>
+__device__ __forceinline__ void take_inputs(Tiles& tiles, const float* from, long long stride, int first, int tokens,
+                                            int row) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int token = warp; token < 32 * PER; token += WARPS)
+        tiles.inputs[row][token] = first + token < tokens ? from[(first + token) * stride + lane] : 0;
+}
+
+// Adds the products of the tiles: the warp's weights 4 w to 4 w + 3 and 32 more, each lane's tokens lane + 32 p.
+template <int PER>
+__device__ __forceinline__ void multiply(const Tiles& tiles, float (&sums)[8][PER]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 4
+    for (int k = 0; k < STEP; ++k) {
+        const float4 low = tiles.weights[k][warp], high = tiles.weights[k][WARPS + warp];
+        const float weights[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int p = 0; p < PER; ++p) {
+            const float input = tiles.inputs[k][lane + 32 * p];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[i][p] = fmaf(weights[i], input, sums[i][p]);
+        }
+    }
+}
+
+template <int PER>
+__device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, int groups, const float* x, int tokens,
+                                             float* h) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.y) * 32 * PER;
+    // A unit of a row for every thread: gates in the first half of the block, ups in the second.
+    const int row = threadIdx.x / 4, unit = threadIdx.x % 4;
+    const byte* bundle = group + row % GROUP * BUNDLE_BYTES;
+    float sums[8][PER] = {};
+    for (int block = 0; block < BLOCKS; ++block) {
+        float weights[UNIT];
+        if (row < GROUP)
+            widen<GATE_KIND, 0>(bundle, 4 * block + unit, weights);
+        else
+            widen<GATE_KIND, UP_OFFSET>(bundle, 4 * block + unit, weights);
+        __syncthreads();  // all are done with the tiles before
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) reinterpret_cast<float*>(tiles.weights[4 * i + unit])[row] = weights[i];
+        take_inputs<PER>(tiles, x + 32 * block, HIDDEN, first, tokens, row_of<GATE_KIND>(lane));
+        __syncthreads();
+        multiply<PER>(tiles, sums);
+    }
+#pragma unroll
+    for (int p = 0; p < PER; ++p) {
+        const int token = first + 32 * p + lane;
+        if (token >= tokens) continue;
+        float4 values;
+        values.x = activate(sums[0][p]) * sums[4][p];
+        values.y = activate(sums[1][p]) * sums[5][p];
+        values.z = activate(sums[2][p]) * sums[6][p];
+        values.w = activate(sums[3][p]) * sums[7][p];
+        const long long at = static_cast<long long>(token) * groups + blockIdx.x;
+        reinterpret_cast<float4*>(h)[at * (GROUP / 4) + warp] = values;
+    }
+}
+
+template <int PER>
+__device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const int* ids, int groups, const float* h,
+                                          int tokens, float* partials) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.z) * 32 * PER;
+    // A unit of a neuron for every thread.
+    const int neuron = threadIdx.x / 8, unit = static_cast<int>(blockIdx.x) * 8 + threadIdx.x % 8;
+    const int left = static_cast<int>(blockIdx.x) * 64;
+    float sums[8][PER] = {};
+    for (int g = static_cast<int>(blockIdx.y); g < groups; g += static_cast<int>(gridDim.y)) {
+        const byte* group = slots + static_cast<long long>(ids[g]) * GROUP_BYTES;
+        float weights[UNIT] = {};
+        if (unit < UNITS) {
+            widen<DOWN_KIND, DOWN_OFFSET>(group + neuron * BUNDLE_BYTES, unit, weights);
+            if constexpr (DOWN_KIND == Q4C) {
+#pragma unroll
+                for (int i = 0; i < UNIT; ++i) {
+                    const byte* scale = group + TAIL_OFFSET + 2 * (column<Q4C>(unit, i / 4) + i % 4);
+                    weights[i] = fmaf(half_at(scale), weights[i], half_at(scale + 2 * HIDDEN));
+                }
+            }
+        }
+        __syncthreads();  // all are done with the tiles before
+#pragma unroll
+        for (int quad = 0; quad < 2; ++quad) {
+            const float* four = weights + 4 * quad;
+            float4& to = tiles.weights[neuron][(column<DOWN_KIND>(unit, quad) - left) / 4];
+            to.x = four[0];
+            to.y = four[1];
+            to.z = four[2];
+            to.w = four[3];
+        }
+        take_inputs<PER>(tiles, h + g * GROUP, static_cast<long long>(groups) * GROUP, first, tokens, lane);
+        __syncthreads();
+        multiply<PER>(tiles, sums);
+    }
+#pragma unroll
+    for (int p = 0; p < PER; ++p) {
+        const int token = first + 32 * p + lane;
+        if (token >= tokens) continue;
+        const long long row = static_cast<long long>(blockIdx.y) * tokens + token;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int to = left + 32 * half + 4 * warp;
+            float4 values;
+            values.x = sums[4 * half][p];
+            values.y = sums[4 * half + 1][p];
+            values.z = sums[4 * half + 2][p];
+            values.w = sums[4 * half + 3][p];
+            if (to < HIDDEN) *reinterpret_cast<float4*>(partials + row * HIDDEN + to) = values;
+        }
+    }
+}
+
+// Grid: groups, tiles of 32 * `per` tokens.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) gate_up_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
+                                        const float* __restrict__ x, int tokens, int per, float* __restrict__ h) {
+    __shared__ Tiles tiles;
+    const byte* group = slots + static_cast<long long>(ids[blockIdx.x]) * GROUP_BYTES;
+    if (per == 1) gate_up_tile<1>(tiles, group, groups, x, tokens, h);
+    if (per == 2) gate_up_tile<2>(tiles, group, groups, x, tokens, h);
+    if (per == 3) gate_up_tile<3>(tiles, group, groups, x, tokens, h);
+    if (per == 4) gate_up_tile<4>(tiles, group, groups, x, tokens, h);
+}
+
+// Grid: tiles of 64 columns, segments, tiles of 32 * `per` tokens. Segment s takes groups s, s + segments, ...
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) down_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
+                                     const float* __restrict__ h, int tokens, int per, float* __restrict__ partials) {
+    __shared__ Tiles tiles;
+    if (per == 1) down_tile<1>(tiles, slots, ids, groups, h, tokens, partials);
+    if (per == 2) down_tile<2>(tiles, slots, ids, groups, h, tokens, partials);
+    if (per == 3) down_tile<3>(tiles, slots, ids, groups, h, tokens, partials);
+    if (per == 4) down_tile<4>(tiles, slots, ids, groups, h, tokens, partials);
+}
