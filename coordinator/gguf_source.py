@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import gguf
 import numpy as np
@@ -20,9 +19,20 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from warmfront.coordinator import rope
+from warmfront.coordinator.fields import Fields
 from warmfront.coordinator.gguf_blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
+from warmfront.coordinator.gguf_file import GgufFile
 from warmfront.coordinator.gguf_tokenizer import read_tokenizer
-from warmfront.coordinator.source import SourceTensor, check_predictor, check_sizes, file_shapes, predictor_shapes
+from warmfront.coordinator.source import (
+    BIASED,
+    IGNORE_OVERFLOW,
+    SourceTensor,
+    check_predictor,
+    check_sizes,
+    file_shapes,
+    predictor_shapes,
+)
+from warmfront.coordinator.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.weights import BLOCK, Kind, join_nibbles, split_q4
@@ -31,7 +41,6 @@ __all__ = ["GgufSource"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-T = TypeVar("T", int, float, str)
 
 ARCHITECTURE = "llama"
 TOP = {"token_embd.weight": "embed", "output.weight": "head", "output_norm.weight": "norm"}
@@ -46,7 +55,6 @@ PARTS = {
     "ffn_up": "up",
     "ffn_down": "down",
 }
-POWERINFER_MAGIC = b"PWRI"
 POWERINFER_PARTS = {name: part for name, part in PARTS.items() if part != "down"} | {
     "ffn_down_t": "down",
     "fc1": "fc1",
@@ -61,30 +69,33 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []
-        reader, fields = _read(path)
-        metadata = Metadata(path, fields)
-        architecture = metadata.get("general.architecture", str)
+        file = GgufFile(path)
+        fields = Fields(path, file.fields)
+        architecture = fields.text("general.architecture")
         if architecture != ARCHITECTURE:
             raise ModelError(f"{path}: architecture '{architecture}' is not supported; {ARCHITECTURE} is")
-        if metadata.get("split.count", int, 1) > 1:
+        if fields.count("split.count", 1, least=0) > 1:
             raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
-        if metadata.get("llama.expert_count", int, 0) > 0:
+        if fields.count("llama.expert_count", 0, least=0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense llama models are")
-        found = {tensor.name: tensor for tensor in reader.tensors}
-        self._powerinfer = reader.powerinfer or any(".ffn_down_t." in name for name in found)
+        found = file.tensors
+        self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in found)
         factors = found.pop(ROPE_FACTORS, None)
         named = {self._canonical(name): tensor for name, tensor in found.items()}
         if "embed" not in named:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
         self.spec = replace(
-            _spec(metadata, _shape(named["embed"])[0], None if factors is None else np.array(factors.data)),
+            _sizes(fields, named["embed"].shape[0]),
             activation="relu" if self._powerinfer else "silu",
-            predictor=_predictor(metadata) if any(name.endswith((".fc1", ".fc2")) for name in named) else None,
+            predictor=_predictor(fields) if any(name.endswith((".fc1", ".fc2")) for name in named) else None,
         )
         check_sizes(path, self.spec)
         self._tensors = self._checked(named)
+        self.spec = replace(self.spec, rope_frequencies=_frequencies(fields, self.spec.head_dim, factors))
         self._note_conversions()
-        self.tokenizer = read_tokenizer(path, fields, self.notes)
+        self.tokenizer = read_tokenizer(path, file.fields, self.notes)
+        if self.tokenizer is not None and len(file.fields["tokenizer.ggml.tokens"]) > self.spec.vocab:
+            raise ModelError(f"{path}: there are more tokens than the {self.spec.vocab} rows of token_embd.weight")
 
     def names(self) -> Set[str]:
         return self._tensors.keys()
@@ -103,34 +114,34 @@ class GgufSource:
             raise ModelError(f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported")
         return f"layers.{match[1]}.{part}" + (".bias" if match[3] == "bias" else "")
 
-    def _checked(self, named: Mapping[str, gguf.ReaderTensor]) -> dict[str, "GgufTensor"]:
+    def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, "GgufTensor"]:
         """Every tensor that the model must have and the biases it may have, of the right shape."""
         tensors: dict[str, GgufTensor] = {}
         for name, shape in file_shapes(self.spec, head="head" in named):
             tensors[name] = self._tensor(name, named, shape)
-            if f"{name}.bias" in named:
+            if f"{name}.bias" in named and name.rpartition(".")[2] in BIASED:
                 tensors[f"{name}.bias"] = self._tensor(f"{name}.bias", named, shape[:1])
         if self.spec.predictor is not None:
-            for name, shape in predictor_shapes(self.spec, {name: _shape(tensor) for name, tensor in named.items()}):
+            for name, shape in predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()}):
                 tensors[name] = self._tensor(name, named, shape)
         extra = sorted(named.keys() - tensors.keys())
         if extra:
             raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
         return tensors
 
-    def _tensor(self, name: str, named: Mapping[str, gguf.ReaderTensor], shape: tuple[int, ...]) -> "GgufTensor":
+    def _tensor(self, name: str, named: Mapping[str, StoredTensor[Type]], shape: tuple[int, ...]) -> "GgufTensor":
         tensor = named.get(name)
         if tensor is None:
             raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
-        have, down = _shape(tensor), name.endswith(".down")
+        have, down = tensor.shape, name.endswith(".down")
         if down and self._powerinfer:
             shape = shape[::-1]
         if have != shape:
             raise ModelError(
                 f"{self.path}: tensor {tensor.name} has shape {have} instead of {shape}; the file is damaged"
             )
-        if kind_of(tensor.tensor_type) is None or (len(shape) == 1 and tensor.tensor_type not in FLOATS):
-            raise ModelError(f"{self.path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be read")
+        if kind_of(tensor.type) is None or (len(shape) == 1 and tensor.type not in FLOATS):
+            raise ModelError(f"{self.path}: {tensor.name} has type {tensor.type.name}, which cannot be read")
         return GgufTensor(tensor, transposed=down and not self._powerinfer)
 
     def _note_conversions(self) -> None:
@@ -150,35 +161,34 @@ class GgufSource:
 
 
 class GgufTensor(SourceTensor):
-    """A tensor of the mapped file; `transposed` delivers [out, in] of the file as [in, out]."""
+    """A tensor of the file; `transposed` delivers [out, in] of the file as [in, out]."""
 
-    def __init__(self, tensor: gguf.ReaderTensor, *, transposed: bool) -> None:
-        self.type: Type = tensor.tensor_type
+    def __init__(self, tensor: StoredTensor[Type], *, transposed: bool) -> None:
+        self.type = tensor.type
         self.transposed = transposed
         kind = kind_of(self.type)
         assert kind is not None
         self._block_size, self._block_bytes = gguf.GGML_QUANT_SIZES[self.type]
-        shape = _shape(tensor)
-        # A byte row per row of the file; a vector is one row.
-        self._data: Bytes = tensor.data.reshape(-1, tensor.data.shape[-1]).view(np.uint8)
+        self._stored = tensor
+        label, shape = f"{tensor.path}: tensor {tensor.name}", tensor.shape
         if not transposed:
-            super().__init__(shape, kind)
+            super().__init__(label, shape, kind)
         elif self.type in FLOATS:
-            super().__init__(shape[::-1], kind)
+            super().__init__(label, shape[::-1], kind)
         else:
             across = repack(self.type, Kind.Q4) is not None
-            super().__init__(shape[::-1], Kind.Q4C if across else Kind.Q8, step=self._block_size)
+            super().__init__(label, shape[::-1], Kind.Q4C if across else Kind.Q8, step=self._block_size)
 
     def _widen(self, start: int, stop: int) -> Floats:
         if len(self.shape) == 1:
-            return self._dequantised(self._data)[0, start:stop]
+            return self._dequantised(self._stored.rows())[0, start:stop]
         if not self.transposed:
-            return self._dequantised(self._data[start:stop])
+            return self._dequantised(self._stored.rows(start, stop))
         first, last = (at // self._block_size * self._block_bytes for at in (start, stop))
-        return self._dequantised(self._data[:, first:last]).T
+        return self._dequantised(self._stored.columns(first, last)).T
 
     def _dequantised(self, rows: Bytes) -> Floats:
-        return np.asarray(gguf.dequantize(np.ascontiguousarray(rows), self.type), np.float32)
+        return np.asarray(gguf.dequantize(rows, self.type), np.float32)
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
         if kind == self.kind == Kind.Q4C:
@@ -187,112 +197,67 @@ class GgufTensor(SourceTensor):
         exact = None if self.transposed else repack(self.type, kind)
         if exact is None:
             return super()._pack(start, stop, kind)
-        return exact(np.ascontiguousarray(self._data[start:stop]))
+        return exact(self._stored.rows(start, stop))
 
+    @IGNORE_OVERFLOW
     def column_scales(self) -> npt.NDArray[np.float16]:
         _, scale, minimum = self._split()
-        return np.ascontiguousarray(np.stack((scale.T, minimum.T), axis=1))
+        scales = np.ascontiguousarray(np.stack((scale.T, minimum.T), axis=1))
+        self.check_finite(bool(np.isfinite(scales).all()), self.kind)
+        return scales
 
     def _split(self) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """Numbers, scales and minima as they lie in the file, [out, in] and [out, in / 32]."""
         exact = repack(self.type, Kind.Q4)
         assert exact is not None
-        return split_q4(exact(np.ascontiguousarray(self._data)), self.shape[0])
+        return split_q4(exact(self._stored.rows()), self.shape[0])
 
 
-class Metadata:
-    """The file's key-value fields with types checked."""
-
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        self.path = path
-        self._fields = fields
-
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The field; raises ModelError if it is absent without a default, or of another type."""
-        value = self._fields.get(key, default)
-        if value is None:
-            raise ModelError(f"{self.path}: field {key} is missing; the file is incomplete")
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind):
-            raise ModelError(f"{self.path}: field {key} is {value!r:.60}, which is not supported for llama models")
-        return value
-
-
-class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # the package has no types
-    """Reads PowerInfer's files too, which are GGUF but for the first four bytes."""
-
-    @property
-    def powerinfer(self) -> bool:
-        return bytes(self.data[:4]) == POWERINFER_MAGIC
-
-    def _get(self, offset: int, *args: Any, **options: Any) -> npt.NDArray[Any]:
-        if offset == 0 and self.powerinfer:
-            return np.array([gguf.GGUF_MAGIC])
-        return np.asarray(super()._get(offset, *args, **options))
-
-
-def _read(path: Path) -> tuple[_Reader, dict[str, Any]]:
-    """The mapped file and its decoded fields."""
-    try:
-        reader = _Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # the reader checks nothing: missing bytes and damage surface as any exception
-        raise ModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
-    if reader.byte_order != "I":
-        raise ModelError(f"{path}: big-endian GGUF files are not supported")
-    return reader, fields
-
-
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    """Rows first; GGUF writes the contiguous dimension first."""
-    return tuple(int(n) for n in reversed(tensor.shape)) or (0,)
-
-
-def _predictor(metadata: Metadata) -> Predictor:
-    predictor = Predictor(threshold=metadata.get("powerinfer.sparse_threshold", float, 0.0))
-    check_predictor(metadata.path, predictor)
+def _predictor(fields: Fields) -> Predictor:
+    predictor = Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0))
+    check_predictor(fields.path, predictor)
     return predictor
 
 
-def _spec(metadata: Metadata, vocab: int, rope_factors: Floats | None) -> ModelSpec:
-    hidden = metadata.get("llama.embedding_length", int)
-    heads = metadata.get("llama.attention.head_count", int)
-    head_dim = metadata.get("llama.attention.key_length", int, hidden // max(heads, 1))
+def _sizes(fields: Fields, vocab: int) -> ModelSpec:
+    """The model but for its rotary frequencies, which take room by a size that the tensors must bear out first."""
+    hidden = fields.count("llama.embedding_length")
+    heads = fields.count("llama.attention.head_count")
+    head_dim = fields.count("llama.attention.key_length", hidden // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if metadata.get(key, int, head_dim) != head_dim:
-            raise ModelError(f"{metadata.path}: {key} differs from the head size {head_dim}, which is not supported")
+        if fields.count(key, head_dim) != head_dim:
+            raise ModelError(f"{fields.path}: {key} differs from the head size {head_dim}, which is not supported")
     return ModelSpec(
         architecture=ARCHITECTURE,
-        name=metadata.get("general.name", str, metadata.path.stem),
-        layers=metadata.get("llama.block_count", int),
+        name=fields.text("general.name", fields.path.stem),
+        layers=fields.count("llama.block_count"),
         hidden=hidden,
-        ffn=metadata.get("llama.feed_forward_length", int),
+        ffn=fields.count("llama.feed_forward_length"),
         heads=heads,
-        kv_heads=metadata.get("llama.attention.head_count_kv", int, heads),
+        kv_heads=fields.count("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab=vocab,
-        context=metadata.get("llama.context_length", int),
-        norm_eps=metadata.get("llama.attention.layer_norm_rms_epsilon", float),
+        context=fields.count("llama.context_length"),
+        norm_eps=fields.positive("llama.attention.layer_norm_rms_epsilon"),
         activation="silu",
-        rope_frequencies=_frequencies(metadata, head_dim, rope_factors),
+        rope_frequencies=(),
     )
 
 
-def _frequencies(metadata: Metadata, head_dim: int, factors: Floats | None) -> tuple[float, ...]:
+def _frequencies(fields: Fields, head_dim: int, factors: StoredTensor[Type] | None) -> tuple[float, ...]:
     """RoPE's frequencies; Llama 3.1's stretching is in the file as a divisor of each."""
-    scaling = metadata.get("llama.rope.scaling.type", str, "")
-    linear = metadata.get("llama.rope.scale_linear", float, 1.0)
+    scaling = fields.text("llama.rope.scaling.type", "")
+    divisor = fields.positive("llama.rope.scale_linear", 1.0)
     if scaling == "linear":
-        linear = metadata.get("llama.rope.scaling.factor", float, linear)
+        divisor = fields.positive("llama.rope.scaling.factor", divisor)
     elif scaling not in ("", "none"):
-        raise ModelError(f"{metadata.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
-    if factors is not None and factors.shape != (head_dim // 2,):
-        raise ModelError(f"{metadata.path}: {ROPE_FACTORS} has shape {factors.shape}; the file is damaged")
-    divisor = linear * (np.ones(head_dim // 2) if factors is None else factors.astype(np.float64))
-    if not (np.isfinite(divisor).all() and (divisor > 0).all()):
-        raise ModelError(f"{metadata.path}: RoPE's scaling factors are not positive; the file is damaged")
-    base = metadata.get("llama.rope.freq_base", float, 10000.0)
-    return tuple((rope.frequencies(head_dim, base) / divisor).tolist())
+        raise ModelError(f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
+    plain = rope.frequencies(head_dim, fields.positive("llama.rope.freq_base", 10000.0))
+    if factors is None:
+        return rope.checked(fields.path, plain, divisor)
+    if factors.shape != (head_dim // 2,) or factors.type not in FLOATS:
+        raise ModelError(
+            f"{fields.path}: {ROPE_FACTORS} has shape {factors.shape} and type {factors.type.name}; the file is damaged"
+        )
+    stretched = GgufTensor(factors, transposed=False).float32()
+    return rope.checked(fields.path, plain, divisor * stretched.astype(np.float64))

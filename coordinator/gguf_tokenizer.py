@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from warmfront.coordinator.fields import Fields
 from warmfront.coordinator.source import TokenizerFiles, end_ids
+from warmfront.coordinator.tokenizer_json import told_in_one_line
 from warmfront.shared.errors import ModelError
 
 __all__ = ["read_tokenizer"]
@@ -19,6 +21,8 @@ __all__ = ["read_tokenizer"]
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "▁"
+# Every cut of a SentencePiece token is tried; published ones have at most some 100 characters.
+LONGEST_TOKEN = 1024
 
 
 class Pre(NamedTuple):
@@ -64,43 +68,42 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> T
 
     Appends to `notes` when words must be cut by guess. Raises ModelError for other families and damaged fields.
     """
-    model = fields.get("tokenizer.ggml.model", "none")
+    checked = Fields(path, fields)
+    model = checked.text("tokenizer.ggml.model", "none")
     if model in ("none", "no_vocab"):
         return None
     if model not in ("gpt2", "llama"):
         raise ModelError(f"{path}: tokenizer '{model}' is not supported; gpt2 and llama are")
-    try:
-        tokens: list[str] = fields["tokenizer.ggml.tokens"]
-        types: list[int] = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    tokens = checked.texts("tokenizer.ggml.tokens")
+    types = checked.numbers("tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens))
+    with told_in_one_line(f"{path}: the tokenizer's fields do not fit together", "fetch the file again"):
         if model == "gpt2":
-            pre = _pre(fields, notes)
-            tokenizer = _byte_level(tokens, fields["tokenizer.ggml.merges"], pre)
+            pre = _pre(checked, notes)
+            tokenizer = _byte_level(tokens, checked.texts("tokenizer.ggml.merges"), pre)
             add_bos, bos, eos = pre.add_bos, None, None
         else:
-            space = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
-            tokenizer = _sentence_piece(tokens, types, fields["tokenizer.ggml.scores"], space)
+            space = checked.flag("tokenizer.ggml.add_space_prefix", True)
+            scores = checked.numbers("tokenizer.ggml.scores", len(tokens))
+            tokenizer = _sentence_piece(tokens, types, scores, space)
             add_bos, bos, eos = True, 1, 2
         _add_tokens(tokenizer, tokens, types)
-    except KeyError as error:
-        raise ModelError(f"{path}: field {error} is missing; the file is incomplete") from error
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{path}: the tokenizer's fields do not fit together ({error})") from error
-    bos = fields.get("tokenizer.ggml.bos_token_id", bos)
-    eos = fields.get("tokenizer.ggml.eos_token_id", eos)
-    ends = [eos, *(fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))]
+    ids = {
+        name: checked.token(f"tokenizer.ggml.{name}_token_id", len(tokens), default)
+        for name, default in (("bos", bos), ("eos", eos), ("eot", None), ("eom", None))
+    }
     special = ((i, token) for i, token in enumerate(tokens) if types[i] == CONTROL)
     return TokenizerFiles(
         json=tokenizer.to_str(),
-        chat_template=fields.get("tokenizer.chat_template"),
-        bos_id=bos,
-        eos_id=eos,
-        eos_ids=end_ids(special, ends),
-        add_bos=bos is not None and bool(fields.get("tokenizer.ggml.add_bos_token", add_bos)),
+        chat_template=checked.text("tokenizer.chat_template", "") or None,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        eos_ids=end_ids(special, (ids["eos"], ids["eot"], ids["eom"])),
+        add_bos=ids["bos"] is not None and checked.flag("tokenizer.ggml.add_bos_token", add_bos),
     )
 
 
-def _pre(fields: Mapping[str, Any], notes: list[str]) -> Pre:
-    name = fields.get("tokenizer.ggml.pre")
+def _pre(fields: Fields, notes: list[str]) -> Pre:
+    name = fields.text("tokenizer.ggml.pre", "")
     known = PRE.get(ALIASES.get(name, name)) if name else None
     if known is None:
         notes.append(
@@ -136,6 +139,8 @@ def _sentence_piece(tokens: list[str], types: list[int], scores: list[float], sp
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> Iterator[tuple[str, str]]:
     """Every way to join two tokens into a third, best score first: SentencePiece joins what scores best."""
+    if max(map(len, tokens), default=0) > LONGEST_TOKEN:
+        raise ValueError(f"a token of more than {LONGEST_TOKEN} characters")
     pieces = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, USER_DEFINED)}
     for token in sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])):
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))

@@ -6,7 +6,6 @@ Covers the activations of `model.ACTIVATIONS`, biases, tied embeddings and RoPE 
 Does not cover: quantised checkpoints, pickled weights, other model types.
 """
 
-import json
 from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
@@ -14,29 +13,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from warmfront.coordinator import rope
+from warmfront.coordinator.fields import Fields
+from warmfront.coordinator.hf_folder import inside, read_fields, read_weights
+from warmfront.coordinator.hf_tokenizer import read_tokenizer
+from warmfront.coordinator.safetensors_file import ITEM_BYTES, KINDS, read_safetensors
 from warmfront.coordinator.source import (
     SourceTensor,
-    TokenizerFiles,
     check_predictor,
     check_sizes,
-    end_ids,
     file_shapes,
     predictor_shapes,
 )
+from warmfront.coordinator.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model import ModelSpec, Predictor
-from warmfront.shared.weights import Kind
+from warmfront.shared.weights import unpack
 
 __all__ = ["HfSource"]
 
 Floats = npt.NDArray[np.float32]
 
 MODEL_TYPE = "llama"
-KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -45,6 +44,7 @@ ACTIVATION_NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+BASE = "model."
 TOP = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight", "norm": "model.norm.weight"}
 PARTS = {
     "attn_norm": "input_layernorm",
@@ -58,6 +58,10 @@ PARTS = {
     "down": "mlp.down_proj",
 }
 ATTENTION, MLP = frozenset("qkvo"), frozenset(("gate", "up", "down"))
+# Buffers that older versions of transformers saved: what they hold follows from config.json.
+HARMLESS = ".rotary_emb.inv_freq"
+# Rows of two matrices that are in memory at a time.
+ROWS_COMPARED = 1024
 
 
 class HfSource:
@@ -66,30 +70,76 @@ class HfSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        config = _load(folder / "config.json")
+        config = read_fields(folder, "config.json")
         if config is None:
             raise ModelError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file")
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(f"{folder} has an adapter, which is not supported; merge it into the model's weights")
         _check_family(folder, config)
-        try:
-            self.spec = _spec(folder, config)
-        except KeyError as error:
-            raise ModelError(f"{folder / 'config.json'}: {error} is missing") from error
-        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-            raise ModelError(f"{folder / 'config.json'} is not a llama configuration: {error}") from error
+        self.spec = _sizes(folder, config)
         check_sizes(folder, self.spec)
-        self._tensors = _tensors(folder, config, self.spec)
-        predictor = folder / "predictor.safetensors"
-        if predictor.exists():
-            settings, matrices = _predictor(predictor, self.spec)
+        self._tensors = self._read(config)
+        self.spec = replace(self.spec, rope_frequencies=_frequencies(config, self.spec))
+        if (folder / "predictor.safetensors").exists():
+            settings, matrices = _predictor(inside(folder, "predictor.safetensors"), self.spec)
             self.spec = replace(self.spec, predictor=settings)
             self._tensors |= matrices
-        self.tokenizer = _tokenizer(folder, config)
+        self.tokenizer = read_tokenizer(folder, config, self.spec.vocab)
 
     def names(self) -> Set[str]:
         return self._tensors.keys()
 
     def tensor(self, name: str) -> SourceTensor:
         return self._tensors[name]
+
+    def _read(self, config: Fields) -> dict[str, "HfTensor"]:
+        """The model's tensors; raises ModelError if one is missing, of another shape or type, or not the model's."""
+        stored = read_weights(self.folder)
+        if TOP["embed"] not in stored and TOP["embed"].removeprefix(BASE) in stored:
+            # Saved by the base class of the model, which knows of no head.
+            stored = {name if name == TOP["head"] else f"{BASE}{name}": tensor for name, tensor in stored.items()}
+        biased = set(ATTENTION if config.flag("attention_bias", False) else ())
+        biased |= MLP if config.flag("mlp_bias", False) else set()
+        tensors: dict[str, HfTensor] = {}
+        for name, shape in file_shapes(self.spec, head=self._has_head(config, stored)):
+            part = name.rpartition(".")[2]
+            published = TOP.get(name) or f"{BASE}{name.rpartition('.')[0]}.{PARTS[part]}.weight"
+            tensors[name] = self._tensor(published, stored, shape, part)
+            if part in biased:
+                bias = f"{published.removesuffix('weight')}bias"
+                # A bias has no columns to turn, only q's and k's order matters.
+                tensors[f"{name}.bias"] = self._tensor(bias, stored, shape[:1], part if part in "qk" else "bias")
+        unknown = [name for name in stored if not name.endswith(HARMLESS)]
+        if unknown:
+            raise ModelError(
+                f"{self.folder}: tensor {min(unknown)} does not belong to the llama model of {self.spec.layers} layers "
+                "that config.json describes; such models are not supported"
+            )
+        return tensors
+
+    def _has_head(self, config: Fields, stored: dict[str, StoredTensor[str]]) -> bool:
+        """Whether the head is not the embedding. Like transformers: two that differ are not tied, whatever is asked."""
+        head, embed, tied = stored.get(TOP["head"]), stored.get(TOP["embed"]), config.flag("tie_word_embeddings", False)
+        if head is None and not tied:
+            raise ModelError(f"{self.folder}: tensor {TOP['head']} is missing; a model without a head writes no text")
+        if head is None or embed is None or not tied:
+            return head is not None
+        if (head.type, head.shape) == (embed.type, embed.shape) and _equal(head, embed):
+            del stored[TOP["head"]]
+            return False
+        self.notes.append("config.json ties the head to the embedding, but the weights differ: they are not tied")
+        return True
+
+    def _tensor(self, name: str, stored: dict[str, StoredTensor[str]], shape: tuple[int, ...], part: str) -> "HfTensor":
+        """Take a tensor out of those that are `stored`."""
+        found = stored.pop(name, None)
+        if found is None:
+            raise ModelError(f"{self.folder}: tensor {name} is missing; the model is incomplete")
+        if found.shape != shape:
+            raise ModelError(f"{found.path}: tensor {name} has shape {found.shape}, config.json says {shape}")
+        if found.type not in KINDS:
+            raise ModelError(f"{found.path}: tensor {name} has type {found.type}; {', '.join(KINDS)} are supported")
+        return HfTensor(found, part, self.spec.head_dim)
 
 
 class HfTensor(SourceTensor):
@@ -98,16 +148,22 @@ class HfTensor(SourceTensor):
     `part` is the last word of its name: `down` is delivered transposed, rows of q and k as RoPE's pairs.
     """
 
-    def __init__(self, values: Any, kind: Kind, part: str, head_dim: int) -> None:
-        shape = tuple(values.get_shape())
-        self._values = values
+    def __init__(self, stored: StoredTensor[str], part: str, head_dim: int) -> None:
+        shape = stored.shape
+        self._stored = stored
         self._transposed = part == "down"
         self._half = head_dim // 2 if part in ("q", "k") else 0
-        super().__init__(shape[::-1] if self._transposed else shape, kind, step=head_dim if self._half else 1)
+        label, step = f"{stored.path}: tensor {stored.name}", head_dim if self._half else 1
+        super().__init__(label, shape[::-1] if self._transposed else shape, KINDS[stored.type], step)
 
     def _widen(self, start: int, stop: int) -> Floats:
-        values = self._values[:, start:stop].T if self._transposed else self._values[start:stop]
-        wide: Floats = values.float().numpy()
+        if self._transposed:
+            size = ITEM_BYTES[self._stored.type]
+            return unpack(self._stored.columns(start * size, stop * size), self.kind, stop - start).T
+        if len(self.shape) == 1:
+            wide = unpack(self._stored.rows(), self.kind, self.shape[0])[0, start:stop]
+        else:
+            wide = unpack(self._stored.rows(start, stop), self.kind, self.shape[1])
         if self._half:
             # Published as all first members of the pairs, then all second ones.
             tail = wide.shape[1:]
@@ -115,141 +171,75 @@ class HfTensor(SourceTensor):
         return wide
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object; fetch it again")
-    return value
+def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:
+    """Whether two matrices of one shape hold the same bytes."""
+    starts = range(0, a.shape[0], ROWS_COMPARED)
+    return all(np.array_equal(a.rows(i, i + ROWS_COMPARED), b.rows(i, i + ROWS_COMPARED)) for i in starts)
 
 
-def _check_family(folder: Path, config: dict[str, Any]) -> None:
-    model_type = config.get("model_type")
+def _check_family(folder: Path, config: Fields) -> None:
+    model_type = config.text("model_type", "")
     if model_type != MODEL_TYPE:
         raise ModelError(f"{folder}: model type '{model_type}' is not supported; {MODEL_TYPE} is")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    quantised = config.section("quantization_config")
+    if [*quantised]:
+        method = quantised.text("quant_method", "some method")
         raise ModelError(
             f"{folder} is quantised by {method}, which is not supported; give the unquantised model or a GGUF"
         )
-    activation = config.get("hidden_act", "silu")
+    activation = config.text("hidden_act", "silu")
     if activation not in ACTIVATION_NAMES:
         raise ModelError(f"{folder}: activation '{activation}' is not supported; {', '.join(ACTIVATION_NAMES)} are")
 
 
-def _spec(folder: Path, config: dict[str, Any]) -> ModelSpec:
-    """Raises KeyError, TypeError or ValueError for a config that is none."""
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    context = int(config.get("max_position_embeddings", 2048))
+def _sizes(folder: Path, config: Fields) -> ModelSpec:
+    """The model but for its rotary frequencies, which take room by a size that the tensors must bear out first."""
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
     return ModelSpec(
         architecture=MODEL_TYPE,
         name=folder.resolve().name,
-        layers=int(config["num_hidden_layers"]),
+        layers=config.count("num_hidden_layers"),
         hidden=hidden,
-        ffn=int(config["intermediate_size"]),
+        ffn=config.count("intermediate_size"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        vocab=int(config["vocab_size"]),
-        context=context,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        activation=ACTIVATION_NAMES[config.get("hidden_act", "silu")],
-        rope_frequencies=_frequencies(folder, config, head_dim, context),
+        kv_heads=config.count("num_key_value_heads", heads),
+        head_dim=config.count("head_dim", hidden // heads),
+        vocab=config.count("vocab_size"),
+        context=config.count("max_position_embeddings", 2048),
+        norm_eps=config.positive("rms_norm_eps", 1e-6),
+        activation=ACTIVATION_NAMES[config.text("hidden_act", "silu")],
+        rope_frequencies=(),
     )
 
 
-def _frequencies(folder: Path, config: dict[str, Any], head_dim: int, context: int) -> tuple[float, ...]:
+def _frequencies(config: Fields, spec: ModelSpec) -> tuple[float, ...]:
     """RoPE's frequencies; transformers 5 writes `rope_parameters`, before it was `rope_theta` and `rope_scaling`."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    plain = rope.frequencies(head_dim, float(settings.get("rope_theta", config.get("rope_theta", 10000.0))))
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{folder}: RoPE on a part of the head is not supported")
+    settings = config.section("rope_parameters" if "rope_parameters" in config else "rope_scaling")
+    kind = settings.text("rope_type", settings.text("type", "default"))
+    plain = rope.frequencies(spec.head_dim, settings.positive("rope_theta", config.positive("rope_theta", 10000.0)))
+    if any(fields.number("partial_rotary_factor", 1.0) != 1.0 for fields in (settings, config)):
+        raise ModelError(f"{config.path}: RoPE on a part of the head is not supported")
     if kind == "linear":
-        plain = plain / float(settings["factor"])
-    elif kind == "llama3":
+        return rope.checked(config.path, plain, settings.positive("factor"))
+    if kind == "llama3":
+        low, high = settings.positive("low_freq_factor"), settings.positive("high_freq_factor")
+        if low >= high:
+            raise settings.wrong("low_freq_factor", f"below high_freq_factor, {high}")
         plain = rope.llama3(
             plain,
-            factor=float(settings["factor"]),
-            low=float(settings["low_freq_factor"]),
-            high=float(settings["high_freq_factor"]),
-            original_context=float(settings.get("original_max_position_embeddings", context)),
+            factor=settings.positive("factor"),
+            low=low,
+            high=high,
+            original_context=settings.positive("original_max_position_embeddings", spec.context),
         )
     elif kind != "default":
-        raise ModelError(f"{folder}: RoPE type '{kind}' is not supported; default, linear and llama3 are")
-    return tuple(plain.tolist())
-
-
-def _tensors(folder: Path, config: dict[str, Any], spec: ModelSpec) -> dict[str, HfTensor]:
-    files = _Files(folder)
-    biased = (ATTENTION if config.get("attention_bias") else frozenset()) | (
-        MLP if config.get("mlp_bias") else frozenset()
-    )
-    tensors: dict[str, HfTensor] = {}
-    for name, shape in file_shapes(spec, head=not config.get("tie_word_embeddings", False)):
-        part = name.rpartition(".")[2]
-        published = TOP.get(name) or f"model.{name.rpartition('.')[0]}.{PARTS[part]}.weight"
-        tensors[name] = files.tensor(published, shape, part, spec.head_dim)
-        if part in biased:
-            bias = f"{published.removesuffix('weight')}bias"
-            # A bias has no columns to turn, only q's and k's order matters.
-            tensors[f"{name}.bias"] = files.tensor(bias, shape[:1], part if part in "qk" else "bias", spec.head_dim)
-    return tensors
-
-
-class _Files:
-    """The folder's safetensors files, opened when first needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, Any] = {}
-        index = _load(folder / "model.safetensors.index.json")
-        self._where: dict[str, str] | None = None
-        if index is not None and not (folder / "model.safetensors").exists():
-            if not isinstance(index.get("weight_map"), dict):
-                raise ModelError(f"{folder / 'model.safetensors.index.json'} has no weight_map; fetch it again")
-            self._where = index["weight_map"]
-        elif not (folder / "model.safetensors").exists():
-            raise ModelError(
-                f"{folder} has no model.safetensors; other weight files are not supported, save it as safetensors"
-            )
-
-    def tensor(self, name: str, shape: tuple[int, ...], part: str, head_dim: int) -> HfTensor:
-        file = "model.safetensors" if self._where is None else self._where.get(name)
-        if file is None:
-            raise ModelError(f"{self._folder}: tensor {name} is missing from the index; the model is incomplete")
-        path = self._folder / file
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(path, framework="pt")
-            values = self._open[file].get_slice(name)
-        except OSError as error:
-            raise ModelError(f"cannot read {path}, which should hold {name}: {error}") from error
-        except SafetensorError as error:
-            raise ModelError(f"{path} is damaged or lacks tensor {name} ({error}); fetch it again") from error
-        if tuple(values.get_shape()) != shape:
-            raise ModelError(f"{path}: tensor {name} has shape {tuple(values.get_shape())}, config.json says {shape}")
-        if values.get_dtype() not in KINDS:
-            raise ModelError(f"{path}: tensor {name} has type {values.get_dtype()}; {', '.join(KINDS)} are supported")
-        return HfTensor(values, KINDS[values.get_dtype()], part, head_dim)
+        raise ModelError(f"{config.path}: RoPE type '{kind}' is not supported; default, linear and llama3 are")
+    return rope.checked(config.path, plain)
 
 
 def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:
     """The predictors' settings and matrices; there is no part of it that may be missing or unknown."""
-    try:
-        file: Any = safe_open(path, framework="pt")
-        values = {name: file.get_slice(name) for name in list(file.keys())}
-        metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is damaged ({error}); make it anew or remove it") from error
+    values, metadata = read_safetensors(path, "make it anew or remove it")
     settings: dict[str, Any] = {name: metadata[name] for name in ("input", "activation") if name in metadata}
     try:
         predictor = Predictor(**settings, threshold=float(metadata.get("threshold", 0)))
@@ -257,67 +247,21 @@ def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTens
         raise ModelError(f"{path}: threshold '{metadata['threshold']}' is not a number; write one like 0.5") from None
     check_predictor(path, predictor)
     tensors: dict[str, HfTensor] = {}
-    shapes = {name.removesuffix(".weight"): tuple(found.get_shape()) for name, found in values.items()}
+    shapes = {name.removesuffix(".weight"): found.shape for name, found in values.items()}
     for name, shape in predictor_shapes(spec, shapes):
         published = f"{name}.weight"
         found = values.pop(published, None)
         if found is None:
             raise ModelError(f"{path}: tensor {published} is missing; make predictors for every layer")
-        have, kind = tuple(found.get_shape()), found.get_dtype()
-        if have != shape:
-            raise ModelError(f"{path}: tensor {published} has shape {have} instead of {shape}; it is of another model")
-        if kind not in KINDS:
-            raise ModelError(f"{path}: tensor {published} has type {kind}; save it as one of {', '.join(KINDS)}")
-        tensors[name] = HfTensor(found, KINDS[kind], name.rpartition(".")[2], spec.head_dim)
+        if found.shape != shape:
+            raise ModelError(
+                f"{path}: tensor {published} has shape {found.shape} instead of {shape}; it is of another model"
+            )
+        if found.type not in KINDS:
+            raise ModelError(f"{path}: tensor {published} has type {found.type}; save it as one of {', '.join(KINDS)}")
+        tensors[name] = HfTensor(found, name.rpartition(".")[2], spec.head_dim)
     if values:
         raise ModelError(
             f"{path}: tensor {min(values)} is unknown; only fc1.weight and fc2.weight of each layer are read"
         )
     return predictor, tensors
-
-
-def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles | None:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{path} is not a tokenizer ({error}); fetch it again") from error
-    settings = _load(folder / "tokenizer_config.json") or {}
-    generation = _load(folder / "generation_config.json") or {}
-    ends = [number for source in (generation, config) for number in _ids(source.get("eos_token_id"))]
-    bos_id = _named(tokenizer, settings.get("bos_token"), config.get("bos_token_id"))
-    add_bos = settings.get("add_bos_token")
-    if add_bos is None:
-        add_bos = tokenizer.encode("").ids[:1] == [bos_id]
-    special = ((i, token.content) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    return TokenizerFiles(
-        json=text,
-        chat_template=_chat_template(folder, settings),
-        bos_id=bos_id,
-        eos_id=_named(tokenizer, settings.get("eos_token"), ends[0] if ends else None),
-        eos_ids=end_ids(special, ends),
-        add_bos=bos_id is not None and bool(add_bos),
-    )
-
-
-def _named(tokenizer: Any, token: Any, otherwise: int | None) -> int | None:
-    """Id of a token that the settings name as text or as an object with `content`."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.token_to_id(text) if text else otherwise
-
-
-def _ids(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template

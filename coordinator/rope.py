@@ -5,11 +5,14 @@ that turn less than `low` times within the original context, and blends up to th
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["frequencies", "llama3"]
+from warmfront.shared.errors import ModelError
+
+__all__ = ["checked", "frequencies", "llama3"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -24,3 +27,12 @@ def llama3(plain: Doubles, *, factor: float, low: float, high: float, original_c
     turns = original_context * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(plain * (keep + (1 - keep) / factor))
+
+
+def checked(path: Path, plain: Doubles, divisor: Doubles | float = 1.0) -> tuple[float, ...]:
+    """plain / divisor; raises ModelError if the base and factors of the file at `path` give no such frequencies."""
+    with np.errstate(all="ignore"):
+        stretched = plain / divisor
+    if not (np.isfinite(stretched).all() and (stretched > 0).all()):
+        raise ModelError(f"{path}: RoPE's base and scaling factors give no positive frequencies; the file is damaged")
+    return tuple(stretched.tolist())

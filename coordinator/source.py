@@ -28,9 +28,11 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model import PREDICTOR_ACTIVATIONS, PREDICTOR_INPUTS, ModelSpec, Predictor
-from warmfront.shared.weights import BLOCK, Kind, pack, row_bytes
+from warmfront.shared.weights import BLOCK, Kind, finite, pack, row_bytes
 
 __all__ = [
+    "BIASED",
+    "IGNORE_OVERFLOW",
     "Source",
     "SourceTensor",
     "TokenizerFiles",
@@ -47,8 +49,12 @@ __all__ = [
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
+# Matrices of a layer that may have a bias.
+BIASED = frozenset(("q", "k", "v", "o", "gate", "up", "down"))
 # Weights widened at a time while packing: 64 MB of float32.
 CHUNK = 1 << 24
+# What overflows is found, and told by the tensor's name.
+IGNORE_OVERFLOW = np.errstate(over="ignore", invalid="ignore")
 # Special tokens that end a turn or a text whether or not the model's settings name them.
 END_TOKENS = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
@@ -58,10 +64,12 @@ END_TOKENS = frozenset(
 class SourceTensor(ABC):
     """One matrix [rows, cols] or vector [n] of the source, read when asked for.
 
-    `kind` is the weight type that keeps what the file has. `step`: rows can be read apart in multiples of it.
+    `label` names it in errors. `kind` is the weight type that keeps what the file has. `step`: rows can be read apart
+    in multiples of it. Numbers that are not finite raise ModelError when they are read.
     """
 
-    def __init__(self, shape: tuple[int, ...], kind: Kind, step: int = 1) -> None:
+    def __init__(self, label: str, shape: tuple[int, ...], kind: Kind, step: int = 1) -> None:
+        self._label = label
         self.shape = shape
         self.kind = kind
         self._step = step
@@ -72,14 +80,30 @@ class SourceTensor(ABC):
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
         """The same rows as packed rows; a reader whose blocks map exactly overrides this."""
-        values = self._widen(start, stop)
+        values = self._finite(start, stop)
         missing = padded(self.shape[1]) - self.shape[1]
         return pack(np.pad(values, ((0, 0), (0, missing))) if missing else values, kind)
 
+    def _finite(self, start: int, stop: int) -> Floats:
+        """What `_widen` gives, checked: rounding to bfloat16 would hide a NaN."""
+        values = self._widen(start, stop)
+        self.check_finite(bool(np.isfinite(values).all()), Kind.F32)
+        return values
+
+    def check_finite(self, good: bool, kind: Kind) -> None:
+        """Raise ModelError, naming the tensor, unless its numbers were seen to be finite as `kind`."""
+        if not good:
+            large = (
+                "" if kind == Kind.F32 else f", or weights too large for {kind.name.lower()}: --dtype f32 keeps those"
+            )
+            raise ModelError(f"{self._label} holds NaN or infinity{large}; if the file should not, fetch it again")
+
+    @IGNORE_OVERFLOW
     def float32(self) -> Floats:
         """The whole tensor, dequantised."""
-        return np.array(self._widen(0, self.shape[0]), np.float32)
+        return np.array(self._finite(0, self.shape[0]), np.float32)
 
+    @IGNORE_OVERFLOW
     def packed(self, kind: Kind) -> Bytes:
         """The matrix as uint8 [rows, row_bytes(kind, padded(cols))], zeros in the columns added.
 
@@ -91,6 +115,7 @@ class SourceTensor(ABC):
         for start in range(0, rows, rows_at_once):
             stop = min(start + rows_at_once, rows)
             out[start:stop] = self._pack(start, stop, kind)
+            self.check_finite(finite(out[start:stop], kind, padded(cols)), kind)
         return out
 
     def column_scales(self) -> npt.NDArray[np.float16]:
@@ -130,16 +155,18 @@ class Source(Protocol):
 
 def open_source(path: Path) -> Source:
     """Open a Hugging Face folder or a GGUF file; raises ModelError if it is neither, damaged or not supported."""
+    from warmfront.coordinator.gguf_file import is_gguf
     from warmfront.coordinator.gguf_source import GgufSource
     from warmfront.coordinator.hf_source import HfSource
 
     model_files(path)
     if path.is_dir():
         return HfSource(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return GgufSource(path)
-    problem = "is not a GGUF file (*.gguf) or a Hugging Face folder" if path.exists() else "does not exist"
-    raise ModelError(f"{path} {problem}; give one of the two")
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; give a GGUF file or a Hugging Face folder")
+    if path.suffix != ".gguf" and not is_gguf(path):
+        raise ModelError(f"{path} is not a GGUF file or a Hugging Face folder; give one of the two")
+    return GgufSource(path)
 
 
 def model_files(path: Path) -> list[Path]:
@@ -200,14 +227,10 @@ def check_predictor(path: Path, predictor: Predictor) -> None:
 
 def check_sizes(path: Path, spec: ModelSpec) -> None:
     """Raise ModelError for sizes that the kernels cannot run."""
-    counts = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "context")
-    for name in counts:
-        if getattr(spec, name) <= 0:
-            raise ModelError(f"{path}: {name} is {getattr(spec, name)}; the file is damaged")
     for what, size in (("hidden size", spec.hidden), ("heads x head size", spec.heads * spec.head_dim)):
         if size % BLOCK:
             raise ModelError(f"{path}: {what} {size} is not a multiple of {BLOCK}; such models are not supported")
-    if spec.head_dim % 8:
+    if spec.head_dim < 8 or spec.head_dim % 8:
         raise ModelError(f"{path}: head size {spec.head_dim} is not a multiple of 8; such models are not supported")
     if spec.heads % spec.kv_heads:
         raise ModelError(

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
+from warmfront.coordinator.tokenizer_json import load_tokenizer, told_in_one_line
 from warmfront.shared.errors import ModelError, UsageError
 from warmfront.shared.store import PackedModel
 
@@ -20,7 +20,7 @@ class Tokenizer:
         self._text: dict[str, Any] = model.text
         self._fast: Any = None
         if "tokenizer" in model.entries:
-            self._fast = FastTokenizer.from_str(model.bytes_of("tokenizer").tobytes().decode())
+            self._fast = load_tokenizer(model.bytes_of("tokenizer").tobytes().decode())
 
     @property
     def present(self) -> bool:
@@ -40,7 +40,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # a command line keeps bytes that are no text
             raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        with told_in_one_line(f"the tokenizer of {self._name} fails on the text", "shorten it, or give --prompt-ids"):
+            ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         bos = self._text.get("bos_id")
         if with_start and self._text.get("add_bos") and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]

@@ -12,11 +12,20 @@ A message is one line that says what is wrong and what to do about it; the CLI p
 
 __all__ = ["ModelError", "ProtocolError", "ResourceError", "UsageError", "WarmfrontError", "WorkerError"]
 
+# Characters of a message; beyond them its middle is left out.
+LONGEST = 2000
+
 
 class WarmfrontError(Exception):
     """Base of the tree. `exit_code` is what the CLI returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message in one line that a terminal can show, though it may quote a hostile file."""
+        text = super().__str__()
+        short = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        return "".join(c if c.isprintable() else "?" for c in short)
 
 
 class UsageError(WarmfrontError):

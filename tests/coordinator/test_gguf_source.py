@@ -205,11 +205,146 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
         ({"shapes": {"blk.0.attn_sinks.weight": (4,)}}, "attn_sinks"),
         ({"shapes": {"rope_freqs.weight": (16,)}}, "rope_freqs.weight"),
         ({"fields": {"tokenizer.ggml.model": "bert"}}, "tokenizer 'bert' is not supported"),
+        ({"shapes": {"blk.0.attn_norm.bias": (256,)}}, "layers.0.attn_norm.bias is unexpected"),
+        ({"shapes": {"blk.0.ffn_norm.bias": (256,)}}, "layers.0.ffn_norm.bias is unexpected"),
+        (
+            {"fields": {"general.architecture": 5}, "architecture": "llama"},
+            "field general.architecture is 5, not a text",
+        ),
+        ({"fields": {"general.name": 5}}, "field general.name is 5, not a text"),
+        ({"fields": {"llama.block_count": 0}}, "field llama.block_count is 0, not a whole number from 1"),
+        ({"fields": {"llama.block_count": 1.0}}, "field llama.block_count is 1.0, not a whole number"),
+        ({"fields": {"llama.block_count": True}}, "field llama.block_count is True, not a whole number"),
+        ({"fields": {"llama.block_count": 2**32 - 1}}, "field llama.block_count is 4294967295, not a whole number"),
+        ({"fields": {"llama.attention.head_count": 0}}, "field llama.attention.head_count is 0"),
+        ({"fields": {"llama.attention.head_count": 2**31 - 1}}, "head size 0 is not a multiple|x head size 0"),
+        ({"fields": {"llama.attention.key_length": 2**31 - 8}}, r"shape \(256, 256\) instead of \(8589934560, 256\)"),
+        ({"fields": {"llama.context_length": "long"}}, "field llama.context_length is 'long'"),
+        *(
+            ({"fields": {f"llama.{key}": value}}, rf"field llama\.{key} is .*, not a positive number$")
+            for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scale_linear")
+            for value in (float("nan"), float("inf"), float("-inf"), -1.0, 0.0, "1", True, [1.0])
+        ),
+        (
+            {"fields": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float("nan")}},
+            "field llama.rope.scaling.factor is nan",
+        ),
+        ({"fields": {"llama.rope.scaling.type": 5}}, "field llama.rope.scaling.type is 5, not a text"),
+        (
+            {"shapes": {"rope_freqs.weight": (32,)}, "values": {"rope_freqs.weight": np.zeros(32, np.float32)}},
+            "base and scaling factors give no positive frequencies",
+        ),
+        (
+            {"shapes": {"rope_freqs.weight": (32,)}, "values": {"rope_freqs.weight": np.full(32, np.nan, np.float32)}},
+            "rope_freqs.weight holds NaN",
+        ),
+        (
+            {"shapes": {"rope_freqs.weight": (1, 32)}, "kinds": {"rope_freqs.weight": "Q8_0"}},
+            r"rope_freqs.weight has shape \(1, 32\) and type Q8_0",
+        ),
     ],
 )
 def test_unsupported_files_are_refused(tiny_gguf: Make, options: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         open_source(tiny_gguf(**options))
+
+
+WORDS: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [f"w{i}" for i in range(64)],
+    "tokenizer.ggml.scores": [-float(i) for i in range(64)],
+    "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 61],
+}
+IDS = ("bos", "eos", "eot", "eom")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(
+            (
+                {f"tokenizer.ggml.{name}_token_id": value},
+                rf"field tokenizer\.ggml\.{name}_token_id is .* token id below 64",
+            )
+            for name in IDS
+            for value in (64, 2**31, 2**32 - 2, "two", 1.0, True, [2])
+        ),
+        ({"tokenizer.chat_template": 3}, "field tokenizer.chat_template is 3, not a text"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "field tokenizer.ggml.add_bos_token is 1, not true or false"),
+        ({"tokenizer.ggml.add_space_prefix": "no"}, "add_space_prefix is 'no', not true or false"),
+        ({"tokenizer.ggml.model": 5}, "field tokenizer.ggml.model is 5, not a text"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [1]}, "merges is .*, not a list of texts"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["w1 w9"], "tokenizer.ggml.pre": 5}, "pre is 5"),
+        ({"tokenizer.ggml.tokens": [1] * 64}, "tokens is .*, not a list of texts"),
+        ({"tokenizer.ggml.tokens": "w"}, "tokens is 'w', not a list of texts"),
+        ({"tokenizer.ggml.tokens": ["w"] * 63}, "token_type is .*, not a list of 63 numbers"),
+        ({"tokenizer.ggml.tokens": [*WORDS["tokenizer.ggml.tokens"][:63], "w" * 2000]}, "more than 1024 characters"),
+        ({"tokenizer.ggml.scores": [1.0]}, r"scores is .*, not a list of 64 numbers"),
+        ({"tokenizer.ggml.scores": [float("nan")] * 64}, "scores is .*, not a list of 64 numbers"),
+        ({"tokenizer.ggml.token_type": ["1"] * 64}, "token_type is .*, not a list of 64 numbers"),
+    ],
+)
+def test_tokenizers_that_are_refused(tiny_gguf: Make, fields: dict[str, Any], message: str) -> None:
+    path = tiny_gguf(fields=WORDS | fields)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).isprintable()
+
+
+def test_more_tokens_than_the_embedding(tiny_gguf: Make) -> None:
+    tokens = {"tokens": [f"w{i}" for i in range(65)], "scores": [0.0] * 65, "token_type": [1] * 65}
+    path = tiny_gguf(fields=WORDS | {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
+    with pytest.raises(ModelError, match=r"more tokens than the 64 rows of token_embd\.weight"):
+        open_source(path)
+
+
+def test_ids_of_minus_one_are_none(tiny_gguf: Make) -> None:
+    """Where llama.cpp warns and goes on, too: as some converters write them."""
+    ids = dict.fromkeys((f"tokenizer.ggml.{name}_token_id" for name in IDS), 2**32 - 1)
+    path = tiny_gguf(fields=WORDS | ids)
+    files = open_source(path).tokenizer
+    assert files is not None
+    assert (files.bos_id, files.eos_id, files.eos_ids, files.add_bos) == (None, None, (), False)
+    data = path.read_bytes()
+    for name in IDS:
+        key = f"tokenizer.ggml.{name}_token_id".encode()
+        data = data.replace(key + b"\4\0\0\0", key + b"\5\0\0\0")  # the same as int32
+    path.write_bytes(data)
+    assert open_source(path).tokenizer == files
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", *ROUNDED])
+def test_numbers_that_are_not_finite(tiny_gguf: Make, kind: str, scale: float) -> None:
+    """Of blocks: a scale. The last of the tensor, and whatever it is packed as."""
+    path = tiny_gguf(kind=kind)
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    names = {"embed": "token_embd.weight", "layers.0.down": "blk.0.ffn_down.weight"}
+    size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    at = block_bytes - 4 if size == 1 else {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    raw = np.float32(scale).tobytes() if kind == "F32" else np.float16(scale).tobytes()
+    if kind == "BF16":
+        raw = np.float32(scale).tobytes()[2:]
+    if size == 1:
+        at = 0
+    with path.open("r+b") as file:
+        for name in names.values():
+            file.seek(tensors[name].data_offset + int(tensors[name].n_bytes) - block_bytes + at)
+            file.write(raw)
+    source = open_source(path)
+    for ours, theirs in names.items():
+        tensor = source.tensor(ours)
+        message = rf"tiny\.gguf: tensor {theirs} holds NaN or infinity"
+        with pytest.raises(ModelError, match=message):
+            tensor.float32()
+        kinds = {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8, tensor.kind}
+        for packed_kind in kinds - {Kind.Q4C}:
+            with pytest.raises(ModelError, match=message):
+                tensor.packed(packed_kind)
+        if tensor.kind == Kind.Q4C:
+            with pytest.raises(ModelError, match=message):
+                tensor.column_scales()
 
 
 POWERINFER_SHAPES = {

@@ -82,6 +82,32 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     return open_
 
 
+def changed(folder: Path, **fields: Any) -> Path:
+    """The folder, with fields of its tokenizer.json replaced."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def test_truncation_and_padding_are_left_to_training(edited: Callable[..., Path], opened: Open) -> None:
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    folder = changed(edited(), truncation=cut, padding=pad | {"pad_to_multiple_of": None})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), opened(folder)
+    for text in (*TEXTS, "a" * 50):
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def test_an_expression_that_backtracks_too_long(
+    edited: Callable[..., Path], opened: Open, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pre = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    ours = opened(changed(edited(), pre_tokenizer=pre))
+    with pytest.raises(ModelError, match=r"the tokenizer of model-\S+ fails on the text \(Onig: Regex search error"):
+        ours.encode("a" * 40 + "!")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_library(edited: Callable[..., Path], opened: Open, text: str) -> None:
     folder = edited()

@@ -148,7 +148,7 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
         "text.gguf": ["not a whole GGUF file", "fetch it again"],
         "broken": ["is not JSON", "fetch it again"],
         "mistral": ["'mistral' is not supported", "llama is"],
-        "bare": ["'hidden_size' is missing"],
+        "bare": ["field hidden_size is missing"],
         "qwen.gguf": ["'qwen2' is not supported", "llama is"],
         "part.gguf": ["is missing", "incomplete"],
     }.items():

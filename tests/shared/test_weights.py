@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from warmfront.shared.weights import Kind, pack, row_bytes, unpack
+from warmfront.shared.weights import Kind, finite, pack, row_bytes, unpack
 
 
 def random_rows(rows: int = 40, cols: int = 160) -> np.ndarray:
@@ -183,3 +183,21 @@ def test_input_need_not_be_contiguous(kind: Kind) -> None:
     np.testing.assert_array_equal(pack(values.T, kind), pack(np.ascontiguousarray(values.T), kind))
     packed = pack(random_rows(8, 64), kind)
     np.testing.assert_array_equal(unpack(packed[::2], kind, 64), unpack(packed, kind, 64)[::2])
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8, Kind.Q4, Kind.Q4S])
+def test_finite(kind: Kind) -> None:
+    """One number or scale of all is NaN or infinite; the numbers of blocks may have any bits."""
+    rng = np.random.default_rng(2)
+    rows = pack(rng.standard_normal((3, 64)).astype(np.float32), kind)
+    if kind in (Kind.Q8, Kind.Q4, Kind.Q4S):
+        rows[:, : 64 if kind == Kind.Q8 else 32] = 0xFF
+    assert finite(rows, kind, 64)
+    values = {Kind.F32: np.dtype("<f4"), Kind.BF16: np.dtype("<u2")}.get(kind, np.dtype("<f2"))
+    bad = np.array([0x7F80, 0xFFC1], values) if kind == Kind.BF16 else np.array([np.nan, np.inf, -np.inf], values)
+    start = {Kind.Q8: 64, Kind.Q4: 32, Kind.Q4S: 32}.get(kind, 0)
+    for value in bad:
+        for at in range(start, rows.shape[1], values.itemsize):
+            spoilt = rows.copy()
+            spoilt[1, at : at + values.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
+            assert not finite(spoilt, kind, 64), at

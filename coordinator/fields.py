@@ -1,0 +1,128 @@
+"""The fields of a model's settings, JSON or GGUF, checked before they are used; errors name the file and the field."""
+
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from warmfront.shared.errors import ModelError
+
+__all__ = ["Fields"]
+
+T = TypeVar("T")
+
+MOST = 2**31 - 1
+FLOAT32 = np.finfo(np.float32)
+# By which GGUF files say that there is no such token: -1, read as unsigned too.
+NO_TOKEN = (-1, 2**32 - 1)
+
+
+class Fields:
+    """Values by key. What is null is absent; absent fields take the default, or are missing if there is none."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.path = path
+        self._values = values
+        self._prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def holds(self, key: str, kind: type) -> bool:
+        """Whether the field is of that kind, where several are good."""
+        return isinstance(self._values.get(key), kind)
+
+    def wrong(self, key: str, wish: str) -> ModelError:
+        """The error for a field that is there, but is not what it must be."""
+        value = reprlib.repr(self._values.get(key))
+        return ModelError(f"{self.path}: field {self._prefix}{key} is {value}, not {wish}")
+
+    def _get(self, key: str, default: T | None, wish: str, good: Callable[[Any], bool]) -> Any:
+        value = self._values.get(key)
+        if value is None:
+            if default is None:
+                raise ModelError(f"{self.path}: field {self._prefix}{key} is missing; the model is incomplete")
+            return default
+        if not good(value):
+            raise self.wrong(key, wish)
+        return value
+
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` on."""
+        value = self._get(key, default, f"a whole number from {least} to {MOST}", _whole(least, MOST))
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number of any kind."""
+        return float(self._get(key, default, "a number", _real))
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above zero that float32 can hold."""
+        low, high = float(FLOAT32.tiny), float(FLOAT32.max)
+        return float(self._get(key, default, "a positive number", lambda v: _real(v) and low <= v <= high))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        return bool(self._get(key, default, "true or false", lambda v: isinstance(v, bool)))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text."""
+        return str(self._get(key, default, "a text", _text))
+
+    def section(self, key: str) -> "Fields":
+        """The fields of an object within this one; none if it is absent."""
+        values = self._get(key, {}, "an object", lambda v: isinstance(v, dict))
+        return Fields(self.path, values, f"{self._prefix}{key}.")
+
+    def sections(self, key: str) -> list["Fields"]:
+        """The fields of each object of a list."""
+        good: Callable[[Any], bool] = lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v)  # noqa: E731
+        values = self._get(key, None, "a list of objects", good)
+        return [Fields(self.path, item, f"{self._prefix}{key}[{i}].") for i, item in enumerate(values)]
+
+    def token(self, key: str, vocab: int, default: int | None = None) -> int | None:
+        """The id of a token of a GGUF file; None if there is none."""
+        value = self._values.get(key, default)
+        if value is None or (isinstance(value, int) and value in NO_TOKEN):
+            return None
+        if not _whole(0, vocab - 1)(value):
+            raise self.wrong(key, f"a token id below {vocab}")
+        return int(value)
+
+    def tokens(self, key: str, vocab: int) -> list[int]:
+        """The ids of a list or of a single token."""
+        good = _whole(0, vocab - 1)
+        wish = f"a token id below {vocab} or a list of them"
+        value = self._get(key, [], wish, lambda v: all(map(good, v if isinstance(v, list) else [v])))
+        return value if isinstance(value, list) else [value]
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        value = self._get(key, None, "a list of texts", lambda v: isinstance(v, list) and all(map(_text, v)))
+        return list(value)
+
+    def numbers(self, key: str, length: int, default: list[int] | None = None) -> list[Any]:
+        """A list of `length` finite numbers."""
+
+        def good(value: Any) -> bool:
+            array = np.asarray(value)
+            return array.shape == (length,) and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
+
+        return list(np.asarray(self._get(key, default, f"a list of {length} numbers", good)).tolist())
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, float) or _whole(-(2**63), 2**64)(value)
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
