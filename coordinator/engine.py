@@ -34,7 +34,7 @@ from warmfront.coordinator.choices import (
 from warmfront.coordinator.crew import Crew
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
-from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.packer import ensure_packed, mended
 from warmfront.coordinator.sampling import Sampler
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
@@ -92,7 +92,7 @@ class Engine:
         self.stats = Stats()
         self._closed = False
         self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
-        self._decoded, self._measures, self._loaded = 0, False, False
+        self._decoded, self._measures, self._serving = 0, False, False
         self._crew = Crew(model, config, self.selector, self.context, self.attention, profiles)
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
@@ -110,11 +110,15 @@ class Engine:
         `wishes` are the fields of `EngineConfig`. `say` gets a line for each thing worth knowing, `progress` (what,
         bytes done, bytes in all). Raises a WarmfrontError; then nothing is left running.
         """
-        started = time.monotonic()
         config = EngineConfig(**wishes)
         # What cannot be had is refused before the model is packed.
         choose_cores(config)
         config = choose_devices(config, say)
+        return mended(lambda: cls._loaded(model, config, say, progress), say)
+
+    @classmethod
+    def _loaded(cls, model: str, config: EngineConfig, say: Say, progress: Progress) -> Self:
+        started = time.monotonic()
         path = ensure_packed(resolve(model, say), config.dtype, say, partial(progress, "packing"))
         config = tuned(config, path, None if config.gpu == "none" else config.gpu, say)
         engine = cls._opened(path, config)
@@ -155,7 +159,7 @@ class Engine:
         self._crew.start(say, progress)
         if self.lowbit is not None and not self.lowbit.calibrated:
             self._calibrate(self.lowbit, say)
-        self._measures, self._loaded = self.config.measure, True
+        self._measures, self._serving = self.config.measure, True
 
     @property
     def cores(self) -> CorePlan:
@@ -366,7 +370,7 @@ class Engine:
                 raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self._crew.board.sizes.max_tokens}")
             self._check_ids(tokens)
             self._crew.run(tokens, at, want_logits, measure=measure, capture=capture)
-            if self._trace is not None and self._loaded:
+            if self._trace is not None and self._serving:
                 self._trace.note(at, len(tokens), *self.times())
             self._cached += tokens
 

@@ -6,6 +6,7 @@ from there, with the same numbers.
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from os import W_OK, access
 from typing import NamedTuple, Protocol
@@ -13,12 +14,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.packer import locked
+from warmfront.coordinator.kept_profile import kept_profile
 from warmfront.coordinator.profile import Profile
-from warmfront.coordinator.reorder import reorder
+from warmfront.coordinator.reorder import reorder, restore
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import THREADING, EngineConfig
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.files import locked
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 
@@ -70,6 +72,7 @@ def ensure_profiled(
 ) -> bool:
     """Profile and order `model` if it is sparse and never was; returns whether its file was replaced.
 
+    A profile that the user made of this model before, and that outlived its packed file, is taken again.
     Where the cache has no room for a second copy of the model, it stays as it is. Of two that load it for the first
     time the second waits.
     """
@@ -78,14 +81,18 @@ def ensure_profiled(
         return False
     if shutil.disk_usage(folder).free < model.path.stat().st_size:
         return False
-    with locked(model.path, say):
+    with locked(model.path.with_suffix(".profile"), say):
         with PackedModel(model.path) as now:
             if now.profile:
                 return True
-        say("profiling which neurons fire (first load only)")
-        profile = _on_sample(model, config, say, progress)
         try:
-            reorder(model.path, profile, model.order, say, lambda done, total: progress("ordering", done, total))
+            if (kept := kept_profile(model)) is not None:
+                say(f"ordering the neurons by your profile ({', '.join(kept.profile.texts)})")
+                restore(model.path, kept, say, partial(progress, "ordering"))
+                return True
+            say("profiling which neurons fire (first load only)")
+            profile = _on_sample(model, config, say, progress)
+            reorder(model.path, profile, model.order, say, partial(progress, "ordering"))
         except ResourceError as error:
             say(f"the neurons stay in the order they came in: {error}")
             return False

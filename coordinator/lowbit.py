@@ -4,6 +4,7 @@ The copies lie in a file of their own beside the packed model, made when the sel
 for each neuron, are kept beside it, by the recall that they were calibrated for (`calibration.py`).
 """
 
+import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.packer import Shapes, locked, packed_header, published, tensor_bytes, write_tensors
+from warmfront.coordinator.packed_file import Shapes, write_packed
 from warmfront.shared.bundle import GROUP
+from warmfront.shared.errors import ModelError, ResourceError
+from warmfront.shared.files import locked, published, write_whole
 from warmfront.shared.lowbit import lowbit_bytes, pack_lowbit
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import unpack
@@ -50,31 +53,37 @@ class Lowbit:
             self.thresholds[:] = np.nan
 
     def save(self) -> None:
-        """Keep the thresholds."""
+        """Keep the thresholds. Where the cache cannot be written, they are calibrated again next time."""
         data = io.BytesIO()
         np.save(data, self.thresholds)
-        with locked(self._kept.parent, _quiet), published(self._kept) as fd:
-            write_tensors(fd, data.getvalue(), (), 0)
-
-
-def _quiet(_message: str) -> None:
-    pass
+        with contextlib.suppress(OSError), locked(self._kept):
+            write_whole(self._kept, data.getvalue())
 
 
 def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str], None]) -> Lowbit:
     """The copies of `model`'s gates, in the order of its neurons, made now if the cache has none."""
     order = f"-{model.order}" if model.order else ""
     path = model.path.with_name(f"{model.path.stem}-lowbit{bits}{order}.safetensors")
-    if not path.exists():
-        with locked(path.parent, say):
-            if not path.exists():
-                say(f"making {bits}-bit copies of the gates")
-                _write(path, model, bits)
-    lowbit = Lowbit(
-        PackedModel(path), bits, recall, np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32)
-    )
+    file = _opened(path)
+    if file is None:
+        try:
+            with locked(path, say):
+                if (file := _opened(path)) is None:
+                    say(f"making {bits}-bit copies of the gates")
+                    _write(path, model, bits)
+                    file = PackedModel(path)
+        except OSError as error:
+            raise ResourceError(f"cannot write {bits}-bit copies to {path.parent}: {error.strerror}") from error
+    lowbit = Lowbit(file, bits, recall, np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32))
     lowbit.load()
     return lowbit
+
+
+def _opened(path: Path) -> PackedModel | None:
+    """None if it has to be made."""
+    with contextlib.suppress(ModelError):
+        return PackedModel(path)
+    return None
 
 
 def _write(path: Path, model: PackedModel, bits: int) -> None:
@@ -82,10 +91,9 @@ def _write(path: Path, model: PackedModel, bits: int) -> None:
     shape = (layout.groups * GROUP, lowbit_bytes(bits, layout.hidden))
     shapes: Shapes = {f"layers.{i}.lowbit": ("U8", shape) for i in layers}
     kinds = {"gate": int(layout.gate_kind), "down": int(layout.down_kind)}
+    copies = (pack_lowbit(rows_of(model, groups_of(model, i), 0), bits) for i in layers)
     with published(path) as fd:
-        header = packed_header(model.spec, kinds, {}, shapes)
-        copies = (pack_lowbit(rows_of(model, groups_of(model, i), 0), bits) for i in layers)
-        write_tensors(fd, header, copies, len(layers) * tensor_bytes("U8", shape))
+        write_packed(fd, model.spec, kinds, {}, shapes, copies)
 
 
 def groups_of(model: PackedModel, layer: int) -> Bytes:

@@ -1,192 +1,100 @@
 """Packing: from a model as its makers publish it to the packed file that every process reads (`store.py`).
 
-Done once per model, content and weight type. The file is written without a name (O_TMPFILE) and linked into the
-cache when complete, so that a killed run leaves nothing; a lock on the folder makes a second run wait for the first
-and use its result.
+Done once per model, by content (`content.py`), and weight type. A second run waits for the first and uses its result. A
+packed file that is damaged is packed anew.
 """
 
-import contextlib
-import errno
-import fcntl
-import hashlib
-import json
 import os
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.source import Source, SourceTensor, model_files, open_source, padded
+from warmfront.coordinator.content import content_of, state_of
+from warmfront.coordinator.packed_file import Shapes, tensor_bytes, write_packed
+from warmfront.coordinator.source import Source, SourceTensor, open_source, padded
 from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.errors import ModelError, ResourceError
-from warmfront.shared.model import ModelSpec
+from warmfront.shared.errors import DamagedError, ModelError, ResourceError
+from warmfront.shared.files import locked, make_folder, published
 from warmfront.shared.paths import cache_root
-from warmfront.shared.store import FORMAT
+from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind, row_bytes
 
-__all__ = [
-    "PackingPlan",
-    "Shapes",
-    "ensure_packed",
-    "locked",
-    "packed_header",
-    "published",
-    "tensor_bytes",
-    "write_tensors",
-]
+__all__ = ["PackingPlan", "ensure_packed", "mended"]
 
 MATRICES = ("q", "k", "v", "o")
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
-# Of the packed file's tensors, by name: element type as safetensors calls it, and shape.
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
+T = TypeVar("T")
 
 
 def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
-    """The packed form of the model at `path`, made now if the cache has none.
+    """The packed form of the model at `path`, made now if the cache has none, or a damaged one.
 
     `say` gets a line for each thing worth knowing, `progress` (bytes done, bytes in all). Raises ModelError for a
     file that cannot be read, ResourceError when the cache has no room.
     """
-    folder = cache_root() / "models"
-    target = folder / f"{path.stem[:60]}-{dtype}-{_fingerprint(path, dtype)}.safetensors"
-    if target.exists():
-        return target
+    folder, content = cache_root() / "models", content_of(path, say)
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", path.stem).strip("-.")[:60]
+    target = folder / f"{name or 'model'}-{dtype}-{content}.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, say):
-            if not target.exists():
-                source = open_source(path)
-                for note in source.notes:
-                    say(note)
-                with published(target) as fd:
-                    _write(fd, source, dtype, progress)
+        if (fault := _fault(target)) is not None:
+            make_folder(folder)
+            with locked(target, say):
+                if _fault(target) is not None:
+                    if fault:
+                        say(fault)
+                    _pack(path, dtype, target, say, progress)
     except OSError as error:
         raise ResourceError(
             f"cannot write the packed model to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder with room"
         ) from error
+    with suppress(OSError):  # when it was last used, for `warmfront cache`
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
     return target
 
 
-def _fingerprint(path: Path, dtype: str) -> str:
-    """A digest of what identifies the content without reading all of it: names, sizes, times and samples."""
-    digest = hashlib.sha256(f"{FORMAT} {dtype}".encode())
+def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `use` returns; it is done again, and so packs anew, if it finds that a packed file is damaged."""
     try:
-        for file in model_files(path):
-            with file.open("rb") as stream:
-                status = os.fstat(stream.fileno())
-                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-                for part in range(32):
-                    stream.seek(status.st_size * part // 32)
-                    digest.update(stream.read(4096))
-    except OSError as error:
-        raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
-    return digest.hexdigest()[:20]
+        return use()
+    except DamagedError as error:
+        say(_anew(error))
+    return use()
 
 
-@contextlib.contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Only one process at a time packs into `folder`."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def _fault(target: Path) -> str | None:
+    """None for a packed file that can be opened, empty if there is none, else what is to be said of it."""
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another warmfront that is packing a model")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+        PackedModel(target).close()
+    except DamagedError as error:
+        return _anew(error)
+    except ModelError:
+        return ""
+    return None
 
 
-@contextlib.contextmanager
-def published(target: Path) -> Iterator[int]:
-    """A file descriptor whose file appears as `target` when the block ends well, and never else.
-
-    It takes the place of a `target` that is there; who has that open keeps it. Call it within `locked`.
-    """
-    partial = target.with_suffix(".partial")
-    try:
-        fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        named = False
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        named = True
-    try:
-        yield fd
-        if not named:
-            try:
-                _link(fd, target)
-            except FileExistsError:  # only a rename replaces a file, and that needs a name to begin with
-                partial.unlink(missing_ok=True)
-                _link(fd, partial)
-                named = True
-        if named:
-            partial.rename(target)
-    except BaseException:
-        if named:
-            partial.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
+def _anew(error: DamagedError) -> str:
+    return f"{str(error).partition(';')[0]}: packing it anew"
 
 
-def _link(fd: int, name: Path) -> None:
-    """Name a nameless file. src_dir_fd only makes Python call linkat(), which follows the link to it."""
-    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
-
-
-def _write(fd: int, source: Source, dtype: str, progress: Progress) -> None:
+def _pack(path: Path, dtype: str, target: Path, say: Callable[[str], None], progress: Progress) -> None:
+    before = state_of(path)
+    source = open_source(path)
+    for note in source.notes:
+        say(note)
     plan = PackingPlan(source, dtype)
-    write_tensors(fd, plan.header(), map(plan.data, plan.shapes), plan.nbytes, progress)
-
-
-def write_tensors(
-    fd: int, header: bytes, tensors: Iterable[npt.NDArray[Any]], nbytes: int, progress: Progress = lambda *_: None
-) -> None:
-    """Write a whole file: the header, then the tensors, `nbytes` in all, one after the other."""
-    total = len(header) + nbytes
-    os.posix_fallocate(fd, 0, total)
-    _write_all(fd, header, 0)
-    done = len(header)
-    for data in tensors:
-        _write_all(fd, data.reshape(-1).view(np.uint8).data, done)
-        done += data.nbytes
-        progress(done, total)
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view[: 1 << 30], offset)
-        view, offset = view[count:], offset + count
-
-
-def tensor_bytes(element: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of the packed file."""
-    return int(np.prod(shape)) * {"F32": 4, "U16": 2, "U8": 1}[element]
-
-
-def packed_header(
-    spec: ModelSpec, kinds: Mapping[str, int], text: Mapping[str, Any], shapes: Shapes, **more: str
-) -> bytes:
-    """The safetensors header: length, then JSON padded to 8 bytes. `more` goes into the metadata too."""
-    metadata = {"format": FORMAT, "spec": spec.to_json(), "kinds": json.dumps(kinds), "text": json.dumps(text)}
-    fields: dict[str, Any] = {"__metadata__": metadata | more}
-    offset = 0
-    for name, (element, shape) in shapes.items():
-        end = offset + tensor_bytes(element, shape)
-        fields[name] = {"dtype": element, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    body = json.dumps(fields).encode()
-    body += b" " * (-len(body) % 8)
-    return struct.pack("<Q", len(body)) + body
+    tensors = map(plan.data, plan.shapes)
+    with published(target) as fd:
+        write_packed(fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress)
+        if state_of(path) != before:
+            raise ModelError(f"{path} was changed while it was packed: start again")
 
 
 class PackingPlan:
@@ -232,24 +140,20 @@ class PackingPlan:
         if biased:
             raise ModelError(f"{self.source.spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.size(name) for name in self.shapes)
-
     def size(self, name: str) -> int:
         """Bytes of one tensor of the packed file."""
         return tensor_bytes(*self.shapes[name])
 
-    def header(self) -> bytes:
-        """The head of the packed file."""
+    def all_kinds(self) -> dict[str, int]:
+        """The weight types of matrices and bundles, as the packed file's metadata has them."""
         kinds = {name: int(kind) for name, kind in self.kinds.items()}
-        kinds |= {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
-        tokenizer = self.source.tokenizer
-        text: dict[str, Any] = {}
-        if tokenizer is not None:
-            text = {field: value for field, value in asdict(tokenizer).items() if field != "json"}
-        return packed_header(self.source.spec, kinds, text, self.shapes)
+        return kinds | {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
+
+    def text(self) -> dict[str, Any]:
+        """How prompts begin and answers end, likewise."""
+        if self.source.tokenizer is None:
+            return {}
+        return {field: value for field, value in asdict(self.source.tokenizer).items() if field != "json"}
 
     def data(self, name: str) -> npt.NDArray[Any]:
         """The bytes of one tensor of the packed file."""

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from warmfront.coordinator.solver import Mask
-from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.files import write_whole
 from warmfront.shared.store import PackedModel
 
 __all__ = ["read_plan", "write_plan"]
@@ -41,7 +41,7 @@ def write_plan(path: Path, model: PackedModel, vram_budget: int, gpu: Mask, figu
         "figures": dict(figures),
     }
     try:
-        write_whole(path, json.dumps(plan) + "\n")
+        write_whole(path, (json.dumps(plan) + "\n").encode())
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}; pass another -o FILE") from error
 

@@ -19,12 +19,14 @@ import numpy as np
 from warmfront.coordinator.default_model import resolve
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.firing import JOB_TOKENS, Job, count, empty_profile, jobs_of
-from warmfront.coordinator.packer import ensure_packed, locked, published, write_tensors
+from warmfront.coordinator.kept_profile import keep_profile
+from warmfront.coordinator.packer import ensure_packed, mended
 from warmfront.coordinator.profile import MOST_TOKENS, Profile
 from warmfront.coordinator.reorder import reorder
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.files import locked, write_whole
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 
@@ -49,6 +51,19 @@ def profile(
     `progress` gets bytes, `counted` tokens. Raises UsageError for texts that cannot be read or a model without them.
     """
     texts = read_texts(files)
+    return mended(lambda: _profile(model, files, texts, dtype, tokens, say, progress, counted), say)
+
+
+def _profile(
+    model: str,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    dtype: str,
+    tokens: int | None,
+    say: Say,
+    progress: Progress,
+    counted: Progress,
+) -> dict[str, Any]:
     path = ensure_packed(resolve(model, say), dtype, say, lambda done, total: progress("packing", done, total))
     with PackedModel(path) as packed:
         ids = _encoded(packed, texts, tokens, say)
@@ -61,6 +76,8 @@ def profile(
     except BaseException:
         partial.keep(say)
         raise
+    with PackedModel(path) as packed:
+        keep_profile(packed, say)
     partial.path.unlink(missing_ok=True)
     return _facts(model, path, partial.profile, changed)
 
@@ -135,8 +152,8 @@ class Partial:
         data = io.BytesIO()
         np.savez(data, counts=self.profile.counts, facts=np.array(json.dumps(facts)))
         try:
-            with hold_interrupts(), locked(self.path.parent, lambda _message: None), published(self.path) as fd:
-                write_tensors(fd, data.getvalue(), (), 0)
+            with hold_interrupts(), locked(self.path):
+                write_whole(self.path, data.getvalue())
         except OSError as error:
             raise ResourceError(f"cannot keep what was counted in {self.path}: {error.strerror}") from error
 

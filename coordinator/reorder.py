@@ -4,23 +4,27 @@ The file is written anew and takes the place of the old one at once; who has the
 rows of type Q4C, whose scales lie in the group's tail for 32 neurons together, groups move as they are.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.kept_profile import KeptProfile
 from warmfront.coordinator.ordering import order_groups, order_neurons
-from warmfront.coordinator.packer import Shapes, locked, packed_header, published, tensor_bytes, write_tensors
+from warmfront.coordinator.packed_file import Shapes, write_packed
 from warmfront.coordinator.profile import Profile
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.files import locked, published
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind
 
-__all__ = ["reorder"]
+__all__ = ["reorder", "restore"]
 
 Bytes = npt.NDArray[np.uint8]
 Permutation = npt.NDArray[np.int64]
@@ -34,26 +38,41 @@ def reorder(
     Returns whether the order changed: then what was made from the old one (`lowbit.py`) is gone. Raises ResourceError
     when there is no room, or when another process was faster.
     """
-    folder = path.parent
+    with _rewriting(path, order, say) as (fd, model):
+        permutation = _permutation(model, profile)
+        changed = bool((permutation != np.arange(permutation.shape[1])).any())
+        if changed:
+            order = hashlib.sha256(order.encode() + permutation.tobytes()).hexdigest()[:12]
+        _write(fd, model, permutation, profile.reordered(permutation), order, progress)
+    if changed:
+        for file in path.parent.iterdir():
+            if file.name.startswith(f"{path.stem}-lowbit"):
+                file.unlink(missing_ok=True)
+    return changed
+
+
+def restore(path: Path, kept: KeptProfile, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
+    """Bring the packed model at `path`, in its makers' order, into that of a kept profile, and that into it.
+
+    Raises ResourceError as `reorder` does.
+    """
+    with _rewriting(path, "", say) as (fd, model):
+        _write(fd, model, kept.places, kept.profile, kept.order, progress)
+
+
+@contextlib.contextmanager
+def _rewriting(path: Path, order: str, say: Callable[[str], None]) -> Iterator[tuple[int, PackedModel]]:
+    """The file that takes the place of the packed model at `path`, and the model, which has to be in that `order`."""
     try:
-        with locked(folder, say), PackedModel(path) as model:
+        with locked(path, say), PackedModel(path) as model:
             if model.order != order:
                 raise ResourceError(f"another warmfront has reordered {model.spec.name} meanwhile: start again")
-            permutation = _permutation(model, profile)
-            changed = bool((permutation != np.arange(permutation.shape[1])).any())
-            if changed:
-                order = hashlib.sha256(order.encode() + permutation.tobytes()).hexdigest()[:12]
             with published(path) as fd:
-                _write(fd, model, permutation, profile.reordered(permutation), order, progress)
-            if changed:
-                for file in folder.iterdir():
-                    if file.name.startswith(f"{path.stem}-lowbit"):
-                        file.unlink()
+                yield fd, model
     except OSError as error:
         raise ResourceError(
-            f"cannot write the reordered model to {folder}: {error.strerror}; make room for a second copy of it"
+            f"cannot write the reordered model to {path.parent}: {error.strerror}; make room for a second copy of it"
         ) from error
-    return changed
 
 
 def _permutation(model: PackedModel, profile: Profile) -> Permutation:
@@ -70,18 +89,18 @@ def _write(
     order: str,
     progress: Callable[[int, int], None],
 ) -> None:
-    counts = profile.counts
-    shapes: Shapes = {name: (entry.element, entry.shape) for name, entry in model.entries.items() if name != "profile"}
-    shapes["profile"] = ("U16", counts.shape)
+    made: dict[str, npt.NDArray[Any]] = {
+        "profile": profile.counts,
+        "places": np.take_along_axis(model.places(), permutation, axis=1).astype(np.uint32),
+    }
+    shapes: Shapes = {name: (entry.element, entry.shape) for name, entry in model.entries.items() if name not in made}
+    names = list(shapes)
+    shapes |= {"profile": ("U16", made["profile"].shape), "places": ("U32", made["places"].shape)}
     kinds = {name: int(entry.kind) for name, entry in model.entries.items() if entry.kind is not None}
     kinds |= {"gate": int(model.layout.gate_kind), "down": int(model.layout.down_kind)}
-    header = packed_header(model.spec, kinds, model.text, shapes, order=order, profile=profile.to_json())
-
-    def tensors() -> Iterator[npt.NDArray[Any]]:
-        for name in shapes:
-            yield counts if name == "profile" else _reordered(model, name, permutation)
-
-    write_tensors(fd, header, tensors(), sum(tensor_bytes(*shape) for shape in shapes.values()), progress)
+    tensors = chain((_reordered(model, name, permutation) for name in names), made.values())
+    more = {"order": order, "profile": profile.to_json()}
+    write_packed(fd, model.spec, kinds, model.text, shapes, tensors, progress, **more)
 
 
 def _reordered(model: PackedModel, name: str, permutation: Permutation) -> Bytes:

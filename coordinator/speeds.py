@@ -5,8 +5,8 @@ import hashlib
 import json
 import math
 
-from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.core_plan import CorePlan
+from warmfront.shared.files import locked, make_folder, write_whole
 from warmfront.shared.numa import bindable
 from warmfront.shared.paths import cache_root
 from warmfront.shared.process import hold_interrupts
@@ -36,6 +36,7 @@ def worker_speeds(cores: CorePlan) -> list[float]:
     meters = (Bandwidth(worker.cpus, worker.memory) for worker in cores.workers)
     speeds = [max(meter.measure() for _ in range(_ROUNDS)) for meter in meters]
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(speeds))
+        make_folder(path.parent)
+        with locked(path):
+            write_whole(path, json.dumps(speeds).encode())
     return speeds

@@ -32,7 +32,7 @@ class TeamWeights:
         """All but the bundles and idle predictors; pages are bound by the `cuts` of now (see `Shares`)."""
         self._spec, self._cuts, self._members = model.spec, cuts.copy(), len(cuts) - 1
         idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-        apart = ("tokenizer", "profile")
+        apart = ("tokenizer", "profile", "places")
         self.files = {n: model for n in model.entries if not n.endswith(idle) and n not in apart}
         if lowbit is not None:
             self.files |= dict.fromkeys(lowbit.file.entries, lowbit.file)

@@ -45,7 +45,8 @@ def _dtype(kind: Kind | None) -> torch.dtype:
 
 def _tensors(model: PackedModel, selector: str) -> list[str]:
     idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-    return [name for name in model.entries if not name.endswith(idle) and name not in ("tokenizer", "profile")]
+    apart = ("tokenizer", "profile", "places")
+    return [name for name in model.entries if not name.endswith(idle) and name not in apart]
 
 
 def _cache_dtype(model: PackedModel) -> torch.dtype:
@@ -111,7 +112,7 @@ class TorchNetwork:
         rows, width = entry.shape
         cols = _cols(model, name)
         out = torch.empty((rows, cols), dtype=_dtype(entry.kind), device=self._device)
-        step = max(1, _SLICE // width)
+        step = max(8, _SLICE // width // 8 * 8)  # whole pieces, which are checked
         for first in range(0, rows, step):
             packed = np.empty((min(step, rows - first), width), np.uint8)
             model.read_into(name, packed, first * width)

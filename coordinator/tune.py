@@ -139,7 +139,10 @@ def tune(model: str, wishes: dict[str, Any], exhaustive: bool, say: Say, bars: B
         garage.drop([])
     best = course.best()[0]
     tok_s = statistics.median(course.rates[best])
-    keep_setting(packed[0], best, tok_s)
+    try:
+        keep_setting(packed[0], best, tok_s)
+    except OSError as error:
+        say(f"cannot keep what was found in {tuning_file()}: {error.strerror}")
     rows = [_row(setting, rates) for setting, rates in course.rates.items()]
     return {
         "model": model,

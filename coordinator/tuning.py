@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.core_plan import plan_cores
 from warmfront.shared.errors import UsageError
+from warmfront.shared.files import locked, write_whole
 from warmfront.shared.paths import cache_root
 from warmfront.shared.topology import Topology, read_topology
 
@@ -66,9 +66,9 @@ def kept_setting(model: Path) -> Setting | None:
 
 def keep_setting(model: Path, setting: Setting, tok_s: float) -> None:
     """Keep it for `tuned`. Raises OSError if the cache cannot be written."""
-    kept = _kept() | {_key(model, read_topology()): {**setting._asdict(), "tok_s": round(tok_s, 2)}}
-    tuning_file().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(tuning_file(), json.dumps(kept, indent=1) + "\n")
+    found = {_key(model, read_topology()): {**setting._asdict(), "tok_s": round(tok_s, 2)}}
+    with locked(tuning_file()):
+        write_whole(tuning_file(), (json.dumps(_kept() | found, indent=1) + "\n").encode())
 
 
 def tuned(config: EngineConfig, model: Path, gpu: str | None, say: Callable[[str], None]) -> EngineConfig:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.solver import Times
-from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.errors import ResourceError, WorkerError
+from warmfront.shared.files import locked, make_folder, write_whole
 from warmfront.shared.paths import cache_root
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def save_times(key: TimesKey, times: Times) -> None:
     """Keep times for `load_times`; where the cache cannot be written, they are measured again next time."""
     kept = {"key": json.loads(key.to_json()), "times": times._asdict()}
     with contextlib.suppress(OSError):
-        key.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(key.path, json.dumps(kept))
+        make_folder(key.path.parent)
+        with locked(key.path):
+            write_whole(key.path, json.dumps(kept).encode())
 
 
 def measure_times(engine: "Engine") -> Times:

@@ -3,6 +3,7 @@
     WarmfrontError            exit code 1
     ├── UsageError            exit code 2: the request cannot be meant (counts, sizes, options, prompt length)
     ├── ModelError            the model file is missing, damaged or of an unsupported kind
+    │   └── DamagedError      a packed file in the cache is not what was written: it is made anew
     ├── ResourceError         memory, disk or device cannot hold what was asked for
     ├── ProtocolError         a message or board that the other side cannot have meant
     └── WorkerError           a worker process died, failed or went silent
@@ -10,7 +11,15 @@
 A message is one line that says what is wrong and what to do about it; the CLI prints it without a traceback.
 """
 
-__all__ = ["ModelError", "ProtocolError", "ResourceError", "UsageError", "WarmfrontError", "WorkerError"]
+__all__ = [
+    "DamagedError",
+    "ModelError",
+    "ProtocolError",
+    "ResourceError",
+    "UsageError",
+    "WarmfrontError",
+    "WorkerError",
+]
 
 # Characters of a message; beyond them its middle is left out.
 LONGEST = 2000
@@ -36,6 +45,10 @@ class UsageError(WarmfrontError):
 
 class ModelError(WarmfrontError):
     """The model cannot be read or is of a kind that warmfront does not run."""
+
+
+class DamagedError(ModelError):
+    """A packed file of the cache is not what was written; what it was made from is not at fault."""
 
 
 class ResourceError(WarmfrontError):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -23,10 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from warmfront.coordinator.packer import ensure_packed, published
+from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.source import open_source
 from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
+from warmfront.shared.files import locked, published
 from warmfront.shared.model import ModelSpec, Predictor
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import Kind, row_bytes, unpack
@@ -54,9 +54,9 @@ def pack(path: Path, dtype: str = "auto") -> Path:
 
 
 def tensors_of(packed: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Everything in the file, read by the safetensors library, which checks that the tensors fill it."""
+    """Everything in the file but its sums, read by the safetensors library, which checks that the tensors fill it."""
     with safe_open(packed, "np") as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+        return {name: file.get_tensor(name) for name in set(file.keys()) - {"sums"}}, file.metadata()
 
 
 @pytest.mark.parametrize("published", ["float32", "bfloat16"])
@@ -66,7 +66,7 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-4"
+    assert metadata["format"] == "warmfront-5"
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))
@@ -286,7 +286,7 @@ def test_a_tied_head_is_not_stored_twice(tiny_llama: Make) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "q8", "q4"])
 def test_file_size(folder: Path, dtype: str) -> None:
-    """The header, then every tensor once, nothing between."""
+    """The header, then every tensor once, then a sum of each piece, nothing between."""
     packed, kind = pack(folder, dtype), KINDS[dtype]
     with packed.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -296,8 +296,10 @@ def test_file_size(folder: Path, dtype: str) -> None:
     bundles = 2 * 96 * (-(-3 * rows // 64) * 64)
     floats = 4 * (64 + 2 * (2 * 64 + 64 + 32 + 32 + 64))
     tokenizer = len((folder / "tokenizer.json").read_bytes())
+    # Of eight rows of each matrix, the three groups of each layer, each vector, the tokenizer; and two checksums.
+    sums = 8 * (2 * -(-vocab // 8) + 2 * (8 + 4 + 4 + 8) + 2 * 3 + 1 + 2 * 6 + 1 + 2)
     assert (8 + header) % 8 == 0
-    assert packed.stat().st_size == 8 + header + matrices + bundles + floats + tokenizer
+    assert packed.stat().st_size == 8 + header + matrices + bundles + floats + tokenizer + sums
 
 
 def test_progress_grows_to_the_size_of_the_file(folder: Path) -> None:
@@ -345,6 +347,59 @@ def test_another_content_is_packed_anew(folder: Path, tmp_path: Path, file: str)
     assert second != first
     if file == "model.safetensors":
         assert second.read_bytes() != first.read_bytes()
+
+
+@pytest.mark.parametrize("change", ["touch", "README.md", "picture.png"])
+def test_what_is_no_content_is_not_packed_anew(folder: Path, tmp_path: Path, models: Path, change: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = pack(copy)
+    before = first.stat()
+    if change == "touch":
+        for file in copy.iterdir():
+            os.utime(file)
+    else:
+        (copy / change).write_text("changed")
+    assert pack(copy) == first
+    assert first.stat().st_ino == before.st_ino
+    assert list(models.iterdir()) == [first]
+
+
+def test_a_model_that_changes_while_it_is_packed(folder: Path, tmp_path: Path, models: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+
+    def change(done: int, total: int) -> None:
+        if done == total:
+            os.utime(copy / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"copy was changed while it was packed: start again$"):
+        ensure_packed(copy, "auto", lambda line: None, change)
+    assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "ünï" * 25, "..", "-x", "a b.c"])
+def test_names_that_are_no_file_names(tiny_gguf: Make, tmp_path: Path, name: str) -> None:
+    packed = pack(tiny_gguf().rename(tmp_path / f"{name}.gguf"))
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*-auto-[0-9a-f]{20}\.safetensors", packed.name)
+    assert len(packed.name) < 120
+
+
+def test_the_cache_is_private(folder: Path, models: Path) -> None:
+    before = os.umask(0)
+    try:
+        pack(folder)
+    finally:
+        os.umask(before)
+    folders = [models.parent, *(path for path in models.parent.iterdir() if path.is_dir())]
+    assert len(folders) > 2
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+
+
+def test_when_it_was_last_used(folder: Path) -> None:
+    packed = pack(folder)
+    os.utime(packed, (1, 2))
+    pack(folder)
+    assert packed.stat().st_atime > 1e9
+    assert packed.stat().st_mtime == 2
 
 
 def test_a_moved_model_is_recognised(folder: Path, tmp_path: Path) -> None:
@@ -432,8 +487,43 @@ def test_no_room(folder: Path, models: Path) -> None:
     assert list(models.iterdir()) == []
 
 
+def test_room_is_seen_to_before_packing(folder: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fstatvfs
+
+    def nearly_full(fd: int) -> Any:
+        return type("Disk", (), {"f_bavail": 100, "f_frsize": real(fd).f_frsize})
+
+    monkeypatch.setattr(os, "fstatvfs", nearly_full)
+    with pytest.raises(ResourceError) as caught:
+        pack(folder)
+    assert re.search(r"needs 0\.00 GB in \S+, 0\.00 GB are free there: make room \(`warmfront", str(caught.value))
+    assert list(models.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_half_way(folder: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        if offset > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ResourceError, match=r"cannot write the packed model to .*: No space left on device"):
+        pack(folder)
+    assert list(models.iterdir()) == []
+
+
+def test_another_model_is_not_waited_for(folder: Path, tiny_gguf: Make) -> None:
+    first = pack(folder)
+    with locked(first):
+        other = ensure_packed(tiny_gguf(), "auto", pytest.fail, lambda done, total: None)
+        types = ensure_packed(folder, "q8", pytest.fail, lambda done, total: None)
+        assert ensure_packed(folder, "auto", pytest.fail, lambda done, total: None) == first, "nothing is written"
+    assert len({first, other, types}) == 3
+
+
 def test_a_second_run_waits_for_the_first(folder: Path, models: Path) -> None:
-    models.mkdir(parents=True)
     said: list[str] = []
     waiting = threading.Event()
 
@@ -441,10 +531,11 @@ def test_a_second_run_waits_for_the_first(folder: Path, models: Path) -> None:
         said.append(line)
         waiting.set()
 
+    target = pack(folder)
+    target.unlink()
     with contextlib.ExitStack() as stack:
-        lock = os.open(models, os.O_RDONLY)
-        stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        first = stack.enter_context(contextlib.ExitStack())
+        first.enter_context(locked(target))
         packing = threading.Thread(target=ensure_packed, args=(folder, "auto", say, lambda done, total: None))
         packing.start()
         stack.callback(packing.join)
@@ -452,7 +543,7 @@ def test_a_second_run_waits_for_the_first(folder: Path, models: Path) -> None:
         packing.join(0.05)
         assert packing.is_alive()
         assert list(models.iterdir()) == []
-        fcntl.flock(lock, fcntl.LOCK_UN)
+        first.close()
     assert said == ["waiting for another warmfront that is packing a model"]
     assert len(list(models.iterdir())) == 1
 

@@ -1,6 +1,7 @@
 """Plan files: written, read back, and refused in one line.  pytest tests/coordinator/test_plan_file.py"""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.plan_file import read_plan, write_plan
-from warmfront.coordinator.whole_file import check_writable
 from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.files import check_writable
 from warmfront.shared.store import PackedModel
 
 
@@ -143,10 +144,10 @@ def test_a_write_that_fails_keeps_the_old_plan(
     write_plan(path, model, 1, np.eye(1, 16, 3, dtype=np.bool_), {})
     before = path.read_bytes()
 
-    def fail(self: Path, text: str) -> None:
+    def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(ResourceError, match="No space left on device"):
         write_plan(path, model, 2, np.ones((1, 16), np.bool_), {})
     assert path.read_bytes() == before

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator import calibration, firing, profiling
+from warmfront.coordinator import calibration, firing, kept_profile, profiling
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.profile import Profile
@@ -228,3 +228,89 @@ def test_the_first_load_does_without(
     else:
         assert (said, fake.seen) == ([], 0)
     monkeypatch.undo()
+
+
+def no_progress(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def loads(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Callable[[], Path]:
+    """What a start does with the packed file of the model; on the sample every neuron of an engine made up fires."""
+    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
+
+    def load() -> Path:
+        path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", said.append, no_progress)
+        with monkeypatch.context() as patch, PackedModel(path) as model:
+            patch.setattr(Engine, "for_profiling", lambda *_, **__: Fake(-1))
+            firing.ensure_profiled(model, EngineConfig(), said.append, no_progress)
+        return path
+
+    return load
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_profile_outlives_the_packed_file(
+    run: Run, loads: Callable[[], Path], texts: list[Path], models: Path, said: list[str], sample: bool
+) -> None:
+    """It is taken again when the model is packed anew, to the bit; also one that was made in another order."""
+    if sample:
+        loads()
+    path = Path(run(texts)["path"])
+    before = path.read_bytes()
+    said.clear()
+    assert loads().read_bytes() == before
+    assert said == []
+    for file in models.iterdir():
+        file.unlink()
+    assert loads() == path
+    assert said == ["ordering the neurons by your profile (a.txt, b.txt)"]
+    assert path.read_bytes() == before
+
+
+def test_only_the_profile_of_the_same_content_and_weight_type(
+    run: Run, loads: Callable[[], Path], texts: list[Path], models: Path, said: list[str]
+) -> None:
+    run(texts, dtype="f16")
+    said.clear()
+    loads()
+    assert said == ["profiling which neurons fire (first load only)"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "places", "counts", "facts"])
+def test_a_damaged_profile_is_none(
+    run: Run, loads: Callable[[], Path], texts: list[Path], models: Path, said: list[str], damage: str
+) -> None:
+    run(texts)
+    (file,) = (models.parent / "profiles").iterdir()
+    data = file.read_bytes()
+    with np.load(file) as kept:
+        parts = dict(kept)
+    if damage == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "zeros":
+        file.write_bytes(data[:5000] + bytes(4096) + data[9096:])
+    else:
+        wrong = {"places": parts["places"] * 0, "counts": parts["counts"][:, :, 1:], "facts": np.array("{}")}
+        np.savez(file, **(parts | {damage: wrong[damage]}))
+    for packed in models.iterdir():
+        packed.unlink()
+    said.clear()
+    loads()
+    assert said == ["profiling which neurons fire (first load only)"]
+
+
+def test_a_profile_that_cannot_be_kept(
+    run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str], models: Path
+) -> None:
+    """It is in the packed file all the same, and a line says so."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept_profile, "write_whole", refuse)
+    path = run(texts)["path"]
+    assert len(said) == 1
+    assert said[0].startswith("the profile is in the packed model alone, ")
+    assert said[0].endswith("cannot be written: No space left on device")
+    assert stored(path)[2] != ""

@@ -40,11 +40,12 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def model(tiny_llama: Make, tmp_path: Path) -> Path:
-    """A tiny ReLU model of this test's own: 80 neurons a layer, two groups and a half."""
-    return shutil.copytree(
-        tiny_llama(hidden_act="relu", intermediate_size=80), tmp_path / "model", copy_function=shutil.copyfile
-    )
+def model(tiny_llama: Make, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A tiny ReLU model with a content of this test's own: 80 neurons a layer, two groups and a half."""
+    folder = shutil.copytree(tiny_llama(hidden_act="relu", intermediate_size=80), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"made_for": request.node.nodeid}))
+    return folder
 
 
 @pytest.fixture

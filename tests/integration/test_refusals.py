@@ -4,7 +4,9 @@ pytest tests/integration/test_refusals.py
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,12 @@ import pytest
 from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, prepack, run
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.shared.driver import find_driver
+from warmfront.shared.paths import cache_root
+from warmfront.shared.store import FORMAT, PackedModel
+
+# A command that sees a folder, the next word, as one that cannot be written, whoever runs it.
+_MOUNT = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+READ_ONLY = [shutil.which("unshare") or "false", "--map-root-user", "--mount", "sh", "-c", _MOUNT]
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -198,24 +206,84 @@ class TestCache:
         )
         return run("-c", code, executable=sys.executable, env=os.environ | {"XDG_CACHE_HOME": os.fspath(home)})
 
+    def assert_mended(self, home: Path, model: Path, packed: Path, whole: bytes, *args: str) -> None:
+        """A line says what is wrong, and the file is as it was before."""
+        outcome = self.generate(home, model, *args)
+        assert outcome.code == 0, outcome
+        first, *rest = outcome.err.splitlines()
+        assert packed.name in first
+        assert re.search(r" is damaged \(.+\): packing it anew$", first)
+        assert set(rest) <= {"profiling which neurons fire (first load only)"}
+        assert packed.read_bytes() == whole
+
     @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
     def test_packed_file_is_truncated(self, relu: Path, home: Path, packed: Path, kept: float) -> None:
         data = packed.read_bytes()
         packed.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
-        assert_refused(self.generate(home, relu), 1, packed.name, "damaged", "delete it")
+        self.assert_mended(home, relu, packed, data)
 
     @pytest.mark.parametrize("at", [0, 8, 9, 300])
     def test_head_of_the_packed_file_is_damaged(self, relu: Path, home: Path, packed: Path, at: int) -> None:
-        data = bytearray(packed.read_bytes())
+        data = bytearray(whole := packed.read_bytes())
         data[at : at + 4] = b"\xff\xfe\x01}"
         packed.write_bytes(data)
-        assert_refused(self.generate(home, relu), 1, packed.name, "damaged", "delete it")
+        self.assert_mended(home, relu, packed, whole)
+
+    @pytest.mark.parametrize("name", ["embed", "layers.1.o", "layers.0.ffn", "layers.1.ffn", "tokenizer", "norm"])
+    def test_pages_of_the_packed_file_are_zero(self, relu: Path, home: Path, packed: Path, name: str) -> None:
+        """As a power cut may leave it: of the right size, with the right header."""
+        with PackedModel(packed) as model:
+            entry = model.entries[name]
+        data = bytearray(whole := packed.read_bytes())
+        at = entry.offset + (entry.nbytes // 2 if entry.nbytes > 8192 else 0)
+        assert any(data[at : at + 128])
+        data[at : at + 128] = bytes(128)
+        packed.write_bytes(data)
+        self.assert_mended(home, relu, packed, whole)
+
+    def test_another_version_s_packed_file(self, relu: Path, home: Path, packed: Path) -> None:
+        whole = packed.read_bytes()
+        packed.write_bytes(whole.replace(FORMAT.encode(), b"warmfront-0", 1))
+        self.assert_mended(home, relu, packed, whole)
+
+    def test_copies_of_the_gates_are_damaged(self, relu: Path, home: Path, packed: Path) -> None:
+        wishes = ("--selector", "lowbit", "--bits", "4")
+        first = self.generate(home, relu, *wishes)
+        assert first.code == 0, first
+        (copies,) = packed.parent.glob(f"{packed.stem}-lowbit4*.safetensors")
+        data = bytearray(copies.read_bytes())
+        data[-3000:-2000] = bytes(1000)
+        copies.write_bytes(data)
+        again = self.generate(home, relu, *wishes)
+        assert again == first._replace(err=again.err), again
+        assert again.err.splitlines()[0].endswith("packing it anew")
 
     def test_a_deleted_file_is_made_again(self, relu: Path, home: Path, packed: Path) -> None:
         data = packed.read_bytes()
         packed.unlink()
         assert self.generate(home, relu).code == 0
         assert packed.read_bytes() == data
+
+    @pytest.mark.skipif(
+        subprocess.run([*READ_ONLY, "/tmp", "true"], stderr=subprocess.DEVNULL).returncode != 0,
+        reason="may mount nothing here",
+    )
+    def test_a_read_only_cache_that_has_all(self, relu: Path, home: Path, packed: Path) -> None:
+        """Nothing is written, and nothing is said; what it lacks, and cannot get, is one line."""
+        shutil.copytree(cache_root() / "sources", home / "warmfront" / "sources")
+        before = sorted((path, path.lstat().st_mtime_ns) for path in home.rglob("*"))
+        wishes = {"env": os.environ | {"XDG_CACHE_HOME": os.fspath(home)}, "executable": READ_ONLY[0]}
+
+        def generate(*args: str) -> Any:
+            return run(*READ_ONLY[1:], home, WARMFRONT, "generate", "-m", relu, "-p", "x", "-n", "2", *args, **wishes)
+
+        outcome = generate()
+        assert (outcome.code, outcome.err) == (0, ""), outcome
+        assert outcome.out == self.generate(home, relu).out
+        assert_refused(generate("--dtype", "q8"), 1, "cannot write the packed model", "Read-only file system")
+        assert_refused(generate("--selector", "lowbit"), 1, "cannot write 2-bit copies", "Read-only file system")
+        assert sorted((path, path.lstat().st_mtime_ns) for path in home.rglob("*")) == before
+        assert packed.exists()
 
     def test_no_room_for_the_packed_file(self, relu: Path, home: Path) -> None:
         assert_refused(self.generate(home, relu, limit=1 << 16), 1, "cannot write the packed model", "XDG_CACHE_HOME")

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.shared.errors import ModelError
+from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model import ModelSpec, Predictor
-from warmfront.shared.store import PackedModel, run_of
+from warmfront.shared.store import PackedModel, run_of, sums_of
 from warmfront.shared.weights import Kind
 
 SPEC = ModelSpec(
@@ -34,7 +35,7 @@ SPEC = ModelSpec(
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-4",
+    "format": "warmfront-5",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
@@ -54,6 +55,11 @@ Fields = dict[str, Any]
 Write = Callable[..., Path]
 
 
+# A piece of each: eight rows (embed has five), all of a vector, a group of neurons.
+PIECES = {"embed": 320, "norm": 128, "layers.0.ffn": 4096, "layers.1.ffn": 4096}
+SUMS = 1 + 1 + 3 + 3
+
+
 def fields_of() -> Fields:
     fields: Fields = {"__metadata__": dict(METADATA)}
     offset = 0
@@ -61,13 +67,18 @@ def fields_of() -> Fields:
         end = offset + values.nbytes
         fields[name] = {"dtype": element, "shape": list(values.shape), "data_offsets": [offset, end]}
         offset = end
-    return fields
+    return fields | {"sums": {"dtype": "U64", "shape": [SUMS + 2], "data_offsets": [offset, offset + 8 * (SUMS + 2)]}}
 
 
 def bytes_of(fields: object) -> bytes:
     header = json.dumps(fields).encode()
-    data = b"".join(values.tobytes() for _, values in TENSORS.values())
-    return struct.pack("<Q", len(header)) + header + data
+    data, sums = b"", []
+    for name, (_, values) in TENSORS.items():
+        data += (tensor := values.tobytes())
+        pieces = (tensor[at : at + PIECES[name]] for at in range(0, len(tensor), PIECES[name]))
+        sums += [sum(struct.unpack(f"<{len(piece) // 8}Q", piece)) % 2**64 for piece in pieces]
+    words = struct.pack(f"<{SUMS + 1}Q", *sums, zlib.crc32(header))
+    return struct.pack("<Q", len(header)) + header + data + words + struct.pack("<Q", zlib.crc32(words))
 
 
 @pytest.fixture
@@ -223,10 +234,86 @@ def test_a_header_without_tensors(tmp_path: Path) -> None:
 
 def test_a_file_cut_off_while_it_is_read(path: Path) -> None:
     with PackedModel(path) as model:
-        os.truncate(path, path.stat().st_size - 10)
+        os.truncate(path, path.stat().st_size - 8 * (SUMS + 2) - 10)
         model.bytes_of("embed")
         with pytest.raises(ModelError, match=r"^the packed model \S+ is truncated; delete it"):
             model.bytes_of("layers.1.ffn")
+
+
+def at_of(path: Path, name: str) -> int:
+    """Where in the file a tensor begins."""
+    with PackedModel(path) as model:
+        return model.entries[name].offset
+
+
+def test_sums_of_pieces() -> None:
+    """Any length: what is missing of the last word counts as zeros."""
+    data = np.random.default_rng(0).integers(0, 256, 203, dtype=np.uint8)
+    for length in (0, 1, 7, 8, 63, 64, 65, 128, 203):
+        for piece in (8, 64, 203, 1000):
+            some = data[:length].tobytes()
+            pieces = [some[at : at + piece] for at in range(0, length, piece)]
+            padded = [each + bytes(-len(each) % 8) for each in pieces]
+            sums = [sum(struct.unpack(f"<{len(each) // 8}Q", each)) % 2**64 for each in padded]
+            if piece % 8 == 0 or length <= piece:
+                assert sums_of(data[:length], piece).tolist() == sums
+
+
+@pytest.mark.parametrize("damage", ["bit", "zeroed page", "another's page"])
+@pytest.mark.parametrize(("name", "at"), [("layers.0.ffn", 0), ("layers.1.ffn", 2 * 4096), ("embed", 64)])
+def test_damaged_weights_are_never_handed_out(path: Path, name: str, at: int, damage: str) -> None:
+    """Whole or a group; what was not hit is read as ever. The file is gone then, so that it is made again."""
+    offset = at_of(path, name) + at
+    data = bytearray(path.read_bytes())
+    if damage == "bit":
+        data[offset + 99] ^= 0x10
+    else:
+        page = {"zeroed page": bytes(256), "another's page": bytes(range(255, -1, -1))}[damage]
+        data[offset : offset + 256] = page
+    path.write_bytes(data)
+    with PackedModel(path) as model:
+        for other in set(TENSORS) - {name}:
+            assert model.bytes_of(other).tobytes() == TENSORS[other][1].tobytes()
+        if name.endswith(".ffn"):
+            model.read_groups(int(name[7]), 1, np.zeros((1, 4096), np.uint8))
+            with pytest.raises(DamagedError):
+                model.read_groups(int(name[7]), at // 4096, np.zeros((1, 4096), np.uint8))
+        with pytest.raises(
+            DamagedError, match=rf"^the packed model \S+ is damaged \({name}\); it has to be made again$"
+        ):
+            model.bytes_of(name)
+    assert not path.exists()
+
+
+def test_damaged_norms_are_found_at_once(path: Path) -> None:
+    offset = at_of(path, "norm")
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 64] = bytes(64)
+    path.write_bytes(data)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DamagedError, match=r"is damaged \(norm\)"):
+        PackedModel(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("at", [20, 150, -1, -9, -17, -40])
+def test_a_bit_of_the_header_or_of_the_sums(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x01
+    path.write_bytes(data)
+    refused(path)
+
+
+def test_who_reads_a_replaced_file_removes_not_the_new_one(path: Path) -> None:
+    damaged = bytearray(whole := path.read_bytes())
+    damaged[at_of(path, "embed")] ^= 1
+    path.write_bytes(damaged)
+    with PackedModel(path) as model:
+        path.unlink()
+        path.write_bytes(whole)
+        with pytest.raises(DamagedError):
+            model.bytes_of("embed")
+    assert path.read_bytes() == whole
 
 
 def test_close_releases_the_file(path: Path) -> None:

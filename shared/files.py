@@ -1,0 +1,179 @@
+"""How files come to be: as a whole or not at all, on the disk for good, by one process at a time.
+
+A file is written without a name (O_TMPFILE), synced, and linked into its folder when complete, so that a killed run or
+a power cut leaves nothing of it. Where there is an older one, or the file system knows no nameless files, it goes by
+the name NAME.partial until then.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from warmfront.shared.errors import UsageError
+from warmfront.shared.paths import cache_root
+
+__all__ = [
+    "check_writable",
+    "is_locked",
+    "locked",
+    "make_folder",
+    "published",
+    "sweep_locks",
+    "write_all",
+    "write_whole",
+]
+
+
+def _quiet(_line: str) -> None:
+    pass
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError if a file cannot be written to the folder of `path`."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: {folder} is no folder; make it, or name another file")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: {folder} may not be written to; name another file")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache if it is missing: for this user alone, since what lies there is trusted."""
+    for each in (cache_root(), folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, say: Callable[[str], None] = _quiet) -> Iterator[None]:
+    """Only one process at a time is in such a block for `path`, a file of the cache; `say` gets a line if it must wait.
+
+    A process that is killed lets go. Raises OSError where the cache cannot be written.
+    """
+    lock = _lock_of(path)
+    make_folder(lock.parent)
+    fd = _take(lock, say)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is in a block `locked` for `path` now."""
+    try:
+        fd = os.open(_lock_of(path), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def sweep_locks() -> None:
+    """Remove what killed processes have left of their locks."""
+    with contextlib.suppress(OSError):
+        for lock in _lock_of(cache_root()).parent.iterdir():
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.unlink()
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(fd)
+
+
+def _lock_of(path: Path) -> Path:
+    return cache_root() / "locks" / hashlib.sha256(os.fsencode(path)).hexdigest()[:20]
+
+
+def _take(lock: Path, say: Callable[[str], None]) -> int:
+    """A descriptor that holds the lock; who held it before has removed the file, so it may have to be made again."""
+    while True:
+        fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("waiting for another warmfront that is packing a model")
+                say = _quiet
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[int]:
+    """A file descriptor whose file appears as `target` when the block ends well, and never else.
+
+    It takes the place of a `target` that is there; who has that open keeps it. Files that several processes write are
+    to be published within `locked`. Raises OSError, and then leaves nothing.
+    """
+    partial = target.with_suffix(".partial")
+    try:
+        fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        named = False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        named = True
+    try:
+        yield fd
+        os.fsync(fd)  # before it has a name: after a power cut a name stands for all of the content
+        if not named:
+            try:
+                _link(fd, target)
+            except FileExistsError:  # only a rename replaces a file, and that needs a name to begin with
+                partial.unlink(missing_ok=True)
+                _link(fd, partial)
+                named = True
+        if named:
+            partial.rename(target)
+    except BaseException:
+        if named:
+            partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(target.parent)
+
+
+def _link(fd: int, name: Path) -> None:
+    """Name a nameless file. src_dir_fd only makes Python call linkat(), which follows the link to it."""
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Publish `data` as `path`. Raises OSError, and then leaves nothing."""
+    with published(path) as fd:
+        write_all(fd, data, 0)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[count:], offset + count
