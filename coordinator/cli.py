@@ -1,4 +1,4 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `cache`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
 what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from warmfront.coordinator.cache_command import cache
 from warmfront.coordinator.extras import require
 from warmfront.coordinator.options import (
     Names,
@@ -257,6 +258,9 @@ def topology(measure: bool, as_json: bool) -> None:
 
     facts = describe(measure)
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
+
+
+cli.add_command(cache)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from warmfront.coordinator.whole_file import write_whole
 from warmfront.shared.driver import find_driver
+from warmfront.shared.files import make_folder, write_whole
 from warmfront.shared.paths import cache_root
 from warmfront.shared.process import python_module_command
 
@@ -73,8 +73,8 @@ def _against(module: str, index: int, package: str, sources: list[Path], say: Sa
     against, lasts = _asked(module, package, index)
     if lasts:
         with contextlib.suppress(OSError):  # then the next start asks again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"key": key, "at": time.time(), "against": against}) + "\n")
+            make_folder(file.parent)
+            write_whole(file, json.dumps({"key": key, "at": time.time(), "against": against}).encode())
     return against
 
 
