@@ -101,14 +101,33 @@ def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, 
     }
 
 
-def render(result: dict[str, Any]) -> Iterator[str]:
-    """The table for people."""
+def render(result: dict[str, Any], width: int) -> Iterator[str]:
+    """The table for people, or a paragraph for each row where the terminal's `width` columns do not hold it."""
     yield f"{result['name']} · {result['dtype']} · {result['threads']} threads · medians of {result['rounds']}"
-    yield "selector   context   prefill    decode   (range)            GB/s   roofline   MB a token"
+    head = "selector   context   prefill    decode   (range)            GB/s   roofline   MB a token"
+    lines = [head, *_table(result)]
+    yield from lines if max(map(len, lines)) <= width else _paragraphs(result)
+
+
+def _table(result: dict[str, Any]) -> Iterator[str]:
     for row in result["rows"]:
         low, high = row["decode_range"]
-        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes_per_token"].items() if size)
         yield (
             f"{row['selector']:<10} {row['context']:7} {row['prefill_tps']:9.1f} {row['decode_tps']:9.1f}"
-            f"   {f'({low:.1f} to {high:.1f})':<17} {row['bandwidth']:5.1f} {row['roofline_share']:10.0%}   {parts}"
+            f"   {f'({low:.1f} to {high:.1f})':<17} {row['bandwidth']:5.1f} {row['roofline_share']:10.0%}"
+            f"   {', '.join(_parts(row))}"
         )
+
+
+def _paragraphs(result: dict[str, Any]) -> Iterator[str]:
+    for row in result["rows"]:
+        low, high = row["decode_range"]
+        yield f"selector {row['selector']}, context {row['context']}"
+        yield f"  prefill {row['prefill_tps']:.1f} tok/s"
+        yield f"  decode {row['decode_tps']:.1f} ({low:.1f} to {high:.1f})"
+        yield f"  {row['bandwidth']:.1f} GB/s, roofline {row['roofline_share']:.0%}"
+        yield from (f"  {part} MB a token" for part in _parts(row))
+
+
+def _parts(row: dict[str, Any]) -> list[str]:
+    return [f"{name} {size / 1e6:.1f}" for name, size in row["bytes_per_token"].items() if size]

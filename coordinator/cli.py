@@ -22,11 +22,13 @@ from warmfront.coordinator.options import (
     dtype_option,
     engine_options,
     load_options,
+    prompt_options,
     run_options,
     sampling_options,
     selector_option,
 )
-from warmfront.coordinator.terminal import Bars, say
+from warmfront.coordinator.prompt import read_prompt
+from warmfront.coordinator.terminal import Bars, prepare_output, say
 from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
 from warmfront.shared.errors import UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
@@ -37,6 +39,8 @@ __all__ = ["cli", "main"]
 DEFAULT_NEW_TOKENS = 128
 # Open at once, without those of the workers.
 FILES = 48
+# Columns of what is not a terminal.
+_WIDE = 1000
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
@@ -54,45 +58,68 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("-p", "--prompt", help="Text to continue.")
-@click.option("--prompt-ids", type=Numbers(), help="Exact token ids instead of text: 1,2,3.")
+@prompt_options
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=DEFAULT_NEW_TOKENS, show_default=True)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end of the answer.")
 @engine_options
 @sampling_options
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option("--logprobs", type=click.IntRange(0), help="With --json: the N most probable tokens at each step.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
 @click.option("--watch", is_flag=True, help="Draw who computes what while it changes.")
 def generate(
     prompt: str | None,
     prompt_ids: list[int] | None,
+    file: Path | None,
+    as_chat: bool,
+    system: str | None,
     max_new_tokens: int,
+    ignore_eos: bool,
     stats: bool,
     as_json: bool,
+    logprobs: int | None,
     trace: str | None,
     watch: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt."""
-    if watch and not sys.stderr.isatty():
-        raise UsageError("--watch draws on a terminal, and stderr is none: leave it out")
-    if (prompt is None) == (prompt_ids is None):
-        raise UsageError("give either -p TEXT or --prompt-ids 1,2,3")
+    if watch and (sys.stderr is None or not sys.stderr.isatty()):
+        raise UsageError("--watch draws on a terminal, and stderr is not one: leave it out")
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs adds to the JSON object: pass --json too")
+    if as_chat and prompt_ids is not None:
+        raise UsageError("--chat makes a turn of a text: give -p TEXT instead of --prompt-ids")
+    if system is not None and not as_chat:
+        raise UsageError("--system is for a chat: pass --chat too")
     wishes, sampling, stop = _split(options)
     wishes |= {"measure": stats, "trace": trace}
     EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
+    given = read_prompt(prompt, prompt_ids, file)
 
     with hold_interrupts():
+        from warmfront.coordinator.chat import opening
         from warmfront.coordinator.engine import Engine
         from warmfront.coordinator.report import as_object, as_text
         from warmfront.coordinator.watch import Watch
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
-        ids = engine.prompt_ids(prompt if prompt is not None else prompt_ids or [])
+        if as_chat and isinstance(given, str):
+            turn = {"role": "user", "content": given.removesuffix("\n")}
+            given = engine.tokenizer.chat_ids([*opening(system), turn])
+        ids = engine.prompt_ids(given)
+        answer = engine.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+        )
         tokens = []
         with Watch(engine) if watch else contextlib.nullcontext() as board:
-            for token in engine.generate(ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
+            for token in answer:
                 tokens.append(token)
                 if board is not None:
                     board.show(token.text)
@@ -109,9 +136,12 @@ def generate(
 @cli.command()
 @engine_options
 @sampling_options
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(1), help="Tokens of an answer [default: what the context holds]"
+)
 @click.option("--system", help="A system prompt.")
 @click.option("--stats", is_flag=True, help="Times and rates after each answer, on stderr.")
-def chat(system: str | None, stats: bool, **options: Any) -> None:
+def chat(max_new_tokens: int | None, system: str | None, stats: bool, **options: Any) -> None:
     """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
     wishes, sampling, stop = _split(options)
     EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
@@ -122,7 +152,7 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
 
     with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
         bars.close()
-        converse(engine, sampling, stop, system, stats)
+        converse(engine, sampling, stop, system, max_new_tokens, stats)
 
 
 @cli.command()
@@ -146,7 +176,7 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     with Bars() as bars:
         result = measure(model, wishes, selectors, contexts, tokens, rounds, say, bars.show)
         bars.close()
-    for line in render(result):
+    for line in render(result, shutil.get_terminal_size((_WIDE, 0)).columns):
         click.echo(line)
     click.echo(json.dumps(result))
 
@@ -272,6 +302,7 @@ def main() -> None:
 
 
 def _run() -> int:
+    prepare_output()
     try:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0

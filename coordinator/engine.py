@@ -35,7 +35,7 @@ from warmfront.coordinator.crew import Crew
 from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
 from warmfront.coordinator.firing import ensure_profiled
 from warmfront.coordinator.packer import ensure_packed, mended
-from warmfront.coordinator.sampling import Sampler
+from warmfront.coordinator.sampling import Sampler, token_logprobs
 from warmfront.coordinator.stats import Selection, Stats, Token, WorkerStats
 from warmfront.coordinator.stops import StopText
 from warmfront.coordinator.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ from warmfront.coordinator.trace import Trace
 from warmfront.coordinator.tuning import tuned
 from warmfront.shared.board import LANES
 from warmfront.shared.bundle import GROUP
-from warmfront.shared.config import PREDICTING, EngineConfig, Sampling
+from warmfront.shared.config import PREDICTING, EngineConfig, Sampling, whole_number
 from warmfront.shared.core_plan import CorePlan
 from warmfront.shared.errors import UsageError
 from warmfront.shared.messages import LoadReport
@@ -93,6 +93,7 @@ class Engine:
         self._closed = False
         self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
         self._decoded, self._measures, self._serving = 0, False, False
+        self._worked = np.zeros((0, 0, 2), np.int64)  # the sums of `times` over the tokens of the last answer
         self._crew = Crew(model, config, self.selector, self.context, self.attention, profiles)
         self._trace = Trace(Path(config.trace)) if config.trace is not None else None
         self._cached: list[int] = []  # the tokens that the KV cache holds
@@ -240,41 +241,61 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
     ) -> Iterator[Token]:
         """Yield the tokens that follow `prompt` (text or token ids) as they are computed.
 
-        Ends after `max_new_tokens`, at an end-of-turn token, before a stop string, or when the context is full. The
-        end-of-turn token itself is yielded only if it brings text that was held back for a stop string.
-        Raises UsageError if the prompt does not fit the context, WorkerError if a worker dies.
+        Ends after `max_new_tokens`, at an end-of-turn token (unless `ignore_eos`), before a stop string, or when the
+        context is full; `stats.finish_reason` says which. The end-of-turn token itself is yielded only if it brings
+        text that was held back. With `logprobs` each token comes with its own log probability and those of that many
+        most probable ones, by the model's distribution before sampling.
+        Raises UsageError for a wrong request or a prompt that does not fit the context, WorkerError if a worker dies.
         """
-        ids = self.prompt_ids(prompt)
-        sampler = Sampler(sampling or Sampling())
-        text, stops = self.tokenizer.stream(), StopText(stop)
-        self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids))
+        ids, most = self.prompt_ids(prompt), whole_number("max_new_tokens", max_new_tokens, 1)
+        counted = None if logprobs is None else whole_number("logprobs", logprobs, 0)
+        sampler, seen = Sampler(sampling or Sampling()), list(ids)
+        text, stops = self.tokenizer.stream(ids), StopText(stop)
+        ends = frozenset[int]() if ignore_eos else self.tokenizer.end_ids
+        stats = self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids))
         with self._text() as turn:
             logits = self._prefill(turn, ids)
         first_at = time.monotonic()
-        answer: list[int] = []
-        while len(answer) < max_new_tokens:
-            token = sampler.pick(logits, [*ids, *answer])
-            answer.append(token)
-            self.stats.new_tokens = len(answer)
-            self.stats.decode_s = time.monotonic() - first_at
-            if token in self.tokenizer.end_ids:
-                if rest := stops.rest():
-                    yield Token(token, rest)
-                return
-            piece = stops.push(text.push(token))
-            last = len(answer) == max_new_tokens or len(ids) + len(answer) >= self.context
-            yield Token(token, piece + stops.rest() if last else piece)
+        self._worked = np.zeros_like(self.times()[1])
+        while True:
+            token = sampler.pick(logits, seen)
+            seen.append(token)
+            stats.new_tokens += 1
+            stats.decode_s = time.monotonic() - first_at
+            chances = () if counted is None else token_logprobs(logits, token, counted)
+            ended = token in ends
+            last = ended or stats.new_tokens == most or len(seen) >= self.context
+            piece = stops.push(text.rest() if ended else text.push(token))
+            if last and not ended:
+                piece += stops.push(text.rest())
+            if last or stops.found:
+                piece += stops.rest()
+                stats.finish_reason = "stop" if ended or stops.found else "length"
+            if piece or not ended:
+                yield Token(token, piece, *chances)
             if last or stops.found:
                 return
             logits = self._step(turn, token)
+            self._worked += self.times()[1]
+
+    def busy_shares(self) -> dict[str, float]:
+        """Of each worker the part of the last answer's decode time that it computed, 1 at most."""
+        busy_s = (self._worked[:, :, 1] - self._worked[:, :, 0]).sum(0) / 1e9
+        shares = np.clip(busy_s / max(self.stats.decode_s, 1e-9), 0, 1)
+        return dict(zip(self.front.names, shares.tolist(), strict=True))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [whole_number("a token id", token) for token in prompt]
         if not ids:
             raise UsageError("the prompt is empty: give at least one token")
         self._check_ids(ids)

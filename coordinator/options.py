@@ -1,6 +1,7 @@
 """The options that commands of the CLI share, and the kinds of their values."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ __all__ = [
     "dtype_option",
     "engine_options",
     "load_options",
+    "prompt_options",
     "run_options",
     "sampling_options",
     "selector_option",
@@ -131,10 +133,24 @@ run_options = _together(
     click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
 )
 engine_options = _together(
-    click.option("-m", "--model", default="smollm2-135m", show_default=True, help="GGUF file or Hugging Face folder."),
+    click.option(
+        "-m",
+        "--model",
+        type=click.Path(),
+        default="smollm2-135m",
+        show_default=True,
+        help="GGUF file or Hugging Face folder.",
+    ),
     selector_option,
     run_options,
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
+)
+prompt_options = _together(
+    click.option("-p", "--prompt", help="Text to continue; - takes it from stdin, as does a pipe without -p."),
+    click.option("--prompt-ids", type=Numbers(), help="Exact token ids instead of text: 1,2,3."),
+    click.option("-f", "--file", type=click.Path(path_type=Path), help="A file with the text, in UTF-8."),
+    click.option("--chat", "as_chat", is_flag=True, help="The text is a user's turn in the model's chat template."),
+    click.option("--system", help="With --chat: a system prompt."),
 )
 sampling_options = _together(
     click.option("--temperature", type=float, default=_SAMPLING.temperature, show_default=True, help="0 is greedy."),

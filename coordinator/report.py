@@ -13,10 +13,11 @@ __all__ = ["as_object", "as_text", "rates"]
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
     workers, stats, selection = engine.workers(), engine.stats, engine.selection()
-    return {
+    found = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
         "prompt_ids": list(prompt_ids),
+        "finish_reason": stats.finish_reason,
         "load_s": round(stats.load_s, 4),
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
@@ -27,6 +28,16 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "dtype": engine.config.dtype,
         "model": model,
     }
+    if any(token.logprob is not None for token in tokens):
+        found["logprobs"] = [
+            _chance(engine, token.id, token.logprob) | {"top": [_chance(engine, *top) for top in token.top]}
+            for token in tokens
+        ]
+    return found
+
+
+def _chance(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
+    return {"id": token, "text": engine.tokenizer.decode([token]), "logprob": logprob}
 
 
 def rates(engine: Engine) -> str:
@@ -41,7 +52,7 @@ def rates(engine: Engine) -> str:
 
 def as_text(engine: Engine) -> str:
     """The lines that `generate --stats` prints."""
-    workers = engine.workers()
+    workers, busy = engine.workers(), engine.busy_shares()
     lines = [rates(engine)]
     active = engine.active_fraction(workers)
     if active is not None:
@@ -53,10 +64,9 @@ def as_text(engine: Engine) -> str:
             f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
         )
     for worker in workers:
-        share = worker.busy_s / engine.stats.decode_s if engine.stats.decode_s else 0.0
         per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)
         lines.append(
-            f"{worker.name} ({worker.device}, pid {worker.pid}) · busy {share:.0%} of the decode time · "
+            f"{worker.name} ({worker.device}, pid {worker.pid}) · busy {busy[worker.name]:.0%} of the decode time · "
             f"{worker.groups} groups · {per_token:.0f} neurons a token{_places(worker)}"
         )
     return "\n".join(lines)

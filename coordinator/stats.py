@@ -7,10 +7,15 @@ __all__ = ["Selection", "Stats", "Token", "WorkerStats"]
 
 
 class Token(NamedTuple):
-    """One generated token; `text` is what it completes, and may be empty."""
+    """One generated token; `text` is what it completes, and may be empty.
+
+    If asked for: its log probability, and the most probable tokens (id, log probability).
+    """
 
     id: int
     text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Selection(NamedTuple):
@@ -24,7 +29,11 @@ class Selection(NamedTuple):
 
 @dataclass(slots=True)
 class Stats:
-    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first."""
+    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first.
+
+    finish_reason: "stop" at an end-of-turn token or a stop string, "length" after the most tokens or at the context's
+    end, None while the answer goes on.
+    """
 
     load_s: float = 0.0
     prompt_tokens: int = 0
@@ -32,6 +41,7 @@ class Stats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     prefilled: int = 0
+    finish_reason: str | None = None
 
     @property
     def prefill_tps(self) -> float:

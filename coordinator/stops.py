@@ -8,13 +8,16 @@ __all__ = ["StopText"]
 class StopText:
     """Holds back the longest tail that could still grow into one of `stops`."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        """A text is one stop string; an empty one stops nothing."""
+        self._stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         self._held = ""
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What may be shown after `piece`; sets `found` when a stop string is complete."""
+        """What may be shown after `piece`; sets `found` when a stop string is complete, and then nothing more."""
+        if self.found:
+            return ""
         text = self._held + piece
         hits = [text.find(stop) for stop in self._stops if stop in text]
         if hits:

@@ -1,5 +1,7 @@
 """What the user sees on stderr: notes and progress bars; bars only on a terminal."""
 
+import io
+import os
 import sys
 import time
 from types import TracebackType
@@ -7,14 +9,30 @@ from typing import Self
 
 import click
 
-__all__ = ["Bars", "say"]
+__all__ = ["Bars", "prepare_output", "say"]
 
-_WIDTH = 30
+_WIDTH, _LEAST_WIDTH = 30, 5
+_USUAL = 80
 
 
 def say(message: str) -> None:
     """Print a note."""
     click.echo(message, err=True)
+
+
+def prepare_output() -> None:
+    """Have a character that the terminal's encoding lacks come out as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _columns() -> int:
+    """The width of the terminal behind stderr, or what $COLUMNS says."""
+    try:
+        return int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL
+    except (OSError, ValueError):
+        return _USUAL
 
 
 class Bars:
@@ -43,8 +61,12 @@ class Bars:
     def _draw(self, what: str, done: int, total: int, numbers: str) -> None:
         if not self._live or not total:
             return
-        filled = _WIDTH * done // total
-        line = f"{what} [{'#' * filled}{'.' * (_WIDTH - filled)}] {numbers}"
+        # A line that reaches the last column would wrap, and stay.
+        room = _columns() - 1
+        width = min(_WIDTH, room - len(f"{what} [] {numbers}"))
+        filled = width * done // total
+        bar = f"[{'#' * filled}{'.' * (width - filled)}] " if width >= _LEAST_WIDTH else ""
+        line = f"{what} {bar}{numbers}"[:room]
         if line != self._shown:
             sys.stderr.write("\r" + line.ljust(len(self._shown)))
             sys.stderr.flush()

@@ -1,15 +1,18 @@
 """Text to token ids and back, as the packed model describes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
+from warmfront.coordinator.chat_template import render
+from warmfront.coordinator.text_stream import TextStream
 from warmfront.coordinator.tokenizer_json import load_tokenizer, told_in_one_line
 from warmfront.shared.errors import ModelError, UsageError
 from warmfront.shared.store import PackedModel
 
 __all__ = ["TextStream", "Tokenizer"]
+
+# Not a character: no text has it.
+_MARK = "\ufdd0"
 
 
 class Tokenizer:
@@ -36,9 +39,9 @@ class Tokenizer:
         """Token ids of `text`, after the beginning-of-text token if the model wants one."""
         if self._fast is None:
             raise ModelError(f"{self._name} came without a tokenizer.json: give the prompt as --prompt-ids 1,2,3")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a command line keeps bytes that are no text
+        try:  # a command line keeps bytes that are not text in its locale
+            text = text.encode(errors="surrogateescape").decode()
+        except UnicodeError:
             raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
         with told_in_one_line(f"the tokenizer of {self._name} fails on the text", "shorten it, or give --prompt-ids"):
             ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
@@ -51,50 +54,54 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return "" if self._fast is None else str(self._fast.decode(list(ids)))
 
-    def stream(self) -> "TextStream":
-        """A decoder that takes one token at a time."""
-        return TextStream(self._fast)
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A decoder of the answer to `prompt` that takes one token at a time."""
+        return TextStream(self._fast, prompt)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for the next answer to `messages` (role, content), by the model's own chat template."""
         template = self._text.get("chat_template")
         if not template:
             raise UsageError(f"{self._name} has no chat template: use `warmfront generate`")
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        tokens = {f"{role}_token": self._text_of(f"{role}_id") for role in ("bos", "eos", "unk", "pad")}
+        return render(self._name, template, messages, {name: text for name, text in tokens.items() if text is not None})
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of that prompt, in which control tokens that a user or a system prompt spells out are plain text.
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        try:
-            return environment.from_string(template).render(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=self._special("bos_id"),
-                eos_token=self._special("eos_id"),
-            )
-        except Exception as error:  # a template is code, and fails as code does
-            raise ModelError(f"the chat template of {self._name} fails: {error}") from error
+        Such a token is cut in two by a mark, which the template carries along, and the parts are encoded by themselves.
+        """
+        control = self._control_tokens()
+        plain = [{**message, "content": message["content"].replace(_MARK, "")} for message in messages]
+        marked = [
+            message if message["role"] == "assistant" else {**message, "content": _cut(message["content"], control)}
+            for message in plain
+        ]
+        rendered = self.render_chat(marked)
+        if marked != plain and rendered.replace(_MARK, "") != self.render_chat(plain):
+            raise UsageError("the text spells out a control token of the model, which its chat template cannot take")
+        first, *others = rendered.split(_MARK)
+        ids = self.encode(first)
+        for part in others:
+            ids += self.encode(part, with_start=False)
+        return ids
 
-    def _special(self, role: str) -> str:
-        """The text of the token with that role, "" without one."""
+    def _control_tokens(self) -> list[str]:
+        """Texts of the tokens that mean something else than what they spell, the longest first."""
+        if self._fast is None:
+            return []
+        texts = {token.content for token in self._fast.get_added_tokens_decoder().values() if token.special}
+        texts |= {self._fast.id_to_token(token) or "" for token in self.end_ids}
+        return sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+
+    def _text_of(self, role: str) -> str | None:
+        """The text of the token with that role."""
         token = self._text.get(role)
-        return "" if self._fast is None or token is None else self._fast.id_to_token(token) or ""
+        return None if self._fast is None or token is None else self._fast.id_to_token(token)
 
 
-class TextStream:
-    """Text of a growing answer; a character that spans tokens comes out whole."""
-
-    def __init__(self, fast: Any) -> None:
-        self._fast = fast
-        self._stream = DecodeStream(skip_special_tokens=True) if fast is not None else None
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        if self._stream is None:
-            return ""
-        return self._stream.step(self._fast, token) or ""
+def _cut(text: str, tokens: Iterable[str]) -> str:
+    """`text` with the mark behind the first letter of each of `tokens` in it."""
+    for token in tokens:
+        text = text.replace(token, token[0] + _MARK + token[1:])
+    return text

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.front import Transfer
-from warmfront.coordinator.packer import published
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.files import published
 
 __all__ = ["Trace"]
 

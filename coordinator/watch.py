@@ -22,6 +22,8 @@ __all__ = ["Watch"]
 
 Floats = npt.NDArray[np.float64]
 _COLOURS = ("blue", "red", "cyan", "magenta", "green", "yellow")
+# The workers' marks where there are no colours.
+_MARKS = "#=+*%@"
 _PERIOD_S = 0.1
 # Part of what is shown that a new token makes.
 _NEW = 0.2
@@ -33,6 +35,9 @@ class Watch:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._console = Console(stderr=True)
+        colours = self._console.color_system is not None and not self._console.no_color
+        drawn = colours and self._console.encoding.startswith("utf")
+        self._marks, self._rest = ("█", "░") if drawn else (_MARKS, ".")
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
         self._text, self._drawn_at = "", 0.0
         self._token_at, self._moves_at, self._moves = time.monotonic(), time.monotonic(), 0
@@ -72,21 +77,25 @@ class Watch:
         assert self._shares is not None
         assert self._busy is not None
         # The lowest layers where the terminal has no room for all.
-        for layer, shares in enumerate(self._shares[: max(1, self._console.height - len(front.names) - 6)]):
+        rest = -(-len(head) // width) + len(front.names) + 5
+        for layer, shares in enumerate(self._shares[: max(1, self._console.height - rest)]):
             table.add_row(f"layer {layer:3}", self._parts(shares, room))
         for worker, (name, busy) in enumerate(zip(front.names, self._busy, strict=True)):
             filled = round(min(1.0, busy) * room)
-            bar = Text("█" * filled, style=_COLOURS[worker % len(_COLOURS)]) + Text("░" * (room - filled), style="dim")
+            bar = self._bar(worker, filled) + Text(self._rest * (room - filled), style="dim")
             table.add_row(f"{name} {min(busy, 1):4.0%}", bar)
         tail = self._text[-2 * width :]
         return Group(head, table, Text(tail))
+
+    def _bar(self, worker: int, length: int) -> Text:
+        return Text(self._marks[worker % len(self._marks)] * length, style=_COLOURS[worker % len(_COLOURS)])
 
     def _parts(self, shares: Floats, room: int) -> Text:
         line, at, end = Text(), 0, 0.0
         for worker, share in enumerate(shares):
             end += share
             upto = round(end * room)
-            line.append("█" * (upto - at), style=_COLOURS[worker % len(_COLOURS)])
+            line += self._bar(worker, upto - at)
             at = upto
         return line
 

@@ -6,6 +6,7 @@
 Both check themselves and raise UsageError.
 """
 
+import operator
 import re
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -26,6 +27,7 @@ __all__ = [
     "Sampling",
     "parse_size",
     "parse_slow",
+    "whole_number",
 ]
 
 # Of the selector lowbit's copies of the gates.
@@ -74,6 +76,18 @@ def _check_types(config: Any) -> None:
         if not good:
             names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
             raise UsageError(f"{field.name}={value!r}: it must be of type {names}")
+
+
+def whole_number(what: str, value: object, least: int | None = None) -> int:
+    """`value` as an int. Raises UsageError if it is not a whole number, or below `least`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        wish = "a whole number" if least is None else f"a whole number, {least} or more"
+        raise UsageError(f"{what} is {value!r}: it must be {wish}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +178,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "above 0: between 0.01 and 100"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not good:

@@ -45,6 +45,7 @@ def _temporary() -> Path:
         ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ResourceError(
-            f"there is no home folder for a cache, and {folder} is not a private folder: set XDG_CACHE_HOME to one of your own"
+            f"there is no home folder for a cache, and {folder} is not a private folder: "
+            "set XDG_CACHE_HOME to one of your own"
         )
     return folder

@@ -83,3 +83,16 @@ def test_the_earliest_of_several_in_one_piece() -> None:
     stream = StopText(["stop", "halt"])
     assert stream.push("go, halt, stop") == "go, "
     assert stream.found
+
+
+def test_a_text_is_one_stop_string() -> None:
+    stream = StopText("stop")
+    assert [stream.push(piece) for piece in ("to st", "ep", " st", "op")] == ["to ", "step", " ", ""]
+    assert stream.found
+
+
+def test_behind_a_stop_string_nothing_comes() -> None:
+    stream = StopText(["."])
+    assert stream.push("a.b") == "a"
+    assert stream.push("c") == ""
+    assert stream.found

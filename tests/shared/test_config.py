@@ -3,9 +3,19 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
-from warmfront.shared.config import DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size, parse_slow
+from warmfront.shared.config import (
+    DTYPES,
+    POLICIES,
+    SELECTORS,
+    EngineConfig,
+    Sampling,
+    parse_size,
+    parse_slow,
+    whole_number,
+)
 from warmfront.shared.errors import UsageError
 
 
@@ -168,7 +178,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ("top_k", (-1,)),
         ("top_p", (0, -0.1, 1.01, NAN)),
         ("min_p", (-0.01, 1.01, NAN)),
-        ("repetition_penalty", (0, -1, INFINITE, NAN)),
+        ("repetition_penalty", (0, -1, 1e-40, 0.0099, 100.1, 1000, INFINITE, NAN)),
         ("seed", (-1,)),
     ],
 )
@@ -182,3 +192,14 @@ def test_sampling_beyond_its_bounds(field: str, values: tuple[float, ...]) -> No
 def test_wishes_do_not_change(wishes: EngineConfig | Sampling) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(wishes, dataclasses.fields(wishes)[0].name, 1)
+
+
+@pytest.mark.parametrize("value", [1, np.int64(7), True])
+def test_whole_numbers(value: Any) -> None:
+    assert whole_number("a count", value, 1) == int(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, "1", None, NAN, [1]])
+def test_what_is_not_a_whole_number(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^a count is .+: it must be a whole number, 1 or more$"):
+        whole_number("a count", value, 1)

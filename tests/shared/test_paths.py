@@ -92,11 +92,11 @@ def test_what_others_made_there_is_refused(tmp_path: Path, prepare: Callable[[Pa
     if os.geteuid():
         pytest.skip("needs root to give a folder away")
     prepare(tmp_path / "temporary" / f"warmfront-{os.geteuid()}")
-    with pytest.raises(ResourceError, match="not a private folder.*set XDG_CACHE_HOME"):
+    with pytest.raises(ResourceError, match=r"not a private folder.*set XDG_CACHE_HOME"):
         cache_root()
 
 
 def test_nowhere_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    with pytest.raises(ResourceError, match="missing.* cannot be made: No such file or directory; set XDG_CACHE_HOME"):
+    with pytest.raises(ResourceError, match=r"missing.* cannot be made: No such file or directory; set XDG_CACHE_HOME"):
         cache_root()
