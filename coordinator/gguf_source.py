@@ -229,7 +229,7 @@ def _sizes(fields: Fields, vocab: int) -> ModelSpec:
             raise ModelError(f"{fields.path}: {key} differs from the head size {head_dim}, which is not supported")
     return ModelSpec(
         architecture=ARCHITECTURE,
-        name=fields.text("general.name", fields.path.stem),
+        name="".join(filter(str.isprintable, fields.text("general.name", fields.path.stem))),
         layers=fields.count("llama.block_count"),
         hidden=hidden,
         ffn=fields.count("llama.feed_forward_length"),

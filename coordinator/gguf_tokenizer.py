@@ -106,9 +106,7 @@ def _pre(fields: Fields, notes: list[str]) -> Pre:
     name = fields.text("tokenizer.ggml.pre", "")
     known = PRE.get(ALIASES.get(name, name)) if name else None
     if known is None:
-        notes.append(
-            f"pre-tokenizer {name or '(unnamed)'} is not known: words are cut as by default, answers may suffer"
-        )
+        notes.append(f"pre-tokenizer {name[:60]!r} is not known: words are cut as by default, answers may suffer")
     return known or PRE["default"]
 
 

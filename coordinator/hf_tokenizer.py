@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
+
 from warmfront.coordinator.fields import Fields
 from warmfront.coordinator.hf_folder import read_fields, read_text
 from warmfront.coordinator.source import TokenizerFiles, end_ids
@@ -26,6 +28,8 @@ def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles |
         return None
     with told_in_one_line(f"{path} is not a tokenizer", "fetch it again"):
         tokenizer = load_tokenizer(text)
+        if _add_tokens(tokenizer, settings.section("added_tokens_decoder")):
+            text = tokenizer.to_str()
         bos_id = _named(tokenizer, settings, "bos_token", begins)
         add_bos = settings.flag("add_bos_token", tokenizer.encode("").ids[:1] == [bos_id])
         special = [(i, token.content) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
@@ -35,9 +39,21 @@ def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles |
         chat_template=template,
         bos_id=bos_id,
         eos_id=eos_id,
-        eos_ids=end_ids(special, ends),
+        eos_ids=end_ids(special, [*ends, eos_id]),
         add_bos=bos_id is not None and add_bos,
     )
+
+
+def _add_tokens(tokenizer: Any, added: Fields) -> bool:
+    """Add the tokens that the settings have and tokenizer.json has not, like transformers; whether there were any."""
+    there, tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}, []
+    for key in sorted(added, key=int):
+        entry = added.section(key)
+        if entry.text("content") not in there:
+            flags = {name: entry.flag(name, False) for name in ("single_word", "lstrip", "rstrip", "special")}
+            normalized = entry.flag("normalized", not flags["special"])
+            tokens.append(AddedToken(entry.text("content"), **flags, normalized=normalized))
+    return bool(tokenizer.add_tokens(tokens))
 
 
 def _named(tokenizer: Any, settings: Fields, role: str, otherwise: list[int]) -> int | None:

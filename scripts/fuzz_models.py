@@ -34,6 +34,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import save
 
+import warmfront.coordinator.gguf_source
+import warmfront.coordinator.hf_source  # noqa: F401  # both imported late elsewhere: not anew in every child
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.errors import WarmfrontError

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from warmfront.coordinator import source as source_module
@@ -247,6 +248,12 @@ def test_unsupported_configs_are_refused(
         ("tokenizer_config.json", {"eos_token": {"content": 5}}, "field eos_token.content is 5, not a text"),
         ("tokenizer_config.json", {"eos_token": {}}, "field eos_token.content is missing"),
         ("tokenizer_config.json", {"add_bos_token": "no"}, "field add_bos_token is 'no', not true or false"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"field added_tokens_decoder is \[1\], not an object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"7": {}}},
+            "field added_tokens_decoder.7.content is missing",
+        ),
         ("tokenizer_config.json", {"chat_template": 5}, "field chat_template is 5, not a text"),
         ("tokenizer_config.json", {"chat_template": {"a": "b"}}, "field chat_template is {'a': 'b'}, not a text"),
         ("tokenizer_config.json", {"chat_template": [5]}, r"field chat_template is \[5\], not a list of objects"),
@@ -721,8 +728,37 @@ def test_tokenizer(tiny_llama: Make, tmp_path: Path) -> None:
     assert reopened.chat_template == "from the file"
 
 
+def test_tokens_that_only_the_settings_have(tiny_llama: Make, tmp_path: Path) -> None:
+    """transformers adds them to those of tokenizer.json; the end token that they name ends answers."""
+    folder = edited(tiny_llama(), tmp_path / "copy", vocab_size=310, eos_token_id=None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    word = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(270)
+    spaces = {"lstrip": False, "rstrip": False, "single_word": False}
+    added = {
+        "2": {"content": "<|im_end|>", "special": True, "normalized": False} | spaces,
+        "270": {"content": word, "special": True, "normalized": False} | spaces,
+        "300": {"content": "<|user|>", "special": True, "normalized": False} | spaces,
+        "301": {"content": "warm", "special": False, "normalized": True} | spaces | {"lstrip": True},
+        "302": {"content": "<|stop|>", "special": True, "normalized": False} | spaces,
+    }
+    settings |= {"added_tokens_decoder": added, "eos_token": "<|stop|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.zeros(310, 64)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    files, theirs = open_source(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+    assert files is not None
+    ours = Tokenizer.from_str(files.json)
+    for text in ("<|user|>The lighthouse keeper  warm<|stop|> front<|im_end|>", "lukewarm water", f"a{word} b"):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+    assert files.eos_id == theirs.eos_token_id == 302
+    assert set(files.eos_ids) == {0, 2, 302}
+
+
 def test_begin_token_of_the_post_processor(tiny_llama: Make, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, processors
+    from tokenizers import processors
 
     folder = edited(tiny_llama(), tmp_path / "copy")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
