@@ -30,10 +30,10 @@ def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles |
         tokenizer = load_tokenizer(text)
         if _add_tokens(tokenizer, settings.section("added_tokens_decoder")):
             text = tokenizer.to_str()
-        bos_id = _named(tokenizer, settings, "bos_token", begins)
+        bos_id = _named(tokenizer, settings, "bos_token", vocab, begins)
         add_bos = settings.flag("add_bos_token", tokenizer.encode("").ids[:1] == [bos_id])
         special = [(i, token.content) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        eos_id = _named(tokenizer, settings, "eos_token", ends)
+        eos_id = _named(tokenizer, settings, "eos_token", vocab, ends)
     return TokenizerFiles(
         json=text,
         chat_template=template,
@@ -56,10 +56,13 @@ def _add_tokens(tokenizer: Any, added: Fields) -> bool:
     return bool(tokenizer.add_tokens(tokens))
 
 
-def _named(tokenizer: Any, settings: Fields, role: str, otherwise: list[int]) -> int | None:
+def _named(tokenizer: Any, settings: Fields, role: str, vocab: int, otherwise: list[int]) -> int | None:
     """Id of a token that the settings name as text or as an object with `content`."""
     text = settings.section(role).text("content") if settings.holds(role, dict) else settings.text(role, "")
-    return tokenizer.token_to_id(text) if text else next(iter(otherwise), None)
+    number: int | None = tokenizer.token_to_id(text) if text else next(iter(otherwise), None)
+    if number is not None and number >= vocab:
+        raise settings.wrong(role, f"one of the {vocab} tokens that the weights know")
+    return number
 
 
 def _chat_template(folder: Path, settings: Fields) -> str | None:

@@ -219,7 +219,7 @@ def _odd_array(rng: random.Random, made: Gguf) -> None:
 def _odd_tensor(rng: random.Random, made: Gguf) -> None:
     chosen = rng.choice(made.tensors)
     what = rng.randrange(5)
-    if what == 0:
+    if what == 0 and chosen.sizes:
         chosen.sizes[rng.randrange(len(chosen.sizes))] = rng.choice(ODD_INTS)
     elif what == 1:
         chosen.sizes = rng.choice(([], [1, *chosen.sizes], [*chosen.sizes, 1], chosen.sizes[::-1], chosen.sizes * 3))
@@ -228,7 +228,7 @@ def _odd_tensor(rng: random.Random, made: Gguf) -> None:
     elif what == 3:
         chosen.offset = rng.choice((*ODD_INTS, 32, 64, 2**64 - 32))
     else:
-        at = rng.randrange(len(chosen.data) // 4) * 4
+        at = rng.randrange(max(len(chosen.data) // 4, 1)) * 4
         odd = rng.choice((struct.pack("<f", rng.choice(ODD_FLOATS)), b"\0\x7e\0\x7c", b"\xff" * 4))
         chosen.data = chosen.data[:at] + odd + chosen.data[at + 4 :]
 

@@ -728,6 +728,15 @@ def test_tokenizer(tiny_llama: Make, tmp_path: Path) -> None:
     assert reopened.chat_template == "from the file"
 
 
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_begin_or_end_beyond_the_embedding(tiny_llama: Make, tmp_path: Path, role: str) -> None:
+    folder = edited(tiny_llama(), tmp_path / "copy")
+    settings = {role: "<|new|>", "added_tokens_decoder": {"300": {"content": "<|new|>", "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=rf"field {role} is '<\|new\|>', not one of the 300 tokens that the weights"):
+        open_source(folder)
+
+
 def test_tokens_that_only_the_settings_have(tiny_llama: Make, tmp_path: Path) -> None:
     """transformers adds them to those of tokenizer.json; the end token that they name ends answers."""
     folder = edited(tiny_llama(), tmp_path / "copy", vocab_size=310, eos_token_id=None)
