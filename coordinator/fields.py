@@ -68,21 +68,20 @@ class Fields:
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        return bool(self._get(key, default, "true or false", lambda v: isinstance(v, bool)))
+        return bool(self._get(key, default, "true or false", _is(bool)))
 
     def text(self, key: str, default: str | None = None) -> str:
         """A text."""
-        return str(self._get(key, default, "a text", _text))
+        return str(self._get(key, default, "a text", _is(str)))
 
     def section(self, key: str) -> "Fields":
         """The fields of an object within this one; none if it is absent."""
-        values = self._get(key, {}, "an object", lambda v: isinstance(v, dict))
+        values = self._get(key, {}, "an object", _is(dict))
         return Fields(self.path, values, f"{self._prefix}{key}.")
 
     def sections(self, key: str) -> list["Fields"]:
         """The fields of each object of a list."""
-        good: Callable[[Any], bool] = lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v)  # noqa: E731
-        values = self._get(key, None, "a list of objects", good)
+        values = self._get(key, None, "a list of objects", _list_of(_is(dict)))
         return [Fields(self.path, item, f"{self._prefix}{key}[{i}].") for i, item in enumerate(values)]
 
     def token(self, key: str, vocab: int, default: int | None = None) -> int | None:
@@ -98,12 +97,12 @@ class Fields:
         """The ids of a list or of a single token."""
         good = _whole(0, vocab - 1)
         wish = f"a token id below {vocab} or a list of them"
-        value = self._get(key, [], wish, lambda v: all(map(good, v if isinstance(v, list) else [v])))
+        value = self._get(key, [], wish, lambda v: good(v) or _list_of(good)(v))
         return value if isinstance(value, list) else [value]
 
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
-        value = self._get(key, None, "a list of texts", lambda v: isinstance(v, list) and all(map(_text, v)))
+        value = self._get(key, None, "a list of texts", _list_of(_is(str)))
         return list(value)
 
     def numbers(self, key: str, length: int, default: list[int] | None = None) -> list[Any]:
@@ -116,8 +115,12 @@ class Fields:
         return list(np.asarray(self._get(key, default, f"a list of {length} numbers", good)).tolist())
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(good, value))
 
 
 def _real(value: Any) -> bool:
