@@ -135,7 +135,7 @@ def _source_of(content: str, known: Iterable[Known]) -> tuple[str | None, str]:
         if source.content == content:
             if source.current:
                 return str(source.path), "current"
-            found = str(source.path), "changed" if source.path.exists() else "gone"
+            found = str(source.path), "changed" if os.path.exists(source.path) else "gone"
     return found
 
 
@@ -182,7 +182,7 @@ def stale(items: list[Item], days: float | None, size: int | None) -> Iterator[t
 def refresh(say: Callable[[str], None]) -> None:
     """Look again at models whose files are not what they were: their content may be the same."""
     for known in known_sources():
-        if not known.current and known.path.exists():
+        if not known.current and os.path.exists(known.path):
             with suppress(ModelError):
                 content_of(known.path, say)
 
@@ -190,7 +190,7 @@ def refresh(say: Callable[[str], None]) -> None:
 def tidy() -> None:
     """Forget where models were that are gone, and remove the locks of processes that are."""
     for known in known_sources():
-        if not known.path.exists():
+        if not os.path.exists(known.path):
             with suppress(OSError):
                 known.file.unlink()
     sweep_locks()
@@ -198,7 +198,8 @@ def tidy() -> None:
 
 def remove(item: Item) -> bool:
     """Remove it; False if another process is just writing it. Raises ResourceError if it cannot be removed."""
-    if any(is_locked(path.with_suffix(".safetensors")) for path in item.paths):
+    # What is packed and ordered is locked by its name, a count by that of the profile that it is for (`firing.py`).
+    if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in (".safetensors", ".profile")):
         return False
     for path in item.paths:
         try:

@@ -81,4 +81,3 @@ def calibrate(lowbit: Lowbit, model: PackedModel, inputs: Floats) -> None:
         last = int(np.searchsorted(gathered, lowbit.recall * gathered[-1]))
         lowest = np.nextafter(scores[order[min(last, len(order) - 1)]], np.float32(-np.inf))
         lowbit.thresholds[layer] = lowest - offsets
-    lowbit.save()

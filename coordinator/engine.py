@@ -191,6 +191,7 @@ class Engine:
         say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
         lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
         calibrate(lowbit, self.model, self.feed_forward_inputs(sample_ids(self)))
+        lowbit.save(say)
         self.reset()
 
     def feed_forward_inputs(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:

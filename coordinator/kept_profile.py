@@ -5,18 +5,17 @@ the cache too, by content (`content.py`) and weight type of the model: counts, p
 (`store.py`). When the model is packed anew it gets the same order again, so that plans made for that still fit.
 """
 
-import io
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.arrays import load_arrays, save_arrays
 from warmfront.coordinator.profile import Profile
-from warmfront.shared.files import locked, make_folder, write_whole
 from warmfront.shared.paths import cache_root
 from warmfront.shared.store import PackedModel
 
@@ -41,12 +40,8 @@ def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
     counted, file = Profile.of(model), _file_of(model.path)
     assert counted is not None
     facts = counted.facts | {"order": model.order, "model": model.spec.name}
-    data = io.BytesIO()
-    np.savez(data, counts=counted.counts, places=model.places(), facts=np.array(json.dumps(facts)))
     try:
-        make_folder(file.parent)
-        with locked(file):
-            write_whole(file, data.getvalue())
+        save_arrays(file, counts=counted.counts, places=model.places(), facts=json.dumps(facts))
     except OSError as error:
         say(f"the profile is in the packed model alone, {file} cannot be written: {error.strerror}")
 
@@ -54,13 +49,11 @@ def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
 def kept_profile(model: PackedModel) -> KeptProfile | None:
     """What was kept for a model with the content and weight type of `model`; None without, or for a damaged one."""
     neurons = np.arange(model.places().shape[1])
-    try:
-        with np.load(io.BytesIO(_file_of(model.path).read_bytes())) as kept:
-            facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
+    kept = load_arrays(_file_of(model.path))
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+        facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
         profile = Profile.restored(counts, model.spec.ffn, facts)
         sound = counts.shape == (model.spec.layers, len(profile.tokens), len(neurons)) and counts.dtype == np.uint16
         if sound and places.shape == model.places().shape and (np.sort(places, axis=1) == neurons).all():
             return KeptProfile(profile, places, str(facts["order"]))
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
-        pass
     return None

@@ -5,7 +5,6 @@ for each neuron, are kept beside it, by the recall that they were calibrated for
 """
 
 import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packed_file import Shapes, write_packed
 from warmfront.shared.bundle import GROUP
 from warmfront.shared.errors import ModelError, ResourceError
-from warmfront.shared.files import locked, published, write_whole
+from warmfront.shared.files import locked, published
 from warmfront.shared.lowbit import lowbit_bytes, pack_lowbit
 from warmfront.shared.store import PackedModel
 from warmfront.shared.weights import unpack
@@ -43,21 +43,19 @@ class Lowbit:
 
     @property
     def _kept(self) -> Path:
-        return self.file.path.with_suffix(f".{self.recall:g}.npy")
+        return self.file.path.with_suffix(f".{self.recall:g}.npz")
 
     def load(self) -> None:
         """Take the thresholds of an earlier calibration, if there was one."""
-        try:
-            self.thresholds[:] = np.load(self._kept)
-        except (OSError, ValueError):
-            self.thresholds[:] = np.nan
+        kept = load_arrays(self._kept).get("thresholds")
+        self.thresholds[:] = kept if kept is not None and kept.shape == self.thresholds.shape else np.nan
 
-    def save(self) -> None:
-        """Keep the thresholds. Where the cache cannot be written, they are calibrated again next time."""
-        data = io.BytesIO()
-        np.save(data, self.thresholds)
-        with contextlib.suppress(OSError), locked(self._kept):
-            write_whole(self._kept, data.getvalue())
+    def save(self, say: Callable[[str], None]) -> None:
+        """Keep the thresholds; `say` gets a line where the cache cannot be written."""
+        try:
+            save_arrays(self._kept, thresholds=self.thresholds)
+        except OSError as error:
+            say(f"cannot keep the thresholds in {self._kept}: {error.strerror}; they are calibrated again next time")
 
 
 def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str], None]) -> Lowbit:

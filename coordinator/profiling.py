@@ -4,18 +4,16 @@ What was counted is kept in a file beside the packed model every few seconds and
 run on the same texts goes on from there.
 """
 
+import contextlib
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-
+from warmfront.coordinator.arrays import load_arrays, save_arrays
 from warmfront.coordinator.default_model import resolve
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.firing import JOB_TOKENS, Job, count, empty_profile, jobs_of
@@ -26,7 +24,6 @@ from warmfront.coordinator.reorder import reorder
 from warmfront.coordinator.tokenizer import Tokenizer
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError
-from warmfront.shared.files import locked, write_whole
 from warmfront.shared.process import hold_interrupts
 from warmfront.shared.store import PackedModel
 
@@ -135,25 +132,21 @@ class Partial:
         key = json.dumps([model.order, [[job.fresh, *job.ids] for job in jobs]])
         digest = hashlib.sha256(key.encode()).hexdigest()
         partial = cls(model.path.with_name(f"{model.path.stem}-counted.npz"), digest, empty_profile(model, names))
-        try:
-            with np.load(io.BytesIO(partial.path.read_bytes())) as kept:
-                facts = json.loads(str(kept["facts"]))
-                if facts["key"] == digest:
-                    partial.profile = Profile.restored(kept["counts"], model.spec.ffn, facts)
-                    partial.profile.texts = list(names)
-                    partial.done = facts["done"]
-        except (OSError, ValueError, KeyError, BadZipFile):  # none, or a damaged one
-            pass
+        kept = load_arrays(partial.path)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+            facts = json.loads(str(kept["facts"]))
+            if facts["key"] == digest:
+                partial.profile = Profile.restored(kept["counts"], model.spec.ffn, facts)
+                partial.profile.texts = list(names)
+                partial.done = facts["done"]
         return partial
 
     def save(self) -> None:
         """Replace the file by what is known now; raises ResourceError where there is no room."""
         facts = self.profile.facts | {"key": self.key, "done": self.done}
-        data = io.BytesIO()
-        np.savez(data, counts=self.profile.counts, facts=np.array(json.dumps(facts)))
         try:
-            with hold_interrupts(), locked(self.path):
-                write_whole(self.path, data.getvalue())
+            with hold_interrupts():
+                save_arrays(self.path, counts=self.profile.counts, facts=json.dumps(facts))
         except OSError as error:
             raise ResourceError(f"cannot keep what was counted in {self.path}: {error.strerror}") from error
 

@@ -46,7 +46,7 @@ def reorder(
         _write(fd, model, permutation, profile.reordered(permutation), order, progress)
     if changed:
         for file in path.parent.iterdir():
-            if file.name.startswith(f"{path.stem}-lowbit"):
+            if file.name.startswith(f"{path.stem}-lowbit") and order not in file.name:
                 file.unlink(missing_ok=True)
     return changed
 

@@ -93,7 +93,8 @@ def sweep_locks() -> None:
 
 
 def _lock_of(path: Path) -> Path:
-    return cache_root() / "locks" / hashlib.sha256(os.fsencode(path)).hexdigest()[:20]
+    name = os.path.relpath(path, cache_root())  # the same whatever way leads to the cache
+    return cache_root() / "locks" / hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
 
 
 def _take(lock: Path, say: Callable[[str], None]) -> int:

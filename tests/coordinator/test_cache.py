@@ -262,6 +262,8 @@ def test_what_is_being_written_stays(run: Run, cache: Path, packed: Callable[...
         run("prune", "--older-than", "0", "--keep-size", "0")
         assert one.exists()
         assert partial.exists()
+    with locked(one.with_suffix(".profile")):
+        assert len(run("rm", "one")[2]) == 1
     assert run("rm", "one", "two.partial")[2] == []
     assert list((cache / "models").iterdir()) == []
 

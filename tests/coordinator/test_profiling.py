@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator import calibration, firing, kept_profile, profiling
+from warmfront.coordinator import arrays, calibration, firing, profiling
 from warmfront.coordinator.engine import Engine
 from warmfront.coordinator.packer import ensure_packed
 from warmfront.coordinator.profile import Profile
@@ -130,7 +130,7 @@ def test_kept_after_the_last_job(run: Run, texts: list[Path], monkeypatch: pytes
     assert run(texts)["seen"] == 0
 
 
-@pytest.mark.parametrize("change", ["text", "tokens", "order", "damage"])
+@pytest.mark.parametrize("change", ["text", "tokens", "order", "damage", "empty"])
 def test_something_else_is_counted_anew(
     run: Run, texts: list[Path], models: Path, said: list[str], change: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_something_else_is_counted_anew(
         run(texts)
         held.rename(models / (next(models.glob("*.safetensors")).stem + "-counted.npz"))
     else:
-        kept(models)[0].write_bytes(b"PK\3\4 not whole")
+        kept(models)[0].write_bytes(b"PK\3\4 not whole" if change == "damage" else b"")
     facts = run(texts, **options)
     assert said == []
     assert facts["seen"] == facts["tokens"] > 288
@@ -277,7 +277,7 @@ def test_only_the_profile_of_the_same_content_and_weight_type(
     assert said == ["profiling which neurons fire (first load only)"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeros", "places", "counts", "facts"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "places", "counts", "facts"])
 def test_a_damaged_profile_is_none(
     run: Run, loads: Callable[[], Path], texts: list[Path], models: Path, said: list[str], damage: str
 ) -> None:
@@ -286,7 +286,9 @@ def test_a_damaged_profile_is_none(
     data = file.read_bytes()
     with np.load(file) as kept:
         parts = dict(kept)
-    if damage == "cut":
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "cut":
         file.write_bytes(data[: len(data) // 2])
     elif damage == "zeros":
         file.write_bytes(data[:5000] + bytes(4096) + data[9096:])
@@ -308,7 +310,7 @@ def test_a_profile_that_cannot_be_kept(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept_profile, "write_whole", refuse)
+    monkeypatch.setattr(arrays, "write_whole", refuse)
     path = run(texts)["path"]
     assert len(said) == 1
     assert said[0].startswith("the profile is in the packed model alone, ")

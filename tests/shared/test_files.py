@@ -150,6 +150,13 @@ def test_a_killed_process_lets_go(cache: Path) -> None:
     assert list((cache / "locks").iterdir()) == []
 
 
+def test_a_lock_holds_whatever_way_leads_to_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache.parent.parent / "link").symlink_to(cache.parent)
+    with locked(cache / "models" / "a"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "link"))
+        assert is_locked(cache.parent.parent / "link" / "warmfront" / "models" / "a")
+
+
 def test_what_fails_lets_go(cache: Path) -> None:
     with contextlib.suppress(ZeroDivisionError), locked(cache / "a"):
         raise ZeroDivisionError
