@@ -114,23 +114,24 @@ def test_one_at_a_time_and_only_for_the_same(cache: Path) -> None:
     assert list((cache / "locks").iterdir()) == []
 
 
-def test_who_waits_never_has_a_lock_that_another_has(cache: Path) -> None:
-    """The one before takes the lock's file away, so that who comes next makes a new one."""
-    inside = [0, 0]
+def test_who_has_waited_keeps_others_out(cache: Path) -> None:
+    """The one before takes the lock's file away, so that who comes next needs a new one."""
+    waiting, inside, leave = threading.Event(), threading.Event(), threading.Event()
 
     def enter() -> None:
-        for _ in range(200):
-            with locked(cache / "a"):
-                inside[0] += 1
-                inside[1] = max(inside)
-                inside[0] -= 1
+        with locked(cache / "a", lambda _line: waiting.set()):
+            inside.set()
+            leave.wait(10)
 
-    threads = [threading.Thread(target=enter) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert inside == [0, 1]
+    second = threading.Thread(target=enter)
+    with locked(cache / "a"):
+        second.start()
+        assert waiting.wait(10)
+    assert inside.wait(10)
+    kept_out = is_locked(cache / "a")
+    leave.set()
+    second.join(10)
+    assert kept_out
     assert list((cache / "locks").iterdir()) == []
 
 
