@@ -156,6 +156,19 @@ def test_an_interruption_before_the_first_round_keeps_nothing(race: Any) -> None
     assert FakeEngine.loaded == 0
 
 
+def test_a_cache_that_cannot_be_written(
+    race: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found is shown all the same."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(module, "keep_setting", refuse)
+    assert race(lambda setting: 100.0 * setting.threads)["best"]["threads"] == 4
+    assert "cannot keep what was found in " in capsys.readouterr().out
+
+
 def test_rounds_of_different_length_compare_within_the_last_field() -> None:
     course, a, b, c = Course(), Setting(1, 1, 1, 0), Setting(1, 2, 2, 0), Setting(2, 2, 2, 0)
     course.add({a: 10, b: 20, c: 1})

@@ -1,6 +1,7 @@
 """What tuning keeps, and when it is taken.  pytest tests/coordinator/test_tuning.py"""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_kept_by_model_and_weight_type() -> None:
     keep_setting(MODEL, FOUND._replace(workers=1), 13)
     assert kept_setting(MODEL) == FOUND._replace(workers=1)
     assert len(json.loads(tuning_file().read_text())) == 2
+
+
+def test_two_that_keep_theirs_at_once_lose_neither() -> None:
+    models = [Path(f"/models/m{i}-f16-00.safetensors") for i in range(8)]
+    threads = [threading.Thread(target=keep_setting, args=(model, FOUND, 1.0)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert all(kept_setting(model) == FOUND for model in models)
 
 
 def test_another_machine_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
