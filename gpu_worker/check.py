@@ -6,6 +6,7 @@ A small layer is computed by the product's own kernels, a token alone and severa
 import numpy as np
 
 from warmfront.gpu_worker.cuda import CudaDevice
+from warmfront.shared.board import LANES
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.driver import answer, count_devices
 from warmfront.shared.model import ACTIVATIONS
@@ -31,11 +32,16 @@ def _against(index: int) -> str | None:
     try:
         device.reserve(layout, ACTIVATIONS.index("relu"), _GROUPS, _TOKENS)
         device.fill(slots, groups)
-        for tokens, sparse in ((1, True), (_TOKENS, False)):
-            out = np.full((tokens, _HIDDEN), np.nan, np.float32)
-            device.execute(slots, x[:tokens], sparse, out)
-            if not np.allclose(out, expected[:tokens], rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
-                return f"{device.name} computes wrong numbers"
+        one, panels = np.empty_like(x[:1]), np.zeros((-(-_TOKENS // LANES), _HIDDEN, LANES), np.float32)
+        for token, row in enumerate(x):
+            panels[token // LANES, :, token % LANES] = row
+        several = np.empty_like(panels)
+        device.execute(slots, x[:1], True, one)
+        device.execute_many(slots, panels, _TOKENS, several)
+        got = np.concatenate((one, several.swapaxes(1, 2).reshape(-1, _HIDDEN)[:_TOKENS]))
+        expected = np.concatenate((expected[:1], expected))
+        if not np.allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
+            return f"{device.name} computes wrong numbers"
     finally:
         device.close()
     return None

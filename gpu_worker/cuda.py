@@ -141,42 +141,65 @@ class CudaDevice:
             out[:] = 0
             return 0, 0
         at, pinned = self._offsets, self._pinned
-        x_ends, out_ends = at.x + x.nbytes, at.out + x.nbytes
+        out_ends = at.out + x.nbytes
         passed = at.out - (groups * GROUP * tokens if sparse else 0)
-        pinned[at.ids : at.ids + 4 * groups].view(np.int32)[:] = slots
         words = pinned[at.mask : at.mask + 4 * groups].view(np.uint32)
         words[:] = 0xFFFFFFFF if mask is None else mask
-        x_straight = self._straight(x, _WORTH_A_COPY)
         out_straight = self._straight(out, _WORTH_A_COPY if sparse else 0)
-        if not x_straight:
-            pinned[at.x : x_ends].view(np.float32).reshape(x.shape)[:] = x
-        with self._guard("compute on"), self._card:
-            base, stream = self._memory["activations"].ptr, self._stream
-            self._begin.record(stream)
-            self._upload(base + at.ids, pinned[at.ids : at.mask + 4 * groups if x_straight else x_ends], stream)
-            if x_straight:
-                self._upload(base + at.x, x, stream)
-            if tokens > 1 and not sparse and mask is None:
-                self._launch_many(groups, tokens)
-            else:
-                self._launch(groups, tokens, sparse, base + passed)
+        with self._timed() as busy:
+            self._send(slots, x)
+            self._launch(groups, tokens, sparse, self._memory["activations"].ptr + passed)
             if out_straight:
-                self._download(out, base + at.out)
+                self._download(out, at.out)
             if sparse or not out_straight:
-                self._download(pinned[passed : at.out if out_straight else out_ends], base + passed)
-            self._end.record(stream)
-            self._end.synchronize()
-            busy = round(self._cuda.get_elapsed_time(self._begin, self._end) * 1e6)
+                self._download(pinned[passed : at.out if out_straight else out_ends], passed)
         if not out_straight:
             out[:] = pinned[at.out : out_ends].view(np.float32).reshape(out.shape)
         if not sparse:
             if fired is not None:
                 fired[:] = words
-            return int(np.bitwise_count(words).sum()) * tokens, busy
+            return int(np.bitwise_count(words).sum()) * tokens, busy[0]
         whole = pinned[passed : at.out].view(np.bool_)
         if fired is not None:
             fired[:] = np.packbits(whole, bitorder="little").view(np.uint32)
-        return int(np.count_nonzero(whole)), busy
+        return int(np.count_nonzero(whole)), busy[0]
+
+    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+        if len(slots) == 0:
+            out[:] = 0
+            return 0, 0
+        at, straight = self._offsets, self._straight(out, 0)
+        staged = self._pinned[at.out : at.out + out.nbytes].view(np.float32).reshape(out.shape)
+        with self._timed() as busy:
+            self._send(slots, x)
+            self._launch_many(len(slots), tokens)
+            self._download(out if straight else staged, at.out)
+        if not straight:
+            out[:] = staged
+        return len(slots) * GROUP * tokens, busy[0]
+
+    def _send(self, slots: Ints, x: Floats) -> None:
+        """Enqueue the copy of slots, mask and x; x goes from where it lies if that is worth it."""
+        at, pinned, base = self._offsets, self._pinned, self._memory["activations"].ptr
+        pinned[at.ids : at.ids + slots.nbytes].view(np.int32)[:] = slots
+        ends = at.mask + slots.nbytes
+        if self._straight(x, _WORTH_A_COPY):
+            self._upload(base + at.x, x, self._stream)
+        else:
+            ends = at.x + x.nbytes
+            pinned[at.x : ends].view(np.float32).reshape(x.shape)[:] = x
+        self._upload(base + at.ids, pinned[at.ids : ends], self._stream)
+
+    @contextmanager
+    def _timed(self) -> Iterator[list[int]]:
+        """Wait for what is enqueued in the block; then the list has the ns that it took."""
+        busy: list[int] = []
+        with self._guard("compute on"), self._card:
+            self._begin.record(self._stream)
+            yield busy
+            self._end.record(self._stream)
+            self._end.synchronize()
+            busy.append(round(self._cuda.get_elapsed_time(self._begin, self._end) * 1e6))
 
     def close(self) -> None:
         if self._locked is not None:
@@ -200,10 +223,10 @@ class CudaDevice:
         arguments = (slots, ids, mask, n, x, t, np.int32(sparse), h, passed)
         self._gate_up(grids.gate_up, _BLOCK, arguments, stream=self._stream)
         self._down(grids.down, _BLOCK, (slots, ids, n, h, self._sums_at(grids)), stream=self._stream)
-        self._add_up(grids, tokens)
+        self._add_up(grids, tokens * self._layout.hidden)
 
     def _launch_many(self, groups: int, tokens: int) -> None:
-        """All neurons, as products of matrices."""
+        """All neurons, as products of matrices, in panels."""
         grids = launch.many_grids(self._layout, groups, tokens)
         at, base = self._offsets, self._memory["activations"].ptr
         slots, ids = np.uint64(self._memory["slots"].ptr), np.uint64(base + at.ids)
@@ -212,26 +235,26 @@ class CudaDevice:
         self._gate_up_many(grids.gate_up, _BLOCK, (slots, ids, n, x, t, per, h), stream=self._stream)
         arguments = (slots, ids, n, h, t, per, self._sums_at(grids))
         self._down_many(grids.down, _BLOCK, arguments, stream=self._stream)
-        self._add_up(grids, tokens)
+        self._add_up(grids, launch.whole_panels(tokens) * self._layout.hidden)
 
     def _sums_at(self, grids: launch.Grids | launch.ManyGrids) -> np.uint64:
         """Where sums over segments go: one segment's are the output."""
         out = self._memory["activations"].ptr + self._offsets.out
         return np.uint64(self._memory["partials"].ptr if grids.segments > 1 else out)
 
-    def _add_up(self, grids: launch.Grids | launch.ManyGrids, tokens: int) -> None:
+    def _add_up(self, grids: launch.Grids | launch.ManyGrids, length: int) -> None:
         if grids.segments > 1:
             out = np.uint64(self._memory["activations"].ptr + self._offsets.out)
-            length = np.int32(tokens * self._layout.hidden)
-            arguments = (self._sums_at(grids), np.int32(grids.segments), length, out)
+            arguments = (self._sums_at(grids), np.int32(grids.segments), np.int32(length), out)
             self._reduce(grids.reduce, _BLOCK, arguments, stream=self._stream)
 
     def _upload(self, to: int, data: npt.NDArray[Any], stream: Any) -> None:
         runtime = self._cuda.runtime
         runtime.memcpyAsync(to, address(data), data.nbytes, runtime.memcpyHostToDevice, stream.ptr)
 
-    def _download(self, data: npt.NDArray[Any], source: int) -> None:
-        runtime = self._cuda.runtime
+    def _download(self, data: npt.NDArray[Any], offset: int) -> None:
+        """From so far into the workspace."""
+        runtime, source = self._cuda.runtime, self._memory["activations"].ptr + offset
         runtime.memcpyAsync(address(data), source, data.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
 
     def _pinned_bytes(self, size: int) -> Bytes:

@@ -40,7 +40,7 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int32]
-# Bytes of device memory by purpose: "slots", "activations", "partials".
+# Bytes of device memory by purpose: "slots", "activations" (of CUDA), "partials".
 Ledger = dict[str, int]
 
 
@@ -105,6 +105,12 @@ class Device(Protocol):
         passed if sparse, else all of the mask, padding included. Returns (their number, summed over the tokens;
         nanoseconds from the first copy to the device to the last one back). For the same slots in the same order the
         result is the same to the bit.
+        """
+
+    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+        """As `execute` of all neurons, as matrix products: for several tokens, in panels of 16.
+
+        x, out: [panels, hidden, 16], as on the board. What of x belongs to no token is ignored, of `out` undefined.
         """
 
     def close(self) -> None:

@@ -37,11 +37,8 @@ class HostDevice:
         return max(0, self._capacity - sum(self.allocated().values()))
 
     def ledger(self, layout: BundleLayout, slots: int, max_tokens: int) -> Ledger:
-        panels = -(-max_tokens // LANES)
         return {
             "slots": slots * layout.group_bytes,
-            # x and the sums, in panels.
-            "activations": 2 * 4 * panels * LANES * layout.hidden,
             # The neurons to compute; x quantised; widened rows and the like.
             "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
@@ -54,14 +51,12 @@ class HostDevice:
         self._memory = {purpose: anonymous(size, huge=purpose == "slots") for purpose, size in plan.items()}
         self._group_bytes = layout.group_bytes
         self._staging = anonymous(max(1, STAGING_BYTES // layout.group_bytes) * layout.group_bytes)
-        x_at, partials = address(self._memory["activations"]), self._memory["partials"]
+        partials = self._memory["partials"]
         listed_bytes = 4 * layout.groups * GROUP
         self._listed = partials[:listed_bytes].view(np.int32)
         quantised_at = address(partials) + listed_bytes
         self._room = Room(
             bundles=bundles_at(address(self._memory["slots"]), layout, activation),
-            x_at=x_at,
-            sums_at=x_at + plan["activations"] // 2,
             quantised_at=quantised_at,
             scratch_at=quantised_at + quantised_bytes(layout.hidden),
         )
@@ -71,7 +66,8 @@ class HostDevice:
         vectors, words = np.zeros((1, layout.hidden), np.float32), self._every
         none = np.zeros(0, np.int32)
         compile_for(add_masked, self._room, none, self._listed, vectors, True, vectors, words, words)
-        compile_for(add_whole, self._room, none, vectors, vectors, self._no_firing)
+        panels = np.zeros((1, layout.hidden, LANES), np.float32)
+        compile_for(add_whole, self._room, none, panels, panels, self._no_firing)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
@@ -105,12 +101,14 @@ class HostDevice:
         fired: Words | None = None,
     ) -> tuple[int, int]:
         started = time.perf_counter_ns()
-        if len(x) == 1 or sparse or mask is not None:
-            words, bits = self._every if mask is None else mask, self._ignored if fired is None else fired
-            computed = add_masked(self._room, slots, self._listed, x, sparse, out, words, bits)
-        else:
-            computed = add_whole(self._room, slots, x, out, self._no_firing)
+        words, bits = self._every if mask is None else mask, self._ignored if fired is None else fired
+        computed = add_masked(self._room, slots, self._listed, x, sparse, out, words, bits)
         return computed, time.perf_counter_ns() - started
+
+    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+        started = time.perf_counter_ns()
+        add_whole(self._room, slots, x, out, self._no_firing)
+        return len(slots) * GROUP * tokens, time.perf_counter_ns() - started
 
     def close(self) -> None:
         self._memory = {}

@@ -8,11 +8,14 @@ The workspace is one block of device memory, each part on a 256-byte boundary:
     passed u8  [max_groups * 32 * max_tokens] `-. one copy back; `passed` is used at its end, so that `out` follows
     out    f32 [max_tokens, hidden]            -'
     h      f32 [max_tokens, max_groups * 32]
+
+Vectors of several tokens may be in panels of 16 instead: so `max_tokens` counts whole panels.
 """
 
 from importlib.resources import files
 from typing import NamedTuple
 
+from warmfront.shared.board import LANES
 from warmfront.shared.bundle import GROUP, BundleLayout
 from warmfront.shared.weights import BLOCK
 
@@ -26,6 +29,7 @@ __all__ = [
     "options",
     "partial_rows",
     "source",
+    "whole_panels",
     "workspace",
 ]
 
@@ -115,7 +119,7 @@ def many_grids(layout: BundleLayout, groups: int, tokens: int) -> ManyGrids:
     return ManyGrids(
         gate_up=(groups, tiles, 1),
         down=(-(-layout.hidden // _COLUMNS), segments, tiles),
-        reduce=(-(-tokens * layout.hidden // THREADS), 1, 1),
+        reduce=(-(-whole_panels(tokens) * layout.hidden // THREADS), 1, 1),
         segments=segments,
         per=per,
     )
@@ -124,7 +128,7 @@ def many_grids(layout: BundleLayout, groups: int, tokens: int) -> ManyGrids:
 def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
     """Rows [hidden] of partial sums that any launch of up to `max_tokens` tokens may need."""
     several = (
-        (most(layout, tokens), tokens)
+        (most(layout, tokens), whole_panels(tokens))
         for tokens in range(1, max_tokens + 1)
         for most in (_most_segments, _most_many_segments)
     )
@@ -133,13 +137,19 @@ def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
 
 def workspace(layout: BundleLayout, max_groups: int, max_tokens: int) -> Workspace:
     """Where the parts of the workspace lie for launches of up to `max_groups` groups."""
-    row = 4 * max_tokens * layout.hidden
-    pairs = max_groups * GROUP * max_tokens
+    tokens = whole_panels(max_tokens)
+    row = 4 * tokens * layout.hidden
+    pairs = max_groups * GROUP * tokens
     sizes = (4 * max_groups, 4 * max_groups, row, pairs, row, 4 * pairs)
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
     return Workspace(*offsets)
+
+
+def whole_panels(tokens: int) -> int:
+    """Tokens of the panels that so many take."""
+    return -(-tokens // LANES) * LANES
 
 
 def _tiles(layout: BundleLayout) -> int:

@@ -1,7 +1,9 @@
 // Several tokens at once: the feed-forward as two matrix products; appended to ffn.cu, whose names it uses.
 //
-//   gate_up_many  h[token][neuron] = activation(gate . x) * (up . x)      block: the 32 neurons of a group x its tokens
-//   down_many     partial[segment][token][column] = sum of h * down       block: 64 columns x its tokens, then `reduce`
+//   gate_up_many  h[neuron][token] = activation(gate . x) * (up . x)      block: the 32 neurons of a group x its tokens
+//   down_many     partial[segment][column][token] = sum of h * down       block: 64 columns x its tokens, then `reduce`
+//
+// x, h, partials and the output are in panels of 16 tokens, as on the board: [panel][hidden or neuron][16].
 //
 // A step of either takes 32 terms of the sums: a tile of weights, widened to float32 once for all tokens, and a tile of
 // inputs go to shared memory; a thread then adds 8 weights x PER tokens of its own in registers. Every sum is made by
@@ -17,11 +19,12 @@
 constexpr int STEP = 32;       // terms of a sum that are in shared memory at a time
 constexpr int MOST_PER = 4;    // tokens of a thread at most
 constexpr int WIDE = 64 + 8;   // weights of a term, padded: the units of a row are stored without bank conflicts
-constexpr int TOKENS = 32 * MOST_PER + 1;  // inputs of a term, padded likewise
+constexpr int TOKENS = 32 * MOST_PER + 4;  // inputs of a term, padded likewise
+constexpr int LANES = 16;      // tokens of a panel
 
 struct Tiles {
     float4 weights[STEP][WIDE / 4];
-    float inputs[STEP][TOKENS];
+    float4 inputs[STEP][TOKENS / 4];
 };
 
 // Row of a column, of 32, in a tile of gates: weight i of unit u at 4 i + u.
@@ -30,14 +33,28 @@ __device__ __forceinline__ int row_of(int column) {
     return KIND >= Q4 ? (column / 16 * 4 + column % 4) * 4 + column % 16 / 4 : column % UNIT * 4 + column / UNIT;
 }
 
-// Inputs [token][stride] of 32 terms into the tile, 0 for tokens that are not there; lane = term, in row `row`.
+// 32 rows of panels that have `rows`, each thread's row into row `to` of the tile; 0 for tokens that are not there.
 template <int PER>
-__device__ __forceinline__ void take_inputs(Tiles& tiles, const float* from, long long stride, int first, int tokens,
-                                            int row) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void take_inputs(Tiles& tiles, const float* from, long long rows, int first, int tokens,
+                                            int to) {
+    const int row = threadIdx.x % 128 / 4, quad = threadIdx.x % 4;
 #pragma unroll
-    for (int token = warp; token < 32 * PER; token += WARPS)
-        tiles.inputs[row][token] = first + token < tokens ? from[(first + token) * stride + lane] : 0;
+    for (int p = 0; p < PER; ++p) {
+        const int panel = 2 * p + threadIdx.x / 128, token = first + LANES * panel + 4 * quad;
+        float4 four = {};
+        if (token < tokens) {
+            four = reinterpret_cast<const float4*>(from + (first / LANES + panel) * rows * LANES)[4 * row + quad];
+            if (token + 1 >= tokens) four.y = 0;
+            if (token + 2 >= tokens) four.z = 0;
+            if (token + 3 >= tokens) four.w = 0;
+        }
+        tiles.inputs[to][4 * panel + quad] = four;
+    }
+}
+
+// Where a token's value of `row` lies in panels that have `rows`.
+__device__ __forceinline__ long long place(int token, long long rows, int row) {
+    return (token / LANES * rows + row) * LANES + token % LANES;
 }
 
 // Adds the products of the tiles: the warp's weights 4 w to 4 w + 3 and 32 more, each lane's tokens lane + 32 p.
@@ -50,7 +67,7 @@ __device__ __forceinline__ void multiply(const Tiles& tiles, float (&sums)[8][PE
         const float weights[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int p = 0; p < PER; ++p) {
-            const float input = tiles.inputs[k][lane + 32 * p];
+            const float input = reinterpret_cast<const float*>(tiles.inputs[k])[lane + 32 * p];
 #pragma unroll
             for (int i = 0; i < 8; ++i) sums[i][p] = fmaf(weights[i], input, sums[i][p]);
         }
@@ -61,6 +78,7 @@ template <int PER>
 __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, int groups, const float* x, int tokens,
                                              float* h) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.y) * 32 * PER;
+    const int neurons = groups * GROUP, panels = (tokens + LANES - 1) / LANES;
     // A unit of a row for every thread: gates in the first half of the block, ups in the second.
     const int row = threadIdx.x / 4, unit = threadIdx.x % 4;
     const byte* bundle = group + row % GROUP * BUNDLE_BYTES;
@@ -74,21 +92,18 @@ __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, in
         __syncthreads();  // all are done with the tiles before
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) reinterpret_cast<float*>(tiles.weights[4 * i + unit])[row] = weights[i];
-        take_inputs<PER>(tiles, x + 32 * block, HIDDEN, first, tokens, row_of<GATE_KIND>(lane));
+        take_inputs<PER>(tiles, x + 32 * block * LANES, HIDDEN, first, tokens, row_of<GATE_KIND>(threadIdx.x % 128 / 4));
         __syncthreads();
         multiply<PER>(tiles, sums);
     }
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int token = first + 32 * p + lane;
-        if (token >= tokens) continue;
-        float4 values;
-        values.x = activate(sums[0][p]) * sums[4][p];
-        values.y = activate(sums[1][p]) * sums[5][p];
-        values.z = activate(sums[2][p]) * sums[6][p];
-        values.w = activate(sums[3][p]) * sums[7][p];
-        const long long at = static_cast<long long>(token) * groups + blockIdx.x;
-        reinterpret_cast<float4*>(h)[at * (GROUP / 4) + warp] = values;
+        if (token >= panels * LANES) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            h[place(token, neurons, static_cast<int>(blockIdx.x) * GROUP + 4 * warp + i)] =
+                activate(sums[i][p]) * sums[4 + i][p];
     }
 }
 
@@ -96,6 +111,7 @@ template <int PER>
 __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const int* ids, int groups, const float* h,
                                           int tokens, float* partials) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.z) * 32 * PER;
+    const int neurons = groups * GROUP, panels = (tokens + LANES - 1) / LANES;
     // A unit of a neuron for every thread.
     const int neuron = threadIdx.x / 8, unit = static_cast<int>(blockIdx.x) * 8 + threadIdx.x % 8;
     const int left = static_cast<int>(blockIdx.x) * 64;
@@ -123,24 +139,19 @@ __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const
             to.z = four[2];
             to.w = four[3];
         }
-        take_inputs<PER>(tiles, h + g * GROUP, static_cast<long long>(groups) * GROUP, first, tokens, lane);
+        take_inputs<PER>(tiles, h + static_cast<long long>(g) * GROUP * LANES, neurons, first, tokens, threadIdx.x % 128 / 4);
         __syncthreads();
         multiply<PER>(tiles, sums);
     }
+    float* out = partials + static_cast<long long>(blockIdx.y) * panels * LANES * HIDDEN;
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int token = first + 32 * p + lane;
-        if (token >= tokens) continue;
-        const long long row = static_cast<long long>(blockIdx.y) * tokens + token;
+        if (token >= panels * LANES) continue;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int to = left + 32 * half + 4 * warp;
-            float4 values;
-            values.x = sums[4 * half][p];
-            values.y = sums[4 * half + 1][p];
-            values.z = sums[4 * half + 2][p];
-            values.w = sums[4 * half + 3][p];
-            if (to < HIDDEN) *reinterpret_cast<float4*>(partials + row * HIDDEN + to) = values;
+        for (int i = 0; i < 8; ++i) {
+            const int to = left + i / 4 * 32 + 4 * warp + i % 4;
+            if (to < HIDDEN) out[place(token, HIDDEN, to)] = sums[i][p];
         }
     }
 }

@@ -5,6 +5,7 @@ like a CPU worker's, calls the device, and announces the result when the device 
 from the packed file: the main thread reads and copies them while this one computes.
 """
 
+import math
 import threading
 import time
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.device import Device, Floats, Ints, slots_within
+from warmfront.gpu_worker.device import Device, Ints, slots_within
 from warmfront.shared.board import LANES, LEAVE, Board
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
@@ -124,10 +125,9 @@ class GpuWorker:
 
     def _several(self, layer: int, tokens: int) -> tuple[int, int]:
         board, slots = self._board, self._groups(layer).slots
-        hidden, y = board.sizes.hidden, board.y[self._plan.index]
-        out = np.zeros((-(-tokens // LANES) * LANES, hidden), np.float32)
-        neurons, _ = self._device.execute(slots, _from_panels(board.x, tokens, hidden), False, out[:tokens])
-        y[: out.size] = out.reshape(-1, LANES, hidden).transpose(0, 2, 1).ravel()
+        shape = (-(-tokens // LANES), board.sizes.hidden, LANES)
+        x, y = (part[: math.prod(shape)].reshape(shape) for part in (board.x, board.y[self._plan.index]))
+        neurons, _ = self._device.execute_many(slots, x, tokens, y)
         return neurons, neurons
 
     def _note(self, layer: int, tokens: int, started: int, ended: int, gates: int, neurons: int) -> None:
@@ -176,10 +176,3 @@ class GpuWorker:
         self._thread.join()
         self._device.close()
         self._model.close()
-
-
-def _from_panels(x: Floats, tokens: int, hidden: int) -> Floats:
-    """The board's [panels, hidden, 16] as [tokens, hidden]."""
-    panels = -(-tokens // LANES)
-    wide = x[: panels * hidden * LANES].reshape(panels, hidden, LANES).transpose(0, 2, 1)
-    return np.ascontiguousarray(wide.reshape(-1, hidden)[:tokens])

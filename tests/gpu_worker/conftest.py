@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from warmfront.shared.bundle import GROUP, BundleLayout
+from warmfront.shared.memory import zeros
 from warmfront.shared.weights import Kind, pack
 
 HERE = Path(__file__).parent
@@ -110,6 +111,20 @@ class Case:
             visited = visited & (gates > 0)
         h = np.where(visited, np.vectorize(ACTIVATE[self.activation])(gates) * ups, 0)
         return h @ self._rows(picked, layout.down_offset, layout.down_kind), visited
+
+
+def to_panels(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[tokens, hidden] as [panels, hidden, 16], with NaN for tokens that the last panel lacks."""
+    panels = zeros((-(-len(x) // 16), x.shape[1], 16), np.float32)
+    for first in range(0, len(x), 16):
+        panels[first // 16] = np.nan
+        panels[first // 16, :, : len(x[first : first + 16])] = x[first : first + 16].T
+    return panels
+
+
+def from_panels(panels: npt.NDArray[np.float32], tokens: int) -> npt.NDArray[np.float32]:
+    """The inverse."""
+    return panels.swapaxes(1, 2).reshape(-1, panels.shape[1])[:tokens]
 
 
 def bits_of(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:

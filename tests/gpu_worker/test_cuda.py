@@ -7,13 +7,14 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.gpu_worker.conftest import bits_of
+from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.cuda import CudaDevice
 from warmfront.gpu_worker.device import Device, open_device, slots_within
@@ -72,6 +73,9 @@ def check(device: Device, case: Any, sparse: bool) -> None:
     assert first.tobytes() == second.tobytes()
     assert computed == visited.sum()
     assert nanoseconds > 0
+    if not sparse:
+        assert_close(several(device, case, picked), expected)
+        assert several(device, case, picked).tobytes() == several(device, case, picked).tobytes()
     mask = np.resize(np.array([0x80000001, 0, 0xFFFFFFFF, 0x00F0], np.uint32), len(places))
     expected, visited = case.expect(picked, sparse, bits_of(mask))
     assert device.execute(places, case.x, sparse, first, mask)[0] == visited.sum()
@@ -82,6 +86,16 @@ def check(device: Device, case: Any, sparse: bool) -> None:
     device.close()
     device.close()
     assert device.allocated() == {}
+
+
+def several(device: Device, case: Any, picked: list[int]) -> Any:
+    """By `execute_many`, from and to panels."""
+    x = to_panels(case.x)
+    out = np.full_like(x, np.nan)
+    computed, nanoseconds = device.execute_many(places_of(picked), x, len(case.x), out)
+    assert computed == 32 * len(picked) * len(case.x)
+    assert nanoseconds > 0
+    return from_panels(out, len(case.x))
 
 
 def check_fired(device: Device, case: Any, sparse: bool, picked: list[int], mask: Any) -> None:
@@ -142,10 +156,11 @@ def test_products_on_cpu(
     monkeypatch.setattr(launch, "_DOWN_BLOCKS", blocks)
     case, device = random_case(layout_of(gate, down, 5), "silu", tokens), CudaDevice(0)
     reserve(device, case)
-    out = np.full(case.x.shape, np.nan, np.float32)
     picked = [4, 0, 3, 2]
-    assert device.execute(places_of(picked), case.x, False, out)[0] == 4 * 32 * tokens
-    assert_close(out, case.expect(picked, False)[0])
+    assert_close(several(device, case, picked), case.expect(picked, False)[0])
+    out = np.full_like(to_panels(case.x), np.nan)
+    assert device.execute_many(places_of([]), out, tokens, out) == (0, 0)
+    assert not out.any()
     assert "runtime error" not in capfd.readouterr().err
     device.close()
 
@@ -157,13 +172,11 @@ def test_a_token_does_not_depend_on_those_beside_it_on_cpu(
     monkeypatch.setattr(launch, "_DOWN_BLOCKS", 1)
     case, device = random_case(layout_of(Kind.F32, Kind.F32, 3), "relu", 40), CudaDevice(0)
     reserve(device, case)
-    places = places_of([0, 1, 2])
-    several, few = np.empty_like(case.x), np.empty_like(case.x[:5])
-    device.execute(places, case.x, False, several)
-    device.execute(places, case.x[30:35], False, few)
-    assert few.tobytes() == several[30:35].tobytes()
+    many = several(device, case, [0, 1, 2])
     expected = case.expect([0, 1, 2], False)[0]
-    np.testing.assert_allclose(several, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(many, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    few = several(device, replace(case, x=case.x[30:35]), [0, 1, 2])
+    assert few.tobytes() == many[30:35].tobytes()
     device.close()
 
 
@@ -227,6 +240,29 @@ def fill_while_computing(device: Device, case: Any, rounds: int) -> None:
     assert not errors
     device.execute(np.array([7, 8, 1], np.int32), case.x, True, out)
     assert_close(out, case.expect([(rounds - 1) % 6] * 3, True)[0])
+    device.close()
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_panels_of_a_pinned_board_on_cpu(
+    random_case: MakeCase, cpu_cupy: Any, monkeypatch: pytest.MonkeyPatch, straight: bool
+) -> None:
+    """Large ones are copied from and to where they lie."""
+    monkeypatch.setattr("warmfront.gpu_worker.cuda._WORTH_A_COPY", 0)
+    case = random_case(layout_of(Kind.F16, Kind.F32, 3), "relu", 20)
+    device = CudaDevice(0)
+    reserve(device, case)
+    given = to_panels(case.x)
+    board = np.zeros(2 * given.nbytes, np.uint8)
+    x, out = board.view(np.float32).reshape(2, *given.shape)
+    x[:], out[:] = given, np.nan
+    if straight:
+        assert device.pin(board)
+    cpu_cupy.copies.clear()
+    device.execute_many(places_of([0, 2]), x, 20, out)
+    assert_close(from_panels(out, 20), case.expect([0, 2], False)[0])
+    assert (x.ctypes.data in [source for _, source, _, _ in cpu_cupy.copies]) == straight
+    assert (out.ctypes.data in [to for to, _, _, _ in cpu_cupy.copies]) == straight
     device.close()
 
 
@@ -386,10 +422,11 @@ def test_buffers_cover_every_launch(hidden: int) -> None:
         assert many.gate_up == (groups, tiles, 1)
         assert 1 <= many.per <= 4
         assert tiles * 32 * many.per >= tokens
-        assert many.reduce == grids.reduce
+        padded = -(-tokens // 16) * 16
+        assert many.reduce[0] * 256 >= padded * hidden
         assert 1 <= segments == many.segments <= groups
-        assert segments == 1 or segments * tokens <= rows
+        assert segments == 1 or segments * padded <= rows
     at = launch.workspace(layout, layout.groups, 129)
-    pairs = 129 * layout.groups * 32
-    sizes = (4 * layout.groups, 4 * layout.groups, 4 * 129 * hidden, pairs, 4 * 129 * hidden, 4 * pairs)
+    pairs = 144 * layout.groups * 32
+    sizes = (4 * layout.groups, 4 * layout.groups, 4 * 144 * hidden, pairs, 4 * 144 * hidden, 4 * pairs)
     assert all(start % 256 == 0 and start + size <= end for start, size, end in zip(at, sizes, at[1:], strict=False))
