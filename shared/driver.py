@@ -59,6 +59,8 @@ def count_devices() -> int:
 
 def cupy_extra() -> str:
     """What to do for a CuPy that fits the driver."""
+    if find_driver() is None:
+        return "there is no NVIDIA driver here; --gpu host emulates a GPU"
     version = _driver_version()
     if 0 < version < 12000:
         return f"update the NVIDIA driver, which runs no CUDA above {version // 1000}.{version % 1000 // 10}"

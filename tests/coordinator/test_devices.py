@@ -6,6 +6,7 @@ Run: pytest tests/coordinator/test_devices.py
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from warmfront.coordinator import devices
 from warmfront.coordinator.choices import choose_devices
 from warmfront.coordinator.devices import against_attention, against_neurons
+from warmfront.gpu_worker.device import open_device
 from warmfront.shared.config import EngineConfig
-from warmfront.shared.errors import UsageError
+from warmfront.shared.errors import ResourceError, UsageError
 
 STAND_IN = Path(__file__).parents[1] / "gpu_worker" / "stand_in"
 # The stand-in for CuPy with kernels that do nothing.
@@ -93,6 +95,13 @@ def test_without_a_driver_nothing_is_started(asked: list[str]) -> None:
     config = choose_devices(EngineConfig(), said.append)
     assert (config.gpu, config.attention) == ("none", "cpu")
     assert asked == said == []
+
+
+def test_a_card_that_is_asked_for_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    line = r"^cuda:0: CuPy cannot be imported \(.*\): there is no NVIDIA driver here; --gpu host emulates a GPU$"
+    with pytest.raises(ResourceError, match=line):
+        open_device("cuda:0")
 
 
 @needs_compiler
