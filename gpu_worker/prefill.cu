@@ -33,21 +33,18 @@ __device__ __forceinline__ int row_of(int column) {
     return KIND >= Q4 ? (column / 16 * 4 + column % 4) * 4 + column % 16 / 4 : column % UNIT * 4 + column / UNIT;
 }
 
-// 32 rows of panels that have `rows`, each thread's row into row `to` of the tile; 0 for tokens that are not there.
+// 32 rows of panels that have `rows`, each thread's row into row `to` of the tile; 0 behind the last panel, which ends
+// before token `ends`.
 template <int PER>
-__device__ __forceinline__ void take_inputs(Tiles& tiles, const float* from, long long rows, int first, int tokens,
+__device__ __forceinline__ void take_inputs(Tiles& tiles, const float* from, long long rows, int first, int ends,
                                             int to) {
     const int row = threadIdx.x % 128 / 4, quad = threadIdx.x % 4;
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int panel = 2 * p + threadIdx.x / 128, token = first + LANES * panel + 4 * quad;
         float4 four = {};
-        if (token < tokens) {
+        if (token < ends)
             four = reinterpret_cast<const float4*>(from + (first / LANES + panel) * rows * LANES)[4 * row + quad];
-            if (token + 1 >= tokens) four.y = 0;
-            if (token + 2 >= tokens) four.z = 0;
-            if (token + 3 >= tokens) four.w = 0;
-        }
         tiles.inputs[to][4 * panel + quad] = four;
     }
 }
@@ -78,7 +75,7 @@ template <int PER>
 __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, int groups, const float* x, int tokens,
                                              float* h) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.y) * 32 * PER;
-    const int neurons = groups * GROUP, panels = (tokens + LANES - 1) / LANES;
+    const int neurons = groups * GROUP, ends = (tokens + LANES - 1) / LANES * LANES;
     // A unit of a row for every thread: gates in the first half of the block, ups in the second.
     const int row = threadIdx.x / 4, unit = threadIdx.x % 4;
     const byte* bundle = group + row % GROUP * BUNDLE_BYTES;
@@ -92,14 +89,14 @@ __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, in
         __syncthreads();  // all are done with the tiles before
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) reinterpret_cast<float*>(tiles.weights[4 * i + unit])[row] = weights[i];
-        take_inputs<PER>(tiles, x + 32 * block * LANES, HIDDEN, first, tokens, row_of<GATE_KIND>(threadIdx.x % 128 / 4));
+        take_inputs<PER>(tiles, x + 32 * block * LANES, HIDDEN, first, ends, row_of<GATE_KIND>(threadIdx.x % 128 / 4));
         __syncthreads();
         multiply<PER>(tiles, sums);
     }
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int token = first + 32 * p + lane;
-        if (token >= panels * LANES) continue;
+        if (token >= ends) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             h[place(token, neurons, static_cast<int>(blockIdx.x) * GROUP + 4 * warp + i)] =
@@ -111,7 +108,7 @@ template <int PER>
 __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const int* ids, int groups, const float* h,
                                           int tokens, float* partials) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.z) * 32 * PER;
-    const int neurons = groups * GROUP, panels = (tokens + LANES - 1) / LANES;
+    const int neurons = groups * GROUP, ends = (tokens + LANES - 1) / LANES * LANES;
     // A unit of a neuron for every thread.
     const int neuron = threadIdx.x / 8, unit = static_cast<int>(blockIdx.x) * 8 + threadIdx.x % 8;
     const int left = static_cast<int>(blockIdx.x) * 64;
@@ -139,15 +136,16 @@ __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const
             to.z = four[2];
             to.w = four[3];
         }
-        take_inputs<PER>(tiles, h + static_cast<long long>(g) * GROUP * LANES, neurons, first, tokens, threadIdx.x % 128 / 4);
+        const float* from = h + static_cast<long long>(g) * GROUP * LANES;
+        take_inputs<PER>(tiles, from, neurons, first, ends, threadIdx.x % 128 / 4);
         __syncthreads();
         multiply<PER>(tiles, sums);
     }
-    float* out = partials + static_cast<long long>(blockIdx.y) * panels * LANES * HIDDEN;
+    float* out = partials + static_cast<long long>(blockIdx.y) * ends * HIDDEN;
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int token = first + 32 * p + lane;
-        if (token >= panels * LANES) continue;
+        if (token >= ends) continue;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int to = left + i / 4 * 32 + 4 * warp + i % 4;
@@ -157,8 +155,9 @@ __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const
 }
 
 // Grid: groups, tiles of 32 * `per` tokens.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) gate_up_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
-                                        const float* __restrict__ x, int tokens, int per, float* __restrict__ h) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+gate_up_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups, const float* __restrict__ x,
+             int tokens, int per, float* __restrict__ h) {
     __shared__ Tiles tiles;
     const byte* group = slots + static_cast<long long>(ids[blockIdx.x]) * GROUP_BYTES;
     if (per == 1) gate_up_tile<1>(tiles, group, groups, x, tokens, h);
@@ -168,8 +167,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) gate_up_many(const b
 }
 
 // Grid: tiles of 64 columns, segments, tiles of 32 * `per` tokens. Segment s takes groups s, s + segments, ...
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) down_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
-                                     const float* __restrict__ h, int tokens, int per, float* __restrict__ partials) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+down_many(const byte* __restrict__ slots, const int* __restrict__ ids, int groups, const float* __restrict__ h,
+          int tokens, int per, float* __restrict__ partials) {
     __shared__ Tiles tiles;
     if (per == 1) down_tile<1>(tiles, slots, ids, groups, h, tokens, partials);
     if (per == 2) down_tile<2>(tiles, slots, ids, groups, h, tokens, partials);

@@ -126,6 +126,7 @@ def main() -> int:
         parser.error(f"no step {unknown[0]!r}: there are {', '.join(STEPS)}")
     if wish.gpu != "host" and not wish.gpu.startswith("cuda:"):
         parser.error(f"no device {wish.gpu!r}: use cuda:N or host")
+    names.append("environment")  # which names the card
     if any(STEPS[name].needs_models for name in names):
         names.append("models")
     deadline, results = time.monotonic() + 60 * wish.minutes, dict[str, dict[str, Any]]()

@@ -45,6 +45,7 @@ def test_on_the_emulated_device() -> None:
     code, lines, result = accept("--gpu", "host", "--steps", "choice,tests,killed,device,handover")
     assert all(line.startswith("emulated on the CPU | ") for line in lines)
     assert {name: found["state"] for name, found in result["steps"].items()} == {
+        "environment": "ok",
         "choice": "skipped",
         "tests": "skipped",
         "models": "ok",
@@ -59,7 +60,7 @@ def test_on_the_emulated_device() -> None:
 
 
 def test_a_step_without_time_fails_and_the_others_run() -> None:
-    code, _, result = accept("--gpu", "host", "--steps", "environment,handover,device", "--minutes", "0.03")
+    code, _, result = accept("--gpu", "host", "--steps", "handover,device", "--minutes", "0.03")
     states = {name: (found["state"], found.get("reason", "")) for name, found in result["steps"].items()}
     assert list(states) == ["environment", "models", "device", "handover"]
     assert states["handover"] == ("failed", "there are no models")
