@@ -10,8 +10,8 @@
 // one thread in order, so a token's h does not depend on the tokens beside it.
 //
 // What limits it on an H100 (67 TFLOP/s in float32, 3.35 TB/s; by arithmetic, not measured): a layer of hidden 4096,
-// 11008 neurons and 288 tokens takes 6 * 4096 * 11008 * 288 = 78 GFLOP, 1.2 ms at the least, and reads 270 MB of float16
-// weights once for every 96 tokens, mostly from the L2, 0.25 ms. So arithmetic: an inner step has 8 * PER
+// 11008 neurons and 288 tokens takes 6 * 4096 * 11008 * 288 = 78 GFLOP, 1.2 ms at the least, and reads 270 MB of
+// float16 weights once for every 96 tokens, mostly from the L2, 0.25 ms. So arithmetic: an inner step has 8 * PER
 // multiplications for 2 broadcast loads of 16 bytes and PER of 4, which shared memory serves in less time. One dot
 // product per neuron and token, as for single tokens, loads 24 KB for 8 KFLOP and is bound by the L1, ten times slower.
 // Tensor cores are left out: they would round the inputs, and what float32 models promise is float32.
