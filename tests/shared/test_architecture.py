@@ -56,6 +56,55 @@ def test_imports(path: Path) -> None:
             assert rest.split(".")[0] in ALLOWED[package]
 
 
+def text_calls_without_encoding(tree: ast.AST) -> Iterator[int]:
+    """Lines of calls that read or write text in whatever encoding the locale has."""
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name | ast.Attribute):
+            continue
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        name = call.func.id if isinstance(call.func, ast.Name) else call.func.attr
+        mode_at = 0 if name == "open" and isinstance(call.func, ast.Attribute) else 1
+        mode = named.get("mode", call.args[mode_at] if len(call.args) > mode_at else ast.Constant("r"))
+        is_text = isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value
+        bare = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("os", "Partial")
+        wants = (
+            (name in ("open", "fdopen") and is_text and not (bare and name == "open"))
+            or (name == "read_text" and not call.args)
+            or (name == "write_text" and len(call.args) < 2)
+            or (name in ("run", "Popen", "check_output") and "text" in named)
+        )
+        if wants and "encoding" not in named:
+            yield call.lineno
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("open(path)", True),
+        ("open(path, 'w')", True),
+        ("path.open(mode='a')", True),
+        ("path.open('rb')", False),
+        ("open(path, 'r', encoding='utf-8')", False),
+        ("os.open(path, 0)", False),
+        ("os.fdopen(fd, 'w')", True),
+        ("path.read_text()", True),
+        ("path.read_text('utf-8')", False),
+        ("path.write_text(text)", True),
+        ("path.write_text(text, encoding='utf-8')", False),
+        ("subprocess.run(words, text=True)", True),
+        ("subprocess.run(words, encoding='utf-8')", False),
+        ("subprocess.run(words)", False),
+    ],
+)
+def test_text_in_the_encoding_of_the_locale_is_found(code: str, found: bool) -> None:
+    assert list(text_calls_without_encoding(ast.parse(code))) == [1] * found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name)
+def test_every_text_has_its_encoding(path: Path) -> None:
+    assert list(text_calls_without_encoding(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
 def loaded_by(code: str) -> set[str]:
     """Top-level modules and packages of warmfront that a fresh process has loaded after `code`."""
     report = "print('\\n' + ' '.join(sys.modules))"
