@@ -7,6 +7,7 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -30,9 +31,9 @@ from warmfront.coordinator.options import (
 from warmfront.coordinator.prompt import read_prompt
 from warmfront.coordinator.terminal import Bars, prepare_output, say
 from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
-from warmfront.shared.errors import UsageError, WarmfrontError
+from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
-from warmfront.shared.process import ensure_files, hold_interrupts, open_standard_files
+from warmfront.shared.process import ensure_address_space, ensure_files, hold_interrupts, open_standard_files
 
 __all__ = ["cli", "main"]
 
@@ -41,6 +42,8 @@ DEFAULT_NEW_TOKENS = 128
 FILES = 48
 # Columns of what is not a terminal.
 _WIDE = 1000
+# What Python, numba and numpy take before a model is loaded.
+ADDRESS_SPACE_MB = 1000
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
@@ -55,6 +58,11 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str
 def cli() -> None:
     """Run language models that do not fit the GPU: hot neurons there, cold neurons on the CPU."""
     ensure_files(FILES)
+    ensure_address_space(ADDRESS_SPACE_MB)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ResourceError("the working directory is gone: change to one that is there") from None
 
 
 @cli.command()
@@ -320,6 +328,9 @@ def _run() -> int:
         return error.exit_code
     except OSError as error:
         _complain(str(error))
+        return 1
+    except MemoryError:
+        _complain("this process gets no more memory: close other programs, or raise its limit")
         return 1
 
 

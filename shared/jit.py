@@ -33,7 +33,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.types.misc import unliteral
 
-from warmfront.shared.errors import ResourceError
+from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.paths import cache_root
 from warmfront.shared.process import hold_interrupts
 
@@ -219,6 +219,8 @@ def inlined(function: F) -> F:
 
 def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
+    if numba.config.DISABLE_JIT:
+        raise UsageError("numba is told to compile nothing, which warmfront cannot do without: unset NUMBA_DISABLE_JIT")
     compiled: Any = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")(function)
     compiled._cache = _Cache(function)
     resolve, compile_now = compiled.get_call_template, compiled.compile

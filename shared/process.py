@@ -19,6 +19,7 @@ from warmfront.shared.errors import ResourceError
 
 __all__ = [
     "die_with_parent",
+    "ensure_address_space",
     "ensure_files",
     "hold_interrupts",
     "ignore_interrupts",
@@ -79,16 +80,23 @@ def ensure_files(count: int) -> None:
     """
     with contextlib.suppress(OSError):  # without /proc
         count += len(os.listdir("/proc/self/fd"))
-    soft, hard = (
-        sys.maxsize if limit == resource.RLIM_INFINITY else limit
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    _ensure(
+        resource.RLIMIT_NOFILE, count, "only {} files may be open at once, warmfront needs {}", f"ulimit -n {count}"
     )
-    if hard < count:
-        raise ResourceError(
-            f"only {hard} files may be open at once, warmfront needs {count}: raise the limit (ulimit -n {count})"
-        )
-    if soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def ensure_address_space(megabytes: int) -> None:
+    """The same for the addresses that libraries reserve: OpenBLAS tries for ever where it gets none."""
+    needs = "only {} bytes of addresses may be used, warmfront needs {}"
+    _ensure(resource.RLIMIT_AS, megabytes << 20, needs, f"ulimit -v {megabytes << 10}")
+
+
+def _ensure(limit: int, count: int, needs: str, command: str) -> None:
+    soft, hard = resource.getrlimit(limit)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ResourceError(f"{needs.format(hard, count)}: raise the limit ({command})")
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(limit, (count, hard))
 
 
 @contextlib.contextmanager

@@ -232,3 +232,18 @@ def test_no_limit_of_files_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _what: unlimited)
     monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("there is nothing to raise"))
     ensure_files(1 << 40)
+
+
+def test_address_space() -> None:
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 2 << 30))
+from warmfront.shared.process import ensure_address_space
+ensure_address_space(1500)
+print(*resource.getrlimit(resource.RLIMIT_AS), flush=True)
+ensure_address_space(2049)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{1500 << 20} {2 << 30}\n"
+    refusal = f"only {2 << 30} bytes of addresses may be used, warmfront needs {2049 << 20}: raise the limit"
+    assert refusal in done.stderr
