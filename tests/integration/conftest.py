@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.integration.command import link_cache, run
+from tests.integration.command import link_cache, prepack, run
 from tests.integration.reference import llama_from_gguf
 
 
@@ -35,3 +36,35 @@ def compiled(_own_cache: None, tiny_llama: Callable[..., Path]) -> None:
 def smollm2_in_transformers(smollm2: Path) -> Any:
     """SmolLM2 as a LlamaForCausalLM: the file's own weights, dequantised to float32."""
     return llama_from_gguf(smollm2)
+
+
+@pytest.fixture(scope="session")
+def scripted(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of models that say the given tokens (texts in the vocabulary, all different) and begin again.
+
+    Whatever the prompt, unless it ends with one of them: the next token is a function of the last one alone.
+    """
+
+    def make(*script: str, context: int = 512) -> Path:
+        from safetensors.numpy import load_file, save_file
+        from tokenizers import Tokenizer
+
+        original = tiny_llama(hidden_size=320, max_position_embeddings=context)
+        folder = shutil.copytree(original, tmp_path_factory.mktemp("scripted") / "model")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        said = [tokenizer.token_to_id(text) for text in script]
+        follower = dict(zip(said, [*said[1:], said[0]], strict=True))
+        weights = load_file(folder / "model.safetensors")
+        for name, values in weights.items():
+            # What the layers add is nothing: the head sees the token's own embedding.
+            weights[name] = values * (not name.endswith(("o_proj.weight", "down_proj.weight")))
+        vocab, hidden = weights["model.embed_tokens.weight"].shape
+        weights["model.embed_tokens.weight"] = np.eye(vocab, hidden, dtype=np.float32)
+        weights["model.norm.weight"][:] = 1
+        head = weights["lm_head.weight"] = np.zeros((vocab, hidden), np.float32)
+        for token in range(vocab):
+            head[follower.get(token, said[0]), token] = 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return prepack(folder)
+
+    return make

@@ -57,6 +57,30 @@ def test_help_names_what_there_is() -> None:
         assert option in options
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """What click brings: a script for the shell, which asks the command itself."""
+
+    def ask(what: str, words: str = "", word: str = "") -> str:
+        environment = {"_WARMFRONT_COMPLETE": f"{shell}_{what}", "COMP_WORDS": words, "COMP_CWORD": word}
+        return succeeded(run(env=os.environ | environment)).out
+
+    script = ask("source")
+    assert f"_WARMFRONT_COMPLETE={shell}_complete" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True, timeout=60)
+    # bash and zsh count words, fish gives the one that is being typed.
+    commands = ask("complete", "warmfront ge", "ge" if shell == "fish" else "1")
+    assert "generate" in commands
+    assert "chat" not in commands
+    options = ask("complete", "warmfront generate --log", "--log" if shell == "fish" else "2")
+    assert "--logprobs" in options
+    types = ask("complete", "warmfront generate --dtype q", "q" if shell == "fish" else "3")
+    assert "q8" in types
+    files = ask("complete", "warmfront generate -m x", "x" if shell == "fish" else "3")
+    assert "file" in files
+
+
 def test_generate_prints_the_text_alone(model: Path) -> None:
     text = answer(model, "-p", "The sea", "-n", "12")["text"]
     assert text

@@ -59,6 +59,20 @@ def test_watch_draws_and_the_answer_is_printed_whole(made: Path) -> None:
     assert text.rstrip().endswith(answer.rstrip()[-60:])
 
 
+def test_watch_without_colours_on_a_narrow_terminal(made: Path) -> None:
+    """Workers differ by their marks, and no line is wider than the terminal."""
+    settings = ["TERM=xterm-256color", "NO_COLOR=1", "COLUMNS=40", "LINES=24"]
+    with Terminal(["/usr/bin/env", *settings, *command(made, "--watch")]) as seen:
+        assert seen.wait(60) == 0
+    styles = {style for found in re.findall(r"\x1b\[([0-9;]*)m", seen.text) for style in found.split(";")}
+    assert styles <= {"", "0", "1", "2"}  # plain, bold, dim
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.text)
+    assert re.search(r"layer   0 #+", text)
+    assert "=" in text
+    drawn = text[: text.rindex("gpu0")]
+    assert max(len(line) for line in re.split(r"[\r\n]+", drawn)) <= 40
+
+
 def test_watch_needs_a_terminal(made: Path) -> None:
     assert_refused(run(*command(made, "--watch")[1:]), 2, "--watch draws on a terminal")
 
