@@ -109,7 +109,7 @@ class Sampler:
         """The fewest tokens that have top_p of the probability, and their weights."""
         wanted = self._wish.top_p * float(_sums(self._all_weights(logits, high)).sum())
         groups = logits.size // _GROUP
-        # The flatter the distribution, the more tokens it takes.
+        # The flatter the distribution, the more tokens it takes; a language model's seldom takes more than the first.
         for count in (groups // 8, groups // 2, groups - groups // 8, logits.size):
             some = _largest(logits, max(count, 1))
             weights = self._weights(logits[some], high)
