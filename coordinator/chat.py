@@ -56,12 +56,13 @@ def _read() -> str | None:
     """The next line; None at the end of the input, or if it is closed."""
     if sys.stdin is None:
         return None
-    asked = sys.stdin.isatty()
+    if not sys.stdin.isatty() or sys.stdout is None or sys.stderr is None:
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
     try:
-        return input("> " if asked else "")
+        return input("> ")
     except EOFError:
-        if asked:
-            click.echo()
+        click.echo()
         return None
 
 

@@ -79,11 +79,29 @@ def test_the_system_prompt_and_stop_strings_count(talker: Path) -> None:
     assert ask("--stop", stop) == plain.partition(stop)[0] + "\n"
 
 
-def test_closed_stdin_is_an_empty_one(talker: Path) -> None:
-    args = [WARMFRONT, "chat", "-m", os.fspath(talker)]
-    code = f"import os; os.close(0); os.execv({WARMFRONT!r}, {args!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_standard_stream_is_closed(scripted: Callable[..., Path], closed: int) -> None:
+    """Closed stdin is an empty one; without the others the answer is given all the same."""
+    args = [WARMFRONT, "chat", "-m", os.fspath(scripted("a", "b", "c", "<|im_end|>"))]
+    code = f"import os; os.close({closed}); os.execv({WARMFRONT!r}, {args!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input="hi\n", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "abc\n" if closed == 2 else "", "")
+
+
+def test_a_reader_that_leaves_early(scripted: Callable[..., Path]) -> None:
+    command = [WARMFRONT, "chat", "-m", os.fspath(scripted("a", "b", "c", context=32768)), "--ctx", "32768"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"hi\n")
+        process.stdin.flush()
+        assert process.stdout.read(1) == b"a"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(10) == 1
 
 
 def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
