@@ -286,7 +286,9 @@ class Engine:
             self._worked += self.times()[1]
 
     def busy_shares(self) -> dict[str, float]:
-        """Of each worker the part of the last answer's decode time that it computed, 1 at most."""
+        """Of each worker the part of the last answer's decode time that it computed, 1 at most; 0 without an answer."""
+        if not self._worked.size:
+            return dict.fromkeys(self.front.names, 0.0)
         busy_s = (self._worked[:, :, 1] - self._worked[:, :, 0]).sum(0) / 1e9
         shares = np.clip(busy_s / max(self.stats.decode_s, 1e-9), 0, 1)
         return dict(zip(self.front.names, shares.tolist(), strict=True))

@@ -152,21 +152,17 @@ def _by_token(fast: Any) -> _ByToken | None:
     steps = _flat(json.loads(fast.decoder.__getstate__()))
     kinds = [step["type"] for step in steps]
     count = next((i for i, step in enumerate(steps) if not _is_by_token(step)), len(steps))
-    by_token = _decoder(steps[:count])
+    by_token, kinds = _decoder(steps[:count]), kinds[count:]
     to_bytes: Callable[[str], bytes] = str.encode
     errors, strip, most = "replace", "", 0
-    match kinds[count:]:
-        case ["ByteLevel"]:
-            to_bytes = _byte_level
-        case ["ByteFallback", *_]:
-            to_bytes, errors = _byte_fallback, _EVERY_BYTE
-    match kinds[count:]:
-        case [] | ["Fuse"] | ["ByteLevel"] | ["ByteFallback"] | ["ByteFallback", "Fuse"]:
-            pass
-        case ["Fuse", "Strip"] | ["ByteFallback", "Fuse", "Strip"] if not steps[-1]["stop"]:
-            strip, most = steps[-1]["content"], steps[-1]["start"]
-        case _:
-            return None
+    if kinds == ["ByteLevel"]:
+        to_bytes, kinds = _byte_level, []
+    elif kinds[:1] == ["ByteFallback"]:
+        to_bytes, errors, kinds = _byte_fallback, _EVERY_BYTE, kinds[1:]
+    if kinds == ["Fuse", "Strip"] and not steps[-1]["stop"]:
+        strip, most = steps[-1]["content"], steps[-1]["start"]
+    elif kinds not in ([], ["Fuse"]):
+        return None
 
     def spell(text: str, first: bool) -> bytes:
         # After an empty token, which adds nothing, it is not the first.

@@ -141,6 +141,10 @@ class TestRequests:
             (line,) = (line for line in as_text(engine).splitlines() if line.startswith("cpu0"))
             assert 0 < int(line.partition("busy ")[2].partition("%")[0]) <= 100
 
+    def test_without_an_answer_no_worker_was_busy(self, abc: Engine) -> None:
+        abc._worked = abc._worked[:0]  # as loading leaves it
+        assert abc.busy_shares() == {"cpu0": 0}
+
     def test_the_engine_goes_on_after_a_model_that_is_damaged(self, scripted: Callable[..., Path]) -> None:
         folder = scripted("a", "b")
         with Engine.load(str(folder)) as engine:
