@@ -2,7 +2,7 @@
 
 A filter leaves few tokens of many. Those that can be among the `count` largest logits are found by a bound: the
 vocabulary is divided into groups of 64, and at least `count` logits reach the count-th largest of the groups' maxima.
-Only these are sorted, in float64. Without a filter the draw picks a group by its sum, then a token within it.
+Only these are sorted. Without a filter the draw picks a group by its sum, then a token within it.
 """
 
 import math
@@ -32,18 +32,19 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._wish = sampling
         self._random = np.random.default_rng(sampling.seed)
-        # What of the list last given is counted, and the distinct tokens in it.
+        # What of the list last given is counted, and the distinct tokens in it, as keys and in an array with room.
         self._seen: Sequence[int] = ()
         self._counted = 0
-        self._penalised: Indices = np.empty(0, np.intp)
+        self._penalised: dict[int, None] = {}
+        self._tokens: Indices = np.zeros(256, np.intp)
 
     def pick(self, logits: Floats, seen: Sequence[int]) -> int:
         """The next token for float32 [vocab] `logits`; `seen` are the tokens that the repetition penalty holds down.
 
         A list that is given again may only have grown. Raises ModelError for logits that are not finite.
         """
-        # NaN is the largest and the least of all.
-        if not math.isfinite(logits.max()) or not math.isfinite(logits.min()):
+        best = int(logits.argmax())  # of a NaN, if there is one
+        if not math.isfinite(logits[best]) or not math.isfinite(logits.min()):
             raise ModelError(
                 "the model gives logits that are not finite: its file is damaged, or its numbers overflow; "
                 "fetch it again, or try another --dtype"
@@ -51,45 +52,53 @@ class Sampler:
         with np.errstate(over="ignore"):  # what overflows to -inf weighs nothing
             if self._wish.repetition_penalty != 1 and seen:
                 logits = self._held_down(logits, seen)
-            best = int(logits.argmax())
+                best = int(logits.argmax())
             return best if self._wish.temperature < _GREEDY else self._drawn(logits, best)
 
     def _held_down(self, logits: Floats, seen: Sequence[int]) -> Floats:
         """A copy of the logits after the repetition penalty."""
         if seen is not self._seen or len(seen) < self._counted:
-            self._seen, self._counted, self._penalised = seen, 0, np.empty(0, np.intp)
-        if len(seen) > self._counted:
-            fresh = np.asarray(seen[self._counted :], np.intp)
-            self._penalised = np.union1d(self._penalised, fresh)
-            self._counted = len(seen)
+            self._seen, self._counted, self._penalised = seen, 0, {}
+        for token in seen[self._counted :]:
+            if token not in self._penalised:
+                if len(self._penalised) == self._tokens.size:
+                    self._tokens = np.resize(self._tokens, 2 * self._tokens.size)
+                self._tokens[len(self._penalised)] = token
+                self._penalised[token] = None
+        self._counted = len(seen)
         penalty, logits = self._wish.repetition_penalty, logits.copy()
-        chosen = logits[self._penalised]
-        chosen = np.where(chosen > 0, chosen / penalty, chosen * penalty)
-        logits[self._penalised] = np.clip(chosen, -_LARGEST, _LARGEST)
+        tokens = self._tokens[: len(self._penalised)]
+        chosen = logits[tokens]
+        # Of the quotient, for logits above 0, and the product, for others, it is the lesser if the penalty is above 1.
+        lesser = np.minimum if penalty > 1 else np.maximum
+        logits[tokens] = lesser(chosen / penalty, chosen * penalty).clip(-_LARGEST, _LARGEST)
         return logits
 
     def _drawn(self, logits: Floats, best: int) -> int:
         """A token by its probability after the filters; `best` has the largest logit."""
         wish, high = self._wish, float(logits[best])
         if wish.top_k and wish.top_k < logits.size:
-            some = _largest(logits, wish.top_k)
-            bound = np.partition(logits[some], -wish.top_k)[-wish.top_k]
-            some = some[_first(logits[some], bound, wish.top_k)]
-            weights = self._weights(logits[some], high)
+            order, bounds = self._falling(logits, _largest(logits, wish.top_k), high)
+            keep = wish.top_k
             if wish.top_p < 1:
-                kept = _nucleus(weights, wish.top_p * weights.sum())
-                some, weights = some[kept], weights[kept]
+                keep = int(np.searchsorted(bounds[:keep], wish.top_p * bounds[keep - 1])) + 1
         elif wish.top_p < 1:
-            some, weights = self._most_probable(logits, high)
+            order, bounds, keep = self._most_probable(logits, high)
         elif wish.min_p > 0:
             some = np.flatnonzero(logits >= high + wish.temperature * (math.log(wish.min_p) - 0.01))
-            weights = self._weights(logits[some], high)
+            order, bounds = self._falling(logits, some, high)
+            keep = some.size
         else:
-            return _draw_of_all(self._all_weights(logits, high), best, self._random.random())
+            return _draw(self._all_weights(logits, high), best, self._random.random())
         if wish.min_p > 0:
-            likely = weights >= wish.min_p
-            some, weights = some[likely], weights[likely]
-        return int(some[_draw(weights, int(weights.argmax()), self._random.random())])
+            keep = int(np.count_nonzero(self._weights(logits[order[:keep]], high) >= wish.min_p))
+        return int(order[_reached(bounds[:keep], self._random.random() * bounds[keep - 1])])
+
+    def _falling(self, logits: Floats, some: Indices, high: float) -> tuple[Indices, Doubles]:
+        """These tokens, most probable first, and the sums of their weights up to each."""
+        values = logits[some]
+        order = np.argsort(-values)
+        return some[order], np.cumsum(self._weights(values[order], high))
 
     def _weights(self, logits: Floats, high: float) -> Doubles:
         """What each of a few logits weighs, 1 at most."""
@@ -105,18 +114,16 @@ class Sampler:
         np.exp(part, out=part)
         return weights
 
-    def _most_probable(self, logits: Floats, high: float) -> tuple[Indices, Doubles]:
-        """The fewest tokens that have top_p of the probability, and their weights."""
+    def _most_probable(self, logits: Floats, high: float) -> tuple[Indices, Doubles, int]:
+        """As `_falling`, tokens that have top_p of the probability, and how many of them it takes."""
         wanted = self._wish.top_p * float(_sums(self._all_weights(logits, high)).sum())
         groups = logits.size // _GROUP
         # The flatter the distribution, the more tokens it takes; a language model's seldom takes more than the first.
         for count in (groups // 8, groups // 2, groups - groups // 8, logits.size):
-            some = _largest(logits, max(count, 1))
-            weights = self._weights(logits[some], high)
-            if count == logits.size or weights.sum() >= wanted:
+            order, bounds = self._falling(logits, _largest(logits, max(count, 1)), high)
+            if bounds[-1] >= wanted:
                 break
-        kept = _nucleus(weights, wanted)
-        return some[kept], weights[kept]
+        return order, bounds, min(int(np.searchsorted(bounds, wanted)) + 1, order.size)
 
 
 def _largest(logits: Floats, count: int) -> Indices:
@@ -130,37 +137,14 @@ def _largest(logits: Floats, count: int) -> Indices:
     return np.flatnonzero(logits >= np.partition(maxima, -count)[-count])
 
 
-def _nucleus(weights: Doubles, wanted: float) -> Indices:
-    """Where the fewest weights are that make `wanted` together, or all."""
-    falling = np.sort(weights)[::-1]
-    count = min(int(np.searchsorted(np.cumsum(falling), wanted)) + 1, weights.size)
-    return _first(weights, falling[count - 1], count)
-
-
-def _first(values: Floats | Doubles, bound: float, count: int) -> Indices:
-    """Where the `count` largest values are, of which `bound` is the least; of equal ones the first."""
-    some = np.flatnonzero(values >= bound)
-    if some.size > count:
-        some = np.delete(some, np.flatnonzero(values[some] == bound)[count - some.size :])
-    return some
-
-
 def _sums(weights: Floats) -> Doubles:
     """Of the groups of every (size / 64)-th weight."""
     sums: Doubles = weights.reshape(_GROUP, -1).sum(0).astype(np.float64)
     return sums
 
 
-def _draw(weights: Doubles, best: int, chance: float) -> int:
-    """The index at `chance` of the sum; `best`, which weighs 1, comes first, and most draws end there."""
-    weights[best] = 0
-    bounds = np.cumsum(weights)
-    point = chance * (1 + bounds[-1]) - 1
-    return best if point < 0 else _reached(bounds, point)
-
-
-def _draw_of_all(weights: Floats, best: int, chance: float) -> int:
-    """The same for weights in groups: the group first, by its sum."""
+def _draw(weights: Floats, best: int, chance: float) -> int:
+    """The index at `chance` of the sum: `best`, which weighs 1, comes first, then the groups by their sums."""
     weights[best] = 0
     bounds = np.cumsum(_sums(weights))
     point = chance * (1 + bounds[-1]) - 1
