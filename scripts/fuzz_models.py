@@ -491,7 +491,7 @@ def attempt(path: Path, dtype: str, cache: Path) -> Outcome:
 def _child(path: Path, dtype: str, cache: Path, output: int) -> int:
     """0 packed, 1 refused with its line on stderr, 2 with a traceback."""
     os.dup2(output, 2)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

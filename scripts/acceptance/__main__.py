@@ -94,7 +94,7 @@ def note(results: dict[str, dict[str, Any]], command: str) -> None:
     figures = {key: value for found in results.values() for key, value in found.get("figures", {}).items()}
     failed = [name for name, found in results.items() if found["state"] == "failed"]
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
     )
     cells = (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
@@ -103,7 +103,7 @@ def note(results: dict[str, dict[str, Any]], command: str) -> None:
         "; ".join(f"{key} {shown(value)}" for key, value in figures.items() if key != "device") or "none",
         ", ".join(failed) or "none",
     )
-    with MEASUREMENTS.open("a") as file:
+    with MEASUREMENTS.open("a", encoding="utf-8") as file:
         file.write(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n")
 
 

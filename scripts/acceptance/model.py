@@ -83,4 +83,4 @@ def write_model(folder: Path, shape: Shape, dtype: type[np.floating[Any]]) -> No
         "max_position_embeddings": shape.context,
         "tie_word_embeddings": False,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -107,7 +107,7 @@ def tests(job: Job) -> Figures:
     if importlib.util.find_spec("transformers") is not None:  # which makes their models
         files += ["tests/coordinator/test_torch_team.py", "tests/integration/test_card.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
     if done.returncode != 0 or "passed" not in last or "skipped" in last:
         raise RuntimeError(f"pytest -m gpu: {last}")
@@ -122,7 +122,7 @@ def models(job: Job) -> Figures:
         expected = [engine.decode_ids(prompt(SMALL, length, topic), TOKENS) for topic, length in ((0, 300), (1, 5))]
     if min(len(set(answer)) for answer in expected) < 5:
         raise RuntimeError("the model of the test repeats itself: its tokens would show nothing")
-    (job.folder / "expected.json").write_text(json.dumps(expected))
+    (job.folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
     with _engine(job, "large", gpu="none", attention="cpu") as engine:
         return {"large_model_load_s": engine.stats.load_s}
 
@@ -164,7 +164,7 @@ def moves(job: Job) -> Figures:
 
 def killed(job: Job) -> Figures:
     """The GPU worker dies within an answer: the tokens stay, and it comes back."""
-    expected = json.loads((job.folder / "expected.json").read_text())[1]
+    expected = json.loads((job.folder / "expected.json").read_text(encoding="utf-8"))[1]
     said: list[str] = []
     with _engine(job, "small", 0.5, say=said.append) as engine:
         first = engine.workers()[-1].pid
@@ -302,7 +302,7 @@ def _engine(
 
 
 def _assert_tokens(job: Job, engine: Any, when: str) -> None:
-    for topic, expected in enumerate(json.loads((job.folder / "expected.json").read_text())):
+    for topic, expected in enumerate(json.loads((job.folder / "expected.json").read_text(encoding="utf-8"))):
         answer = engine.decode_ids(prompt(SMALL, (300, 5)[topic], topic), TOKENS)
         if answer != expected:
             at = next(i for i, pair in enumerate(zip(answer, expected, strict=True)) if pair[0] != pair[1])

@@ -78,7 +78,7 @@ def test_wheel_and_source_archive_hold_every_file(built: Path) -> None:
         (["-h"], 0, "Usage: python -m warmfront [OPTIONS] COMMAND", ""),
         (["topology", "--no-measure", "--json"], 0, '{"nodes": ', ""),
         (["info", "nowhere"], 1, "", "warmfront: no such model: nowhere"),
-        (["generate"], 2, "", "warmfront: give either -p TEXT"),
+        (["generate"], 2, "", "warmfront: there is no prompt: give -p TEXT"),
     ],
 )
 def test_the_wheel_runs_as_a_module(

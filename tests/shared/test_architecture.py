@@ -100,7 +100,7 @@ def test_text_in_the_encoding_of_the_locale_is_found(code: str, found: bool) -> 
     assert list(text_calls_without_encoding(ast.parse(code))) == [1] * found
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "scripts").rglob("*.py"))], ids=lambda path: path.name)
 def test_every_text_has_its_encoding(path: Path) -> None:
     assert list(text_calls_without_encoding(ast.parse(path.read_text(encoding="utf-8")))) == []
 
