@@ -36,7 +36,7 @@ def sample_ids(engine: "Engine") -> list[int]:
     sampling = Sampling(temperature=1.0, seed=0)
     ids = []
     for start in np.random.default_rng(0).integers(engine.model.spec.vocab, size=_OWN_TEXTS):
-        answer = engine.generate([int(start)], max_new_tokens=_OWN_TOKENS, sampling=sampling)
+        answer = engine.generate([int(start)], max_new_tokens=_OWN_TOKENS, sampling=sampling, ignore_eos=True)
         ids += [int(start), *(token.id for token in answer)]
     return ids
 

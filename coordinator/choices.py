@@ -54,8 +54,9 @@ def choose_devices(config: EngineConfig, say: Callable[[str], None]) -> EngineCo
     attention = choose_attention(replace(config, gpu=gpu), config.selector)
     if config.attention == "auto" and attention != "cpu":
         against = against_attention(int(attention.partition(":")[2]), say)
-        if against is not None:
+        if against:
             say(f"attention stays on the CPU: {against}")
+        if against is not None:
             attention = "cpu"
     return replace(config, gpu=gpu, attention=attention)
 

@@ -5,7 +5,6 @@ what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy impor
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -304,8 +303,6 @@ cli.add_command(cache)
 def main() -> None:
     """Entry point of the console script."""
     open_standard_files()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a locale may lack a character of the answer or of a file's name
     sys.exit(_run())
 
 

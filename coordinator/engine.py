@@ -139,7 +139,7 @@ class Engine:
         cls, path: Path, config: EngineConfig, *, say: Say = _quiet, progress: Progress = _no_progress
     ) -> Self:
         """Load the packed model at `path` as it is, ready to say which neurons fire; else as `load` does."""
-        engine = cls._opened(path, config, profiles=True)
+        engine = cls._opened(path, choose_devices(config, say), profiles=True)
         try:
             engine._run_up(say, progress)
         except BaseException:
@@ -165,7 +165,6 @@ class Engine:
     @property
     def cores(self) -> CorePlan:
         """Who runs on which cpus."""
-        self._check_open()
         return self._crew.cores
 
     @property
@@ -177,7 +176,6 @@ class Engine:
     @property
     def lowbit(self) -> "Lowbit | None":
         """The copies of the gates, with the selector lowbit."""
-        self._check_open()
         return self._crew.lowbit
 
     def expected_bytes(self) -> npt.NDArray[np.float64]:

@@ -151,10 +151,10 @@ class TestRequests:
             answer = engine.generate("x")
             assert next(answer).text == "a"
             engine._crew.team.logits[3] = np.nan  # where the next token would be picked
-            step, engine.step = engine.step, lambda _token: engine._crew.team.logits  # type: ignore[method-assign]
+            step, engine._step = engine._step, lambda *_: engine._crew.team.logits  # type: ignore[method-assign]
             with pytest.raises(ModelError, match="logits that are not finite"):
                 next(answer)
-            engine.step = step  # type: ignore[method-assign]
+            engine._step = step  # type: ignore[method-assign]
             assert next(engine.generate("x")).text == "a"
 
 
