@@ -1,6 +1,7 @@
 """`warmfront cache ls`, `rm`, `prune`: what is kept on the disk, and how to get rid of it."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["cache"]
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def cache() -> None:
     """Show and remove packed models, downloads, kernels and profiles."""
 
@@ -69,12 +70,14 @@ def rm(names: tuple[str, ...], all_: bool) -> None:
 
 
 @cache.command()
-@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Also what was not used for so long.")
+@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Also what was not used for DAYS days.")
 @click.option("--keep-size", type=Size(), help="Also the least recently used, until this much is left, such as 20GB.")
 def prune(older_than: float | None, keep_size: int | None) -> None:
-    """Remove what is of no use any more: packed from models that are gone or changed, or left by killed runs."""
+    """Remove what is of no use any more: packed from models gone or changed, left by killed runs, old kernels."""
     from warmfront.coordinator.cache import listed, refresh, stale, tidy
 
+    if older_than is not None and not math.isfinite(older_than):
+        raise UsageError(f"--older-than {older_than}: give a number of days, such as 30")
     refresh(say)
     _remove(stale(listed(), older_than, keep_size))
     tidy()

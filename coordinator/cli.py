@@ -315,7 +315,7 @@ def _run() -> int:
         return 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "warmfront"
-        _complain(f"{error.format_message()} See `{command} --help`.")
+        _complain(f"{error.format_message().rstrip('.')}. See `{command} --help`.")
         return error.exit_code
     except click.ClickException as error:
         _complain(error.format_message())

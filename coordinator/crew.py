@@ -91,7 +91,7 @@ class Crew:
             modules["gpu0"] = "warmfront.gpu_worker"
         names = list(modules)
         if unknown := parse_slow(self.config.slow).keys() - set(names):
-            raise UsageError(f"--slow names worker {min(unknown)}, but there are only {', '.join(names)}")
+            raise UsageError(f"--slow names worker {min(unknown)}, but the only workers are {', '.join(names)}")
         spec, layout = self.model.spec, self.model.layout
         self._home = place_homes(layout.groups, spec.layers, worker_speeds(cores))
         self._check_nodes(cores, say)

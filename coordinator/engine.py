@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -252,6 +252,8 @@ class Engine:
         most probable ones, by the model's distribution before sampling.
         Raises UsageError for a wrong request or a prompt that does not fit the context, WorkerError if a worker dies.
         """
+        if not isinstance(sampling, Sampling | None):
+            raise UsageError(f"sampling is {sampling!r}: give a Sampling, such as Sampling(temperature=0.8)")
         ids, most = self.prompt_ids(prompt), whole_number("max_new_tokens", max_new_tokens, 1)
         counted = None if logprobs is None else whole_number("logprobs", logprobs, 0)
         sampler, seen = Sampler(sampling or Sampling()), list(ids)
@@ -263,11 +265,13 @@ class Engine:
         first_at = time.monotonic()
         self._worked = np.zeros_like(self.times()[1])
         while True:
-            token = sampler.pick(logits, seen)
+            with self._lock:  # the logits are the engine's: another text would write over them
+                self._check_turn(turn)
+                token = sampler.pick(logits, seen)
+                chances = () if counted is None else token_logprobs(logits, token, counted)
             seen.append(token)
             stats.new_tokens += 1
             stats.decode_s = time.monotonic() - first_at
-            chances = () if counted is None else token_logprobs(logits, token, counted)
             ended = token in ends
             last = ended or stats.new_tokens == most or len(seen) >= self.context
             piece = stops.push(text.rest() if ended else text.push(token))
@@ -295,6 +299,8 @@ class Engine:
         """The token ids of a prompt, checked against vocabulary and context."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise UsageError(f"the prompt is of type {type(prompt).__name__}: give text or token ids")
         else:
             ids = [whole_number("a token id", token) for token in prompt]
         if not ids:
@@ -302,14 +308,14 @@ class Engine:
         self._check_ids(ids)
         if len(ids) >= self.context:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.context} with the answer: "
+                f"the prompt has {len(ids)} tokens, and the context holds {self.context}, the answer included: "
                 "shorten it or pass a larger --ctx"
             )
         return [int(token) for token in ids]
 
     def decode_ids(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` greedy tokens that follow `ids` after the first, past any end of the text: for measurements."""
-        ids = self.prompt_ids(ids)
+        ids, count = self.prompt_ids(ids), whole_number("count", count, 0)
         self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids), new_tokens=count + 1)
         with self._text() as turn:
             self._check_room(len(ids), count)
@@ -327,7 +333,7 @@ class Engine:
         Yields float32 [vocab] logits after the prefill and after each further token: how quality is measured, since
         prefill alone is dense and never takes the sparse path.
         """
-        ids = self.prompt_ids(ids)
+        ids, prefill = self.prompt_ids(ids), whole_number("prefill", prefill)
         if not 1 <= prefill <= len(ids):
             raise UsageError(f"a prefill of {prefill} of {len(ids)} tokens: there are no logits before the first")
         with self._text() as turn:
@@ -335,7 +341,9 @@ class Engine:
             logits = self._prefill(turn, ids[:prefill]).copy()
         yield logits
         for token in ids[prefill:]:
-            yield self._step(turn, token).copy()
+            with self._lock:
+                logits = self._step(turn, token).copy()
+            yield logits
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
         """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job.
@@ -350,6 +358,7 @@ class Engine:
         """Begin a text, or go on with what the cache holds, alone: other threads wait, older texts are over."""
         self._check_open()
         with self._lock:
+            self._check_open()
             self._turn += 1
             yield self._turn
 
@@ -384,8 +393,7 @@ class Engine:
         self._check_open()
         with self._lock, hold_interrupts():
             self._check_open()
-            if turn != self._turn:
-                raise UsageError("this text is over: another one was begun with the same engine, which computes one")
+            self._check_turn(turn)
             at = len(self._cached)
             self._check_room(at, len(tokens))
             if not 0 < len(tokens) <= self._crew.board.sizes.max_tokens:
@@ -395,6 +403,10 @@ class Engine:
             if self._trace is not None and self._serving:
                 self._trace.note(at, len(tokens), *self.times())
             self._cached += tokens
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise UsageError("this text is over: another one was begun with the same engine, which computes one")
 
     def _check_room(self, at: int, tokens: int) -> None:
         if at + tokens > self.context:
@@ -491,7 +503,12 @@ class Engine:
             self._forget(0)
 
     def close(self) -> None:
-        """End the workers and the team; may be called twice."""
+        """End the workers and the team, after a job that another thread has under way; may be called twice."""
+        # A forked child may have copied the lock as another thread held it.
+        with self._lock if os.getpid() == self._owner else contextlib.nullcontext():
+            self._close()
+
+    def _close(self) -> None:
         if self._trace is not None and not self._closed:
             pids = {name: hello.pid for name, hello in self._crew.workers().items()}
             transfers = self.front.transfers if hasattr(self._crew, "front") else ()

@@ -52,7 +52,7 @@ class Numbers(_NumbersType):
         try:
             return [int(part) for part in str(value).split(",")]
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers: write it like 1,2,3", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers: write it like 1,2,3", param, ctx)
 
 
 class Names(_NamesType):
@@ -66,7 +66,7 @@ class Names(_NamesType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         chosen = str(value).split(",")
         if wrong := [name for name in chosen if name not in self._names]:
-            self.fail(f"{wrong[0]!r} is none of {', '.join(self._names)}", param, ctx)
+            self.fail(f"{wrong[0]!r} is not one of {', '.join(self._names)}", param, ctx)
         return chosen
 
 

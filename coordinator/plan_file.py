@@ -56,9 +56,9 @@ def read_plan(path: Path, model: PackedModel) -> Mask:
     except OSError as error:
         raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
     except (ValueError, RecursionError):  # no JSON, no UTF-8, lists in lists in lists
-        raise UsageError(f"{path} is no plan: it is not JSON; make one with `warmfront plan`") from None
+        raise UsageError(f"{path} is not a plan: it is not JSON; make one with `warmfront plan`") from None
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
-        raise UsageError(f"{path} is no plan of the format {FORMAT}: make one with `warmfront plan`")
+        raise UsageError(f"{path} is not a plan of the format {FORMAT}: make one with `warmfront plan`")
     if plan.get("model") != model.spec.name:
         raise UsageError(f"the plan {path} is for the model {plan.get('model')!r}, not for {model.spec.name!r}")
     if plan.get("order") != model.order:

@@ -70,7 +70,7 @@ def weigh(work: Floats, weights: Floats, size: int, high: Any, inverse: Any, sum
     """weights = exp((work - high) * inverse) of the first `size`, 0 of the padding; and the groups' sums of them."""
     for group in range(sums.size):
         for i in range(group * GROUP, (group + 1) * GROUP):
-            weights[i] = (work[i] - high) * inverse
+            weights[i] = max(work[i] - high, -LARGEST) * inverse  # 0 times infinity would be NaN
         sums[group] = exponentials(address_of(weights) + group * GROUP * 4, GROUP, np.float32(0))
     if size < weights.size:
         last, total = sums.size - 1, np.float64(0)

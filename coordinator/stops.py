@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from warmfront.shared.errors import UsageError
+
 __all__ = ["StopText"]
 
 
@@ -9,7 +11,9 @@ class StopText:
     """Holds back the longest tail that could still grow into one of `stops`."""
 
     def __init__(self, stops: str | Sequence[str]) -> None:
-        """A text is one stop string; an empty one stops nothing."""
+        """A text is one stop string; an empty one stops nothing. Raises UsageError for what is not text."""
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+            raise UsageError(f"stop is {stops!r}: give texts")
         self._stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         self._held = ""
         self.found = False

@@ -629,7 +629,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
     if wish.seed < 0:
         parser.error("--seed must not be negative")
     if unknown or not wish.formats:
-        parser.error(f"--formats: '{','.join(unknown)}' is none of {', '.join(FORMATS)}")
+        parser.error(f"--formats: '{','.join(unknown)}' is not one of {', '.join(FORMATS)}")
     if wish.out.exists() and (not wish.out.is_dir() or any(wish.out.iterdir())):
         parser.error(f"{wish.out} exists already")
     if not wish.out.absolute().parent.is_dir():

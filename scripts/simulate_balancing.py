@@ -133,7 +133,7 @@ def popcounts(fired: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
 
 
 def load_trace(path: Path, profile: Path | None) -> Trace:
-    """Raises UsageError if a file is no trace."""
+    """Raises UsageError if a file is not a trace."""
 
     def read(path: Path) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
         try:
@@ -143,7 +143,7 @@ def load_trace(path: Path, profile: Path | None) -> Trace:
             if counts.ndim != 3 or not isinstance(about["row_bytes"], int):
                 raise ValueError("of another shape")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is no trace of firing neurons ({error})") from None
+            raise UsageError(f"{path} is not a trace of firing neurons ({error})") from None
         return counts, about
 
     counts, about = read(path)

@@ -145,7 +145,7 @@ def main() -> None:
     try:
         near = near_of(wish.handoff) if wish.handoff is not None else wish.near_ns
     except (OSError, ValueError, LookupError) as error:
-        parser.error(f"--handoff {wish.handoff} is no output of bench_handoff.py: {error}")
+        parser.error(f"--handoff {wish.handoff} is not output of bench_handoff.py: {error}")
     server = Server(wish.cores, wish.gb_s, near, wish.far_ns, 1e3 * wish.rest_us)
     rows = table(SHAPES[wish.shape], server, wish.weight_bytes, wish.active)
     print("way    sockets    tok/s  speedup  waits   attention  feed-forward  barriers  hand-over  merge   us a token")

@@ -171,7 +171,7 @@ class Board:
     def attach(cls, mapping: npt.NDArray[np.uint8]) -> "Board":
         """Read the header of a mapped board; raises ProtocolError if it is none, or of another version."""
         if mapping.size < OWNER_AT or mapping[:8].tobytes() != MAGIC:
-            raise ProtocolError("the shared memory handed over is no board")
+            raise ProtocolError("the shared memory handed over is not a board")
         version, *fields = (int(v) for v in mapping[8:64].view(np.int64))
         sizes = BoardSizes(*fields)
         if version != VERSION or mapping.size != sizes.total:

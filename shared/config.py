@@ -178,7 +178,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "above 0, from 0.01 to 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not good:

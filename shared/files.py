@@ -36,7 +36,7 @@ def check_writable(path: Path) -> None:
     """Raise UsageError if a file cannot be written to the folder of `path`."""
     folder = path.parent
     if not folder.is_dir():
-        raise UsageError(f"cannot write {path}: {folder} is no folder; make it, or name another file")
+        raise UsageError(f"cannot write {path}: there is no folder {folder}; make it, or name another file")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"cannot write {path}: {folder} may not be written to; name another file")
 
@@ -80,8 +80,8 @@ def is_locked(path: Path) -> bool:
 
 def sweep_locks() -> None:
     """Remove what killed processes have left of their locks."""
-    with contextlib.suppress(OSError):
-        for lock in _lock_of(cache_root()).parent.iterdir():
+    for lock in _lock_of(cache_root()).parent.glob("*"):
+        with contextlib.suppress(OSError):
             fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,7 @@ from numba.core.serialize import dumps
 from numba.core.types.misc import unliteral
 
 from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.files import make_folder
 from warmfront.shared.paths import cache_root
 from warmfront.shared.process import hold_interrupts
 
@@ -108,7 +109,7 @@ def _refusal() -> str:
     """Make the cache's folder; why nothing can be kept in it, or empty."""
     if _FOLDER is not None and not _FOLDER.exists():
         try:
-            _FOLDER.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(_FOLDER.parent)
             _FOLDER.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             return f"{_FOLDER} cannot be made: {error.strerror}"

@@ -197,7 +197,7 @@ def decode(data: bytes) -> Message:
         name, values = parts[0], parts[1:]
         types = _TYPES[name]
     except (ValueError, TypeError, LookupError, msgpack.UnpackException):
-        raise ProtocolError(f"{len(data)} bytes that are no message of warmfront's protocol {PROTOCOL}") from None
+        raise ProtocolError(f"{len(data)} bytes that are not a message of warmfront's protocol {PROTOCOL}") from None
     if len(values) != len(types) or not all(map(_is, values, types)):
         raise ProtocolError(f"a {name} message whose fields are not those of warmfront's protocol {PROTOCOL}")
     return _KINDS[name](*values)

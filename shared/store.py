@@ -96,6 +96,8 @@ class PackedModel:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another process has found it damaged, or was told to remove it
+            raise DamagedError(f"the packed model {path} is gone; it will be made again") from None
         except OSError as error:
             raise ModelError(f"cannot open the packed model {path}: {error.strerror}") from error
         try:

@@ -7,8 +7,8 @@ while groups move and after the GPU worker was killed; measures calls, copies, k
 a process with its own time limit, ended with all that it started; one that fails does not stop the others. The last
 line is JSON, the exit code 1 if a step failed. What a card did is added to docs/gpu-measurements.md.
 
-`--gpu host` does the same on the device emulated on the CPU, and says so in each line: its figures are no card's and
-are written nowhere.
+`--gpu host` does the same on the device emulated on the CPU, and says so in each line: its figures are not those of a
+card and are written nowhere.
 """
 
 import argparse

@@ -95,7 +95,9 @@ def choice(job: Job) -> Figures:
     said: list[str] = []
     chosen = choose_devices(EngineConfig(), said.append)
     if (chosen.gpu, chosen.attention) != ("cuda:0", "cuda:0"):
-        raise RuntimeError(f"auto takes {chosen.gpu}, attention on {chosen.attention}: {' / '.join(said)}")
+        raise RuntimeError(
+            f"auto takes {chosen.gpu}, attention on {chosen.attention}; it said: {' / '.join(said) or 'nothing'}"
+        )
     started = time.perf_counter()
     choose_devices(EngineConfig(), said.append)
     return {"warm_choice_ms": (time.perf_counter() - started) * 1e3}

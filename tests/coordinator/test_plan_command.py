@@ -30,9 +30,9 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         ("m --vram-budget 1GB --gpu rocm", ["'rocm'", "cuda:N"]),
         ("m --vram-budget 1GB --selector some", ["'some' is not one of"]),
         ("m --vram-budget 1GB --dtype q5", ["'q5' is not one of"]),
-        ("m --vram-budget 1GB -o absent/x.json", ["absent/x.json", "absent is no folder"]),
-        ("m --vram-budget 1GB -o /proc/x/y.json", ["/proc/x is no folder"]),
-        ("m --vram-budget 1GB --plot absent/x.png", ["absent/x.png", "absent is no folder"]),
+        ("m --vram-budget 1GB -o absent/x.json", ["absent/x.json", "there is no folder absent"]),
+        ("m --vram-budget 1GB -o /proc/x/y.json", ["there is no folder /proc/x"]),
+        ("m --vram-budget 1GB --plot absent/x.png", ["absent/x.png", "there is no folder absent"]),
         ("m --vram-budget 1GB -o .", ["'.' is a directory"]),
         ("m --vram-budget 1GB --plan x.json", ["No such option", "--plan"]),
         ("m n --vram-budget 1GB", ["(n)"]),
@@ -63,4 +63,4 @@ def test_missing_packages(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     line = refused(capsys, monkeypatch, "m", "--vram-budget", "1GB", option)
-    assert f"{option.partition('=')[0]} needs {package}: run pip install 'warmfront[plan]'" in line
+    assert f"{option.partition('=')[0]} needs {package}: run {sys.executable} -m pip install {package}" in line

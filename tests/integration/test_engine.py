@@ -1,7 +1,9 @@
 """The Python API, used as nobody should: it answers right or refuses.  pytest tests/integration/test_engine.py"""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -83,6 +85,16 @@ def test_rounded_weights(tiny_llama: Callable[..., Path], sizes: dict[str, Any],
         lambda engine: list(engine.forced_logits(IDS, -1)),
         lambda engine: list(engine.forced_logits(IDS, len(IDS) + 1)),
         lambda engine: list(engine.generate([1, 2.5])),
+        lambda engine: list(engine.generate(None)),
+        lambda engine: list(engine.generate(5)),
+        lambda engine: list(engine.generate(b"abc")),
+        lambda engine: list(engine.generate(X, stop=None)),
+        lambda engine: list(engine.generate(X, stop=[1])),
+        lambda engine: list(engine.generate(X, stop=b"a")),
+        lambda engine: list(engine.generate(X, sampling={"temperature": 1})),
+        lambda engine: engine.decode_ids(X, 1.5),
+        lambda engine: engine.decode_ids(X, -1),
+        lambda engine: list(engine.forced_logits(X, 1.0)),
         lambda engine: engine.firing(IDS),
         lambda engine: engine.feed_forward_inputs(IDS),
     ],
@@ -120,6 +132,63 @@ def test_a_text_is_over_once_another_is_begun(engine: Engine, other: Callable[[E
     with pytest.raises(UsageError, match="this text is over"):
         next(answer)
     assert tokens_of(engine, X) == alone
+
+
+def test_no_token_comes_of_another_text(engine: Engine) -> None:
+    """Not even the last before the text is over."""
+    alone = {ids[0]: tokens_of(engine, ids, 30) for ids in (X, Y)}
+    wrong: list[list[int]] = []
+    over = time.monotonic() + 3
+
+    def use(ids: list[int]) -> None:
+        while time.monotonic() < over:
+            tokens: list[int] = []
+            with contextlib.suppress(UsageError):
+                for token in engine.generate(ids, max_new_tokens=30):
+                    tokens.append(token.id)
+            if tokens != alone[ids[0]][: len(tokens)]:
+                wrong.append(tokens)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(ids,)) for ids in (X, Y)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+class _Busy(threading.Thread):
+    """Uses an engine until it may not any more."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(daemon=True)
+        self._engine, self.begun, self.end = engine, threading.Event(), ""
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._engine.decode_ids(X, 20)
+                self.begun.set()
+        except UsageError as error:
+            self.end = str(error)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.003, 0.01, 0.05])
+def test_closing_waits_for_the_job_of_another_thread(tiny_llama: Callable[..., Path], after: float) -> None:
+    engine = Engine.load(str(tiny_llama()), context=CONTEXT)
+    thread = _Busy(engine)
+    thread.start()
+    assert thread.begun.wait(10)
+    time.sleep(after)
+    engine.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "closed" in thread.end
 
 
 def test_threads_get_their_own_text_or_none(engine: Engine) -> None:

@@ -72,7 +72,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
         ("generate -p x --ctx long", ["'--ctx'", "not a valid integer"]),
         ("generate --prompt-ids 1,x", ["'1,x'", "1,2,3"]),
         ("generate --prompt-ids 1,,2", ["'1,,2'", "1,2,3"]),
-        ("generate --prompt-ids=", ["no list of numbers", "1,2,3"]),
+        ("generate --prompt-ids=", ["not a list of numbers", "1,2,3"]),
         ("chat --temperature -1", ["temperature", "0 or more"]),
         ("bench --contexts 16,x", ["'16,x'", "1,2,3"]),
         ("bench --rounds 0", ["--rounds", "0"]),

@@ -192,7 +192,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--synthetic", "tokens=10", "--vram", "2"], "--vram must be between 0 and 1"),
         (["--synthetic", "tokens=10", "--shift", "5:9:2"], "workers are 0 to 1"),
         (["--synthetic", "tokens=10", "--policies", "best"], "--policies must be of balance"),
-        (["--trace", str(SCRIPT)], "is no trace of firing neurons"),
+        (["--trace", str(SCRIPT)], "is not a trace of firing neurons"),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_line(arguments: list[str], said: str) -> None:

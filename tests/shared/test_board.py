@@ -160,7 +160,7 @@ def test_attach_gives_what_create_laid_out() -> None:
 
 @pytest.mark.parametrize("mapping", [np.zeros(0, np.uint8), np.zeros(511, np.uint8), np.zeros(TOTAL, np.uint8)])
 def test_what_is_no_board(mapping: np.ndarray) -> None:
-    with pytest.raises(ProtocolError, match="the shared memory handed over is no board"):
+    with pytest.raises(ProtocolError, match="the shared memory handed over is not a board"):
         Board.attach(mapping)
 
 
