@@ -71,6 +71,8 @@ def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
 
 def _fault(target: Path) -> str | None:
     """None for a packed file that can be opened, empty if there is none, else what is to be said of it."""
+    if not target.exists():
+        return ""
     try:
         PackedModel(target).close()
     except DamagedError as error:
