@@ -159,7 +159,8 @@ class Crew:
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
         """Until the workers and the team have loaded."""
-        while not (self.supervisor.ready() and self.team.ready()):
+        # The team first: it removes a damaged file, which a worker may then find gone.
+        while not (self.team.ready() and self.supervisor.ready()):
             parts = (self.team.progress(), self.supervisor.loaded)
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)

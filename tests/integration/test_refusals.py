@@ -52,7 +52,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
         ("generate -p x --top-p 0", ["top_p", "above 0, up to 1"]),
         ("generate -p x --top-p 1.5", ["top_p", "above 0, up to 1"]),
         ("generate -p x --min-p 2", ["min_p", "between 0 and 1"]),
-        ("generate -p x --repetition-penalty 0", ["repetition_penalty", "above 0"]),
+        ("generate -p x --repetition-penalty 0", ["repetition_penalty", "between 0.01 and 100"]),
         ("generate -p x --seed -1", ["seed", "0 or more"]),
         ("generate -p x --seed 1.5", ["'--seed'", "not a valid integer"]),
         ("generate -p x --workers two", ["'--workers'", "not a valid integer"]),
