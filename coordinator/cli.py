@@ -315,7 +315,9 @@ def _run() -> int:
         return 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "warmfront"
-        _complain(f"{error.format_message().rstrip('.')}. See `{command} --help`.")
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        _complain(f"{message}{stop} See `{command} --help`.")
         return error.exit_code
     except click.ClickException as error:
         _complain(error.format_message())
