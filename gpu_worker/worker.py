@@ -16,7 +16,7 @@ import numpy.typing as npt
 from warmfront.gpu_worker.device import Device, Ints, slots_within
 from warmfront.shared.board import LANES, LEAVE, Board
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.handoff import DONE, HANDOFF_SPINS, LATE, announce, await_sequence
+from warmfront.shared.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
 from warmfront.shared.memory import address
 from warmfront.shared.messages import LoadReport, Plan
 from warmfront.shared.model import ACTIVATIONS
@@ -25,8 +25,6 @@ from warmfront.shared.service import Places, open_planned
 from warmfront.shared.store import run_of
 
 __all__ = ["GpuWorker"]
-
-_LOOK_UP_NS = 500_000_000
 
 
 class _Owned(NamedTuple):
@@ -83,10 +81,7 @@ class GpuWorker:
         self._serving.set()
         while True:
             sequence += 1
-            result = LATE
-            while result == LATE:
-                deadline = time.monotonic_ns() + _LOOK_UP_NS
-                result = await_sequence(job_at, sequence, leave_at, HANDOFF_SPINS, deadline)
+            result = await_sequence(job_at, sequence, leave_at, HANDOFF_SPINS, 0)
             layer, tokens, lanes = (int(v) for v in board.order[:3])
             if result != DONE or layer == LEAVE:
                 return
