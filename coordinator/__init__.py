@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from warmfront.coordinator.engine import Engine as Engine
+    from warmfront.coordinator.engine.engine import Engine as Engine
 
 __all__ = ["Engine"]
 
@@ -11,7 +11,7 @@ __all__ = ["Engine"]
 def __getattr__(name: str) -> Any:
     """Import the engine on first use: `warmfront --help` must not pay for numba."""
     if name == "Engine":
-        from warmfront.coordinator.engine import Engine
+        from warmfront.coordinator.engine.engine import Engine
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,11 @@
 
 import sys
 
-from warmfront.shared.board import Board
-from warmfront.shared.messages import Plan
-from warmfront.shared.process import pin
-from warmfront.shared.service import Service, run
-from warmfront.shared.topology import read_topology
+from warmfront.shared.machine.process import pin
+from warmfront.shared.machine.topology import read_topology
+from warmfront.shared.wire.board import Board
+from warmfront.shared.wire.messages import Plan
+from warmfront.shared.wire.worker_main import Service, run
 
 
 def _describe() -> tuple[str, int]:

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from warmfront.shared.atomics import address_of, clock_ns, fetch_add, floats_at, pause
-from warmfront.shared.board import LEAVE
-from warmfront.shared.bundle import GROUP
-from warmfront.shared.ffn import (
+from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, pause
+from warmfront.shared.kernels.ffn import (
     Bundles,
     dense_groups,
     list_masked,
@@ -23,10 +21,12 @@ from warmfront.shared.ffn import (
     open_gates,
     open_neurons,
 )
-from warmfront.shared.gemm import panels_of
-from warmfront.shared.handoff import DONE, announce, await_sequence, barrier
-from warmfront.shared.jit import inlined, kernel
-from warmfront.shared.kernels import quantise, share
+from warmfront.shared.kernels.gemm import panels_of
+from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.rows import quantise, share
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.wire.board import LEAVE
+from warmfront.shared.wire.handoff import DONE, announce, await_sequence, barrier
 
 __all__ = ["BUSY_NS", "BYTES", "FIRED", "HIT", "JOBS", "MEASURED", "NEURONS", "SELECTED", "Worker", "serve"]
 

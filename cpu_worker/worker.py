@@ -10,20 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, MEASURED, NEURONS, Worker, serve
-from warmfront.shared.board import Board
-from warmfront.shared.bundle import GROUP
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.ffn import bundles_at, scratch_floats
-from warmfront.shared.handoff import HANDOFF_SPINS, LINE
-from warmfront.shared.jit import compile_for
-from warmfront.shared.kernels import quantised_bytes
-from warmfront.shared.memory import address, anonymous, collapse, zeros
-from warmfront.shared.messages import LoadReport, Plan
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.numa import bind, ensure_free, free_on, pages_by_node
-from warmfront.shared.process import pin, take_short_turns
-from warmfront.shared.service import Places, open_planned
-from warmfront.shared.store import run_of
+from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
+from warmfront.shared.kernels.jit import compile_for
+from warmfront.shared.kernels.rows import quantised_bytes
+from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
+from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
+from warmfront.shared.machine.process import pin, take_short_turns
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.spec import ACTIVATIONS
+from warmfront.shared.model.store import run_of
+from warmfront.shared.wire.board import Board
+from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE
+from warmfront.shared.wire.messages import LoadReport, Plan
+from warmfront.shared.wire.worker_main import Places, open_planned
 
 __all__ = ["CpuWorker"]
 

@@ -3,10 +3,11 @@
 import os
 import sys
 
-from warmfront.gpu_worker.device import Device, open_device
-from warmfront.shared.board import Board
-from warmfront.shared.messages import Plan
-from warmfront.shared.service import Service, run
+from warmfront.gpu_worker.device import Device
+from warmfront.gpu_worker.open import open_device
+from warmfront.shared.wire.board import Board
+from warmfront.shared.wire.messages import Plan
+from warmfront.shared.wire.worker_main import Service, run
 
 _opened: list[Device] = []
 

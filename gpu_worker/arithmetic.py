@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.shared.atomics import address_of
-from warmfront.shared.ffn import Bundles, dense_groups, list_masked, listed_neurons
-from warmfront.shared.jit import kernel
-from warmfront.shared.kernels import quantise
+from warmfront.shared.kernels.atomics import address_of
+from warmfront.shared.kernels.ffn import Bundles, dense_groups, list_masked, listed_neurons
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.rows import quantise
 
 __all__ = ["Room", "add_masked", "add_whole"]
 

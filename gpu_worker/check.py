@@ -6,11 +6,11 @@ A small layer is computed by the product's own kernels, a token alone and severa
 import numpy as np
 
 from warmfront.gpu_worker.cuda import CudaDevice
-from warmfront.shared.board import LANES
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.driver import answer, count_devices
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.weights import Kind
+from warmfront.shared.machine.driver import answer, count_devices
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.spec import ACTIVATIONS
+from warmfront.shared.wire.board import LANES
 
 _HIDDEN, _GROUPS, _TOKENS = 64, 3, 17
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, inside, runs
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.driver import cupy_extra
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.memory import address
+from warmfront.shared.machine.driver import cupy_extra
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.bundle import GROUP, BundleLayout
 
 __all__ = ["CudaDevice"]
 

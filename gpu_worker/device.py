@@ -2,7 +2,7 @@
 
 A device holds groups of neurons in numbered slots and adds up the feed-forward outputs of any set of slots. It knows
 neither layers nor owners: which group lies in which slot is the caller's book-keeping. Implemented in `cuda.py` and
-`host.py`; a new device implements `Device` and gets a name in `open_device`.
+`host.py`; a new device implements `Device` and gets a name in `open.py`.
 """
 
 import bisect
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.shared.bundle import BundleLayout
 from warmfront.shared.errors import ResourceError, UsageError
-from warmfront.shared.memory import address
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.bundle import BundleLayout
 
 __all__ = [
     "STAGING_BYTES",
@@ -28,7 +28,6 @@ __all__ = [
     "Words",
     "ensure_fits",
     "inside",
-    "open_device",
     "runs",
     "slots_within",
 ]
@@ -156,17 +155,3 @@ def inside(array: npt.NDArray[Any], region: Bytes) -> bool:
     """Whether `array` lies contiguously in `region`."""
     offset = address(array) - address(region)
     return 0 <= offset <= region.nbytes - array.nbytes and array.flags.c_contiguous
-
-
-def open_device(name: str) -> Device:
-    """The device called "host" or "cuda:N"; raises ResourceError if it is not there."""
-    kind, _, index = name.partition(":")
-    if name == "host":
-        from warmfront.gpu_worker.host import HostDevice
-
-        return HostDevice()
-    if kind == "cuda" and index.isdecimal():
-        from warmfront.gpu_worker.cuda import CudaDevice
-
-        return CudaDevice(int(index))
-    raise ResourceError(f"no device is called {name!r}: use cuda:N or host")

@@ -7,8 +7,8 @@
 // Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
 //
 // Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET,
-// BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/bundle.py and
-// shared/weights.py.
+// BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/model/bundle.py and
+// shared/model/formats.py.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
 // tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
 

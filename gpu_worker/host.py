@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from warmfront.gpu_worker.arithmetic import Room, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, runs
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.ffn import bundles_at, scratch_floats
-from warmfront.shared.gemm import LANES
-from warmfront.shared.jit import compile_for
-from warmfront.shared.kernels import quantised_bytes
-from warmfront.shared.memory import address, anonymous
-from warmfront.shared.topology import read_topology
+from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
+from warmfront.shared.kernels.gemm import LANES
+from warmfront.shared.kernels.jit import compile_for
+from warmfront.shared.kernels.rows import quantised_bytes
+from warmfront.shared.machine.memory import address, anonymous
+from warmfront.shared.machine.topology import read_topology
+from warmfront.shared.model.bundle import GROUP, BundleLayout
 
 __all__ = ["HostDevice"]
 

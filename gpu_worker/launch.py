@@ -15,9 +15,9 @@ Vectors of several tokens may be in panels of 16 instead: so `max_tokens` counts
 from importlib.resources import files
 from typing import NamedTuple
 
-from warmfront.shared.board import LANES
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.weights import BLOCK
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import BLOCK
+from warmfront.shared.wire.board import LANES
 
 __all__ = [
     "THREADS",

@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker.device import Device, Ints, slots_within
-from warmfront.shared.board import LANES, LEAVE, Board
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
-from warmfront.shared.memory import address
-from warmfront.shared.messages import LoadReport, Plan
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.process import pin, take_short_turns
-from warmfront.shared.service import Places, open_planned
-from warmfront.shared.store import run_of
+from warmfront.shared.machine.memory import address
+from warmfront.shared.machine.process import pin, take_short_turns
+from warmfront.shared.model.spec import ACTIVATIONS
+from warmfront.shared.model.store import run_of
+from warmfront.shared.wire.board import LANES, LEAVE, Board
+from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
+from warmfront.shared.wire.messages import LoadReport, Plan
+from warmfront.shared.wire.worker_main import Places, open_planned
 
 __all__ = ["GpuWorker"]
 

@@ -30,10 +30,10 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator import Engine
-from warmfront.coordinator.expected import load_of
-from warmfront.coordinator.plan_file import write_plan
-from warmfront.coordinator.solver import Times, solve
-from warmfront.coordinator.unit_times import fit_line
+from warmfront.coordinator.measure.measured_costs import fit_line
+from warmfront.coordinator.placement.expected_load import load_of
+from warmfront.coordinator.placement.plan_file import write_plan
+from warmfront.coordinator.placement.solver import Times, solve
 from warmfront.shared.config import parse_size
 
 TURN = 16
@@ -60,12 +60,12 @@ class Runner:
 
     def step(self, token: int) -> int:
         """Decode one token; returns the greedy next."""
-        before, started = self.engine.front.flow, time.perf_counter()
+        before, started = self.engine.ownership.flow, time.perf_counter()
         logits = self.engine.step(token)
-        seconds, flow = time.perf_counter() - started, self.engine.front.flow
+        seconds, flow = time.perf_counter() - started, self.engine.ownership.flow
         _, spans = self.engine.times()
         busy = (spans[:, :, 1] - spans[:, :, 0]).astype(np.float64)
-        hit = float(self.engine.front.share()[-1])
+        hit = float(self.engine.ownership.share()[-1])
         self.tokens.append(Token(seconds, hit, flow.moves - before.moves, flow.flips - before.flips, busy))
         return int(np.argmax(logits))
 
@@ -87,7 +87,7 @@ class Runner:
 
 def measured_times(runner: Runner) -> Times:
     """Unit times of the CPU and the GPU worker as the engine has fitted them."""
-    cpu, gpu = runner.engine.front.costs
+    cpu, gpu = runner.engine.ownership.costs
     return Times(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
 
 
@@ -144,8 +144,8 @@ def device_of(runners: list[Runner]) -> dict[str, Any]:
     cpu, gpu = (list(fit_line(busy[None, worker], read[None, worker])) for worker in (0, 1))
     steady = next((each for each in runners if each.name == "oracle"), runners[0])
     rest = [1e9 * token.seconds - token.busy.max(1).sum() for token in steady.tokens]
-    busiest = max(runners, key=lambda each: each.engine.front.flow.moves).engine
-    copied_ns = busiest.front.transfer_ns / busiest.model.layout.group_bytes
+    busiest = max(runners, key=lambda each: each.engine.ownership.flow.moves).engine
+    copied_ns = busiest.ownership.transfer_ns / busiest.model.layout.group_bytes
     return {
         "cpus": [cpu],
         "gpu": gpu,
@@ -153,13 +153,13 @@ def device_of(runners: list[Runner]) -> dict[str, Any]:
         "link_gbs": 1 / copied_ns,
         "stolen_ns": copied_ns,
         "shared": True,
-        "deciding_ns": busiest.front.deciding_ns,
+        "deciding_ns": busiest.ownership.deciding_ns,
     }
 
 
 def points_of(runner: Runner) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Of the CPU and the GPU worker: median ns of a layer's job, and its mean bytes, [2, layers] each."""
-    reports, names = runner.engine.reports(), runner.engine.front.names
+    reports, names = runner.engine.reports(), runner.engine.ownership.names
     jobs = np.array([reports[name].jobs for name in names])[:, None] / len(runner.tokens[0].busy)
     read = np.array([reports[name].bytes for name in names]) / jobs
     return np.median([token.busy for token in runner.tokens], axis=0).T, read
@@ -187,9 +187,9 @@ def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times
 def summary(runner: Runner, switches: list[int]) -> dict[str, Any]:
     """What one policy made of the trace."""
     hits, ends = runner.hits(), [*switches[1:], len(runner.tokens)]
-    flow = runner.engine.front.flow
+    flow = runner.engine.ownership.flow
     seconds = [token.seconds for token in runner.tokens]
-    groups = runner.engine.front.owners().size
+    groups = runner.engine.ownership.owners().size
     settled = [(end - (end - start) // 2, end) for start, end in zip(switches, ends, strict=True)]
     return {
         "tok_s": round(len(seconds) / sum(seconds), 2),
@@ -199,7 +199,7 @@ def summary(runner: Runner, switches: list[int]) -> dict[str, Any]:
         "max_over_mean": round(float(np.mean([runner.imbalance(*each) for each in settled])), 3),
         "moves": flow.moves,
         "flips": flow.flips,
-        "unused": round(runner.engine.front.unused / max(1, flow.moves), 4),
+        "unused": round(runner.engine.ownership.unused / max(1, flow.moves), 4),
         "changes_per_100_settled": round(
             float(np.mean([100 * runner.changes(*each) / (each[1] - each[0]) / groups for each in settled])), 4
         ),
@@ -240,10 +240,10 @@ def shift(wish: argparse.Namespace) -> dict[str, Any]:
         # Balance finds its shares first, and the frozen split takes them over where it holds the groups.
         for _ in range(wish.tokens):
             tokens[balance] = balance.step(tokens[balance])
-        held = frozen.engine.front.resident
-        owners = balance.engine.front.owners()
+        held = frozen.engine.ownership.resident
+        owners = balance.engine.ownership.owners()
         able = np.take_along_axis(held, owners[None].astype(np.intp), 0)[0]
-        frozen.engine.front.hand_over(np.where(able, owners, frozen.engine.front.owners()))
+        frozen.engine.ownership.hand_over(np.where(able, owners, frozen.engine.ownership.owners()))
         balance.tokens = []
         span(wish.tokens)
         with neighbour(cpu):
@@ -261,7 +261,7 @@ def shift(wish: argparse.Namespace) -> dict[str, Any]:
                 for low, high in ((half, n), (n + late - 16, n + late), (2 * n - 16, 2 * n), (3 * n - half, 3 * n))
             ],
             "changes_per_100_quiet": round(
-                100 * balance.changes(half, n) / half / balance.engine.front.owners().size, 4
+                100 * balance.changes(half, n) / half / balance.engine.ownership.owners().size, 4
             ),
             "changes": [balance.changes(n * i, n * (i + 1)) for i in range(3)],
         }

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from warmfront.coordinator import Engine
-from warmfront.shared.handoff import LINE, announce, await_sequence
-from warmfront.shared.jit import kernel
-from warmfront.shared.memory import address
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.machine.memory import address
+from warmfront.shared.wire.handoff import LINE, announce, await_sequence
 
 LAYERS = 48
 # Events of a layer in a trace: seven of the coordinator, one of the worker.

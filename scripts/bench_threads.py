@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from warmfront.coordinator import Engine
-from warmfront.coordinator.default_model import DEFAULT_MODEL
+from warmfront.coordinator.models.default_model import DEFAULT_MODEL
 
 PROMPT = [(300 + 7 * i) for i in range(16)]
 

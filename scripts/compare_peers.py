@@ -46,8 +46,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warmfront.coordinator import Engine
-from warmfront.coordinator.bandwidth import Bandwidth
-from warmfront.coordinator.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.hardware.bandwidth import Bandwidth
+from warmfront.coordinator.models.default_model import DEFAULT_MODEL, resolve
 from warmfront.shared.errors import WarmfrontError
 
 POWERINFER = "WARMFRONT_POWERINFER"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from warmfront.coordinator import Engine
-from warmfront.coordinator.calibration import masses_and_scores
+from warmfront.coordinator.selectors.calibration import masses_and_scores
 
 STARTS = 4
 

@@ -34,13 +34,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import save
 
-import warmfront.coordinator.gguf_source
-import warmfront.coordinator.hf_source  # noqa: F401  # both imported late elsewhere: not anew in every child
-from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.tokenizer import Tokenizer
+import warmfront.coordinator.models.gguf
+import warmfront.coordinator.models.hf  # noqa: F401  # both imported late elsewhere: not anew in every child
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.errors import WarmfrontError
-from warmfront.shared.store import PackedModel
-from warmfront.shared.weights import BLOCK, row_bytes, unpack
+from warmfront.shared.model.formats import BLOCK, row_bytes, unpack
+from warmfront.shared.model.store import PackedModel
 
 MEMORY, SECONDS = 1 << 30, 10.0
 HIDDEN, FFN, VOCAB = 64, 96, 48

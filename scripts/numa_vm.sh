@@ -90,7 +90,7 @@ print(*(each for each in project["dependencies"] if not each.startswith("torch")
         echo root:x:0:0:root:/root:/bin/bash >etc/passwd
         echo root:x:0: >etc/group
         printf '#!/bin/sh\nexec python3 -m pytest "$@"\n' >usr/local/bin/pytest
-        printf '#!/bin/sh\nexec python3 -c "from warmfront.coordinator.cli import main; main()" "$@"\n' \
+        printf '#!/bin/sh\nexec python3 -c "from warmfront.coordinator.cli.main import main; main()" "$@"\n' \
             >usr/local/bin/warmfront
         chmod +x usr/local/bin/*
         ln -s python3 usr/bin/python

@@ -38,7 +38,7 @@ def record(engine: Engine, topics: int, tokens: int, seed: int) -> tuple[npt.NDA
             token = words[topic]
         ids.append(token)
         token = int(np.argmax(engine.step(token)))
-        fired.append(engine.front.fired())
+        fired.append(engine.ownership.fired())
     return np.stack(fired), ids
 
 

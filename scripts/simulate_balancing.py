@@ -33,10 +33,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancer import POLICIES, Decision, Policy, Situation, make_policy
-from warmfront.coordinator.costs import WorkerCosts
-from warmfront.coordinator.levels import fill, level
-from warmfront.coordinator.situation import budget_of
+from warmfront.coordinator.balancing.balance import POLICIES, BalancerState, Policy, Rebalance, make_policy
+from warmfront.coordinator.balancing.cost_model import WorkerCosts
+from warmfront.coordinator.balancing.interface import budget_of
+from warmfront.coordinator.balancing.water_filling import fill, level
 from warmfront.shared.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -341,9 +341,9 @@ class Replay:
         unused += int(self.fresh.sum())
         return Result(seconds, hits, moves, unused, flips, stall / 1e9, imbalance, 1e3 * deciding / max(decisions, 1))
 
-    def situation(self, token_ns: float, every: int) -> Situation:
+    def situation(self, token_ns: float, every: int) -> BalancerState:
         """What the policy is told."""
-        return Situation(
+        return BalancerState(
             self.owner.copy(),
             self.resident.copy(),
             self.coming.copy(),
@@ -356,7 +356,7 @@ class Replay:
             self.device.deciding_ns / token_ns,
         )
 
-    def drop(self, decision: Decision) -> int:
+    def drop(self, decision: Rebalance) -> int:
         """Take the owners, give up the copies; how many of these had never been used."""
         self.owner = decision.owner.copy()
         where = tuple(decision.drops.T)
@@ -364,7 +364,7 @@ class Replay:
         self.resident[where] = self.fresh[where] = False
         return never
 
-    def begin(self, decision: Decision, budget: int, now: float) -> int:
+    def begin(self, decision: Rebalance, budget: int, now: float) -> int:
         """Begin the copies for which there are slots, one batch; how many to caches."""
         free = self.slots - (self.resident | self.coming).sum((1, 2))
         moves = decision.moves[:budget]

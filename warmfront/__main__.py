@@ -1,5 +1,5 @@
 """`python -m warmfront` is the command `warmfront`."""
 
-from warmfront.coordinator.cli import main
+from warmfront.coordinator.cli.main import main
 
 main()

@@ -72,7 +72,7 @@ def environment(job: Job) -> Figures:
     if missing:
         raise RuntimeError(f"missing: {', '.join(missing)}; docs/gpu-measurements.md tells which wheels to bring")
     if not job.emulated:
-        from warmfront.shared.driver import find_driver
+        from warmfront.shared.machine.driver import find_driver
 
         versions["driver"] = str(find_driver())
         import cupy
@@ -87,7 +87,7 @@ def environment(job: Job) -> Figures:
 
 def choice(job: Job) -> Figures:
     """`--gpu auto` and `--attention auto` take the card."""
-    from warmfront.coordinator.choices import choose_devices
+    from warmfront.coordinator.engine.resolve import choose_devices
     from warmfront.shared.config import EngineConfig
 
     if job.gpu != "cuda:0":
@@ -107,7 +107,7 @@ def tests(job: Job) -> Figures:
     """The tests that need a card."""
     root, files = Path(__file__).parents[2], ["tests/gpu_worker"]
     if importlib.util.find_spec("transformers") is not None:  # which makes their models
-        files += ["tests/coordinator/test_torch_team.py", "tests/integration/test_card.py"]
+        files += ["tests/coordinator/decode/test_torch_team.py", "tests/integration/test_card.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
@@ -158,7 +158,7 @@ def moves(job: Job) -> Figures:
         with _engine(job, "small", 0.25, policy=policy, slow="cpu0:8", verify=True) as engine:
             for _ in range(3):
                 _assert_tokens(job, engine, f"while {policy} moves groups")
-            figures[f"{policy}_moves"] = engine.front.flow.moves
+            figures[f"{policy}_moves"] = engine.ownership.flow.moves
     if min(figures.values()) == 0:
         raise RuntimeError(f"nothing moved: {figures}")
     return figures
@@ -189,7 +189,7 @@ def killed(job: Job) -> Figures:
 
 def device(job: Job) -> Figures:
     """The device alone: a call, copies to slots, kernels against what its memory gives."""
-    from warmfront.shared.weights import Kind
+    from warmfront.shared.model.formats import Kind
 
     memory = None if job.emulated else _memory_gb_s()
     figures: Figures = {} if memory is None else {"memory_gb_s": memory}
@@ -203,8 +203,8 @@ def device(job: Job) -> Figures:
 
 def _kernels(job: Job, kind: int, down: int) -> Figures:
     """A layer of these weight types: compiling, copying, a call of one group, one token, a job of the most tokens."""
-    from warmfront.shared.bundle import GROUP, BundleLayout
-    from warmfront.shared.model import ACTIVATIONS
+    from warmfront.shared.model.bundle import GROUP, BundleLayout
+    from warmfront.shared.model.spec import ACTIVATIONS
 
     hidden, groups = (256, 32) if job.emulated else (4096, 344)
     layout = BundleLayout(hidden=hidden, ffn=groups * GROUP, gate_kind=kind, down_kind=down)
@@ -279,7 +279,7 @@ STEPS = {
 
 
 def _device(job: Job) -> Any:
-    from warmfront.gpu_worker.device import open_device
+    from warmfront.gpu_worker.open import open_device
 
     return open_device(job.gpu)
 
@@ -290,8 +290,8 @@ def _engine(
 ) -> Iterator[Any]:
     """An engine of a model, the GPU holding `share` of its groups, at least one."""
     from warmfront.coordinator import Engine
-    from warmfront.shared.bundle import BundleLayout
-    from warmfront.shared.weights import Kind
+    from warmfront.shared.model.bundle import BundleLayout
+    from warmfront.shared.model.formats import Kind
 
     shape, kind, dtype = (SMALL, Kind.F32, "f32") if name == "small" else (job.large, Kind.F16, "f16")
     wishes = {"gpu": job.gpu, "attention": "cpu", "dtype": dtype, "context": shape.context} | wishes

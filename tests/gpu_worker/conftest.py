@@ -1,6 +1,6 @@
 """Cases, an independent reference, and a stand-in for CuPy (stand_in/cupy.py) where there is no GPU.
 
-The reference decodes packed rows weight by weight in float64, from the layout that shared/weights.py states.
+The reference decodes packed rows weight by weight in float64, from the layout that shared/model/formats.py states.
 """
 
 import math
@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from warmfront.shared.bundle import GROUP, BundleLayout
-from warmfront.shared.memory import zeros
-from warmfront.shared.weights import Kind, pack
+from warmfront.shared.machine.memory import zeros
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import Kind, pack
 
 HERE = Path(__file__).parent
 

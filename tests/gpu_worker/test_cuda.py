@@ -17,12 +17,13 @@ import pytest
 from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.cuda import CudaDevice
-from warmfront.gpu_worker.device import Device, open_device, slots_within
-from warmfront.shared.bundle import BundleLayout
+from warmfront.gpu_worker.device import Device, slots_within
+from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError, UsageError
-from warmfront.shared.memory import create_shared, map_shared
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.weights import Kind
+from warmfront.shared.machine.memory import create_shared, map_shared
+from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.spec import ACTIVATIONS
 
 MakeCase = Callable[[BundleLayout, str, int], Any]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
-from warmfront.gpu_worker.device import open_device
 from warmfront.gpu_worker.host import HostDevice
-from warmfront.shared.bundle import BundleLayout
+from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.model import ACTIVATIONS
-from warmfront.shared.weights import Kind
+from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.spec import ACTIVATIONS
 
 MakeCase = Callable[[BundleLayout, str, int], Any]
 

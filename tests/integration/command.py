@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from warmfront.coordinator.packer import ensure_packed
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.paths import cache_root
-from warmfront.shared.topology import read_topology
 
 WARMFRONT = os.fspath(Path(sys.executable).with_name("warmfront"))
 MARK = "WARMFRONT_TEST_COMMAND"

@@ -7,11 +7,11 @@ import numpy.typing as npt
 import pytest
 
 from tests.tables import assert_tables_hold
-from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.situation import Decision, Situation, decision_of, home_of
+from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, decision_of, home_of
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.gpu_worker.host import HostDevice
-from warmfront.shared.bundle import BundleLayout
-from warmfront.shared.weights import Kind
+from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.model.formats import Kind
 
 
 def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512) -> int:
@@ -32,7 +32,7 @@ class Restless:
     def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
         """Nothing is learnt."""
 
-    def decide(self, situation: Situation) -> Decision:
+    def decide(self, situation: BalancerState) -> Rebalance:
         """Whatever the tables allow."""
         chance = self._rng.random(situation.resident.shape)
         home, owner = home_of(situation), situation.owner.copy()
@@ -58,14 +58,14 @@ class Still(Restless):
 
 def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
     """Have `policy` decide from now on, and check the tables at every boundary."""
-    front = engine.front
+    front = engine.ownership
     boundary = front.boundary
 
     def checked() -> None:
         boundary()
         there = zip(front.names, front._present, strict=True)
         assert_tables_hold(
-            front, {name: engine._crew.supervisor.readies[name].slots for name, present in there if present}
+            front, {name: engine._runtime.supervisor.readies[name].slots for name, present in there if present}
         )
 
     front._policy = policy

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warmfront.shared.store import PackedModel
-from warmfront.shared.weights import row_bytes, unpack
+from warmfront.shared.model.formats import row_bytes, unpack
+from warmfront.shared.model.store import PackedModel
 
 Floats = npt.NDArray[np.float32]
 

@@ -13,8 +13,8 @@ import pytest
 
 from tests.integration.gpu import Restless, watch
 from tests.integration.reference import choices, llama_from_folder
-from warmfront.coordinator.engine import Engine
-from warmfront.gpu_worker.device import open_device
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
@@ -50,7 +50,7 @@ def test_tokens_are_those_of_transformers(
     with Engine.load(str(made), dtype="f32", selector=selector, attention=attention, verify=True, **CARD) as engine:
         watch(engine, Restless(1), monkeypatch)
         answer = engine.decode_ids(PROMPT, 150)
-        assert engine.front.flow.moves > 100
+        assert engine.ownership.flow.moves > 100
         assert engine.workers()[-1].neurons > 0
     assert answer == choices(llama_from_folder(made), PROMPT, answer)[:-1]
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from tests.integration.command import WARMFRONT, prepack, run
 from tests.integration.terminal import CTRL_C, CTRL_D, Terminal
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

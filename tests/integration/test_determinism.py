@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.integration.command import needs_two_cores, run
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.config import Sampling
 
 PROMPT = "Once upon a time, in a village by the sea,"

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from tests.integration.reference import all_logits, llama_from_packed
 from tests.leak_check import assert_nothing_left, snapshot
-from warmfront.coordinator import crew, team
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.decode import thread_team
+from warmfront.coordinator.engine import runtime
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import ResourceError, UsageError, WorkerError
-from warmfront.shared.gemm import in_pairs
+from warmfront.shared.kernels.gemm import in_pairs
 
 IDS = [3 + (7 * i + i // 13) % 290 for i in range(48)]
 X, Y = [5, 17, 200, 42], [101, 7, 250]
@@ -249,7 +250,7 @@ class _Dying:
     """Stands for the loop of the team's threads: ends with an error after its time."""
 
     def __init__(self, after: threading.Event) -> None:
-        self._after, self._real = after, team.serve_team
+        self._after, self._real = after, thread_team.serve_team
 
     def __call__(self, member: int, *arguments: object) -> None:
         if member == 0:
@@ -263,7 +264,7 @@ class _Dying:
 
 def test_a_thread_that_dies_ends_the_run(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr(team, "serve_team", _Dying(over))
+    monkeypatch.setattr(thread_team, "serve_team", _Dying(over))
     with Engine.load(str(tiny_llama()), context=CONTEXT, threads=2, force=True) as engine:
         threading.Timer(0.5, over.set).start()
         start = time.monotonic()
@@ -295,7 +296,7 @@ def test_what_does_not_fit_beside_the_weights_is_refused(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers of two heads of 16 weights, padded to 32: 102 MB of float32 keys and values, 38 MB of scores."""
-    monkeypatch.setattr(crew, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
+    monkeypatch.setattr(runtime, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
     folder = tiny_llama(max_position_embeddings=100_000)
     with pytest.raises(ResourceError, match=r"GB \(0.00 for weights, 0.14 for a context of 100000 tokens\), 0.04 GB"):
         Engine.load(str(folder), context=100_000)
@@ -310,7 +311,7 @@ def test_a_closed_engine_refuses(tiny_llama: Callable[..., Path]) -> None:
     engine.close()
     uses: list[Callable[[], object]] = [
         *(getattr(engine, name) for name in ("times", "workers", "reports", "selection", "device_memory", "reset")),
-        lambda: engine.front,
+        lambda: engine.ownership,
         engine.expected_bytes,
         lambda: engine.step(1),
         lambda: engine.decode_ids(X, 1),

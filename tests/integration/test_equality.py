@@ -10,7 +10,7 @@ import pytest
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import budget_for
 from tests.integration.reference import all_logits, choices, llama_from_folder
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 
 STORY = (
     "The lighthouse keeper wrote in his diary that the sea had been calm for twelve days, and that the supply boat "
@@ -55,7 +55,7 @@ def assert_gpu_has_a_third(engine: Engine) -> None:
     workers = engine.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
-    slots = engine._crew.supervisor.readies["gpu0"].slots
+    slots = engine._runtime.supervisor.readies["gpu0"].slots
     assert slots == sum(worker.groups for worker in workers) // 3
     assert workers[-1].groups == slots
 

@@ -21,9 +21,9 @@ import pytest
 
 from tests.integration.command import MARK, WARMFRONT, find_module, marked, needs_two_cores
 from tests.integration.gpu import Restless, budget_for, watch
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import UsageError, WorkerError
-from warmfront.shared.messages import Move
+from warmfront.shared.wire.messages import Move
 
 RUNS = 30
 LIMIT_S = 2.0
@@ -213,7 +213,7 @@ class Victim:
 
     def kill(self) -> None:
         """The process that is there now."""
-        process = self._engine._crew.supervisor._processes["gpu0"]
+        process = self._engine._runtime.supervisor._processes["gpu0"]
         os.kill(process.pid, signal.SIGKILL)
         self.killed.append(process.pid)
 
@@ -221,14 +221,16 @@ class Victim:
         """Kill it, and so long after its successor has been started that one too."""
         self.kill()
         deadline = time.monotonic() + 30
-        while self._engine._crew.supervisor._processes["gpu0"].pid == self.killed[-1] and time.monotonic() < deadline:
+        while (
+            self._engine._runtime.supervisor._processes["gpu0"].pid == self.killed[-1] and time.monotonic() < deadline
+        ):
             time.sleep(0.001)
         time.sleep(after_s)
         self.kill()
 
     def back(self) -> bool:
         """Whether another has taken its place and holds groups; a killed one seems to until its death is heard of."""
-        front, pid = self._engine.front, self._engine._crew.supervisor.hellos["gpu0"].pid
+        front, pid = self._engine.ownership, self._engine._runtime.supervisor.hellos["gpu0"].pid
         there = bool(front._present[-1]) and pid not in self.killed
         return there and bool(front.resident[-1].any()) and not front._batches
 
@@ -251,7 +253,7 @@ def assert_it_goes_on(
     striker.join()
     assert tokens == expected[: len(tokens)]
     assert longest < LIMIT_S, f"a gap of {longest:.2f} s"
-    assert engine._crew.supervisor.hellos["gpu0"].pid not in victim.killed
+    assert engine._runtime.supervisor.hellos["gpu0"].pid not in victim.killed
     assert not any(Path(f"/proc/{pid}").exists() for pid in victim.killed)
     assert engine.decode_ids(PROMPT, 50) == expected[:50]
     assert worker_neurons(engine, "gpu0") > 0
@@ -272,7 +274,7 @@ def restless(endless: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]
 def test_ctrl_c_waits_until_the_tables_agree(
     restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    front, presses = restless.front, []
+    front, presses = restless.ownership, []
     arrived = front._arrived
 
     def pressed(*arguments: Any) -> None:
@@ -318,7 +320,7 @@ def test_a_gpu_worker_may_die_during_a_move(
     restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """The batch is on its way when the process dies."""
-    victim, supervisor, moves = Victim(restless), restless._crew.supervisor, []
+    victim, supervisor, moves = Victim(restless), restless._runtime.supervisor, []
     move = supervisor.move
 
     def deadly(worker: str, message: Move) -> None:

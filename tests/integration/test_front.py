@@ -16,7 +16,7 @@ import pytest
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import Restless, Still, budget_for, watch
 from tests.integration.reference import choices, llama_from_folder
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import WorkerError
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
@@ -59,7 +59,7 @@ def test_tokens_are_those_of_transformers(
     with load(made, selector=selector, **GPU) as engine:
         watch(engine, Restless(1), monkeypatch)
         answer = engine.decode_ids(PROMPT, TOKENS)
-        flow, workers = engine.front.flow, engine.workers()
+        flow, workers = engine.ownership.flow, engine.workers()
     assert_greedy(reference, answer)
     assert min(flow.moves, flow.flips) > 300
     assert workers[-1].neurons > 0
@@ -71,7 +71,7 @@ def test_lowbit_gives_the_tokens_that_it_gives_without_a_gpu(made: Path, monkeyp
     with load(made, selector="lowbit", **GPU) as engine:
         watch(engine, Restless(2), monkeypatch)
         assert engine.decode_ids(PROMPT, TOKENS) == expected
-        assert engine.front.flow.moves > 300
+        assert engine.ownership.flow.moves > 300
 
 
 @needs_two_cores
@@ -81,11 +81,11 @@ def test_groups_move_between_cpu_workers(
     made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, selector: str, wishes: dict[str, Any]
 ) -> None:
     with load(made, selector=selector, workers=2, **wishes) as engine:
-        first = engine.front.home.copy()
+        first = engine.ownership.home.copy()
         watch(engine, Restless(3), monkeypatch)
         answer = engine.decode_ids(PROMPT, TOKENS)
-        assert engine.front.flow.moves > 100
-        assert np.count_nonzero(engine.front.home != first) > 20
+        assert engine.ownership.flow.moves > 100
+        assert np.count_nonzero(engine.ownership.home != first) > 20
     assert_greedy(reference, answer)
 
 
@@ -101,15 +101,15 @@ def test_prompts_and_answers_by_turns(made: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_gpu_begins_full_and_the_moves_keep_to_its_slots(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(made, **GPU) as engine:
-        assert engine._crew.supervisor.readies["gpu0"].slots == SLOTS
-        assert engine.front.resident[-1].sum() == SLOTS
+        assert engine._runtime.supervisor.readies["gpu0"].slots == SLOTS
+        assert engine.ownership.resident[-1].sum() == SLOTS
         watch(engine, Restless(5, some=0.5), monkeypatch)
         engine.decode_ids(PROMPT, 40)
-        assert 0 < engine.front.resident[-1].sum() <= SLOTS
-        assert 0 < engine.front.unused <= engine.front.flow.moves
-        assert len(engine.front.transfers) > 10
-        for transfer in engine.front.transfers:
-            assert engine.front.names[transfer.worker] == "gpu0"
+        assert 0 < engine.ownership.resident[-1].sum() <= SLOTS
+        assert 0 < engine.ownership.unused <= engine.ownership.flow.moves
+        assert len(engine.ownership.transfers) > 10
+        for transfer in engine.ownership.transfers:
+            assert engine.ownership.names[transfer.worker] == "gpu0"
             assert 0 < transfer.groups <= 16
             assert transfer.began < transfer.ended
 
@@ -128,10 +128,10 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, str]
 ) -> None:
     """The CPU worker has computed the layer when the table changes, the GPU worker has not seen it yet."""
-    board, front, run = engine._crew.board, engine.front, engine._crew.team.run
+    board, front, run = engine._runtime.board, engine.ownership, engine._runtime.team.run
     first, then = (front.names.index(name) for name in changes)
     assert front.resident[:, 0, 3].all()
-    gpu = engine._crew.supervisor.hellos["gpu0"].pid
+    gpu = engine._runtime.supervisor.hellos["gpu0"].pid
 
     def change(sequence: int) -> None:
         deadline = time.monotonic() + 20
@@ -150,7 +150,7 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
         finally:
             changer.join()
 
-    monkeypatch.setattr(engine._crew.team, "run", corrupted)
+    monkeypatch.setattr(engine._runtime.team, "run", corrupted)
     with pytest.raises(WorkerError, match=r"^group 3 of layer 0 was not computed exactly once: "):
         engine.step(300)
 
@@ -164,5 +164,5 @@ def test_every_policy_leaves_the_tokens_as_they_are(
     made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     with load(made, policy=policy, **GPU) as engine:
-        watch(engine, engine.front._policy, monkeypatch)
+        watch(engine, engine.ownership._policy, monkeypatch)
         assert_greedy(reference, engine.decode_ids(PROMPT, TOKENS))

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from tests.integration.command import WARMFRONT, Outcome, assert_refused, prepack, run
-from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.report import as_text
+from warmfront.coordinator.cli.report import as_text
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.config import Sampling
 from warmfront.shared.errors import ModelError, UsageError
 
@@ -150,8 +150,8 @@ class TestRequests:
         with Engine.load(str(folder)) as engine:
             answer = engine.generate("x")
             assert next(answer).text == "a"
-            engine._crew.team.logits[3] = np.nan  # where the next token would be picked
-            step, engine._step = engine._step, lambda *_: engine._crew.team.logits  # type: ignore[method-assign]
+            engine._runtime.team.logits[3] = np.nan  # where the next token would be picked
+            step, engine._step = engine._step, lambda *_: engine._runtime.team.logits  # type: ignore[method-assign]
             with pytest.raises(ModelError, match="logits that are not finite"):
                 next(answer)
             engine._step = step  # type: ignore[method-assign]

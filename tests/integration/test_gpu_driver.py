@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.command import assert_refused, prepack, run
-from warmfront.shared.driver import find_driver
+from warmfront.shared.machine.driver import find_driver
 
 STAND_IN = Path(__file__).parents[1] / "gpu_worker" / "stand_in"
 pytestmark = [

@@ -102,7 +102,7 @@ def test_a_working_directory_that_is_gone(model: Path, tmp_path: Path) -> None:
 def test_no_home_at_all(tmp_path: Path) -> None:
     """What needs no cache runs without one."""
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    code = "import pwd; pwd.getpwuid = {}.__getitem__; from warmfront.coordinator.cli import main; main()"
+    code = "import pwd; pwd.getpwuid = {}.__getitem__; from warmfront.coordinator.cli.main import main; main()"
 
     def bare(*words: str) -> Outcome:
         command = [sys.executable, "-c", code, *words]
@@ -126,7 +126,7 @@ def test_a_damaged_kernel_is_compiled_anew_by_a_worker(model: Path, answer: str,
     shutil.copytree(newest, kernels)
     kernels.chmod(0o700)
     (tmp_path / "warmfront/models").symlink_to(cache_root() / "models")
-    (index,) = kernels.glob("warmfront.shared.kernels.dot.nbi")
+    (index,) = kernels.glob("warmfront.shared.kernels.rows.dot.nbi")
     os.truncate(index, 10)
     for file in kernels.glob("warmfront.cpu_worker.executor.serve.*.nbc"):
         os.truncate(file, 10)

@@ -12,11 +12,11 @@ import pytest
 
 from tests.integration.command import assert_refused, prepack, run
 from warmfront.coordinator import Engine
-from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.plan_file import read_plan
-from warmfront.coordinator.solver import Times
-from warmfront.coordinator.unit_times import key_of, load_times, measure_times, save_times
-from warmfront.shared.store import PackedModel
+from warmfront.coordinator.measure.measured_costs import key_of, load_times, measure_times, save_times
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.coordinator.placement.plan_file import read_plan
+from warmfront.coordinator.placement.solver import Times
+from warmfront.shared.model.store import PackedModel
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -45,10 +45,10 @@ def groups_of(path: Path, model: Path) -> np.ndarray:
 
 def test_the_workers_are_measured_once(model: Path, tmp_path: Path) -> None:
     with Engine.load(str(model), gpu="host", vram_budget=2_000_000, policy="static") as engine:
-        key, before = key_of(engine), engine.front.owners()
+        key, before = key_of(engine), engine.ownership.owners()
         assert (before == 1).any()
         times = measure_times(engine)
-        np.testing.assert_array_equal(engine.front.owners(), before)
+        np.testing.assert_array_equal(engine.ownership.owners(), before)
     assert all(np.isfinite(times))
     assert min(times) >= 0
     assert times.cpu_job_ns + times.cpu_byte_ns > 0

@@ -22,13 +22,13 @@ from tests.integration.command import WARMFRONT, assert_refused, link_cache, pre
 from tests.integration.reference import llama_from_folder
 from tests.integration.terminal import CTRL_C, Terminal
 from warmfront.coordinator import Engine
-from warmfront.coordinator.lowbit import groups_of, rows_of
-from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.profile import Profile
-from warmfront.coordinator.sample_text import SAMPLE_TEXT
-from warmfront.coordinator.tokenizer import Tokenizer
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
+from warmfront.coordinator.selectors.lowbit import groups_of, rows_of
+from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.config import EngineConfig
-from warmfront.shared.store import PackedModel
+from warmfront.shared.model.store import PackedModel
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SHAPE = {"hidden": 256, "layers": 3, "ffn": 1024, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 31, "topics": 4}
@@ -176,8 +176,8 @@ def test_topics_come_into_groups_of_their_own(made: Path) -> None:
         for topic in range(4)
     ]
     path = packed_of(made, "f16")
-    from warmfront.coordinator.firing import count, empty_profile, jobs_of
-    from warmfront.coordinator.reorder import reorder
+    from warmfront.coordinator.profile.counting import count, empty_profile, jobs_of
+    from warmfront.coordinator.profile.reorder import reorder
 
     with Engine.for_profiling(path, EngineConfig(dtype="f16", gpu="none")) as engine:
         counted = empty_profile(engine.model, ["topics"])

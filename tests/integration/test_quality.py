@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.integration.reference import all_logits
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 
 TOKENS = 200
 TEXT = (

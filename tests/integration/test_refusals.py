@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, prepack, run
-from warmfront.coordinator.packer import ensure_packed
-from warmfront.shared.driver import find_driver
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.shared.machine.driver import find_driver
+from warmfront.shared.model.store import FORMAT, PackedModel
 from warmfront.shared.paths import cache_root
-from warmfront.shared.store import FORMAT, PackedModel
 
 # A command that sees a folder, the next word, as one that cannot be written, whoever runs it.
 _MOUNT = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'

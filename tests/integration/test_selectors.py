@@ -17,7 +17,7 @@ import pytest
 from tests.integration.command import assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import all_logits, choices, llama_from_folder
 from warmfront.coordinator import Engine
-from warmfront.coordinator.calibration import masses_and_scores
+from warmfront.coordinator.selectors.calibration import masses_and_scores
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SHAPE = {"hidden": 256, "layers": 4, "ffn": 1024, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 31}

@@ -10,10 +10,10 @@ import pytest
 
 from tests.integration.command import CORES, assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import choices, llama_from_folder
-from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.packer import ensure_packed
-from warmfront.coordinator.shares import WHOLE
-from warmfront.coordinator.tuning import Setting, keep_setting, tuning_file
+from warmfront.coordinator.decode.row_split import WHOLE
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.hardware.settings import Setting, keep_setting, tuning_file
+from warmfront.coordinator.packing.packer import ensure_packed
 
 IDS = [5, 17, 3, 42, 7]
 COUNT = 24
@@ -58,7 +58,7 @@ def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
     random = np.random.default_rng(3)
     with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
         even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]
-        cuts, moved = engine._crew.team._shares.cuts, []
+        cuts, moved = engine._runtime.team._shares.cuts, []
         for logits in engine.forced_logits(range(5, 45), 8):
             moved.append(logits.tobytes())
             cuts[1:-1] = np.sort(random.integers(0, WHOLE + 1, 2))
@@ -84,7 +84,7 @@ def test_more_threads_than_cores_are_refused(model: Path) -> None:
 
 def test_weights_lie_where_the_kernel_says(model: Path) -> None:
     with Engine.load(str(model), dtype="f32") as engine:
-        workers, pages = engine.workers(), engine._crew.team.pages()
+        workers, pages = engine.workers(), engine._runtime.team.pages()
     assert all(sum(worker.nodes.values()) > 0 for worker in workers)
     assert {node for worker in workers for node in worker.nodes} <= {f"node{number}" for number in range(64)}
     assert len(pages) == len(engine.cores.coordinator)

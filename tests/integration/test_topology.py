@@ -12,35 +12,35 @@ from typing import Any
 import pytest
 
 from tests.integration.command import Outcome, assert_refused, prepack, run
-from warmfront.shared.numa import UNBOUND, bindable
-from warmfront.shared.topology import read_topology
+from warmfront.shared.machine.numa import UNBOUND, bindable
+from warmfront.shared.machine.topology import read_topology
 
 # A machine with a cpu that this one has not: so it is when a cpuset shrinks between planning and pinning.
 SHRUNK = """
 from dataclasses import replace
-from warmfront.coordinator import choices
-from warmfront.coordinator.cli import main
-from warmfront.shared.topology import read_topology
+from warmfront.coordinator.engine import resolve
+from warmfront.coordinator.cli.main import main
+from warmfront.shared.machine.topology import read_topology
 real = read_topology()
 node = replace(real.nodes[0], cores=(real.nodes[0].cores[0], (4000,)))
-choices.read_topology = lambda: replace(real, nodes=(node,))
+resolve.read_topology = lambda: replace(real, nodes=(node,))
 main()
 """
 # Plans that take memory of a node, though there is but one.
 BOUND = """
 from dataclasses import replace
-from warmfront.coordinator import crew
-from warmfront.shared import numa
-from warmfront.coordinator.cli import main
-choose = crew.choose_cores
+from warmfront.coordinator.engine import runtime
+from warmfront.shared.machine import numa
+from warmfront.coordinator.cli.main import main
+choose = runtime.choose_cores
 def on_a_node(config):
     plan = choose(config)
     return plan if not config.pin else replace(plan, workers=tuple(w._replace(memory=w.node) for w in plan.workers))
-crew.choose_cores = on_a_node
+runtime.choose_cores = on_a_node
 """
 UNBINDABLE = """
 import ctypes, errno
-from warmfront.shared import numa
+from warmfront.shared.machine import numa
 class Refusing:
     def syscall(self, *_):
         ctypes.set_errno(errno.EPERM)

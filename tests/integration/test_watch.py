@@ -15,7 +15,7 @@ import pytest
 from tests.integration.command import WARMFRONT, assert_refused, prepack, run
 from tests.integration.gpu import Restless, budget_for, watch
 from tests.integration.terminal import Terminal
-from warmfront.coordinator.engine import Engine
+from warmfront.coordinator.engine.engine import Engine
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SHAPE = {"hidden": 256, "layers": 4, "ffn": 1024, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 31}
@@ -80,10 +80,10 @@ def test_watch_needs_a_terminal(made: Path) -> None:
 def test_moves_are_in_the_trace(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "trace.json"
     with Engine.load(str(made), dtype="f32", gpu="host", vram_budget=BUDGET, trace=str(file)) as engine:
-        filled = sum(transfer.groups for transfer in engine.front.transfers)
+        filled = sum(transfer.groups for transfer in engine.ownership.transfers)
         watch(engine, Restless(1), monkeypatch)
         engine.decode_ids([300, 301], 50)
-        moved, gpu = engine.front.flow.moves, engine.workers()[-1].pid
+        moved, gpu = engine.ownership.flow.moves, engine.workers()[-1].pid
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["name"] == "move"]
     assert sum(event["args"]["groups"] for event in events) == filled + moved
     assert moved > 100

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.numa.model import write_model
-from warmfront.shared.topology import Topology, read_topology
+from warmfront.shared.machine.topology import Topology, read_topology
 
 RUN = "run scripts/numa_vm.sh --nodes {} pytest -m numa tests/numa"
 

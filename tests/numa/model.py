@@ -24,9 +24,9 @@ def write_model(path: Path) -> Path:
 
 
 def _compile() -> None:
-    from warmfront.coordinator import bandwidth
-    from warmfront.coordinator.engine import Engine
-    from warmfront.shared.jit import compile_for
+    from warmfront.coordinator.engine.engine import Engine
+    from warmfront.coordinator.hardware import bandwidth
+    from warmfront.shared.kernels.jit import compile_for
 
     compile_for(bandwidth._total, np.zeros(8, np.int64))
     with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,10 @@ import numpy.typing as npt
 import pytest
 
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.memory import anonymous
-from warmfront.shared.numa import bind, free_on, pages_by_node
-from warmfront.shared.process import pin
-from warmfront.shared.topology import Topology
+from warmfront.shared.machine.memory import anonymous
+from warmfront.shared.machine.numa import bind, free_on, pages_by_node
+from warmfront.shared.machine.process import pin
+from warmfront.shared.machine.topology import Topology
 
 MB = 1 << 20
 

@@ -5,8 +5,8 @@ scripts/numa_vm.sh --nodes memory-only pytest tests/numa/test_plans.py, and with
 
 import pytest
 
-from warmfront.shared.core_plan import WorkerCores, plan_cores
-from warmfront.shared.topology import Topology
+from warmfront.shared.machine.core_plan import WorkerCores, plan_cores
+from warmfront.shared.machine.topology import Topology
 
 pytestmark = pytest.mark.numa
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tests.numa.model import PROMPT
-from warmfront.coordinator.baselines import Static
-from warmfront.coordinator.engine import Engine
-from warmfront.coordinator.team import Team
+from warmfront.coordinator.balancing.baselines import Static
+from warmfront.coordinator.decode.thread_team import ThreadTeam
+from warmfront.coordinator.engine.engine import Engine
 from warmfront.cpu_worker.worker import CpuWorker
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.memory import anonymous
-from warmfront.shared.numa import free_on
-from warmfront.shared.topology import Topology
+from warmfront.shared.machine.memory import anonymous
+from warmfront.shared.machine.numa import free_on
+from warmfront.shared.machine.topology import Topology
 
 TOKENS = 32
 LOCAL = 0.99
@@ -35,8 +35,8 @@ def assert_memory_is_local(engine: Engine) -> None:
     """Each worker's weights lie on its memory's node, and so do the rows of the coordinator's threads beside it."""
     for worker, cores in zip(engine.workers(), engine.cores.workers, strict=True):
         assert worker.nodes.get(f"node{cores.memory}", 0) >= LOCAL * sum(worker.nodes.values()) > 0
-    team = engine._crew.team
-    assert isinstance(team, Team)
+    team = engine._runtime.team
+    assert isinstance(team, ThreadTeam)
     for cpu, pages in zip(engine.cores.coordinator, team.pages(), strict=True):
         assert pages.get(engine.cores.memory_of(cpu) or 0, 0) >= LOCAL * sum(pages.values()) > 0
 
@@ -64,18 +64,18 @@ def test_each_worker_has_its_memory_on_its_node(engine: Engine) -> None:
 
 
 def test_two_workers_answer_as_one(engine: Engine, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.front, "_policy", Static())
+    monkeypatch.setattr(engine.ownership, "_policy", Static())
     engine.reset()
     assert engine.decode_ids(PROMPT, TOKENS) == expected
-    assert engine.front.flow.moves == 0
+    assert engine.ownership.flow.moves == 0
 
 
 def test_groups_that_move_between_the_nodes_change_nothing(engine: Engine, expected: list[int]) -> None:
-    first = engine.front.home.copy()
+    first = engine.ownership.home.copy()
     engine.reset()
     assert engine.decode_ids(PROMPT, TOKENS) == expected
-    assert engine.front.flow.moves > 0
-    assert np.count_nonzero(engine.front.home == 1) > np.count_nonzero(first == 1)
+    assert engine.ownership.flow.moves > 0
+    assert np.count_nonzero(engine.ownership.home == 1) > np.count_nonzero(first == 1)
 
 
 def binding(groups: int, group_bytes: int, spare: int) -> Any:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from warmfront.coordinator.gguf_source import GgufSource
-from warmfront.coordinator.hf_source import HfSource
+from warmfront.coordinator.models.gguf import GgufSource
+from warmfront.coordinator.models.hf import HfSource
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SMALL = {"hidden": 128, "layers": 3, "ffn": 256, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 15}

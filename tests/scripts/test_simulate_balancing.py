@@ -96,7 +96,7 @@ def test_copies_count_once_they_have_come(sim: ModuleType, steady: Any) -> None:
     empty = np.empty((0, 3), np.int64)
     replay.resident[1], replay.owner[:] = False, 0
     moves = np.array([[1, 0, group] for group in range(12)])
-    decision = sim.Decision(replay.owner, empty, moves)
+    decision = sim.Rebalance(replay.owner, empty, moves)
     assert replay.begin(decision, 11, 0.0) == 10
     done = 17_000 + 10 * 32 * 3 * 2048 / 20
     replay.land(done - 1)

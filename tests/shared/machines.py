@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmfront.shared.topology import Node, Topology, parse_cpu_list
+from warmfront.shared.machine.topology import Node, Topology, parse_cpu_list
 
 __all__ = ["MACHINES", "Machine", "made", "write"]
 

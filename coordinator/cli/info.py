@@ -1,0 +1,93 @@
+"""What a model is, read from its own files; nothing is packed or started."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from warmfront.coordinator.engine.resolve import selectors_for
+from warmfront.coordinator.models.default_model import resolve
+from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.source import Source
+from warmfront.coordinator.packing.packer import PackingPlan
+
+__all__ = ["describe", "render"]
+
+
+def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Facts about `model` as it would be packed with `dtype`; sizes in bytes."""
+    source = open_source(resolve(model, say))
+    spec, plan = source.spec, PackingPlan(source, dtype)
+    sizes: Counter[str] = Counter()
+    for name in plan.shapes:
+        sizes[_part(name)] += plan.size(name)
+    kinds = Counter(kind.name.lower() for name, kind in plan.kinds.items() if _part(name) == "attention")
+    return {
+        "model": spec.name,
+        "architecture": spec.architecture,
+        "layers": spec.layers,
+        "hidden": spec.hidden,
+        "ffn": spec.ffn,
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab": spec.vocab,
+        "context": spec.context,
+        "activation": spec.activation,
+        "sparse": spec.sparse,
+        "predictor": _predictor(source),
+        "selectors": selectors_for(spec),
+        "dtypes": {
+            "attention": "/".join(sorted(kinds)),
+            "gate, up": plan.layout.gate_kind.name.lower(),
+            "down": plan.layout.down_kind.name.lower(),
+            "embedding": plan.kinds["embed"].name.lower(),
+        },
+        "bytes": dict(sizes),
+        "tokenizer": source.tokenizer is not None,
+        "chat": source.tokenizer is not None and source.tokenizer.chat_template is not None,
+        "notes": source.notes,
+    }
+
+
+def _predictor(source: Source) -> dict[str, Any] | None:
+    """The predictors' settings and the smallest and largest rank of a layer; None without predictors."""
+    spec = source.spec
+    if spec.predictor is None:
+        return None
+    ranks = [source.tensor(f"layers.{i}.fc1").shape[0] for i in range(spec.layers)]
+    return asdict(spec.predictor) | {"rank": [min(ranks), max(ranks)]}
+
+
+def _part(name: str) -> str:
+    if name.endswith(".ffn"):
+        return "feed-forward"
+    if name in ("embed", "head"):
+        return "embedding and head"
+    if name.endswith((".fc1", ".fc2")):
+        return "predictor"
+    return "attention" if name.split(".")[-1] in ("q", "k", "v", "o") else "rest"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as lines for people."""
+    total = sum(facts["bytes"].values())
+    sparse = "zero for most neurons: sparse selectors apply" if facts["sparse"] else "never zero: selector all only"
+    lines = [
+        f"{facts['model']} ({facts['architecture']})",
+        f"  layers         {facts['layers']} x (hidden {facts['hidden']}, {facts['ffn']} neurons)",
+        f"  attention      {facts['heads']} heads of {facts['head_dim']}, {facts['kv_heads']} for keys and values",
+        f"  vocabulary     {facts['vocab']}",
+        f"  context        {facts['context']} tokens",
+        f"  activation     {facts['activation']}, {sparse}",
+        f"  chat template  {'yes' if facts['chat'] else 'no'}",
+        "  weights        " + ", ".join(f"{part} {kind}" for part, kind in facts["dtypes"].items()),
+    ]
+    if facts["predictor"] is not None:
+        low, high = facts["predictor"]["rank"]
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        lines.append(f"  predictor      {ranks}, active above {facts['predictor']['threshold']:g}")
+    lines += [f"  {part:<20} {size / 1e6:10.1f} MB {size / total:6.1%}" for part, size in facts["bytes"].items()]
+    lines.append(f"  {'in all':<20} {total / 1e6:10.1f} MB")
+    lines += [f"  note: {note}" for note in facts["notes"]]
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""`warmfront plan`: which groups of neurons the GPU is to get, for a budget of its memory, and what that is worth.
+
+Speeds are predicted from measured unit times (`unit_times.py`) and are of the feed-forward layers alone.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.measure.measured_costs import key_of, load_times, measure_times, save_times
+from warmfront.coordinator.placement.expected_load import firing_of, neurons_of
+from warmfront.coordinator.placement.homes import first_groups
+from warmfront.coordinator.placement.plan_file import write_plan
+from warmfront.coordinator.placement.solver import Mask, Rates, Times, layer_times, solve, solve_exact
+from warmfront.shared.model.bundle import BundleLayout
+
+__all__ = ["PlanInputs", "figures_of", "grounds_of", "make_plan", "plan"]
+
+
+class PlanInputs(NamedTuple):
+    """What a plan rests on.
+
+    firing, load: float64 [layers, groups], as `solve` takes them; budget: bytes of GPU memory; ledger: what the GPU
+    worker allocates of it, bytes by purpose, of which "slots" holds groups.
+    """
+
+    layout: BundleLayout
+    firing: Rates
+    load: Rates
+    times: Times
+    budget: int
+    ledger: dict[str, int]
+
+    @property
+    def slots(self) -> int:
+        """Groups that the GPU holds."""
+        return self.ledger["slots"] // self.layout.group_bytes
+
+
+def plan(
+    model: str,
+    wishes: dict[str, Any],
+    exact: bool,
+    out: Path | None,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Make the plan for `model`, write it to `out`, by default to MODEL-name.plan.json here; returns what to say of it.
+
+    `wishes`: as of `Engine.load`, with a vram_budget.
+    """
+    with Engine.load(model, say=say, progress=progress, policy="static", **wishes) as engine:
+        grounds = grounds_of(engine, say)
+        name = engine.model.spec.name
+        path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")
+        facts = {"model": name, "selector": engine.selector, "device": engine.workers()[-1].device}
+        gpu, figures = make_plan(grounds, exact)
+        figures = facts | figures
+        write_plan(path, engine.model, grounds.budget, gpu, figures)
+        say(f"the plan is in {path}")
+    return figures | {"file": str(path)}
+
+
+def grounds_of(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
+    """What a plan for an engine with a GPU rests on; its unit times are measured if they are not known."""
+    key = key_of(engine)
+    times = load_times(key)
+    if times is None:
+        say("measuring the workers (first use only)")
+        times = measure_times(engine)
+        save_times(key, times)
+    model, budget = engine.model, engine.config.vram_budget
+    ledger = engine.device_memory()
+    budget = sum(ledger.values()) if budget is None else budget
+    return PlanInputs(model.layout, firing_of(model), engine.expected_bytes(), times, budget, ledger)
+
+
+def make_plan(grounds: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
+    """The groups for the GPU, bool [layers, groups], and what is to be said of them; `exact`: the optimum too."""
+    gpu = solve(grounds.firing, grounds.load, grounds.slots, grounds.times)
+    figures = figures_of(grounds, gpu)
+    if exact:
+        best, bound = solve_exact(grounds.load, grounds.slots, grounds.times)
+        figures["exact"] = {
+            "ns": float(layer_times(grounds.load, best, grounds.times).sum()),
+            "bound_ns": bound,
+            "plan_above": figures["plan_ns"] / max(bound, 1.0) - 1,
+        }
+    return gpu, figures
+
+
+def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
+    """What the groups of `gpu` make of all neurons and of all firing, and how long a token takes in each case."""
+    layout, firing, load, times = grounds.layout, grounds.firing, grounds.load, grounds.times
+    shares = {
+        "neurons": (gpu @ neurons_of(layout), np.full(len(gpu), layout.ffn)),
+        "firing": (np.sum(firing, axis=1, where=gpu), firing.sum(1)),
+    }
+    spent = {
+        "plan": layer_times(load, gpu, times),
+        "cpu": layer_times(load, np.zeros_like(gpu), times),
+        "uniform": layer_times(load, first_groups(layout.groups, len(gpu), grounds.slots), times),
+    }
+    layers = [{"groups": int(row.sum())} for row in gpu]
+    columns = {name: part / np.maximum(whole, 1e-12) for name, (part, whole) in shares.items()}
+    for name, values in (columns | {f"{name}_ns": values for name, values in spent.items()}).items():
+        for layer, value in zip(layers, values.tolist(), strict=True):
+            layer[name] = value
+    return {
+        "vram_budget": grounds.budget,
+        "ledger": grounds.ledger,
+        "left_bytes": grounds.budget - sum(grounds.ledger.values()),
+        "group_bytes": layout.group_bytes,
+        "slots": grounds.slots,
+        "groups": int(gpu.sum()),
+        **{name: float(part.sum() / max(whole.sum(), 1e-12)) for name, (part, whole) in shares.items()},
+        **{f"{name}_ns": float(values.sum()) for name, values in spent.items()},
+        "times": times._asdict(),
+        "layers": layers,
+    }

@@ -1,0 +1,215 @@
+"""`warmfront profile`: counts which neurons fire on the user's texts, and orders the model's neurons by it.
+
+What was counted is kept in a file beside the packed model every few seconds and when the run is interrupted; the next
+run on the same texts goes on from there.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.models.default_model import resolve
+from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
+from warmfront.coordinator.profile.counts import MOST_TOKENS, Profile
+from warmfront.coordinator.profile.kept import keep_profile
+from warmfront.coordinator.profile.reorder import reorder
+from warmfront.coordinator.text.tokenizer import Tokenizer
+from warmfront.shared.config import EngineConfig
+from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["Partial", "profile", "read_texts", "render"]
+
+_KEEP_S = 5.0
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+def profile(
+    model: str,
+    files: Sequence[Path],
+    dtype: str,
+    tokens: int | None,
+    say: Say,
+    progress: Progress,
+    counted: Progress,
+) -> dict[str, Any]:
+    """Count on `files`, at most `tokens` in all, order the neurons and return the object that `--json` prints.
+
+    `progress` gets bytes, `counted` tokens. Raises UsageError for texts that cannot be read or a model without them.
+    """
+    texts = read_texts(files)
+    return mended(lambda: _profile(model, files, texts, dtype, tokens, say, progress, counted), say)
+
+
+def _profile(
+    model: str,
+    files: Sequence[Path],
+    texts: Sequence[str],
+    dtype: str,
+    tokens: int | None,
+    say: Say,
+    progress: Progress,
+    counted: Progress,
+) -> dict[str, Any]:
+    path = ensure_packed(resolve(model, say), dtype, say, lambda done, total: progress("packing", done, total))
+    with PackedModel(path) as packed:
+        ids = _encoded(packed, texts, tokens, say)
+        jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
+        partial = Partial.open(packed, jobs, [file.name for file, some in zip(files, ids, strict=True) if some])
+        order = packed.order
+    try:
+        _count(path, dtype, jobs, partial, say, progress, counted)
+        changed = reorder(path, partial.profile, order, say, lambda done, total: progress("ordering", done, total))
+    except BaseException:
+        partial.keep(say)
+        raise
+    with PackedModel(path) as packed:
+        keep_profile(packed, say)
+    partial.path.unlink(missing_ok=True)
+    return _facts(model, path, partial.profile, changed)
+
+
+def read_texts(files: Sequence[Path]) -> list[str]:
+    """The texts in `files`; raises UsageError for one that cannot be read, is not UTF-8 or is empty."""
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the text {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8 (byte {error.start}): give text in that encoding") from error
+        if not texts[-1].strip():
+            raise UsageError(f"{file} is empty: give some text to count on")
+    return texts
+
+
+def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Say) -> list[list[int]]:
+    """Token ids of the texts, as many as are wished for."""
+    spec, tokenizer = model.spec, Tokenizer(model)
+    if not spec.sparse:
+        raise UsageError(
+            f"{spec.name} is not ReLU-like (it uses {spec.activation}): all its neurons are computed, "
+            "there is nothing to profile"
+        )
+    if not tokenizer.present:
+        raise UsageError(f"{spec.name} came without a tokenizer.json: there is no way to read text with it")
+    ids = [tokenizer.encode(text) for text in texts]
+    if not any(ids):
+        raise UsageError("the texts have no token that the model knows: give others")
+    left = min(most or MOST_TOKENS, MOST_TOKENS)
+    if left != most and (have := sum(map(len, ids))) > left:
+        say(f"the texts have {have:,} tokens: the first {left:,} are counted")
+    cut = []
+    for some in ids:
+        cut.append(some[:left])
+        left -= len(cut[-1])
+    return cut
+
+
+@dataclass(slots=True)
+class Partial:
+    """A count that may be interrupted: the profile so far, and how many jobs it has seen. `key`: of what, exactly."""
+
+    path: Path
+    key: str
+    profile: Profile
+    done: int = 0
+
+    @classmethod
+    def open(cls, model: PackedModel, jobs: Sequence[Job], names: Sequence[str]) -> "Partial":
+        """What an earlier run has kept, if it counted the same jobs on the same order of neurons; else an empty one."""
+        key = json.dumps([model.order, [[job.fresh, *job.ids] for job in jobs]])
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        partial = cls(model.path.with_name(f"{model.path.stem}-counted.npz"), digest, empty_profile(model, names))
+        kept = load_arrays(partial.path)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+            facts = json.loads(str(kept["facts"]))
+            if facts["key"] == digest:
+                partial.profile = Profile.restored(kept["counts"], model.spec.ffn, facts)
+                partial.profile.texts = list(names)
+                partial.done = facts["done"]
+        return partial
+
+    def save(self) -> None:
+        """Replace the file by what is known now; raises ResourceError where there is no room."""
+        facts = self.profile.facts | {"key": self.key, "done": self.done}
+        try:
+            with hold_interrupts():
+                save_arrays(self.path, counts=self.profile.counts, facts=json.dumps(facts))
+        except OSError as error:
+            raise ResourceError(f"cannot keep what was counted in {self.path}: {error.strerror}") from error
+
+    def keep(self, say: Say) -> None:
+        """Save what there is when a run ends early."""
+        if self.done:
+            try:
+                self.save()
+            except ResourceError as error:
+                say(str(error))
+
+
+def _count(
+    path: Path, dtype: str, jobs: Sequence[Job], partial: Partial, say: Say, progress: Progress, counted: Progress
+) -> None:
+    total, first = sum(len(job.ids) for job in jobs), partial.done
+    if first:
+        say(f"going on after {sum(partial.profile.tokens):,} of {total:,} tokens, which an earlier run has counted")
+    if first == len(jobs):
+        return
+    kept_at = time.monotonic()
+
+    def after(done: int) -> None:
+        nonlocal kept_at
+        partial.done = first + done
+        counted("profiling", sum(partial.profile.tokens), total)
+        if time.monotonic() - kept_at > _KEEP_S:
+            partial.save()
+            kept_at = time.monotonic()
+
+    # A job of one token is run as two (`Engine.firing`).
+    context = max(2, *(len(job.ids) for job in jobs))
+    config = EngineConfig(dtype=dtype, selector="exact", gpu="none", policy="static", context=context)
+    with Engine.for_profiling(path, config, say=say, progress=progress) as engine:
+        count(engine, partial.profile, jobs[first:], after)
+
+
+def _facts(model: str, path: Path, counted: Profile, changed: bool) -> dict[str, Any]:
+    active, hot = counted.active(), counted.hot_share()
+    return {
+        "model": model,
+        "tokens": sum(counted.tokens),
+        "texts": counted.texts,
+        "segments": len(counted.tokens),
+        "firing": {"least": active.min(), "mean": active.mean(), "most": active.max()},
+        "hot": {"least": hot.min(), "mean": hot.mean(), "most": hot.max()},
+        "reordered": changed,
+        "path": str(path),
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as lines for people."""
+    firing, hot = (
+        f"{shares['mean']:.1%} of the neurons (by layer {shares['least']:.1%} to {shares['most']:.1%})"
+        for shares in (facts["firing"], facts["hot"])
+    )
+    how = "ordered anew" if facts["reordered"] else "in the same order"
+    return "\n".join(
+        (
+            f"  counted    {facts['tokens']:,} tokens of {', '.join(facts['texts'])}",
+            f"  a token    fires {firing}",
+            f"  80 %       of the firing is made by {hot}",
+            f"  written    {facts['path']}, neurons {how}",
+        )
+    )

@@ -1,0 +1,80 @@
+"""What a generation cost, as a JSON object and as lines for people."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.engine.stats import Token, WorkerStats
+
+__all__ = ["as_object", "as_text", "rates"]
+
+
+def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
+    """The object that `generate --json` prints."""
+    workers, stats, selection = engine.workers(), engine.stats, engine.selection()
+    found = {
+        "text": "".join(token.text for token in tokens),
+        "token_ids": [token.id for token in tokens],
+        "prompt_ids": list(prompt_ids),
+        "finish_reason": stats.finish_reason,
+        "load_s": round(stats.load_s, 4),
+        "prefill_tps": round(stats.prefill_tps, 2),
+        "decode_tps": round(stats.decode_tps, 2),
+        "active_fraction": engine.active_fraction(workers),
+        "selection": selection._asdict() if selection is not None else None,
+        "workers": [asdict(worker) for worker in workers],
+        "selector": engine.selector,
+        "dtype": engine.config.dtype,
+        "model": model,
+    }
+    if any(token.logprob is not None for token in tokens):
+        found["logprobs"] = [
+            _chance(engine, token.id, token.logprob) | {"top": [_chance(engine, *top) for top in token.top]}
+            for token in tokens
+        ]
+    return found
+
+
+def _chance(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
+    return {"id": token, "text": engine.tokenizer.decode([token]), "logprob": logprob}
+
+
+def rates(engine: Engine) -> str:
+    """One line of times and rates of the last answer."""
+    stats = engine.stats
+    return (
+        f"load {stats.load_s:.2f} s · prefill {stats.prefilled} tokens in {stats.prefill_s:.2f} s "
+        f"({stats.prefill_tps:.0f} tok/s) · decode {stats.new_tokens} tokens in {stats.decode_s:.2f} s "
+        f"({stats.decode_tps:.1f} tok/s)"
+    )
+
+
+def as_text(engine: Engine) -> str:
+    """The lines that `generate --stats` prints."""
+    workers, busy = engine.workers(), engine.busy_shares()
+    lines = [rates(engine)]
+    active = engine.active_fraction(workers)
+    if active is not None:
+        lines.append(f"selector {engine.selector} · {active:.1%} of the neurons computed")
+    selection = engine.selection()
+    if selection is not None:
+        lines.append(
+            f"{selection.fired:.1%} of the neurons fired, {selection.selected:.1%} were predicted · "
+            f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
+        )
+    for worker in workers:
+        per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)
+        lines.append(
+            f"{worker.name} ({worker.device}, pid {worker.pid}) · busy {busy[worker.name]:.0%} of the decode time · "
+            f"{worker.groups} groups · {per_token:.0f} neurons a token{_places(worker)}"
+        )
+    return "\n".join(lines)
+
+
+def _places(worker: WorkerStats) -> str:
+    """Where a worker's weights lie."""
+    total = sum(worker.nodes.values())
+    if not total:
+        return ""
+    return " · memory on " + ", ".join(f"{node} {size / total:.0%}" for node, size in worker.nodes.items())

@@ -1,0 +1,1 @@
+"""One pass of tokens through all layers: attention, norms, predictors, posting feed-forward jobs. No policy."""

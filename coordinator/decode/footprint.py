@@ -1,0 +1,62 @@
+"""How much memory a run takes in the coordinator, beside the weights: what is allocated, and counted before it is.
+
+Imports no compiled code: memory is checked before the workers are started, numba is imported beside them.
+"""
+
+from math import gcd, prod
+
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.spec import ModelSpec
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["cache_bytes", "cache_kind", "chunks_of", "head_bytes", "scratch_bytes", "scratch_shapes"]
+
+# Tokens in the lanes of a vector (`shared/kernels/gemm.py`).
+_LANES = 16
+
+
+def cache_kind(model: PackedModel) -> Kind:
+    """Weight type of the cached keys and values: float32 for float32 models, else float16."""
+    return Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
+
+
+def head_bytes(model: PackedModel, context: int) -> int:
+    """Bytes of one head's keys, or values, in one layer."""
+    padded = -(-model.spec.head_dim // 32) * 32
+    return context * padded * (4 if cache_kind(model) == Kind.F32 else 2)
+
+
+def cache_bytes(model: PackedModel, context: int) -> int:
+    """Bytes of the KV cache for `context` tokens."""
+    return 2 * model.spec.layers * model.spec.kv_heads * head_bytes(model, context)
+
+
+def chunks_of(spec: ModelSpec, members: int) -> int:
+    """Into how many chunks the positions are split, so that the key-value heads divide evenly over the threads."""
+    return members // gcd(members, spec.kv_heads)
+
+
+def scratch_shapes(spec: ModelSpec, context: int, members: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the float32 fields of `network.State` by name, for `members` threads and jobs of `max_tokens`."""
+    width = spec.heads * spec.head_dim
+    widest = max(spec.hidden, width)
+    scores = spec.heads // spec.kv_heads * (context + _LANES) * _LANES
+    chunks = chunks_of(spec, members)
+    return {
+        "x": (members, max_tokens * spec.hidden),
+        "h": (members, max_tokens * widest),
+        "qkv": (max_tokens * (width + 2 * spec.kv_heads * spec.head_dim),),
+        "att": (max_tokens * width,),
+        "proj": (max_tokens * spec.hidden,),
+        "scores": (members, scores),
+        "chances": (members, scores // 2),
+        "partial": (chunks, width),
+        "tops": (chunks, spec.heads),
+        "totals": (chunks, spec.heads),
+        "scratch": (members, 8 * widest),
+    }
+
+
+def scratch_bytes(spec: ModelSpec, context: int, members: int, max_tokens: int) -> int:
+    """Bytes of all of them."""
+    return 4 * sum(prod(shape) for shape in scratch_shapes(spec, context, members, max_tokens).values())

@@ -1,0 +1,107 @@
+"""Which neurons will fire, guessed in the compiled pass before the workers are asked.
+
+    lowrank   fc2 . act(fc1 . x) > threshold, with x the residual before the norm or the normed input (Deja Vu;
+              PowerInfer's files): costs r * (hidden + neurons) weights instead of hidden * neurons
+    lowbit    the dot of a low-bit copy of the gate row with the normed input > the layer's threshold, which was
+              calibrated for a wished recall (`lowbit.py`); needs no training
+
+The guess is a mask on the board, a word of 32 neurons for each group.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from warmfront.coordinator.decode.linear import linear, ready
+from warmfront.coordinator.decode.network import FC1, FC2, LOWBIT, Network, State
+from warmfront.coordinator.decode.row_split import portion
+from warmfront.shared.kernels.atomics import address_of, floats_at
+from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.lowbit import lowbit_dot
+from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
+from warmfront.shared.kernels.rows import AHEAD_BYTES, quantise, row_stride, touch
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.wire.handoff import DONE, barrier
+
+__all__ = ["predict"]
+
+
+@kernel
+def _word(scores: Any, thresholds: Any) -> Any:
+    """Bit i: scores[i] is above its threshold."""
+    word = np.uint32(0)
+    for i in range(GROUP):
+        if scores[i] > thresholds[i]:
+            word |= np.uint32(1) << np.uint32(i)
+    return word
+
+
+@inlined
+def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> int:
+    """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
+    rank, kind = net.ranks[layer], net.kinds[layer, FC1]
+    low, high = portion(st.cuts, rank, 8, member)
+    linear(
+        kind,
+        net.weights[layer, FC1],
+        0,
+        net.hidden,
+        low,
+        high,
+        input_at,
+        ready(kind, input_at, address_of(st.prepared[member]), net.hidden, 1, 1),
+        address_of(st.inner),
+        rank,
+        1,
+        1,
+        0,
+    )
+    if net.rectified:
+        for i in range(low, high):
+            st.inner[i] = max(st.inner[i], np.float32(0))
+    result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+    if result != DONE:
+        return result
+    kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
+    stride = row_stride(kind, rank)
+    scores_at = address_of(st.scores[member])
+    scores = carray(floats_at(scores_at), (GROUP,))
+    low, high = portion(st.cuts, net.groups, 1, member)
+    for group in range(low, high):
+        for row in range(0, GROUP, ROWS):
+            row_at = at + (group * GROUP + row) * stride
+            touch(row_at + AHEAD_BYTES, ROWS * stride, 64)
+            dot_rows(kind, row_at, stride, address_of(st.inner), rank, scores_at + row * 4)
+        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+    return DONE
+
+
+@inlined
+def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> None:
+    bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
+    q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)
+    stride = net.lowbit_stride
+    scores = st.scores[member]
+    low, high = portion(st.cuts, net.groups, 1, member)
+    for group in range(low, high):
+        for i in range(GROUP):
+            row_at = at + (group * GROUP + i) * stride
+            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + AHEAD_BYTES)
+        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+
+
+@kernel
+def predict(net: Network, st: State, layer: int, member: int) -> int:
+    """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
+
+    Ahead of its layer it takes the input of the one before, which is much like its own.
+    """
+    normed_at, mask = address_of(st.h[member]), st.mask[layer]
+    if net.lowbit_stride > 0:
+        _lowbit(net, st, mask, layer, member, normed_at)
+    else:
+        result = _lowrank(net, st, mask, layer, member, normed_at if net.normed else address_of(st.x[member]))
+        if result != DONE:
+            return result
+    return barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)

@@ -1,0 +1,286 @@
+"""The coordinator's team of resident threads: holds the attention weights and the KV cache, runs `forward`."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.decode.footprint import chunks_of, scratch_shapes
+from warmfront.coordinator.decode.forward import serve_team
+from warmfront.coordinator.decode.kv_cache import KvCache
+from warmfront.coordinator.decode.network import (
+    CAPTURE,
+    LOWBIT,
+    MEASURE,
+    POSITION,
+    POSTED,
+    ROLES,
+    SEQUENCE,
+    SPOILED,
+    STEPS,
+    TOKENS,
+    WANT_LOGITS,
+    Network,
+    State,
+)
+from warmfront.coordinator.decode.row_split import RowSplit
+from warmfront.coordinator.decode.thread_weights import ThreadWeights
+from warmfront.coordinator.selectors.lowbit import Lowbit
+from warmfront.shared.config import PREDICTING
+from warmfront.shared.errors import WarmfrontError, WorkerError
+from warmfront.shared.kernels.gemm import LANES
+from warmfront.shared.kernels.jit import compile_for
+from warmfront.shared.kernels.lowbit import lowbit_bytes
+from warmfront.shared.kernels.rows import quantised_bytes
+from warmfront.shared.machine.core_plan import CorePlan
+from warmfront.shared.machine.memory import address, zeros
+from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.spec import Predictor
+from warmfront.shared.model.store import PackedModel
+from warmfront.shared.wire.board import Board
+from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
+
+__all__ = ["ThreadTeam"]
+
+
+class ThreadTeam:
+    """Runs tokens through the model. Make it, `start()` it, wait for `ready()`, then `run()` jobs one at a time."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        board: Board,
+        gone: npt.NDArray[np.int64],
+        cores: CorePlan,
+        pinned: bool,
+        context: int,
+        selector: str,
+        lowbit: Lowbit | None,
+        ahead: bool,
+        balances: bool,
+    ) -> None:
+        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead.
+
+        `balances`: rows move between the threads as the load of their cores shifts.
+        """
+        self._model, self._board, self._gone, self._context = model, board, gone, context
+        self._cores, self._pinned = cores, pinned
+        self._cpus = cpus = cores.coordinator
+        self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
+        self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
+        self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
+        self._shares = RowSplit(len(cpus), balances)
+        self._weights = ThreadWeights(model, lowbit, selector, cores, self._shares.cuts)
+        self._cache = KvCache(model, context, cores, self._shares.cuts)
+        # Lines: go, finished (and its arrivals), barrier (and its arrivals).
+        self._lines = zeros(6 * LINE // 8, np.int64)
+        self._network = self._describe()
+        self._state = self._prepare()
+        self._sequence = 0
+        self._errors: list[BaseException] = []
+        self._serving = [threading.Event() for _ in cpus]
+        self._threads = [threading.Thread(target=self._live, args=(i,), daemon=True) for i in range(len(cpus))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that the coordinator holds."""
+        return self._weights.nbytes
+
+    def _describe(self) -> Network:
+        spec, at, files = self._model.spec, self._weights.at, self._weights.files
+        weights = np.zeros((spec.layers, len(ROLES)), np.int64)
+        kinds = np.zeros((spec.layers, len(ROLES)), np.int64)
+        ranks = np.zeros(spec.layers, np.int64)
+        for layer in range(spec.layers):
+            for column, role in enumerate(ROLES):
+                name = f"layers.{layer}.{role}"
+                if name in at:
+                    weights[layer, column] = at[name]
+                    kinds[layer, column] = files[name].entries[name].kind or 0
+                    if role == "fc1":
+                        ranks[layer] = files[name].entries[name].shape[0]
+        predictor, lowbit = spec.predictor or Predictor(), self._lowbit
+        thresholds = np.full((spec.layers, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
+        if lowbit is not None:
+            kinds[:, LOWBIT] = lowbit.bits
+            thresholds = lowbit.thresholds
+        angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
+        head = "head" if "head" in at else "embed"
+        return Network(
+            layers=spec.layers,
+            hidden=spec.hidden,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            vocab=spec.vocab,
+            norm_eps=np.float32(spec.norm_eps),
+            score_scale=np.float32(spec.head_dim**-0.5),
+            weights=weights,
+            kinds=kinds,
+            embed=at["embed"],
+            embed_kind=int(self._model.entries["embed"].kind or 0),
+            head=at[head],
+            head_kind=int(self._model.entries[head].kind or 0),
+            norm=at["norm"],
+            cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
+            sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
+            predicts=self._selector in PREDICTING,
+            ahead=self._ahead,
+            groups=self._model.layout.groups,
+            normed=predictor.input == "normed",
+            rectified=predictor.activation == "relu",
+            ranks=ranks,
+            thresholds=thresholds,
+            lowbit_stride=lowbit_bytes(lowbit.bits, spec.hidden) if lowbit is not None else 0,
+        )
+
+    def _prepare(self) -> State:
+        spec, board, members = self._model.spec, self._board, len(self._cpus)
+        most, lines = board.sizes.max_tokens, address(self._lines)
+        shapes = scratch_shapes(spec, self._context, members, most)
+        widest, rank = shapes["scratch"][1] // 8, int(self._network.ranks.max())
+        prepared = max(quantised_bytes(max(widest, rank)), 2 * most * widest)
+        captured = (spec.layers, most * spec.hidden) if self._lowbit is not None else (0, 0)
+        return State(
+            members=members,
+            cuts=self._shares.cuts,
+            busy=self._shares.busy,
+            job=np.zeros(16, np.int64),
+            tokens=np.zeros(most, np.int64),
+            status=np.zeros(members, np.int64),
+            chunks=chunks_of(spec, members),
+            **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
+            prepared=zeros((members, prepared), np.uint8),
+            logits=self.logits,
+            inner=zeros(rank, np.float32),
+            captured=zeros(captured, np.float32),
+            times=np.zeros((spec.layers, len(STEPS)), np.int64),
+            spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
+            keys_at=self._cache.keys_at,
+            values_at=self._cache.values_at,
+            cache_kind=int(self._cache.kind),
+            context=self._context,
+            go_at=lines,
+            finished_at=lines + LINE,
+            barrier_at=lines + 3 * LINE,
+            abort_at=address(board.abort),
+            job_at=address(board.job),
+            order=board.order,
+            board_x=board.x,
+            mask=board.mask,
+            present=self.present,
+            done_at=np.array([address(line) for line in board.done], np.int64),
+            gone_at=address(self._gone) + 8 * np.arange(len(self._gone)),
+            record_at=np.array([address(record) for record in board.record], np.int64),
+            y_at=np.array([address(y) for y in board.y], np.int64),
+            barrier_spins=self._cores.spins,
+            worker_spins=HANDOFF_SPINS,
+        )
+
+    def pages(self) -> list[dict[int, int]]:
+        """Where the threads' weights lie: see `ThreadWeights.pages`."""
+        return self._weights.pages()
+
+    def start(self) -> None:
+        """Start the threads: each reads its share of the weights and enters the resident loop."""
+        for thread in self._threads:
+            thread.start()
+
+    def _live(self, member: int) -> None:
+        try:
+            if self._pinned:
+                pin([self._cpus[member]])
+            take_short_turns()
+            set_name(f"wf-team{member}")
+            self._weights.fill(member)
+            compile_for(serve_team, member, self._network, self._state)
+            self._serving[member].set()
+            serve_team(member, self._network, self._state)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A thread is lost, and with it every later job: nobody may wait for it, nor for what it would have posted."""
+        self._errors.append(error)
+        self._board.end()
+        self._gone[:] = 1
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights loaded, of how many."""
+        return self._weights.loaded, self._weights.nbytes
+
+    def ready(self) -> bool:
+        """Whether every thread waits for jobs; raises the error of one that failed."""
+        self.check()
+        return all(serving.is_set() for serving in self._serving)
+
+    def check(self) -> None:
+        """Raise the error that ended a thread, if one did."""
+        if self._errors:
+            error = self._errors[0]
+            if isinstance(error, WarmfrontError):
+                raise error
+            raise WorkerError(f"a thread of the coordinator failed: {type(error).__name__}: {error}") from error
+
+    @property
+    def clean(self) -> int:
+        """No key or value before this position is infinite or NaN."""
+        return self._cache.clean
+
+    def forget(self, position: int) -> None:
+        """What the KV cache holds from `position` on is not of the text any more."""
+        self._cache.forget(position)
+
+    def run(
+        self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+    ) -> int:
+        """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
+
+        `measure`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
+        Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
+        KeyboardInterrupt waits for the job to end before it goes on.
+        """
+        job = self._state.job
+        self._state.tokens[: len(tokens)] = tokens
+        job[MEASURE], job[CAPTURE], job[SPOILED] = measure, capture, 0
+        with hold_interrupts():
+            self._post(len(tokens), position, want_logits)
+            result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
+        if job[SPOILED]:
+            self._cache.spoil(position, len(tokens))
+        if len(tokens) == 1:
+            self._shares.token()
+        if result == DONE and LATE in self._state.status:
+            self._fail(WorkerError("a worker did not answer for two minutes"))
+        self.check()
+        return int(self._state.status[0]) if result == DONE else int(result)
+
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the last job, ns on the monotonic clock: the first thread's steps [layers, STEPS], and when each worker
+        began and ended [layers, workers, 2]."""
+        return self._state.times, self._state.spans
+
+    def captured(self, tokens: int) -> npt.NDArray[np.float32]:
+        """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
+        layers, hidden = self._model.spec.layers, self._model.spec.hidden
+        lanes = 1 if tokens == 1 else LANES
+        panels = -(-tokens // lanes)
+        wide = self._state.captured[:, : panels * hidden * lanes].reshape(layers, panels, hidden, lanes)
+        return np.ascontiguousarray(wide.swapaxes(2, 3).reshape(layers, -1, hidden)[:, :tokens])
+
+    def _post(self, tokens: int, position: int, want_logits: bool) -> None:
+        job, state = self._state.job, self._state
+        job[TOKENS], job[POSITION], job[WANT_LOGITS] = tokens, position, want_logits
+        job[SEQUENCE] = job[POSTED]
+        self._sequence += 1
+        announce(state.go_at, self._sequence)
+
+    def stop(self) -> None:
+        """End the resident loops and tell the workers to leave theirs; harmless after an abort."""
+        if any(thread.is_alive() for thread in self._threads):
+            self._post(0, 0, False)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()

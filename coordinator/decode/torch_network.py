@@ -1,0 +1,201 @@
+"""All of a model but its feed-forward layers as eager torch, on a CUDA device or emulated on the CPU.
+
+Weights are widened from the packed file: float32, float16 and bfloat16 stay as they are, 8 and 4 bits become float16.
+The residual, norms, RoPE and biases are float32; a product takes its input in the type of its weights. The KV cache has
+the types of the compiled pass's: float32 for float32 models, else float16.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.formats import Kind, row_bytes, unpack
+from warmfront.shared.model.spec import ModelSpec, Predictor
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["TorchNetwork", "device_bytes"]
+
+_DTYPES = {Kind.F32: torch.float32, Kind.BF16: torch.bfloat16}
+# Bytes of a matrix that are widened at a time.
+_SLICE = 32 << 20
+_ROWS = ("q", "k", "v")
+
+
+class _Layer(NamedTuple):
+    """A layer's tensors on the device; q, k and v are one matrix. None: the model has none, or no use for it."""
+
+    attn_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    ffn_norm: Tensor
+    fc1: Tensor | None
+    fc2: Tensor | None
+
+
+def _dtype(kind: Kind | None) -> torch.dtype:
+    return _DTYPES.get(kind, torch.float16) if kind is not None else torch.float32
+
+
+def _tensors(model: PackedModel, selector: str) -> list[str]:
+    idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
+    apart = ("tokenizer", "profile", "places")
+    return [name for name in model.entries if not name.endswith(idle) and name not in apart]
+
+
+def _cache_dtype(model: PackedModel) -> torch.dtype:
+    return torch.float32 if model.entries["embed"].kind == Kind.F32 else torch.float16
+
+
+def _cache_shape(spec: ModelSpec, context: int) -> tuple[int, int, int, int, int]:
+    return 2, spec.layers, spec.kv_heads, context, spec.head_dim
+
+
+def _cols(model: PackedModel, name: str) -> int:
+    """Weights of a row of a packed matrix."""
+    entry = model.entries[name]
+    assert entry.kind is not None
+    return entry.shape[1] * 32 // row_bytes(entry.kind, 32)
+
+
+def device_bytes(model: PackedModel, context: int, selector: str) -> int:
+    """Bytes that a `TorchNetwork` takes on its device: weights and KV cache, without what torch itself needs."""
+    total = int(np.prod(_cache_shape(model.spec, context))) * _cache_dtype(model).itemsize
+    for name in _tensors(model, selector):
+        entry = model.entries[name]
+        total += (
+            entry.nbytes if entry.kind is None else entry.shape[0] * _cols(model, name) * _dtype(entry.kind).itemsize
+        )
+    return total
+
+
+class TorchNetwork:
+    """Everything from the embedding to the logits, cut where the workers compute: call `load` first."""
+
+    def __init__(self, model: PackedModel, device: str, context: int, selector: str) -> None:
+        self._model, self._device, self._selector = model, torch.device(device), selector
+        self._context = context
+        self._predictor = model.spec.predictor or Predictor()
+        self.total = sum(model.entries[name].nbytes for name in _tensors(model, selector))
+        self.loaded = 0
+
+    def load(self, goes_on: Callable[[], bool]) -> None:
+        """Read and widen the weights, while `goes_on` says so."""
+        model, spec = self._model, self._model.spec
+        with torch.inference_mode():
+            have: dict[str, Tensor] = {}
+            for name in _tensors(model, self._selector):
+                if not goes_on():
+                    return
+                have[name] = self._read(name)
+                self.loaded += model.entries[name].nbytes
+            self._embed, self._norm = have["embed"], have["norm"]
+            self._head = have.get("head", self._embed)
+            self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
+            shape, dtype = _cache_shape(spec, self._context), _cache_dtype(model)
+            self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
+            angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
+            waves = np.stack((np.cos(angles), np.sin(angles))) * spec.rope_magnitude
+            self._cos, self._sin = torch.from_numpy(waves.astype(np.float32)).to(self._device)[:, :, None]
+            self._bits = torch.arange(GROUP, dtype=torch.int32, device=self._device)
+
+    def _read(self, name: str) -> Tensor:
+        model, entry = self._model, self._model.entries[name]
+        if entry.kind is None:
+            return torch.from_numpy(model.floats(name)).to(self._device)
+        rows, width = entry.shape
+        cols = _cols(model, name)
+        out = torch.empty((rows, cols), dtype=_dtype(entry.kind), device=self._device)
+        step = max(8, _SLICE // width // 8 * 8)  # whole pieces, which are checked
+        for first in range(0, rows, step):
+            packed = np.empty((min(step, rows - first), width), np.uint8)
+            model.read_into(name, packed, first * width)
+            out[first : first + step] = torch.from_numpy(unpack(packed, entry.kind, cols))
+        return out
+
+    def _layer(self, have: dict[str, Tensor], prefix: str) -> _Layer:
+        biases = [have.get(f"{prefix}{part}.bias") for part in _ROWS]
+        matrices = [have.pop(prefix + part) for part in _ROWS]
+        joint = [
+            torch.zeros(len(matrix), device=self._device) if bias is None else bias
+            for bias, matrix in zip(biases, matrices, strict=True)
+        ]
+        return _Layer(
+            attn_norm=have[f"{prefix}attn_norm"],
+            qkv=torch.cat(matrices),
+            qkv_bias=torch.cat(joint) if any(bias is not None for bias in biases) else None,
+            o=have[f"{prefix}o"],
+            o_bias=have.get(f"{prefix}o.bias"),
+            ffn_norm=have[f"{prefix}ffn_norm"],
+            fc1=have.get(f"{prefix}fc1"),
+            fc2=have.get(f"{prefix}fc2"),
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual of token ids [n], on any device: float32 [n, hidden]."""
+        return self._embed[tokens.to(self._device)].float()
+
+    def attend(self, layer: int, x: Tensor, position: int) -> Tensor:
+        """Add the attention of `layer` to the residual x [n, hidden] of the tokens from `position` on."""
+        spec, weights, tokens = self._model.spec, self._layers[layer], len(x)
+        heads, kv_heads, until = spec.heads, spec.kv_heads, position + tokens
+        joint = _linear(self._normed(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
+        joint = joint.view(tokens, heads + 2 * kv_heads, spec.head_dim)
+        rotated = self._rotated(joint[:, : heads + kv_heads], position)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, position:until] = rotated[:, heads:].transpose(0, 1)
+        values[:, position:until] = joint[:, heads + kv_heads :].transpose(0, 1)
+        mixed = scaled_dot_product_attention(
+            rotated[:, :heads].transpose(0, 1)[None].to(keys.dtype),
+            keys[None, :, :until],
+            values[None, :, :until],
+            attn_mask=self._seen(tokens, position) if tokens > 1 else None,
+            scale=spec.head_dim**-0.5,
+            enable_gqa=heads != kv_heads,
+        )
+        return x + _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
+
+    def feed_forward_input(self, layer: int, x: Tensor) -> Tensor:
+        """What the workers get: float32 [n, hidden]."""
+        return self._normed(x, self._layers[layer].ffn_norm)
+
+    def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
+        """The neurons that one token will fire, from residual and feed-forward input: int32 [groups], a bit each."""
+        fc1, fc2 = self._layers[layer].fc1, self._layers[layer].fc2
+        assert fc1 is not None
+        assert fc2 is not None
+        inner = _linear(normed if self._predictor.input == "normed" else x, fc1, None)
+        if self._predictor.activation == "relu":
+            inner = inner.relu()
+        fires = _linear(inner, fc2, None).view(-1, GROUP) > self._predictor.threshold
+        return (fires.int() << self._bits).sum(1, dtype=torch.int32)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the last token of x [n, hidden]: float32 [vocab]."""
+        return _linear(self._normed(x[-1:], self._norm), self._head, None)[0]
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), weight, self._model.spec.norm_eps)
+
+    def _rotated(self, rows: Tensor, position: int) -> Tensor:
+        """RoPE on rows [n, heads, head_dim], in which the two of a rotated pair are neighbours."""
+        cos, sin = (wave[position : position + len(rows)] for wave in (self._cos, self._sin))
+        even, odd = rows[..., 0::2], rows[..., 1::2]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+    def _seen(self, tokens: int, position: int) -> Tensor:
+        """Which positions [n, position + n] each token sees: those up to its own."""
+        own = torch.arange(position, position + tokens, device=self._device)
+        return own[:, None] >= torch.arange(position + tokens, device=self._device)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 x [n, cols] times weight [rows, cols], plus bias: float32 [n, rows]."""
+    product = (x.to(weight.dtype) @ weight.T).float()
+    return product if bias is None else product + bias

@@ -1,0 +1,1 @@
+"""The Python API, what it decides and what it starts: plan, processes, statistics. No arithmetic, no printing."""

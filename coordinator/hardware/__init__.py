@@ -1,0 +1,1 @@
+"""What this machine was measured to do, and what was tuned for it. Starts no engine."""

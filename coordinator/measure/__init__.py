@@ -1,0 +1,1 @@
+"""Measurements that run whole engines: bench, tune, the time that a group of neurons costs."""

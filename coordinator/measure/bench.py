@@ -1,0 +1,133 @@
+"""`warmfront bench`: prefill and decode over contexts and selectors, against what the memory's bandwidth allows.
+
+A decoded token reads every weight that it needs once, and the keys and values of all tokens before it:
+
+    tok/s <= bandwidth / (attention + active feed-forward + predictor + head + KV)
+
+The bandwidth is measured before, between and after; the share of this roofline is of the bandwidth measured around each
+decode. Prefill uses each weight for many tokens and is bound by arithmetic.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from warmfront.coordinator.decode.footprint import cache_bytes
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.hardware.bandwidth import Bandwidth
+from warmfront.shared.errors import UsageError
+
+__all__ = ["measure", "render"]
+
+# Prompts are token ids from the vocabulary in turn: speed does not depend on them, but on a real model firing may.
+_FIRST_ID, _STEP = 300, 7
+
+
+def measure(
+    model: str,
+    wishes: dict[str, Any],
+    selectors: Sequence[str],
+    contexts: Sequence[int],
+    tokens: int,
+    rounds: int,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The object that is printed: settings, and a row for each selector and context."""
+    rows: list[dict[str, Any]] = []
+    for selector in selectors:
+        wish = wishes | {"selector": selector, "context": max(contexts) + tokens + 1}
+        with Engine.load(model, say=say, progress=progress, **wish) as engine:
+            if max(contexts) + tokens >= engine.context:
+                raise UsageError(f"a context of {max(contexts)} and {tokens} tokens: the model has {engine.context}")
+            bandwidth = Bandwidth(engine.cores.coordinator)
+            say(f"measuring selector {engine.selector}")
+            list(engine.generate(_prompt(engine, contexts[0]), max_new_tokens=8))
+            samples: dict[int, list[dict[str, float]]] = {context: [] for context in contexts}
+            for _ in range(rounds):
+                for context in contexts:
+                    samples[context].append(_sample(engine, bandwidth, context, tokens))
+            for context, several in samples.items():
+                rows.append({"selector": engine.selector, "context": context} | _row(engine, context, tokens, several))
+            settings = {
+                "model": model,
+                "name": engine.model.spec.name,
+                "dtype": engine.config.dtype,
+                "threads": len(engine.cores.coordinator),
+                "workers": len(engine.workers()),
+                "tokens": tokens,
+                "rounds": rounds,
+            }
+    return settings | {"rows": rows}
+
+
+def _prompt(engine: Engine, context: int) -> list[int]:
+    vocab = engine.model.spec.vocab
+    return [(_FIRST_ID + _STEP * i) % vocab for i in range(context)]
+
+
+def _sample(engine: Engine, bandwidth: Bandwidth, context: int, tokens: int) -> dict[str, float]:
+    """One prefill and decode of which the text's own end is ignored."""
+    before = bandwidth.measure()
+    engine.reset()
+    read = _bytes_read(engine)
+    engine.decode_ids(_prompt(engine, context), tokens)
+    stats, neurons = engine.stats, (_bytes_read(engine) - read) / tokens
+    return {
+        "prefill_tps": stats.prefill_tps,
+        "decode_tps": stats.decode_tps,
+        "feed_forward": neurons,
+        "bandwidth": (before + bandwidth.measure()) / 2,
+    }
+
+
+def _bytes_read(engine: Engine) -> int:
+    return sum(worker.bytes for worker in engine.workers())
+
+
+def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, float]]) -> dict[str, Any]:
+    parts = engine.coordinator_bytes() | {
+        "feed_forward": statistics.median(sample["feed_forward"] for sample in samples),
+        "kv": cache_bytes(engine.model, context + tokens // 2),
+    }
+    total = sum(parts.values())
+    shares = [sample["decode_tps"] * total / 1e9 / sample["bandwidth"] for sample in samples]
+    columns = {name: [sample[name] for sample in samples] for name in ("prefill_tps", "decode_tps", "bandwidth")}
+    return {
+        **{name: round(statistics.median(values), 2) for name, values in columns.items()},
+        "decode_range": [round(min(columns["decode_tps"]), 2), round(max(columns["decode_tps"]), 2)],
+        "roofline_share": round(statistics.median(shares), 3),
+        "bytes_per_token": {name: round(size) for name, size in parts.items()},
+    }
+
+
+def render(result: dict[str, Any], width: int) -> Iterator[str]:
+    """The table for people, or a paragraph for each row where the terminal's `width` columns do not hold it."""
+    yield f"{result['name']} · {result['dtype']} · {result['threads']} threads · medians of {result['rounds']}"
+    head = "selector   context   prefill    decode   (range)            GB/s   roofline   MB a token"
+    lines = [head, *_table(result)]
+    yield from lines if max(map(len, lines)) <= width else _paragraphs(result)
+
+
+def _table(result: dict[str, Any]) -> Iterator[str]:
+    for row in result["rows"]:
+        low, high = row["decode_range"]
+        yield (
+            f"{row['selector']:<10} {row['context']:7} {row['prefill_tps']:9.1f} {row['decode_tps']:9.1f}"
+            f"   {f'({low:.1f} to {high:.1f})':<17} {row['bandwidth']:5.1f} {row['roofline_share']:10.0%}"
+            f"   {', '.join(_parts(row))}"
+        )
+
+
+def _paragraphs(result: dict[str, Any]) -> Iterator[str]:
+    for row in result["rows"]:
+        low, high = row["decode_range"]
+        yield f"selector {row['selector']}, context {row['context']}"
+        yield f"  prefill {row['prefill_tps']:.1f} tok/s"
+        yield f"  decode {row['decode_tps']:.1f} ({low:.1f} to {high:.1f})"
+        yield f"  {row['bandwidth']:.1f} GB/s, roofline {row['roofline_share']:.0%}"
+        yield from (f"  {part} MB a token" for part in _parts(row))
+
+
+def _parts(row: dict[str, Any]) -> list[str]:
+    return [f"{name} {size / 1e6:.1f}" for name, size in row["bytes_per_token"].items() if size]

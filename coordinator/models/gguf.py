@@ -1,0 +1,263 @@
+"""GGUF files of the llama architecture, and PowerInfer's of ReLU models.
+
+GGUF's blocks of a `down` matrix run across neurons: Q4_0, Q4_1 and Q4_K keep them so (Q4C), other blocks become Q8.
+PowerInfer's files begin with PWRI instead of GGUF, hold `down` one row per neuron (`ffn_down_t`) and, in all layers
+or in none, predictors (`fc1`, `fc2`).
+Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
+See also: `gguf_blocks.py` for the weight blocks, `gguf_tokenizer.py` for the vocabulary.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+from warmfront.coordinator.models import rope
+from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.gguf_blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
+from warmfront.coordinator.models.gguf_file import GgufFile
+from warmfront.coordinator.models.gguf_tokenizer import read_tokenizer
+from warmfront.coordinator.models.source import (
+    BIASED,
+    IGNORE_OVERFLOW,
+    SourceTensor,
+    check_predictor,
+    check_sizes,
+    file_shapes,
+    predictor_shapes,
+)
+from warmfront.coordinator.models.stored_tensor import StoredTensor
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model.formats import BLOCK, Kind, join_nibbles, split_q4
+from warmfront.shared.model.spec import ModelSpec, Predictor
+
+__all__ = ["GgufSource"]
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+ARCHITECTURE = "llama"
+TOP = {"token_embd.weight": "embed", "output.weight": "head", "output_norm.weight": "norm"}
+PARTS = {
+    "attn_norm": "attn_norm",
+    "attn_q": "q",
+    "attn_k": "k",
+    "attn_v": "v",
+    "attn_output": "o",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+}
+POWERINFER_PARTS = {name: part for name, part in PARTS.items() if part != "down"} | {
+    "ffn_down_t": "down",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufSource:
+    """An open GGUF file; a `Source`. Raises ModelError if it is damaged or not supported."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        file = GgufFile(path)
+        fields = Fields(path, file.fields)
+        architecture = fields.text("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise ModelError(f"{path}: architecture '{architecture}' is not supported; {ARCHITECTURE} is")
+        if fields.count("split.count", 1, least=0) > 1:
+            raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
+        if fields.count("llama.expert_count", 0, least=0) > 0:
+            raise ModelError(f"{path}: mixtures of experts are not supported; dense llama models are")
+        found = file.tensors
+        self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in found)
+        factors = found.pop(ROPE_FACTORS, None)
+        named = {self._canonical(name): tensor for name, tensor in found.items()}
+        if "embed" not in named:
+            raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
+        self.spec = replace(
+            _sizes(fields, named["embed"].shape[0]),
+            activation="relu" if self._powerinfer else "silu",
+            predictor=_predictor(fields) if any(name.endswith((".fc1", ".fc2")) for name in named) else None,
+        )
+        check_sizes(path, self.spec)
+        self._tensors = self._checked(named)
+        self.spec = replace(self.spec, rope_frequencies=_frequencies(fields, self.spec.head_dim, factors))
+        self._note_conversions()
+        self.tokenizer = read_tokenizer(path, file.fields, self.notes)
+        if self.tokenizer is not None and len(file.fields["tokenizer.ggml.tokens"]) > self.spec.vocab:
+            raise ModelError(f"{path}: there are more tokens than the {self.spec.vocab} rows of token_embd.weight")
+
+    def names(self) -> Set[str]:
+        return self._tensors.keys()
+
+    def tensor(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def _canonical(self, name: str) -> str:
+        if name in TOP:
+            return TOP[name]
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        parts = POWERINFER_PARTS if self._powerinfer else PARTS
+        part = parts.get(match[2]) if match else None
+        if match is None or part is None:
+            model = "PowerInfer llama model" if self._powerinfer else "llama model"
+            raise ModelError(f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported")
+        return f"layers.{match[1]}.{part}" + (".bias" if match[3] == "bias" else "")
+
+    def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, "GgufTensor"]:
+        """Every tensor that the model must have and the biases it may have, of the right shape."""
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape in file_shapes(self.spec, head="head" in named):
+            tensors[name] = self._tensor(name, named, shape)
+            if f"{name}.bias" in named and name.rpartition(".")[2] in BIASED:
+                tensors[f"{name}.bias"] = self._tensor(f"{name}.bias", named, shape[:1])
+        if self.spec.predictor is not None:
+            for name, shape in predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()}):
+                tensors[name] = self._tensor(name, named, shape)
+        extra = sorted(named.keys() - tensors.keys())
+        if extra:
+            raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
+        return tensors
+
+    def _tensor(self, name: str, named: Mapping[str, StoredTensor[Type]], shape: tuple[int, ...]) -> "GgufTensor":
+        tensor = named.get(name)
+        if tensor is None:
+            raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
+        have, down = tensor.shape, name.endswith(".down")
+        if down and self._powerinfer:
+            shape = shape[::-1]
+        if have != shape:
+            raise ModelError(
+                f"{self.path}: tensor {tensor.name} has shape {have} instead of {shape}; the file is damaged"
+            )
+        if kind_of(tensor.type) is None or (len(shape) == 1 and tensor.type not in FLOATS):
+            raise ModelError(f"{self.path}: {tensor.name} has type {tensor.type.name}, which cannot be read")
+        return GgufTensor(tensor, transposed=down and not self._powerinfer)
+
+    def _note_conversions(self) -> None:
+        down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
+        other = Counter((t.type, t.kind) for t in self._tensors.values() if not t.transposed)
+        for block, count in down.items():
+            if repack(block, Kind.Q4) is not None:
+                continue
+            self.notes.append(f"{count} down matrices of type {block.name} are turned and kept as Q8")
+        for (block, kind), count in other.items():
+            if block == Type.Q4_K:
+                self.notes.append(f"{count} tensors of type Q4_K are kept as Q4 with scales rounded to float16")
+            elif block in ROUNDED_TO_Q8:
+                self.notes.append(f"{count} tensors of type {block.name} are rounded to Q8")
+            elif block not in FLOATS and repack(block, kind) is None:
+                self.notes.append(f"{count} tensors of type {block.name} are rounded to Q4, which loses quality")
+
+
+class GgufTensor(SourceTensor):
+    """A tensor of the file; `transposed` delivers [out, in] of the file as [in, out]."""
+
+    def __init__(self, tensor: StoredTensor[Type], *, transposed: bool) -> None:
+        self.type = tensor.type
+        self.transposed = transposed
+        kind = kind_of(self.type)
+        assert kind is not None
+        self._block_size, self._block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+        self._stored = tensor
+        label, shape = f"{tensor.path}: tensor {tensor.name}", tensor.shape
+        if not transposed:
+            super().__init__(label, shape, kind)
+        elif self.type in FLOATS:
+            super().__init__(label, shape[::-1], kind)
+        else:
+            across = repack(self.type, Kind.Q4) is not None
+            super().__init__(label, shape[::-1], Kind.Q4C if across else Kind.Q8, step=self._block_size)
+
+    def _widen(self, start: int, stop: int) -> Floats:
+        if len(self.shape) == 1:
+            return self._dequantised(self._stored.rows())[0, start:stop]
+        if not self.transposed:
+            return self._dequantised(self._stored.rows(start, stop))
+        first, last = (at // self._block_size * self._block_bytes for at in (start, stop))
+        return self._dequantised(self._stored.columns(first, last)).T
+
+    def _dequantised(self, rows: Bytes) -> Floats:
+        return np.asarray(gguf.dequantize(rows, self.type), np.float32)
+
+    def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
+        if kind == self.kind == Kind.Q4C:
+            q, _, _ = self._split()
+            return join_nibbles(np.ascontiguousarray(q.T[start:stop]).reshape(stop - start, -1, BLOCK))
+        exact = None if self.transposed else repack(self.type, kind)
+        if exact is None:
+            return super()._pack(start, stop, kind)
+        return exact(self._stored.rows(start, stop))
+
+    @IGNORE_OVERFLOW
+    def column_scales(self) -> npt.NDArray[np.float16]:
+        _, scale, minimum = self._split()
+        scales = np.ascontiguousarray(np.stack((scale.T, minimum.T), axis=1))
+        self.check_finite(bool(np.isfinite(scales).all()), self.kind)
+        return scales
+
+    def _split(self) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """Numbers, scales and minima as they lie in the file, [out, in] and [out, in / 32]."""
+        exact = repack(self.type, Kind.Q4)
+        assert exact is not None
+        return split_q4(exact(self._stored.rows()), self.shape[0])
+
+
+def _predictor(fields: Fields) -> Predictor:
+    predictor = Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0))
+    check_predictor(fields.path, predictor)
+    return predictor
+
+
+def _sizes(fields: Fields, vocab: int) -> ModelSpec:
+    """The model but for its rotary frequencies, which take room by a size that the tensors must bear out first."""
+    hidden = fields.count("llama.embedding_length")
+    heads = fields.count("llama.attention.head_count")
+    head_dim = fields.count("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if fields.count(key, head_dim) != head_dim:
+            raise ModelError(f"{fields.path}: {key} differs from the head size {head_dim}, which is not supported")
+    return ModelSpec(
+        architecture=ARCHITECTURE,
+        name="".join(filter(str.isprintable, fields.text("general.name", fields.path.stem))),
+        layers=fields.count("llama.block_count"),
+        hidden=hidden,
+        ffn=fields.count("llama.feed_forward_length"),
+        heads=heads,
+        kv_heads=fields.count("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab=vocab,
+        context=fields.count("llama.context_length"),
+        norm_eps=fields.positive("llama.attention.layer_norm_rms_epsilon"),
+        activation="silu",
+        rope_frequencies=(),
+    )
+
+
+def _frequencies(fields: Fields, head_dim: int, factors: StoredTensor[Type] | None) -> tuple[float, ...]:
+    """RoPE's frequencies; Llama 3.1's stretching is in the file as a divisor of each."""
+    scaling = fields.text("llama.rope.scaling.type", "")
+    divisor = fields.positive("llama.rope.scale_linear", 1.0)
+    if scaling == "linear":
+        divisor = fields.positive("llama.rope.scaling.factor", divisor)
+    elif scaling not in ("", "none"):
+        raise ModelError(f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
+    plain = rope.frequencies(head_dim, fields.positive("llama.rope.freq_base", 10000.0))
+    if factors is None:
+        return rope.checked(fields.path, plain, divisor)
+    if factors.shape != (head_dim // 2,) or factors.type not in FLOATS:
+        raise ModelError(
+            f"{fields.path}: {ROPE_FACTORS} has shape {factors.shape} and type {factors.type.name}; the file is damaged"
+        )
+    stretched = GgufTensor(factors, transposed=False).float32()
+    return rope.checked(fields.path, plain, divisor * stretched.astype(np.float64))

@@ -1,0 +1,87 @@
+"""The files of a Hugging Face folder, which is hostile until checked: where they lie, JSON objects, weights."""
+
+import json
+from pathlib import Path
+
+from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.safetensors_file import read_safetensors
+from warmfront.coordinator.models.stored_tensor import StoredTensor
+from warmfront.shared.errors import ModelError
+
+__all__ = ["inside", "read_fields", "read_text", "read_weights"]
+
+# Bytes of a text file: the largest tokenizers have some 30 MB.
+LONGEST_TEXT = 1 << 28
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder; raises ModelError if it lies elsewhere.
+
+    Links must stay in the folder, but for those of Hugging Face's cache, from snapshots/REVISION to the blobs beside.
+    """
+    path = folder / name
+    try:
+        home, real = folder.resolve(), path.resolve()
+        special = real.exists() and not real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, not a name
+        raise ModelError(f"{path} cannot be a file of the model ({error}); fetch it again") from error
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if Path(name).name != name or real.parent not in homes:
+        raise ModelError(f"{path} does not lie in the model's folder; copy it there, with a plain name")
+    if special:
+        raise ModelError(f"{path} is not a regular file; a model's files must be")
+    return path
+
+
+def read_text(folder: Path, name: str) -> str | None:
+    """A text file, with or without a byte order mark; None if there is no such file."""
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > LONGEST_TEXT:
+            raise ModelError(f"{path} is larger than any such file; fetch it again")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8 ({error}); fetch it again") from error
+
+
+def read_fields(folder: Path, name: str) -> Fields | None:
+    """The fields of a JSON object; None if there is no such file."""
+    text, path = read_text(folder, name), folder / name
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object; fetch it again")
+    return Fields(path, value)
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor[str]]:
+    """Every tensor of the folder's model.safetensors, or of the files that its index names."""
+    advice = "fetch it again"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(inside(folder, "model.safetensors"), advice)[0]
+    index = read_fields(folder, "model.safetensors.index.json")
+    if index is None:
+        raise ModelError(
+            f"{folder} has no model.safetensors; other weight files are not supported, save it as safetensors"
+        )
+    where = index.section("weight_map")
+    files = {where.text(name) for name in where}
+    stored: dict[str, StoredTensor[str]] = {}
+    for file in sorted(files):
+        tensors, _ = read_safetensors(inside(folder, file), advice)
+        twice = sorted(tensors.keys() & stored.keys())
+        if twice:
+            raise ModelError(f"{folder / file}: tensor {twice[0]} is in another file too; fetch the model again")
+        stored |= tensors
+    missing = sorted(set(where) - stored.keys())
+    if missing:
+        raise ModelError(f"{index.path}: tensor {missing[0]} is in none of the files; the model is incomplete")
+    return stored

@@ -1,0 +1,76 @@
+"""The tokenizer of a Hugging Face folder: tokenizer.json, and what its settings say of begin, end and chats."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.hf_folder import read_fields, read_text
+from warmfront.coordinator.models.source import TokenizerFiles, end_ids
+from warmfront.coordinator.models.tokenizer_json import load_tokenizer, told_in_one_line
+
+__all__ = ["read_tokenizer"]
+
+
+def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles | None:
+    """The folder's tokenizer; None if it has none. Raises ModelError for files that are damaged.
+
+    `config` are the fields of config.json, `vocab` is how many ids there are.
+    """
+    settings = read_fields(folder, "tokenizer_config.json") or Fields(folder, {})
+    generation = read_fields(folder, "generation_config.json") or Fields(folder, {})
+    ends = [*generation.tokens("eos_token_id", vocab), *config.tokens("eos_token_id", vocab)]
+    begins = config.tokens("bos_token_id", vocab)
+    template = _chat_template(folder, settings)
+    text, path = read_text(folder, "tokenizer.json"), folder / "tokenizer.json"
+    if text is None:
+        return None
+    with told_in_one_line(f"{path} is not a tokenizer", "fetch it again"):
+        tokenizer = load_tokenizer(text)
+        if _add_tokens(tokenizer, settings.section("added_tokens_decoder")):
+            text = tokenizer.to_str()
+        bos_id = _named(tokenizer, settings, "bos_token", vocab, begins)
+        add_bos = settings.flag("add_bos_token", tokenizer.encode("").ids[:1] == [bos_id])
+        special = [(i, token.content) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        eos_id = _named(tokenizer, settings, "eos_token", vocab, ends)
+    return TokenizerFiles(
+        json=text,
+        chat_template=template,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        eos_ids=end_ids(special, [*ends, eos_id]),
+        add_bos=bos_id is not None and add_bos,
+    )
+
+
+def _add_tokens(tokenizer: Any, added: Fields) -> bool:
+    """Add the tokens that the settings have and tokenizer.json has not, like transformers; whether there were any."""
+    there, tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}, []
+    for key in sorted(added, key=int):
+        entry = added.section(key)
+        if entry.text("content") not in there:
+            flags = {name: entry.flag(name, False) for name in ("single_word", "lstrip", "rstrip", "special")}
+            normalized = entry.flag("normalized", not flags["special"])
+            tokens.append(AddedToken(entry.text("content"), **flags, normalized=normalized))
+    return bool(tokenizer.add_tokens(tokens))
+
+
+def _named(tokenizer: Any, settings: Fields, role: str, vocab: int, otherwise: list[int]) -> int | None:
+    """Id of a token that the settings name as text or as an object with `content`."""
+    text = settings.section(role).text("content") if settings.holds(role, dict) else settings.text(role, "")
+    number: int | None = tokenizer.token_to_id(text) if text else next(iter(otherwise), None)
+    if number is not None and number >= vocab:
+        raise settings.wrong(role, f"one of the {vocab} tokens that the weights know")
+    return number
+
+
+def _chat_template(folder: Path, settings: Fields) -> str | None:
+    """The template of the file for it, or of the settings: a text, or a list of which the one named default counts."""
+    template = read_text(folder, "chat_template.jinja")
+    if template is not None:
+        return template
+    if not settings.holds("chat_template", list):
+        return settings.text("chat_template", "") or None
+    named = {entry.text("name"): entry.text("template") for entry in settings.sections("chat_template")}
+    return named.get("default")

@@ -1,0 +1,204 @@
+"""Packing: from a model as its makers publish it to the packed file that every process reads (`store.py`).
+
+Done once per model, by content (`content.py`), and weight type. A second run waits for the first and uses its result. A
+packed file that is damaged is packed anew.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.source import Source, SourceTensor, padded
+from warmfront.coordinator.packing.content import content_of, state_of
+from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
+from warmfront.shared.errors import DamagedError, ModelError, ResourceError
+from warmfront.shared.files import locked, make_folder, published
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import Kind, row_bytes
+from warmfront.shared.model.store import PackedModel
+from warmfront.shared.paths import cache_root
+
+__all__ = ["PackingPlan", "ensure_packed", "mended"]
+
+MATRICES = ("q", "k", "v", "o")
+Progress = Callable[[int, int], None]
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
+    """The packed form of the model at `path`, made now if the cache has none, or a damaged one.
+
+    `say` gets a line for each thing worth knowing, `progress` (bytes done, bytes in all). Raises ModelError for a
+    file that cannot be read, ResourceError when the cache has no room.
+    """
+    folder, content = cache_root() / "models", content_of(path, say)
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", path.stem).strip("-.")[:60]
+    target = folder / f"{name or 'model'}-{dtype}-{content}.safetensors"
+    try:
+        if (fault := _fault(target)) is not None:
+            make_folder(folder)
+            with locked(target, say):
+                if _fault(target) is not None:
+                    if fault:
+                        say(fault)
+                    _pack(path, dtype, target, say, progress)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the packed model to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder with room"
+        ) from error
+    with suppress(OSError):  # when it was last used, for `warmfront cache`
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
+    return target
+
+
+def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `use` returns; it is done again, and so packs anew, if it finds that a packed file is damaged."""
+    try:
+        return use()
+    except DamagedError as error:
+        say(_anew(error))
+    return use()
+
+
+def _fault(target: Path) -> str | None:
+    """None for a packed file that can be opened, empty if there is none, else what is to be said of it."""
+    if not target.exists():
+        return ""
+    try:
+        PackedModel(target).close()
+    except DamagedError as error:
+        return _anew(error)
+    except ModelError:
+        return ""
+    return None
+
+
+def _anew(error: DamagedError) -> str:
+    return f"{str(error).partition(';')[0]}: packing it anew"
+
+
+def _pack(path: Path, dtype: str, target: Path, say: Callable[[str], None], progress: Progress) -> None:
+    before = state_of(path)
+    source = open_source(path)
+    for note in source.notes:
+        say(note)
+    plan = PackingPlan(source, dtype)
+    tensors = map(plan.data, plan.shapes)
+    with published(target) as fd:
+        write_packed(fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress)
+        if state_of(path) != before:
+            raise ModelError(f"{path} was changed while it was packed: start again")
+
+
+class PackingPlan:
+    """Which tensors the packed file has, in which weight types, and how each is made from the source."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.source = source
+        self.names = set(source.names())
+        self._check()
+        spec = source.spec
+        layers = range(spec.layers)
+
+        # The widest that any layer has: all bundles are alike.
+        gate = min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers for part in ("gate", "up"))
+        down = min(_kind(source.tensor(f"layers.{i}.down"), dtype) for i in layers)
+        self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
+        self.kinds: dict[str, Kind] = {}
+        self.shapes: Shapes = {}
+        matrices = ["embed", *(["head"] if "head" in self.names else [])]
+        matrices += [f"layers.{i}.{part}" for i in layers for part in MATRICES]
+        for name in matrices:
+            tensor = source.tensor(name)
+            self.kinds[name] = _kind(tensor, dtype)
+            self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
+        if spec.predictor is not None:
+            for i in layers:
+                rank = padded(source.tensor(f"layers.{i}.fc1").shape[0])
+                for part, rows in (("fc1", rank), ("fc2", self.layout.groups * GROUP)):
+                    name, tensor = f"layers.{i}.{part}", source.tensor(f"layers.{i}.{part}")
+                    # Four bits would miss neurons that fire.
+                    self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
+                    self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
+        for name in sorted(self.names):
+            if name.endswith(("norm", ".bias")):
+                self.shapes[name] = ("F32", tuple(source.tensor(name).shape))
+        if source.tokenizer is not None:
+            self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
+        for i in layers:
+            self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
+
+    def _check(self) -> None:
+        biased = [n for n in self.names if n.endswith((".gate.bias", ".up.bias", ".down.bias"))]
+        if biased:
+            raise ModelError(f"{self.source.spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
+
+    def size(self, name: str) -> int:
+        """Bytes of one tensor of the packed file."""
+        return tensor_bytes(*self.shapes[name])
+
+    def all_kinds(self) -> dict[str, int]:
+        """The weight types of matrices and bundles, as the packed file's metadata has them."""
+        kinds = {name: int(kind) for name, kind in self.kinds.items()}
+        return kinds | {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
+
+    def text(self) -> dict[str, Any]:
+        """How prompts begin and answers end, likewise."""
+        if self.source.tokenizer is None:
+            return {}
+        return {field: value for field, value in asdict(self.source.tokenizer).items() if field != "json"}
+
+    def data(self, name: str) -> npt.NDArray[Any]:
+        """The bytes of one tensor of the packed file."""
+        if name in self.kinds:
+            return _with_rows(self.source.tensor(name).packed(self.kinds[name]), self.shapes[name][1][0])
+        if name == "tokenizer":
+            assert self.source.tokenizer is not None
+            return np.frombuffer(self.source.tokenizer.json.encode(), np.uint8)
+        if name.endswith(".ffn"):
+            return self._bundles(name.removesuffix(".ffn"))
+        return np.ascontiguousarray(self.source.tensor(name).float32())
+
+    def _bundles(self, layer: str) -> Bytes:
+        layout = self.layout
+        out = np.zeros((layout.groups, layout.group_bytes), np.uint8)
+        bundles = out[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
+        parts = (
+            ("gate", 0, layout.gate_kind),
+            ("up", layout.up_offset, layout.gate_kind),
+            ("down", layout.down_offset, layout.down_kind),
+        )
+        for part, start, kind in parts:
+            rows = self.source.tensor(f"{layer}.{part}").packed(kind)
+            whole = _with_rows(rows, layout.groups * GROUP)
+            bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)
+        if layout.down_kind == Kind.Q4C:
+            scales = self.source.tensor(f"{layer}.down").column_scales()
+            out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
+                layout.groups, -1
+            )
+        return out
+
+
+def _kind(tensor: SourceTensor, dtype: str) -> Kind:
+    """The weight type that `dtype` gives a matrix; what has 4 bits already is not rounded anew."""
+    if dtype == "auto" or (dtype == "q4" and tensor.kind >= Kind.Q4):
+        return tensor.kind
+    return Kind.Q4S if dtype == "q4" else Kind[dtype.upper()]
+
+
+def _with_rows(rows: Bytes, count: int) -> Bytes:
+    """Packed rows and as many rows of zero weights as make `count`."""
+    if len(rows) == count:
+        return rows
+    return np.concatenate((rows, np.zeros((count - len(rows), rows.shape[1]), np.uint8)))

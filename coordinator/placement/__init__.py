@@ -1,0 +1,1 @@
+"""Where neurons begin: homes, expected load, the solver and its plan files. Moves nothing while a model runs."""

@@ -1,0 +1,37 @@
+"""What a token is expected to fire and to read of each group of neurons, from the model's profile."""
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.shared.config import PREDICTING
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["firing_of", "load_of", "neurons_of"]
+
+Floats = npt.NDArray[np.float64]
+
+
+def neurons_of(layout: BundleLayout) -> npt.NDArray[np.int64]:
+    """int64 [groups]: the neurons of each group, without padding."""
+    return np.clip(layout.ffn - GROUP * np.arange(layout.groups), 0, GROUP)
+
+
+def firing_of(model: PackedModel) -> Floats:
+    """Neurons that a token fires of each group, float64 [layers, groups]: all of them in a model without a profile."""
+    profile = Profile.of(model)
+    if profile is not None:
+        return profile.group_firing()
+    return np.tile(neurons_of(model.layout).astype(np.float64), (model.spec.layers, 1))
+
+
+def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
+    """Bytes that computing each group reads per token, float64 [layers, groups], if `firing` of its neurons fire.
+
+    A predictor is taken to select the neurons that fire and no others.
+    """
+    gate, rest = layout.gate_row_bytes, layout.gate_row_bytes + layout.down_row_bytes
+    if selector in PREDICTING:
+        return firing * (gate + rest)
+    return GROUP * gate + (firing if selector == "exact" else np.full_like(firing, GROUP)) * rest

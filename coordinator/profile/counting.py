@@ -1,0 +1,114 @@
+"""Counts which neurons fire on text: before a model's first run on the built-in sample, or on texts of the user's.
+
+A text is computed in jobs of up to 288 tokens, each as a text of its own: so a count can stop after any job and go on
+from there, with the same numbers.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from os import W_OK, access
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.kept import kept_profile
+from warmfront.coordinator.profile.reorder import reorder, restore
+from warmfront.shared.config import THREADING, EngineConfig
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.files import locked
+from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["JOB_TOKENS", "Fires", "Job", "count", "empty_profile", "ensure_profiled", "jobs_of"]
+
+JOB_TOKENS = 288
+
+
+class Fires(Protocol):
+    """What of an engine counting needs."""
+
+    def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]: ...
+
+
+class Job(NamedTuple):
+    """Tokens that are computed together; `fresh`: they begin a text."""
+
+    ids: Sequence[int]
+    fresh: bool
+
+
+def jobs_of(texts: Sequence[Sequence[int]], most: int) -> list[Job]:
+    """The texts, as token ids, in pieces of at most `most` tokens."""
+    pieces = ([Job(ids[at : at + most], at == 0) for at in range(0, len(ids), most)] for ids in texts)
+    return list(chain.from_iterable(pieces))
+
+
+def empty_profile(model: PackedModel, texts: Sequence[str]) -> Profile:
+    """A profile of `model` without a token yet; `texts`: names of what is going to be counted."""
+    return Profile(model.spec.layers, model.layout.groups * GROUP, model.spec.ffn, texts)
+
+
+def count(
+    engine: Fires, profile: Profile, jobs: Sequence[Job], after: Callable[[int], None] = lambda _done: None
+) -> None:
+    """Add what fires in `jobs` to `profile`; `after` each job it gets the number of jobs done.
+
+    A KeyboardInterrupt comes between two jobs, `after` included.
+    """
+    for done, (ids, fresh) in enumerate(jobs, 1):
+        fired = engine.firing(ids)
+        with hold_interrupts():
+            profile.add(fired, fresh=fresh)
+            after(done)
+
+
+def ensure_profiled(
+    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> bool:
+    """Profile and order `model` if it is sparse and never was; returns whether its file was replaced.
+
+    A profile that the user made of this model before, and that outlived its packed file, is taken again.
+    Where the cache has no room for a second copy of the model, it stays as it is. Of two that load it for the first
+    time the second waits.
+    """
+    folder = model.path.parent
+    if not model.spec.sparse or model.profile or not access(folder, W_OK):
+        return False
+    if shutil.disk_usage(folder).free < model.path.stat().st_size:
+        return False
+    with locked(model.path.with_suffix(".profile"), say):
+        with PackedModel(model.path) as now:
+            if now.profile:
+                return True
+        try:
+            if (kept := kept_profile(model)) is not None:
+                say(f"ordering the neurons by your profile ({', '.join(kept.profile.texts)})")
+                restore(model.path, kept, say, partial(progress, "ordering"))
+                return True
+            say("profiling which neurons fire (first load only)")
+            profile = _on_sample(model, config, say, progress)
+            reorder(model.path, profile, model.order, say, partial(progress, "ordering"))
+        except ResourceError as error:
+            say(f"the neurons stay in the order they came in: {error}")
+            return False
+    return True
+
+
+def _on_sample(
+    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> Profile:
+    with hold_interrupts():
+        from warmfront.coordinator.engine.engine import Engine
+        from warmfront.coordinator.selectors.calibration import sample_ids
+
+    profile = empty_profile(model, ["sample"])
+    threads = {name: getattr(config, name) for name in THREADING}
+    wishes = EngineConfig(dtype=config.dtype, **threads, gpu="none", policy="static")
+    with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
+        count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
+    return profile

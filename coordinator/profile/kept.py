@@ -1,0 +1,59 @@
+"""Profiles of the user's own texts, kept apart from the packed models that they were made for.
+
+A packed model can be made again from the model, a profile cannot: so `warmfront profile` keeps it in `profiles/` in
+the cache too, by content (`content.py`) and weight type of the model: counts, places of the neurons, name of the order
+(`store.py`). When the model is packed anew it gets the same order again, so that plans made for that still fit.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.shared.model.store import PackedModel
+from warmfront.shared.paths import cache_root
+
+__all__ = ["KeptProfile", "keep_profile", "kept_profile"]
+
+
+class KeptProfile(NamedTuple):
+    """`profile` in the order of that name, in which the makers' neuron `places[layer, i]` comes i-th."""
+
+    profile: Profile
+    places: npt.NDArray[np.int64]
+    order: str
+
+
+def _file_of(packed: Path) -> Path:
+    """By weight type and content, which the name of the packed file ends with."""
+    return cache_root() / "profiles" / f"{'-'.join(packed.stem.rsplit('-', 2)[1:])}.npz"
+
+
+def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
+    """Keep the profile of `model`, which has one; `say` gets a line if the cache cannot be written."""
+    counted, file = Profile.of(model), _file_of(model.path)
+    assert counted is not None
+    facts = counted.facts | {"order": model.order, "model": model.spec.name}
+    try:
+        save_arrays(file, counts=counted.counts, places=model.places(), facts=json.dumps(facts))
+    except OSError as error:
+        say(f"the profile is in the packed model alone, {file} cannot be written: {error.strerror}")
+
+
+def kept_profile(model: PackedModel) -> KeptProfile | None:
+    """What was kept for a model with the content and weight type of `model`; None without, or for a damaged one."""
+    neurons = np.arange(model.places().shape[1])
+    kept = load_arrays(_file_of(model.path))
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+        facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
+        profile = Profile.restored(counts, model.spec.ffn, facts)
+        sound = counts.shape == (model.spec.layers, len(profile.tokens), len(neurons)) and counts.dtype == np.uint16
+        if sound and places.shape == model.places().shape and (np.sort(places, axis=1) == neurons).all():
+            return KeptProfile(profile, places, str(facts["order"]))
+    return None

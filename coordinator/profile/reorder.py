@@ -1,0 +1,115 @@
+"""Puts the neurons of a packed model into the order that a profile suggests, and the profile beside them.
+
+The file is written anew and takes the place of the old one at once; who has the old one open goes on with it. With down
+rows of type Q4C, whose scales lie in the group's tail for 32 neurons together, groups move as they are.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.packing.packed_file import Shapes, write_packed
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.kept import KeptProfile
+from warmfront.coordinator.profile.ordering import order_groups, order_neurons
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.files import locked, published
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["reorder", "restore"]
+
+Bytes = npt.NDArray[np.uint8]
+Permutation = npt.NDArray[np.int64]
+
+
+def reorder(
+    path: Path, profile: Profile, order: str, say: Callable[[str], None], progress: Callable[[int, int], None]
+) -> bool:
+    """Order the packed model at `path` by `profile`, which was counted when its order was `order`, and keep that in it.
+
+    Returns whether the order changed: then what was made from the old one (`lowbit.py`) is gone. Raises ResourceError
+    when there is no room, or when another process was faster.
+    """
+    with _rewriting(path, order, say) as (fd, model):
+        permutation = _permutation(model, profile)
+        changed = bool((permutation != np.arange(permutation.shape[1])).any())
+        if changed:
+            order = hashlib.sha256(order.encode() + permutation.tobytes()).hexdigest()[:12]
+        _write(fd, model, permutation, profile.reordered(permutation), order, progress)
+    if changed:
+        for file in path.parent.iterdir():
+            if file.name.startswith(f"{path.stem}-lowbit") and order not in file.name:
+                file.unlink(missing_ok=True)
+    return changed
+
+
+def restore(path: Path, kept: KeptProfile, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
+    """Bring the packed model at `path`, in its makers' order, into that of a kept profile, and that into it.
+
+    Raises ResourceError as `reorder` does.
+    """
+    with _rewriting(path, "", say) as (fd, model):
+        _write(fd, model, kept.places, kept.profile, kept.order, progress)
+
+
+@contextlib.contextmanager
+def _rewriting(path: Path, order: str, say: Callable[[str], None]) -> Iterator[tuple[int, PackedModel]]:
+    """The file that takes the place of the packed model at `path`, and the model, which has to be in that `order`."""
+    try:
+        with locked(path, say), PackedModel(path) as model:
+            if model.order != order:
+                raise ResourceError(f"another warmfront has reordered {model.spec.name} meanwhile: start again")
+            with published(path) as fd:
+                yield fd, model
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the reordered model to {path.parent}: {error.strerror}; make room for a second copy of it"
+        ) from error
+
+
+def _permutation(model: PackedModel, profile: Profile) -> Permutation:
+    """int64 [layers, neurons]."""
+    arrange = order_groups if model.layout.down_kind == Kind.Q4C else order_neurons
+    return np.stack([arrange(counts, model.spec.ffn) for counts in profile.counts])
+
+
+def _write(
+    fd: int,
+    model: PackedModel,
+    permutation: Permutation,
+    profile: Profile,
+    order: str,
+    progress: Callable[[int, int], None],
+) -> None:
+    made: dict[str, npt.NDArray[Any]] = {
+        "profile": profile.counts,
+        "places": np.take_along_axis(model.places(), permutation, axis=1).astype(np.uint32),
+    }
+    shapes: Shapes = {name: (entry.element, entry.shape) for name, entry in model.entries.items() if name not in made}
+    names = list(shapes)
+    shapes |= {"profile": ("U16", made["profile"].shape), "places": ("U32", made["places"].shape)}
+    kinds = {name: int(entry.kind) for name, entry in model.entries.items() if entry.kind is not None}
+    kinds |= {"gate": int(model.layout.gate_kind), "down": int(model.layout.down_kind)}
+    tensors = chain((_reordered(model, name, permutation) for name in names), made.values())
+    more = {"order": order, "profile": profile.to_json()}
+    write_packed(fd, model.spec, kinds, model.text, shapes, tensors, progress, **more)
+
+
+def _reordered(model: PackedModel, name: str, permutation: Permutation) -> Bytes:
+    """The bytes of tensor `name`, those of neurons in their new places."""
+    data = model.bytes_of(name)
+    _, _, role = name.rpartition(".")
+    if role not in ("ffn", "fc2"):
+        return data
+    order = permutation[int(name.split(".")[1])]
+    if role == "ffn" and model.layout.down_kind == Kind.Q4C:
+        return np.asarray(data.reshape(model.layout.groups, -1)[order[::GROUP] // GROUP])
+    return np.asarray(data.reshape(len(order), -1)[order])

@@ -1,0 +1,49 @@
+"""The prompt that a model's chat template makes of a conversation; it is rendered by `template_process.py`."""
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from warmfront.shared.errors import ModelError
+from warmfront.shared.machine.process import python_module_command
+
+__all__ = ["render"]
+
+# Of computing, and for a machine that does not let it compute.
+CPU_S, _TIMEOUT_S = 1, 30.0
+
+
+def render(name: str, template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
+    """The text for the next answer to `messages`. `tokens`: texts of special tokens, such as bos_token.
+
+    Raises ModelError, naming the model `name`, for a template that fails or never ends.
+    """
+    variables = {
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **tokens,
+    }
+    now = datetime.now().isoformat()
+    request = {"template": template, "variables": variables, "now": now, "cpu_s": CPU_S}
+    command = python_module_command("warmfront.coordinator.text.template_process")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        try:
+            out, err = process.communicate(json.dumps(request).encode(), _TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ModelError(f"the chat template of {name} does not end within {_TIMEOUT_S:.0f} s") from None
+        finally:
+            process.kill()
+            process.wait()  # which the block's end leaves out after Ctrl-C
+    if process.returncode < 0:
+        raise ModelError(f"the chat template of {name} does not end within {CPU_S} s")
+    if process.returncode:
+        why = err.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ModelError(f"the chat template of {name} cannot be rendered: {why}")
+    answer: dict[str, str] = json.loads(out)
+    if "error" in answer:
+        raise ModelError(f"the chat template of {name} fails: {answer['error']}")
+    return answer["text"]

@@ -1,0 +1,83 @@
+"""The process that renders one chat template, as transformers does.
+
+Run as `python -m warmfront.coordinator.text.template_process`.
+
+A template is a program from strangers: Jinja's sandbox keeps it from everything but its input, and the kernel bounds
+what it may use, be it in one endless loop or one enormous string. stdin is a JSON object {template, variables, now,
+cpu_s}, stdout {text} or {error}.
+"""
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__: list[str] = []
+
+MEMORY = 1 << 30
+# Characters of a prompt: far more than any context holds.
+LONGEST = 1 << 26
+
+
+class Generation(Extension):
+    """{% generation %} marks what the model is to learn in training; in a prompt it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Any) -> Any:
+        return caller()
+
+
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Plain JSON: Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def render(template: str, variables: dict[str, Any], now: datetime) -> str:
+    """The text that the template makes of the variables. It raises whatever it likes."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = now.strftime
+    text = environment.from_string(template).render(**variables)
+    if len(text) > LONGEST:
+        raise TemplateError(f"it writes {len(text):,} characters")
+    return text
+
+
+def main() -> None:
+    request = json.load(sys.stdin.buffer)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"],) * 2)
+    try:
+        answer = {"text": render(request["template"], request["variables"], datetime.fromisoformat(request["now"]))}
+    except MemoryError:
+        answer = {"error": f"it needs more than {MEMORY >> 20} MiB"}
+    except Exception as error:  # a template is code, and fails as code does
+        answer = {"error": str(error) or type(error).__name__}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

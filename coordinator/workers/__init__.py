@@ -1,0 +1,1 @@
+"""Worker processes: started, watched, ended, replaced. Knows nothing of models."""

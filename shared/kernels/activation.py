@@ -1,0 +1,135 @@
+"""Compiled elementwise functions: the exponential on 16 lanes, softmax, activation functions."""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.atomics import floats_at
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.simd import FLOAT, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
+from warmfront.shared.model.spec import ACTIVATIONS
+
+__all__ = ["activate", "activate_times", "exponentials", "highest_of", "softmax_panel"]
+
+_SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
+# exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
+_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def _every(value: float) -> Any:
+    return ir.Constant(V16, [value] * LANES)
+
+
+def _exp(b: Any, x: Any) -> Any:
+    """exp of 16 floats; below -87 it is the smallest normal number, which is as good as zero here. NaN stays NaN."""
+    given, x = x, call(b, "llvm.minnum.v16f32", V16, x, _every(88.0))
+    x = call(b, "llvm.maxnum.v16f32", V16, x, _every(-87.0))
+    n = call(b, "llvm.rint.v16f32", V16, b.fmul(x, _every(1 / math.log(2))))
+    r = fma(b, n, _every(-0.693359375), x)
+    r = fma(b, n, _every(2.12194440e-4), r)
+    series = _every(_SERIES[0])
+    for coefficient in _SERIES[1:]:
+        series = fma(b, series, r, _every(coefficient))
+    result = b.fadd(fma(b, series, b.fmul(r, r), r), _every(1.0))
+    power = b.shl(b.fptosi(n, vector(I32)), ir.Constant(vector(I32), [23] * LANES))
+    result = b.bitcast(b.add(b.bitcast(result, vector(I32)), power), V16)
+    # minnum takes NaN for a missing number: a score that is NaN would otherwise come out as exp(88).
+    return b.select(b.fcmp_unordered("uno", given, given), given, result)
+
+
+@intrinsic
+def exponentials(context, values, count, highest):
+    """Replace `count` floats (a multiple of 16) by exp(value - highest); returns their sum."""
+
+    def build(context, b, _signature, arguments):
+        values, count, highest = arguments
+        sums, top = simd.zeros(b), splat(b, highest)
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            result = _exp(b, b.fsub(load(b, values, at, V16), top))
+            store(b, values, at, result)
+            b.store(b.fadd(b.load(sums), result), sums)
+        return simd.total(b, b.load(sums))
+
+    return types.float32(types.int64, types.int64, types.float32), build
+
+
+@intrinsic
+def highest_of(context, values, count):
+    """The highest of `count` floats, a multiple of 16."""
+
+    def build(context, b, _signature, arguments):
+        values, count = arguments
+        highest = cgutils.alloca_once_value(b, _every(-3e38))
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            row = load(b, values, b.mul(loop.index, long(64)), V16)
+            b.store(call(b, "llvm.maxnum.v16f32", V16, row, b.load(highest)), highest)
+        return call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, b.load(highest))
+
+    return types.float32(types.int64, types.int64), build
+
+
+@intrinsic
+def softmax_panel(context, scores, count, sums):
+    """Per lane: replace `count` rows of 16 scores by exp(score - the lane's highest); their sums go to `sums`."""
+
+    def build(context, b, _signature, arguments):
+        scores, count, sums = arguments
+        highest = cgutils.alloca_once_value(b, _every(-3e38))
+        added = simd.zeros(b)
+        with cgutils.for_range(b, count, intp=I64) as loop:
+            row = load(b, scores, b.mul(loop.index, long(64)), V16)
+            b.store(call(b, "llvm.maxnum.v16f32", V16, row, b.load(highest)), highest)
+        with cgutils.for_range(b, count, intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            result = _exp(b, b.fsub(load(b, scores, at, V16), b.load(highest)))
+            store(b, scores, at, result)
+            b.store(b.fadd(b.load(added), result), added)
+        store(b, sums, long(0), b.load(added))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def _silu_times(context, gates, ups, count):
+    def build(context, b, _signature, arguments):
+        gates, ups, count = arguments
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            gate = load(b, gates, at, V16)
+            below = b.fadd(_exp(b, b.fsub(_every(0.0), gate)), _every(1.0))
+            store(b, gates, at, b.fmul(b.fdiv(gate, below), load(b, ups, at, V16)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@kernel
+def activate(code: int, value: Any) -> Any:
+    """The activation function ACTIVATIONS[code] of one float."""
+    if code == _RELU:
+        return np.float32(0) if value <= 0 else value  # NaN passes
+    if code == _SILU:
+        return value / (np.float32(1) + np.float32(math.exp(-value)))
+    if code == _GELU:
+        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.erf(value * np.float32(0.7071067811865476))))
+    inner = np.float32(0.7978845608028654) * (value + np.float32(0.044715) * value * value * value)
+    return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@kernel
+def activate_times(code: int, gates: int, ups: int, count: int) -> None:
+    """gates = activation(gates) * ups, for `count` floats each, a multiple of 16."""
+    if code == _SILU:
+        _silu_times(gates, ups, count)
+        return
+    gate, up = carray(floats_at(gates), (count,)), carray(floats_at(ups), (count,))
+    for i in range(count):
+        gate[i] = activate(code, gate[i]) * up[i]

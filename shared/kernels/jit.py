@@ -1,0 +1,234 @@
+"""Compilation of the hot path: kernels, what is inlined into them, one cache.
+
+numba's own cache notices a change only in the file of the cached function, not in the files it calls into; it falls
+back to folders beside the source, and runs what it finds there. So there is one of ours:
+
+    kernels/DIGEST/       private; DIGEST is of all sources that hold compiled code, of those that they import, and of
+                          the versions of what compiles them: a changed kernel can never be run from a stale copy
+      NAME.KEY.nbc        a compiled form of the kernel NAME; KEY is of its signature and the processor
+      NAME.nbi            JSON: KEY -> SHA-256 of that file
+
+What is missing or damaged is compiled anew and replaced; where nothing can be kept, kernels are compiled in memory.
+The oldest folders are removed when a new one is made.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.core.types.misc import unliteral
+
+from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.files import make_folder
+from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.paths import cache_root
+
+__all__ = ["cache_is_cold", "compile_for", "compiling_note", "inlined", "kernel"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_TOP = Path(__file__).parents[2]
+_PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
+_COMPILED = re.compile(r"^ *@(kernel|inlined|intrinsic)\b", re.MULTILINE)
+# At the top of a module, where what a kernel uses is imported: from which module, which names, or plain modules.
+_IMPORT = re.compile(r"^(?:from +warmfront([.\w]*) +import +(\([^)]*\)|.*)|import +(.*))", re.MULTILINE)
+# Caches that are kept, so that two installations do not make each other compile anew.
+_KEPT = 4
+# What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+
+
+def _imported(text: str) -> Iterator[Path]:
+    """Where the modules of warmfront may lie that a module imports, with the packages on the way to them."""
+    for module, names, plain in _IMPORT.findall(text):
+        imported = [f"{module}.{name}" for name in re.findall(r"\w+", names)]  # a name may be a module's
+        for each in imported + re.findall(r"\bwarmfront([.\w]+)", plain):
+            place = _TOP
+            for part in filter(None, each.split(".")):
+                place /= part
+                yield from (place.with_suffix(".py"), place / "__init__.py")
+
+
+def _digest() -> str:
+    files = [file for package in _PACKAGES for file in (_TOP / package).rglob("*.py")]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    # Constants and types that compiled code imports are compiled in, however far they come.
+    found: set[Path] = set()
+    ahead = [file for file, text in texts.items() if _COMPILED.search(text)]
+    while ahead:
+        if (file := ahead.pop()) in texts and file not in found:
+            found.add(file)
+            ahead += _imported(texts[file])
+    digest = hashlib.sha256(f"{sys.version} {numba.__version__} {llvmlite.__version__}".encode())
+    for file in sorted(found):
+        digest.update(f"\0{file.relative_to(_TOP)}\0{texts[file]}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder() -> Path | None:
+    try:
+        return cache_root() / "kernels" / _digest()
+    except ResourceError:  # said when something must be kept; not every command does
+        return None
+
+
+_FOLDER = _cache_folder()
+
+
+def _distrust() -> str:
+    """Why what lies in the cache is not to be run: whoever can write there could put any code. Empty if it may be."""
+    if _FOLDER is None:
+        return "there is no folder to keep them in"
+    try:
+        status = _FOLDER.stat()
+    except OSError as error:
+        return f"{_FOLDER} cannot be read: {error.strerror}"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{_FOLDER} is not a folder"
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{_FOLDER} belongs to another user"
+    return f"{_FOLDER} may be written to by others" if status.st_mode & 0o022 else ""
+
+
+def _refusal() -> str:
+    """Make the cache's folder; why nothing can be kept in it, or empty."""
+    if _FOLDER is not None and not _FOLDER.exists():
+        try:
+            make_folder(_FOLDER.parent)
+            _FOLDER.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            return f"{_FOLDER} cannot be made: {error.strerror}"
+        _prune(_FOLDER)
+    if reason := _distrust():
+        return reason
+    return "" if os.access(str(_FOLDER), os.W_OK | os.X_OK) else f"{_FOLDER} may not be written to"
+
+
+def _prune(folder: Path) -> None:
+    """Remove the oldest caches beside `folder`; other processes may do the same."""
+    ages = {}
+    for old in folder.parent.iterdir():
+        with contextlib.suppress(OSError):
+            ages[old] = old.stat().st_mtime
+    ages.pop(folder, None)
+    for old in sorted(ages, key=lambda old: -ages[old])[_KEPT - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class _Cache:
+    """The compiled forms of one kernel, as numba's dispatcher asks for them and hands them over."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.cache_path = str(_FOLDER)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """The form compiled for `signature`; None if the cache has none that is whole."""
+        context.refresh()
+        if _distrust():
+            return None
+        # Whatever is wrong with a file, the way out is the same.
+        with contextlib.suppress(Exception):
+            key = self._key(signature, context.codegen())
+            data = self._file(key).read_bytes()
+            if hashlib.sha256(data).hexdigest() == self._index()[key]:
+                return CompileResult._rebuild(context, *pickle.loads(data))
+        return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep what was compiled for `signature`, if that can be."""
+        if result.lifted or result.library.has_dynamic_globals or _refusal():
+            return
+        data = dumps(result._reduce())
+        with contextlib.suppress(OSError):  # a full disk; a kernel that no file holds
+            key = self._key(signature, result.codegen)
+            _replace(self._file(key), data)
+            _replace(self._file(), json.dumps(self._index() | {key: hashlib.sha256(data).hexdigest()}).encode())
+
+    def is_empty(self) -> bool:
+        """Whether no form of the kernel is kept."""
+        return bool(_distrust()) or not self._index()
+
+    def _file(self, key: str = "") -> Path:
+        name = f"{self._function.__module__}.{self._function.__qualname__}"
+        assert _FOLDER is not None
+        return _FOLDER / (f"{name}.{key}.nbc" if key else f"{name}.nbi")
+
+    def _index(self) -> dict[str, str]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            index = json.loads(self._file().read_bytes())
+            return index if isinstance(index, dict) else {}
+        return {}
+
+    def _key(self, signature: Any, codegen: Any) -> str:
+        # The folder's digest does not know kernels of other packages.
+        source = Path(inspect.getfile(self._function)).read_bytes()
+        return hashlib.sha256(repr((signature, codegen.magic_tuple())).encode() + source).hexdigest()[:16]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file that is there as a whole or not at all, in the place of whatever has its name."""
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as scratch:
+        whole = Path(scratch) / path.name
+        whole.write_bytes(data)
+        if path.is_dir():
+            shutil.rmtree(path)
+        whole.replace(path)
+
+
+def cache_is_cold(*functions: Any) -> bool:
+    """Whether any of these kernels has yet to be compiled on this machine."""
+    return any(_Cache(function.py_func).is_empty() for function in functions)
+
+
+def compiling_note() -> str:
+    """What to tell a user who has to wait for kernels."""
+    if reason := _refusal():
+        return f"compiling kernels, as at every start: {reason}; set XDG_CACHE_HOME to a folder of your own"
+    return "compiling kernels (first run only)"
+
+
+def compile_for(function: Any, *arguments: object) -> None:
+    """Compile the kernel `function` for the types of `arguments`, or take it from the cache, without calling it."""
+    function.compile(tuple(numba.typeof(argument) for argument in arguments))
+
+
+def inlined(function: F) -> F:
+    """Compile `function` into its callers, at each call, not by itself.
+
+    A kernel is optimised anew within each kernel that calls it, and again within that one's callers; and each hands its
+    arguments on field by field, hundreds for a tuple of arrays. So what has one caller is inlined.
+    """
+    piece: F = numba.njit(inline="always")(function)
+    return piece
+
+
+def kernel(function: F) -> F:
+    """Compile `function` on first call: no GIL, result cached across processes."""
+    if numba.config.DISABLE_JIT:
+        raise UsageError("numba is told to compile nothing, which warmfront cannot do without: unset NUMBA_DISABLE_JIT")
+    compiled: Any = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")(function)
+    compiled._cache = _Cache(function)
+    resolve, compile_now = compiled.get_call_template, compiled.compile
+    # numba would compile it anew for every constant that a caller passes.
+    compiled.get_call_template = lambda args, kws: resolve(
+        tuple(map(unliteral, args)), {name: unliteral(kind) for name, kind in kws.items()}
+    )
+    # LLVM calls back into Python, where a KeyboardInterrupt would be dropped.
+    compiled.compile = hold_interrupts()(compile_now)
+    return compiled

@@ -1,0 +1,1 @@
+"""Cpus, cores, memory nodes, processes and the driver of this machine. Knows nothing of models."""

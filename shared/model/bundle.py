@@ -1,0 +1,80 @@
+"""The byte layout of packed feed-forward weights: neuron bundles and groups of them.
+
+    layer   = groups x group                   the last group is padded with all-zero neurons
+    group   = 32 x bundle | tail               the unit that is owned, stored and moved
+    bundle  = [gate row | up row | down row | zeros up to a multiple of 64 bytes]
+    tail    = with down rows of type Q4C: [float16 scale, float16 minimum] of each column, for the 32 down rows
+              together: hidden scales, hidden minima, zeros up to a multiple of 64 bytes; else nothing
+
+Gate and up rows are of `gate_kind`; the down row, the neuron's column of W_down, is of `down_kind`. A row is
+packed as in `weights.py`. Computing a neuron: h = activation(gate . x) * (up . x), FFN(x) = sum over h * down.
+"""
+
+from dataclasses import dataclass
+
+from warmfront.shared.model.formats import Kind, row_bytes
+
+__all__ = ["GROUP", "BundleLayout"]
+
+# Neurons of a group: one warp of the GPU holds one weight h of each.
+GROUP = 32
+
+_ALIGNMENT = 64
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleLayout:
+    """Sizes of one model's bundles; `hidden` is a multiple of 32, all properties are in bytes but `groups`."""
+
+    hidden: int
+    ffn: int
+    gate_kind: Kind
+    down_kind: Kind
+
+    @property
+    def gate_row_bytes(self) -> int:
+        """Length of the gate row and of the up row."""
+        return row_bytes(self.gate_kind, self.hidden)
+
+    @property
+    def down_row_bytes(self) -> int:
+        """Length of the down row."""
+        return row_bytes(self.down_kind, self.hidden)
+
+    @property
+    def up_offset(self) -> int:
+        """Where the up row starts in a bundle (the gate row starts at 0)."""
+        return self.gate_row_bytes
+
+    @property
+    def down_offset(self) -> int:
+        """Where the down row starts in a bundle."""
+        return 2 * self.gate_row_bytes
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Length of a neuron's bundle, padding included."""
+        return _padded(self.down_offset + self.down_row_bytes)
+
+    @property
+    def group_bytes(self) -> int:
+        """Length of a group."""
+        return self.tail_offset + self._tail_bytes
+
+    @property
+    def tail_offset(self) -> int:
+        """Where the tail starts in a group."""
+        return GROUP * self.bundle_bytes
+
+    @property
+    def _tail_bytes(self) -> int:
+        return _padded(4 * self.hidden) if self.down_kind == Kind.Q4C else 0
+
+    @property
+    def groups(self) -> int:
+        """Groups of a layer, the padded last one included."""
+        return -(-self.ffn // GROUP)

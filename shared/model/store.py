@@ -1,0 +1,221 @@
+"""The packed model: one safetensors file in the cache, ready to be read into place.
+
+Tensors:
+    embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`weights.py`); head is absent when tied
+    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
+    layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
+    layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
+                                         up to a multiple of 32; absent in models without predictors (`model.py`)
+    norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
+    tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
+    profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
+                                         text that it was counted on (absent until then; `profile/counts.py`)
+    places                               U32 [layers, neurons]: which of the makers' neurons is where (as `profile`)
+    sums                                 U64 [n + 2], the last: a sum of each piece of the others (`sums_of`), one after
+                                         the other; CRC-32 of the header; CRC-32 of this tensor up to here
+Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
+`down` for the bundles), text (JSON: chat template, end-of-text ids and the like), profile (JSON: what it was counted
+on), order (which order the neurons are in; absent: the makers'). The rows of ffn, fc2 and profile are in that order.
+
+What is checked, and when: header, sizes and norms whenever the file is opened; every other piece whenever it is read,
+before anything is computed with it. A piece is a group of bundles, eight packed rows, or any other tensor as a whole.
+The sums find what a power cut or a bad disk does to a file (zeroed or foreign pages, a flipped bit, a lost end). They
+are fast, not cryptographic: who can write to the cache can also forge them.
+
+The file is read with plain reads into memory that the reader placed, not mapped: so pages lie on the reader's NUMA
+node and can be huge.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.shared.errors import DamagedError, ModelError
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.spec import ModelSpec
+
+__all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
+
+FORMAT = "warmfront-5"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the file: its element type, shape and extent in bytes and, for packed rows, its weight type.
+
+    `piece`: bytes that have a sum together; `first`: the number of its first sum.
+    """
+
+    element: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    kind: Kind | None
+    piece: int
+    first: int
+
+
+def piece_bytes(name: str, element: str, shape: tuple[int, ...], nbytes: int) -> int:
+    """Bytes of the pieces, each with a sum of its own, that a tensor of the packed file is read and checked in."""
+    if element != "U8" or len(shape) != 2:
+        return max(nbytes, 1)
+    return nbytes // shape[0] * (1 if name.endswith(".ffn") else 8)
+
+
+def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
+    """Of each `piece` bytes of `data`, the last may be shorter, the sum of their 64-bit words.
+
+    uint64 [pieces], modulo 2^64. As fast as memory, where CRC-32 would double the time to load a model.
+    """
+    whole = len(data) // piece if piece % 8 == 0 else 0
+    rest = data[whole * piece :]
+    words = data[: whole * piece].view(np.uint64).reshape(whole, piece // 8).sum(1)
+    if not len(rest):
+        return np.asarray(words)
+    end = np.zeros(-(-len(rest) // 8) * 8, np.uint8)
+    end[: len(rest)] = rest
+    return np.append(words, end.view(np.uint64).sum())
+
+
+class PackedModel:
+    """An open packed model; a context manager. Raises ModelError if there is none, DamagedError if it is not whole.
+
+    Who reads a piece that is not what was written gets DamagedError, and the file is gone, so that it is made anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another process has found it damaged, or was told to remove it
+            raise DamagedError(f"the packed model {path} is gone; it will be made again") from None
+        except OSError as error:
+            raise ModelError(f"cannot open the packed model {path}: {error.strerror}") from error
+        try:
+            header, body, start = self._header()
+            metadata = header.pop("__metadata__")
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"format {metadata['format']}")
+            kinds = json.loads(metadata["kinds"])
+            self.spec = ModelSpec.from_json(metadata["spec"])
+            self.text: dict[str, Any] = json.loads(metadata["text"])
+            self.order: str = metadata.get("order", "")
+            self.profile: dict[str, Any] = json.loads(metadata.get("profile", "{}"))
+            self.layout = BundleLayout(
+                hidden=self.spec.hidden,
+                ffn=self.spec.ffn,
+                gate_kind=Kind(kinds["gate"]),
+                down_kind=Kind(kinds["down"]),
+            )
+            self.entries: dict[str, Entry] = {}
+            first = 0
+            for name, fields in header.items():
+                self.entries[name] = entry = self._entry(name, fields, start, kinds, first)
+                first += -(-entry.nbytes // entry.piece)
+            if max(entry.offset + entry.nbytes for entry in self.entries.values()) != os.fstat(self._fd).st_size:
+                raise ValueError("wrong size")
+            self._sums = self._read_sums(self.entries.pop("sums"), first - 1, body)
+            for name, entry in self.entries.items():
+                if entry.element == "F32":
+                    self.bytes_of(name)
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError, OSError) as error:
+            self.close()
+            raise DamagedError(
+                f"the packed model {path} is damaged ({error}); delete it, it will be made again"
+            ) from None
+        except DamagedError:
+            self.close()
+            raise
+
+    def _header(self) -> tuple[dict[str, Any], bytes, int]:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if not 0 < length < 1 << 27:
+            raise ValueError("no safetensors header")
+        body = os.pread(self._fd, length, 8)
+        return json.loads(body), body, 8 + length
+
+    def _entry(self, name: str, fields: dict[str, Any], start: int, kinds: dict[str, int], sums: int) -> Entry:
+        first, last = fields["data_offsets"]
+        kind = Kind(kinds[name]) if name in kinds else None
+        shape = tuple(fields["shape"])
+        piece = piece_bytes(name, fields["dtype"], shape, last - first)
+        return Entry(fields["dtype"], shape, start + first, last - first, kind, piece, sums)
+
+    def _read_sums(self, entry: Entry, count: int, body: bytes) -> npt.NDArray[np.uint64]:
+        data = os.pread(self._fd, entry.nbytes, entry.offset)
+        sums = np.frombuffer(data, np.uint64)
+        if len(sums) != count + 2 or zlib.crc32(data[:-8]) != sums[-1] or zlib.crc32(body) != sums[-2]:
+            raise ValueError("header or sums")
+        return sums[:-2]
+
+    def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
+        """Fill `out` (contiguous bytes) from byte `start` of tensor `name`; whole pieces of it are checked."""
+        entry, data = self.entries[name], out.reshape(-1)
+        view, offset = data.data, entry.offset + start
+        while view:
+            count = os.preadv(self._fd, [view[: 1 << 30]], offset)
+            if count == 0:
+                raise DamagedError(f"the packed model {self.path} is truncated; delete it, it will be made again")
+            view, offset = view[count:], offset + count
+        first, end = -(-start // entry.piece), start + len(data)
+        last = -(-end // entry.piece) if end == entry.nbytes else end // entry.piece
+        if first < last:
+            sums = sums_of(data[first * entry.piece - start : last * entry.piece - start], entry.piece)
+            if not np.array_equal(sums, self._sums[entry.first + first : entry.first + last]):
+                raise self._discarded(name)
+
+    def _discarded(self, name: str) -> DamagedError:
+        """The error for a tensor whose bytes are not those that were written; unless it was replaced, the file goes."""
+        with contextlib.suppress(OSError):
+            if os.fstat(self._fd).st_nlink:
+                self.path.unlink()
+        return DamagedError(f"the packed model {self.path} is damaged ({name}); it has to be made again")
+
+    def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
+        """All bytes of tensor `name`."""
+        out = np.empty(self.entries[name].nbytes, np.uint8)
+        self.read_into(name, out)
+        return out
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """A float32 vector of the file (norms, biases)."""
+        return self.bytes_of(name).view(np.float32)
+
+    def places(self) -> npt.NDArray[np.int64]:
+        """Which of the makers' neurons comes where: int64 [layers, neurons]."""
+        shape = (self.spec.layers, self.layout.groups * GROUP)
+        if "places" not in self.entries:
+            return np.broadcast_to(np.arange(shape[1]), shape)
+        return self.bytes_of("places").view(np.uint32).reshape(shape).astype(np.int64)
+
+    def read_groups(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out`, uint8 [n, group_bytes], with groups first .. first + n - 1 of `layer`."""
+        assert out.shape[1] == self.layout.group_bytes
+        self.read_into(f"layers.{layer}.ffn", out, first * self.layout.group_bytes)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def __enter__(self) -> "PackedModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_of(places: npt.NDArray[np.int64]) -> int:
+    """How many of `places` [n, (layer, group)], from the first on, lie one after the other in the file."""
+    step = np.any(places - places[0] != np.stack((np.zeros(len(places)), np.arange(len(places))), axis=1), axis=1)
+    return int(np.argmax(step)) if step.any() else len(places)

@@ -1,0 +1,74 @@
+"""Progress bars on terminals of all widths.  pytest tests/coordinator/cli/test_terminal.py"""
+
+import io
+import re
+
+import pytest
+
+from warmfront.coordinator.cli.plan_chart import _bars
+from warmfront.coordinator.cli.terminal import Bars
+from warmfront.coordinator.measure import bench
+
+
+class FakeTerminal(io.StringIO):
+    """What has been drawn; it claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch, columns: str) -> FakeTerminal:
+    """Stands for stderr from now on."""
+    shown = FakeTerminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("COLUMNS", columns)
+    return shown
+
+
+@pytest.mark.parametrize("width", [10, 20, 40, 60, 80, 200])
+def test_a_bar_stays_on_its_line(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    shown = terminal(monkeypatch, str(width))
+    with Bars() as bars:
+        for done in (0, 40_000_000, 100_000_000):
+            bars.show("packing", done, 100_000_000)
+        bars.count("counting", 1000, 20_000)
+        bars.last("tuning", 20, 40)
+    *drawn, wiped = re.split("\r(?=.)", shown.getvalue())[1:]
+    assert len(drawn) == 5
+    assert max(map(len, drawn)) < width
+    assert wiped.strip() == ""
+    whole = "packing [############..................] 40 of 100 MB"
+    assert (whole in drawn[1]) == (width > len(whole))
+    assert ("[" in drawn[1]) == (width >= 30)
+    if width >= 30:
+        assert re.search(r"\[#+\.+\] 40 of 100 MB", drawn[1])
+
+
+@pytest.mark.parametrize("columns", ["", "0", "wide"])
+def test_an_unknown_width_is_the_usual_one(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    shown = terminal(monkeypatch, columns)
+    with Bars() as bars:
+        bars.show("packing", 1, 2)
+    assert f"[{'#' * 15}{'.' * 15}]" in shown.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_plan_stays_in_its_columns(width: int) -> None:
+    layers = [{"neurons": 0.5, "firing": 1.0}] * 3
+    lines = list(_bars({"layers": layers}, width))
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 4
+
+
+def test_a_benchmark_is_a_table_or_paragraphs() -> None:
+    row = {"selector": "exact", "context": 16, "prefill_tps": 1234.5, "decode_tps": 99.9, "decode_range": [90.1, 100.0]}
+    row |= {"bandwidth": 12.5, "roofline_share": 0.83, "bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}}
+    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": [row, row]}
+    wide = list(bench.render(result, 200))
+    assert len(wide) == 4
+    assert len(wide[2]) > 80
+    narrow = list(bench.render(result, 40))[1:]
+    assert max(map(len, narrow)) <= 40
+    for figure in ("exact", "16", "1234.5", "99.9", "90.1 to 100.0", "12.5", "83%", "attention 100.0", "head 20.0"):
+        assert any(figure in line for line in narrow)
+        assert figure in wide[2]

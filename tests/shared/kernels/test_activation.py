@@ -1,0 +1,77 @@
+"""Exponential, softmax and activations on vectors, against float64 numpy.
+
+Run: pytest tests/shared/kernels/test_activation.py
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from warmfront.shared.kernels.activation import activate, activate_times, exponentials, softmax_panel
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.spec import ACTIVATIONS
+
+
+@kernel
+def run_exponentials(values: int, count: int, highest: float) -> float:
+    return exponentials(values, count, np.float32(highest))
+
+
+@kernel
+def run_softmax(scores: int, count: int, sums: int) -> None:
+    softmax_panel(scores, count, sums)
+
+
+def test_exponentials() -> None:
+    """Over the whole range that a softmax meets; what is far below is as good as zero."""
+    values = np.concatenate((np.linspace(-87, 0, 4000), [-100, -1e30, -np.inf, 0] * 4)).astype(np.float32)
+    got = values.copy()
+    total = run_exponentials(address(got), got.size, 0.0)
+    np.testing.assert_allclose(got, np.exp(values.astype(np.float64)), rtol=3e-7, atol=2e-38)
+    assert total == pytest.approx(float(got.astype(np.float64).sum()), rel=1e-6)
+
+
+def test_exponentials_of_differences() -> None:
+    values = np.random.default_rng(0).normal(5, 3, 160).astype(np.float32)
+    got = values.copy()
+    run_exponentials(address(got), got.size, float(values.max()))
+    np.testing.assert_allclose(got, np.exp(values.astype(np.float64) - values.max()), rtol=2e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan(activation: str) -> None:
+    values = np.array([1, np.nan, -2, 3] * 4, np.float32)
+    scores, gates, ups = values.copy(), values.copy(), np.ones(16, np.float32)
+    assert np.isnan(run_exponentials(address(scores), 16, 3.0))
+    activate_times(ACTIVATIONS.index(activation), address(gates), address(ups), 16)
+    for got in (scores, gates):
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(values))
+    assert np.isnan(activate(ACTIVATIONS.index(activation), np.float32(np.nan)))
+
+
+def test_softmax_panel() -> None:
+    scores = np.random.default_rng(1).normal(0, 4, (50, 16)).astype(np.float32)
+    scores[30:, 3] = -1e30
+    got, sums = scores.copy(), np.zeros(16, np.float32)
+    run_softmax(address(got), 50, address(sums))
+    expected = np.exp(scores.astype(np.float64) - scores.max(0))
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-38)
+    np.testing.assert_allclose(sums, expected.sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate_times(activation: str) -> None:
+    reference = {
+        "silu": lambda g: g / (1 + math.exp(-g)) if g > -700 else 0.0,
+        "relu": lambda g: max(g, 0.0),
+        "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
+        "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
+    }[activation]
+    gates = np.concatenate((np.linspace(-20, 20, 1000), [0, -0.0, 90, -90, 300, -300, 1e-6, -1e-6])).astype(np.float32)
+    ups = np.random.default_rng(2).standard_normal(gates.size).astype(np.float32)
+    got = gates.copy()
+    activate_times(ACTIVATIONS.index(activation), address(got), address(ups), gates.size)
+    expected = np.array([reference(float(g)) for g in gates]) * ups
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)

@@ -1,0 +1,345 @@
+"""The feed-forward kernels against float64 numpy.  pytest tests/shared/kernels/test_ffn.py"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import numpy as np
+import pytest
+
+from warmfront.shared.kernels.ffn import (
+    Bundles,
+    bundles_at,
+    dense_groups,
+    list_masked,
+    listed_neurons,
+    mark,
+    open_gates,
+    open_neurons,
+    scratch_floats,
+)
+from warmfront.shared.kernels.rows import quantise, quantised_bytes
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack
+from warmfront.shared.model.spec import ACTIVATIONS
+
+HIDDEN, SLOTS = 96, 5
+KINDS = [
+    *((kind, kind) for kind in Kind if kind != Kind.Q4C),
+    (Kind.Q4, Kind.Q8),
+    (Kind.F16, Kind.Q4),
+    (Kind.Q8, Kind.F32),
+    (Kind.Q4S, Kind.Q4),
+    (Kind.Q4, Kind.Q4C),
+    (Kind.Q4S, Kind.Q4C),
+    (Kind.F32, Kind.Q4C),
+]
+ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]
+ACTIVATE: dict[str, Callable[[float], float]] = {
+    "silu": lambda g: g / (1 + math.exp(-g)),
+    "relu": lambda g: max(g, 0.0),
+    "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
+    "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
+}
+
+
+class Slots:
+    """Random groups [slots, group_bytes], surrounded by NaN, and what they hold in float64."""
+
+    def __init__(self, gate_kind: Kind, down_kind: Kind) -> None:
+        rng = np.random.default_rng(3)
+        self.layout = BundleLayout(hidden=HIDDEN, ffn=SLOTS * 32, gate_kind=gate_kind, down_kind=down_kind)
+        size = self.layout.group_bytes
+        self._memory = np.full((SLOTS + 2) * size, 0xFF, np.uint8)
+        groups = self._memory[size:-size].reshape(SLOTS, size)
+        bundles = groups[:, : self.layout.tail_offset].reshape(SLOTS, 32, -1)
+        self.at = address(groups)
+        starts = (0, self.layout.up_offset, self.layout.down_offset)
+        self.gate, self.up, self.down = (np.zeros((SLOTS * 32, HIDDEN)) for _ in range(3))
+        for start, kind, part in zip(
+            starts, (gate_kind, gate_kind, down_kind), (self.gate, self.up, self.down), strict=True
+        ):
+            if kind == Kind.Q4C:
+                q = rng.integers(0, 16, (SLOTS * 32, HIDDEN // 32, 32), dtype=np.uint8)
+                tail = rng.normal(0, 0.03, (SLOTS, 2, HIDDEN)).astype(np.float16)
+                offset = self.layout.tail_offset
+                groups[:, offset : offset + 4 * HIDDEN] = tail.view(np.uint8).reshape(SLOTS, -1)
+                rows = join_nibbles(q)
+                scale, minimum = np.repeat(tail.astype(np.float64), 32, 0).swapaxes(0, 1)
+                part[:] = q.reshape(SLOTS * 32, HIDDEN) * scale + minimum
+            else:
+                rows = pack(rng.normal(0, 0.2, part.shape).astype(np.float32), kind)
+                part[:] = unpack(rows, kind, HIDDEN)
+            bundles[:, :, start : start + rows.shape[1]] = rows.reshape(SLOTS, 32, -1)
+
+    def neurons(self, order: list[int]) -> np.ndarray:
+        return np.concatenate([np.arange(32) + 32 * slot for slot in order])
+
+    def expect(self, activation: str, neurons: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """The sum of the neurons' outputs for float [tokens, hidden]."""
+        gates = np.vectorize(ACTIVATE[activation], otypes=[float])(x.astype(np.float64) @ self.gate[neurons].T)
+        return np.asarray((gates * (x.astype(np.float64) @ self.up[neurons].T)) @ self.down[neurons])
+
+
+@cache
+def slots_of(gate_kind: Kind, down_kind: Kind) -> Slots:
+    return Slots(gate_kind, down_kind)
+
+
+def inputs(tokens: int = 1) -> np.ndarray:
+    return np.random.default_rng(tokens).standard_normal((tokens, HIDDEN)).astype(np.float32)
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5) -> None:
+    """`tolerance` is relative to the largest value expected."""
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max(initial=0))
+
+
+# What the inputs of quantised rows lose by being quantised to 15 bits, and bfloat16 products to 8.
+QUANTISED, BFLOAT = 2e-4, 2e-2
+
+
+class Input:
+    """One token, as itself and as quantised rows want it."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self._x = np.ascontiguousarray(x, np.float32)
+        self._prepared = np.zeros(quantised_bytes(HIDDEN), np.uint8)
+        self.at = address(self._x)
+        self.q_at = quantise(self.at, address(self._prepared), HIDDEN)
+
+
+def run_listed(
+    bundles: Bundles,
+    ids: np.ndarray,
+    listed: Iterable[int],
+    x: np.ndarray,
+    sums: np.ndarray,
+    low: int = 0,
+    high: int | None = None,
+    *,
+    skip: bool = False,
+) -> list[int]:
+    """The neurons that fired, by number in the list of slots, after a check of the count."""
+    one, scratch = Input(x), np.full(HIDDEN, np.nan, np.float32)
+    every, words = np.array([*listed], np.int32), np.zeros(len(ids) + 1, np.uint32)
+    end, sums_at = len(every) if high is None else high, address(sums)
+    count = listed_neurons(bundles, ids, every, low, end, skip, one.at, one.q_at, sums_at, address(scratch), words)
+    assert words[-1] == 0
+    fired = bits_of(words)
+    assert count == len(fired)
+    return fired
+
+
+def bits_of(words: np.ndarray) -> list[int]:
+    """Numbers of the bits set in uint32 words, 32 to a word."""
+    return [32 * i + bit for i, word in enumerate(words.tolist()) for bit in range(32) if word >> bit & 1]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_listed_neurons(gate: Kind, down: Kind, activation: str) -> None:
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    for order in ORDERS:
+        neurons = slots.neurons(order)
+        for low, high in ((0, len(neurons)), (5, 23), (31, min(33, len(neurons))), (7, 7)):
+            sums = np.full(HIDDEN, 0.5, np.float32)
+            fired = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), x[0], sums, low, high)
+            assert fired == list(range(low, high))
+            assert_close(sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
+
+
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_listed_neurons_with_gaps(gate: Kind, down: Kind) -> None:
+    """Some neurons of some groups; with `skip` those whose gate is closed do not fire, and make no difference."""
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    for order in ORDERS:
+        neurons, ids = slots.neurons(order), np.array(order, np.int32)
+        listed = np.flatnonzero(np.random.default_rng(len(order)).random(len(neurons)) < 0.2)
+        expected = slots.expect("relu", neurons[listed], x)[0]
+        opened = listed[slots.gate[neurons[listed]] @ x[0].astype(np.float64) > 0]
+        assert 0 < len(opened) < len(listed)
+        for skip, fired in ((False, listed), (True, opened)):
+            sums = np.zeros(HIDDEN, np.float32)
+            assert run_listed(bundles, ids, listed, x[0], sums, skip=skip) == fired.tolist()
+            assert_close(sums, expected, QUANTISED)
+
+
+def test_mark() -> None:
+    words = np.zeros(3, np.uint32)
+    for neuron in (0, 31, 32, 70, 31):
+        mark(words, neuron)
+    assert words.tolist() == [1 | 1 << 31, 1, 1 << 6]
+
+
+def test_list_masked() -> None:
+    words = np.array([0, 0xFFFFFFFF, 0x80000001, 0x00000100, 0xFFFFFFFF], np.uint32)
+    listed = np.full(5 * 32, -1, np.int32)
+    count = list_masked(words, 4, listed)
+    bits = np.unpackbits(words[:4].view(np.uint8), bitorder="little")
+    assert listed[:count].tolist() == np.flatnonzero(bits).tolist()
+    assert (listed[count:] == -1).all()
+    assert list_masked(words, 1, listed) == 0
+
+
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_open_gates_and_neurons(gate: Kind, down: Kind) -> None:
+    slots, x = slots_of(gate, down), inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    for order in ORDERS:
+        neurons, ids = slots.neurons(order), np.array(order, np.int32)
+        exact = slots.gate[neurons] @ x[0].astype(np.float64)
+        for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
+            gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
+            one, scratch = Input(x[0]), np.full(HIDDEN, np.nan, np.float32)
+            count = open_gates(bundles, ids, low, high, one.at, one.q_at, gates, opened)
+            wanted = [i for i in range(low, high) if exact[i] > 0]
+            assert opened[:count].tolist() == wanted
+            assert_close(gates[:count], exact[wanted], QUANTISED)
+            assert np.isnan(gates[count:]).all()
+            sums = np.full(HIDDEN, -0.25, np.float32)
+            # In two parts, as two threads take them.
+            for first, last in ((0, count // 3), (count // 3, count)):
+                open_neurons(
+                    bundles, ids, gates, opened, first, last, one.at, one.q_at, address(sums), address(scratch)
+                )
+            assert_close(sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25, QUANTISED)
+
+
+def test_a_gate_that_is_nan_is_open() -> None:
+    """So that every way of computing shows it: the sum is NaN, with gates skipped or not, for one token or several."""
+    slots = Slots(Kind.F32, Kind.F32)
+    listed, x = np.arange(SLOTS * 32, dtype=np.int32), np.full(HIDDEN, np.nan, np.float32)
+    gates, opened = np.zeros(len(listed), np.float32), np.zeros(len(listed), np.int32)
+    order, fired = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    assert open_gates(bundles, order, 0, 64, address(x), address(x), gates, opened) == 64
+    sums = np.zeros(HIDDEN, np.float32)
+    scratch = np.zeros(scratch_floats(HIDDEN, 16), np.float32)
+    count = listed_neurons(
+        bundles, order, listed, 0, 64, True, address(x), address(x), address(sums), address(scratch), fired
+    )
+    assert count == 64
+    assert np.isnan(sums).all()
+    panel, sums = np.full(HIDDEN * 16, np.nan, np.float32), np.zeros(HIDDEN * 16, np.float32)
+    firing = np.zeros((SLOTS, 32, 1), np.uint16)
+    dense_groups(bundles, order, 0, 2, address(panel), 1, address(sums), address(scratch), order, firing)
+    assert np.isnan(sums).all()
+    assert (firing[:2] == 0xFFFF).all()
+
+
+def test_no_gate_is_open_at_zero() -> None:
+    slots, x = slots_of(Kind.F32, Kind.F32), np.zeros((1, HIDDEN), np.float32)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
+    one = Input(x[0])
+    ids = np.arange(SLOTS, dtype=np.int32)
+    assert open_gates(bundles, ids, 0, SLOTS * 32, one.at, one.q_at, gates, opened) == 0
+
+
+def panels_of(x: np.ndarray) -> np.ndarray:
+    """[tokens, hidden] as [panels, hidden, 16], the rest zero."""
+    padded = np.zeros((-(-len(x) // 16) * 16, HIDDEN), np.float32)
+    padded[: len(x)] = x
+    return np.ascontiguousarray(padded.reshape(-1, 16, HIDDEN).transpose(0, 2, 1))
+
+
+NO_IDS, NO_FIRING = np.zeros(0, np.int32), np.zeros((0, 32, 0), np.uint16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
+    slots = slots_of(gate, down)
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
+        x = inputs(tokens)
+        wide = panels_of(x)
+        size = scratch_floats(HIDDEN, tokens)
+        scratch = np.full(size + 16, np.nan, np.float32)
+        for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
+            sums = np.full_like(wide, 0.5)
+            dense_groups(
+                bundles,
+                np.array(order, np.int32),
+                low,
+                high,
+                address(wide),
+                len(wide),
+                address(sums),
+                address(scratch),
+                NO_IDS,
+                NO_FIRING,
+            )
+            expected = np.zeros((len(wide) * 16, HIDDEN))
+            if low < high:
+                expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
+            exact = gate == down == Kind.F32
+            assert_close(sums.transpose(0, 2, 1).reshape(-1, HIDDEN), expected + 0.5, 2e-5 if exact else BFLOAT)
+        # It keeps to its scratch memory.
+        assert np.isnan(scratch[size:]).all()
+
+
+@pytest.mark.parametrize(("gate", "down"), KINDS)
+def test_dense_groups_note_which_tokens_open_which_gates(gate: Kind, down: Kind) -> None:
+    """By the number of the group on the board, not of the slot; what is not asked for stays."""
+    slots, groups = slots_of(gate, down), 9
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    told = 0
+    for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
+        x = inputs(tokens)
+        wide = panels_of(x)
+        ids = np.random.default_rng(tokens).permutation(groups)[: len(order)].astype(np.int32)
+        low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
+        firing = np.full((groups, 32, len(wide)), 0xAAAA, np.uint16)
+        sums, scratch = np.zeros_like(wide), np.empty(scratch_floats(HIDDEN, tokens), np.float32)
+        dense_groups(
+            bundles,
+            np.array(order, np.int32),
+            low,
+            high,
+            address(wide),
+            len(wide),
+            address(sums),
+            address(scratch),
+            ids,
+            firing,
+        )
+        for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
+            exact = x.astype(np.float64) @ slots.gate[32 * slot : 32 * slot + 32].T
+            bits = np.unpackbits(firing[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
+            # bfloat16 products leave a gate at the border to chance.
+            clear = np.abs(exact) > (1e-5 if gate == Kind.F32 else BFLOAT) * np.abs(exact).max()
+            assert ((exact > 0) == bits[:, :tokens].T)[clear].all()
+            assert not bits[:, tokens:].any(), "tokens that are not there fire nothing"
+            told += int(clear.sum())
+        others = np.setdiff1d(np.arange(groups), ids[low:high])
+        assert (firing[others] == 0xAAAA).all()
+    assert told > 0.9 * 32 * (2 * 5 + 16 * 3 + 37 + 70 * 2)
+
+
+def test_results_repeat_to_the_bit() -> None:
+    slots, x = slots_of(Kind.Q4, Kind.Q4), inputs(16)
+    bundles = bundles_at(slots.at, slots.layout, 0)
+    ids, wide = np.arange(SLOTS, dtype=np.int32), panels_of(x)
+    scratch = np.empty(scratch_floats(HIDDEN, 16), np.float32)
+    results = set()
+    for _ in range(3):
+        one, many = np.zeros(HIDDEN, np.float32), np.zeros_like(wide)
+        run_listed(bundles, ids, range(SLOTS * 32), x[0], one)
+        dense_groups(bundles, ids, 0, SLOTS, address(wide), 1, address(many), address(scratch), NO_IDS, NO_FIRING)
+        results.add((one.tobytes(), many.tobytes()))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_far_from_zero_nothing_overflows(activation: str) -> None:
+    """There every activation is the gate or nothing."""
+    slots, x = slots_of(Kind.F32, Kind.F32), 300 * inputs()
+    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
+    sums = np.zeros(HIDDEN, np.float32)
+    run_listed(bundles, np.arange(SLOTS, dtype=np.int32), range(SLOTS * 32), x[0], sums)
+    assert_close(sums, slots.expect("relu", np.arange(SLOTS * 32), x)[0])

@@ -1,0 +1,171 @@
+"""Compiled row arithmetic against float64 numpy, for this machine and for the plainest.
+
+Run: pytest tests/shared/kernels/test_rows.py
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from warmfront.shared.kernels import rows
+from warmfront.shared.kernels.fp16 import to_half
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.formats import Kind, pack, unpack
+
+COLS = 96
+PAGE = 4096
+
+
+# Q4C rows are bare numbers: tests/shared/kernels/test_ffn.py.
+ROW_KINDS = [kind for kind in Kind if kind != Kind.Q4C]
+
+
+def dot(kind: Kind, row: int, x: np.ndarray, ahead: int) -> float:
+    """The kernel on `x`, quantised as it wants it."""
+    prepared = np.zeros(rows.quantised_bytes(COLS), np.uint8)
+    q = rows.quantise(address(x), address(prepared), COLS)
+    return float(rows.dot(kind, row, address(x), q, COLS, ahead))
+
+
+@kernel
+def round_all(values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(values)):
+        out[i] = to_half(values[i])
+
+
+def rows_of(kind: Kind, rows: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Packed random rows at an odd address, and what they hold in float64."""
+    values = np.random.default_rng(int(kind)).standard_normal((rows, COLS)).astype(np.float32)
+    packed = pack(values, kind)
+    buffer = np.zeros(packed.size + 1, np.uint8)
+    buffer[1:] = packed.ravel()
+    return buffer[1:].reshape(packed.shape), unpack(packed, kind, COLS).astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_dot_axpy_widen(kind: Kind) -> None:
+    packed, values = rows_of(kind)
+    x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
+    assert rows.row_stride(kind, COLS) == packed.shape[1]
+    ahead = [*map(address, packed[1:]), address(packed[-1])]
+    for row, reference, ahead_at in zip(packed, values, ahead, strict=True):
+        assert dot(kind, address(row), x, ahead_at) == pytest.approx(reference @ x, abs=2e-3)
+        y = x.copy()
+        rows.axpy(kind, np.float32(0.37), address(row), address(y), COLS, ahead_at)
+        np.testing.assert_allclose(y, x + np.float32(0.37) * reference, atol=1e-6)
+        wide = np.empty(COLS, np.float32)
+        rows.widen(kind, address(row), address(wide), COLS)
+        np.testing.assert_allclose(wide, reference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_what_a_longer_input_left_behind_counts_for_nothing(kind: Kind) -> None:
+    """One buffer is prepared for inputs of several lengths: here all that is not written reads as NaN."""
+    packed, values = rows_of(kind)
+    x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
+    prepared = np.full(rows.quantised_bytes(2048), 0xFF, np.uint8)
+    q = rows.quantise(address(x), address(prepared), COLS)
+    for row, reference in zip(packed, values, strict=True):
+        got = rows.dot(kind, address(row), address(x), q, COLS, address(row))
+        assert got == pytest.approx(reference @ x, abs=2e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_an_input_that_is_not_finite_shows(kind: Kind, value: float) -> None:
+    x = np.ones(COLS, np.float32)
+    x[40] = value
+    for row in rows_of(kind)[0]:
+        assert not np.isfinite(dot(kind, address(row), x, address(row)))
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
+    """Not the result, and an address where nothing is does not fault."""
+    packed, _ = rows_of(kind, 1)
+    x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
+    results = []
+    for ahead_at in (address(packed), 0, PAGE, -PAGE):
+        y = np.zeros(COLS, np.float32)
+        rows.axpy(kind, np.float32(0.37), address(packed), address(y), COLS, ahead_at)
+        results.append((dot(kind, address(packed), x, ahead_at), *y))
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_stays_within_its_row(kind: Kind) -> None:
+    """Neighbours of the row are NaN in every type, neighbours of the output keep their values."""
+    packed, values = rows_of(kind, 1)
+    fenced = np.full(packed.size + 256, 0xFF, np.uint8)
+    fenced[128:-128] = packed[0]
+    row = address(fenced) + 128
+    x, y, wide = (np.full(COLS + 64, np.nan, np.float32) for _ in range(3))
+    inner = slice(32, 32 + COLS)
+    x[inner] = y[inner] = 1
+    y_at, wide_at = (address(vector[inner]) for vector in (y, wide))
+    assert dot(kind, row, x[inner], row) == pytest.approx(values.sum(), abs=2e-3)
+    rows.axpy(kind, np.float32(1), row, y_at, COLS, row)
+    rows.widen(kind, row, wide_at, COLS)
+    for vector in (y, wide):
+        assert np.isnan(vector).sum() == 64
+        assert not np.isnan(vector[inner]).any()
+
+
+def test_every_half_is_widened_exactly() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(halves.size, np.float32)
+    rows.widen(Kind.F16, address(halves), address(wide), halves.size)
+    np.testing.assert_array_equal(wide, halves.view(np.float16).astype(np.float32))
+    assert np.array_equal(np.signbit(wide), np.signbit(halves.view(np.float16)))
+
+
+def test_to_half_rounds_like_numpy() -> None:
+    """Random values, all midpoints between two halves, overflow, subnormal numbers, infinities, NaN."""
+    rng = np.random.default_rng(0)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2
+    special = np.array([65504, 65519.996, 65520, 1e6, np.inf, -np.inf, np.nan, -0.0, 1e-8, 2.0**-25], np.float32)
+    values = np.concatenate((rng.standard_normal(1000, np.float32), halves, middles, -middles, special))
+    out = np.zeros(values.size, np.uint16)
+    round_all(values, out)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(out.view(np.float16), expected)
+    assert np.array_equal(np.signbit(out.view(np.float16)), np.signbit(expected))
+
+
+@pytest.mark.parametrize(("total", "unit", "members"), [(10, 1, 3), (96, 8, 5), (7, 8, 2), (0, 1, 2), (33, 8, 4)])
+def test_shares_cover_everything_once(total: int, unit: int, members: int) -> None:
+    ranges = [rows.share(total, unit, m, members) for m in range(members)]
+    assert [i for low, high in ranges for i in range(low, high)] == list(range(total))
+    assert all(low % unit == 0 or low == high for low, high in ranges)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are x86's")
+@pytest.mark.parametrize(("cpu", "features"), [("x86-64", ""), ("x86-64-v3", "+avx2,+fma,+f16c")])
+def test_other_machines(tmp_path: Path, cpu: str, features: str) -> None:
+    """The tests of all arithmetic again, compiled for SSE2 alone and for AVX2, whatever this machine has."""
+    if os.environ.get("NUMBA_CPU_NAME"):
+        pytest.skip("this is such a run")
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if not {feature.removeprefix("+") for feature in features.split(",") if feature} <= flags:
+        pytest.skip(f"this machine cannot run {cpu}")
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    files = [
+        Path(__file__).with_name(f"test_{module}.py")
+        for module in ("rows", "multi_rows", "lowbit", "gemm", "activation")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
+    run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout

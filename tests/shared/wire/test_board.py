@@ -1,0 +1,179 @@
+"""The board byte by byte, and shared with a process.  pytest tests/shared/wire/test_board.py"""
+
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from warmfront.shared.errors import ProtocolError
+from warmfront.shared.machine.memory import address, create_shared, map_shared
+from warmfront.shared.wire.board import Board, BoardSizes
+
+# 15 owners, and 15 words of a table, are padded to 128 bytes; the firing of one panel, 15 * 32 * 2 = 960 bytes, to
+# 1024; x and y are 4 * 32 * 16 = 2048 bytes.
+SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1)
+X_AT = 512 + 128 + 128 + 128 + 1024
+WORKER_BYTES = 128 + 128 + 128 + 128 + 128 + 2048
+TOTAL = X_AT + 2048 + 2 * WORKER_BYTES
+
+
+def board_of(sizes: BoardSizes = SIZES) -> Board:
+    return Board.create(np.zeros(sizes.total, np.uint8), sizes)
+
+
+def test_sizes_by_hand() -> None:
+    assert TOTAL == 9344
+    assert SIZES.x_at == X_AT == 1920
+    assert SIZES.vector_bytes == 2048
+    assert [SIZES.worker_at(index) for index in range(2)] == [3968, 6656]
+    assert SIZES.total == TOTAL
+    assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024  # that does not profile
+    # 130 owners take two lines, 130 words five; 33 words take two.
+    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 640
+    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 256
+    # Three panels of two groups: 2 * 32 * 3 * 2 bytes.
+    assert BoardSizes(1, 1, 2, 32, 48, 1).x_at == 512 + 128 + 2 * 128 + 384
+
+
+def test_every_byte() -> None:
+    """Each field written with values of its own lies where the diagram says, and nowhere else."""
+    board = board_of()
+    x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
+    board.abort[:] = 11
+    board.job[:] = 21, 22
+    board.order[:] = -1, 32, 33, 34, 35
+    board.owner[:] = np.arange(100, 115).reshape(3, 5)
+    board.mask[:] = np.arange(15).reshape(3, 5) + 0xFFFFFF00
+    board.fired[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
+    board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
+    board.x[:] = x
+    for index in range(2):
+        board.done[index][:] = 50 + index, 60 + index
+        board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
+        board.leave[index][:] = 110 + index
+        board.slot[index][:] = np.arange(15).reshape(3, 5) - 7 - 100 * index
+        board.taken[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
+        board.y[index][:] = y + index
+    parts = [
+        (0, b"WARMFRNT" + struct.pack("=7q", 4, 2, 3, 5, 32, 16, 1)),
+        (128, struct.pack("=q", 11)),
+        (256, struct.pack("=2q", 21, 22)),
+        (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
+        (512, bytes(range(100, 115))),
+        (640, struct.pack("=15I", *range(0xFFFFFF00, 0xFFFFFF0F))),
+        (768, struct.pack("=15I", *range(0xEEEEEE00, 0xEEEEEE0F))),
+        (896, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
+        (1920, struct.pack("=512f", *x)),
+    ]
+    for index, at in enumerate((3968, 6656)):
+        parts += [
+            (at, struct.pack("=2q", 50 + index, 60 + index)),
+            (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
+            (at + 256, struct.pack("=q", 110 + index)),
+            (at + 384, struct.pack("=15i", *(each - 7 - 100 * index for each in range(15)))),
+            (at + 512, struct.pack("=15I", *(0xDDDDDD00 + 32 * index + each for each in range(15)))),
+            (at + 640, struct.pack("=512f", *(y + index))),
+        ]
+    expected = bytearray(TOTAL)
+    for at, data in parts:
+        expected[at : at + len(data)] = data
+    assert board.mapping.tobytes() == bytes(expected)
+
+
+def test_a_board_that_does_not_profile_has_no_room_for_it() -> None:
+    board = board_of(BoardSizes(2, 3, 5, 32, 16))
+    assert board.firing.size == 0
+    board.x[:] = 1.0
+    assert not board.fired.any()
+    assert board.mapping[896:900].view(np.float32)[0] == 1.0
+
+
+def test_owner_is_by_layer_and_group() -> None:
+    board = board_of()
+    board.owner[2, 3] = 7
+    assert board.mapping[512 + 2 * 5 + 3] == 7
+    assert board.owner.sum() == 7
+
+
+def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
+    fd = create_shared("warmfront-test", SIZES.total)
+    board = Board.create(map_shared(fd), SIZES)
+    os.close(fd)
+    words = (board.abort, board.job, board.order, *board.done, *board.record, *board.leave)
+    lines = [address(field) for field in words]
+    assert all(at % 128 == 0 for at in lines)
+    assert len(set(lines)) == len(lines)
+    tables = (board.owner, board.mask, board.fired, board.firing, *board.slot, *board.taken)
+    assert all(address(field) % 128 == 0 for field in (*tables, board.x, *board.y))
+
+
+OTHER = """
+import dataclasses, sys
+from warmfront.shared.wire.board import Board
+from warmfront.shared.machine.memory import map_shared
+board = Board.attach(map_shared(int(sys.argv[1])))
+print(*dataclasses.astuple(board.sizes), *board.order, board.x[5], flush=True)
+board.y[1][:3] = 1.5, 2.5, board.x[5]
+board.done[1][0] = board.job[0]
+board.owner[1] = 9
+board.taken[1][2] = 0xFFFFFFFF
+board.slot[0][1, 4] = board.slot[1][1, 4] + 1
+"""
+
+
+def test_another_process_sees_and_writes_the_same_board() -> None:
+    fd = create_shared("warmfront-test", SIZES.total)
+    try:
+        board = Board.create(map_shared(fd), SIZES)
+        board.order[:] = 2, 16, 16, 0, 77
+        board.job[0] = 41
+        board.x[5] = -3.5
+        board.slot[1][1, 4] = 1 << 20
+        run = subprocess.run(
+            [sys.executable, "-c", OTHER, str(fd)], pass_fds=[fd], check=True, capture_output=True, text=True
+        )
+    finally:
+        os.close(fd)
+    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "77", "-3.5"]
+    assert board.y[1][:4].tolist() == [1.5, 2.5, -3.5, 0]
+    assert not board.y[0].any()
+    assert board.done[1][0] == 41
+    assert board.done[0][0] == 0
+    assert board.owner.tolist() == [[0] * 5, [9] * 5, [0] * 5]
+    assert board.taken[1].tolist() == [[0] * 5, [0] * 5, [0xFFFFFFFF] * 5]
+    assert not board.taken[0].any()
+    assert board.slot[0].tolist() == [[0] * 5, [0, 0, 0, 0, (1 << 20) + 1], [0] * 5]
+
+
+def test_attach_gives_what_create_laid_out() -> None:
+    made = board_of()
+    made.x[:] = np.arange(512)
+    read = Board.attach(made.mapping)
+    assert read.sizes == SIZES
+    np.testing.assert_array_equal(read.x, made.x)
+    read.done[1][0] = 5
+    assert made.done[1][0] == 5
+
+
+@pytest.mark.parametrize("mapping", [np.zeros(0, np.uint8), np.zeros(511, np.uint8), np.zeros(TOTAL, np.uint8)])
+def test_what_is_no_board(mapping: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="the shared memory handed over is not a board"):
+        Board.attach(mapping)
+
+
+def test_another_version() -> None:
+    board = board_of()
+    board.mapping[8:16].view(np.int64)[:] = 2
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 4"):
+        Board.attach(board.mapping)
+
+
+@pytest.mark.parametrize("size", [TOTAL - 128, TOTAL + 128, 512])
+def test_a_header_that_does_not_fit_the_memory(size: int) -> None:
+    mapping = np.zeros(size, np.uint8)
+    mapping[:512] = board_of().mapping[:512]
+    with pytest.raises(ProtocolError, match=f"and {size} bytes"):
+        Board.attach(mapping)
