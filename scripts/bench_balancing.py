@@ -63,7 +63,7 @@ class Runner:
         before, started = self.engine.ownership.flow, time.perf_counter()
         logits = self.engine.step(token)
         seconds, flow = time.perf_counter() - started, self.engine.ownership.flow
-        _, spans = self.engine.times()
+        _, spans = self.engine.statistics.times()
         busy = (spans[:, :, 1] - spans[:, :, 0]).astype(np.float64)
         hit = float(self.engine.ownership.share()[-1])
         self.tokens.append(Token(seconds, hit, flow.moves - before.moves, flow.flips - before.flips, busy))
@@ -159,7 +159,7 @@ def device_of(runners: list[Runner]) -> dict[str, Any]:
 
 def points_of(runner: Runner) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Of the CPU and the GPU worker: median ns of a layer's job, and its mean bytes, [2, layers] each."""
-    reports, names = runner.engine.reports(), runner.engine.ownership.names
+    reports, names = runner.engine.statistics.reports(), runner.engine.ownership.names
     jobs = np.array([reports[name].jobs for name in names])[:, None] / len(runner.tokens[0].busy)
     read = np.array([reports[name].bytes for name in names]) / jobs
     return np.median([token.busy for token in runner.tokens], axis=0).T, read
@@ -174,9 +174,9 @@ def scratch() -> "contextlib.AbstractContextManager[str]":
 def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times, vram: int, path: Path) -> None:
     """Write a plan: of the trace's own frequencies, or at random."""
     firing = np.bitwise_count(fired).mean(0)
-    slots = engine.device_memory()["slots"] // engine.model.layout.group_bytes
+    slots = engine.statistics.device_memory()["slots"] // engine.model.layout.group_bytes
     if name == "oracle":
-        gpu = solve(firing, load_of(engine.model.layout, engine.selector, firing), slots, times)
+        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, times)
     else:
         gpu = np.zeros(firing.size, bool)
         gpu[np.random.default_rng(0).permutation(firing.size)[:slots]] = True
@@ -229,7 +229,7 @@ def shift(wish: argparse.Namespace) -> dict[str, Any]:
             runners.append(Runner(name, stack.enter_context(engine)))
         balance, frozen = runners
         tokens = dict.fromkeys(runners, 300)
-        cpu = balance.engine.cores.workers[0].cpus[0]
+        cpu = balance.engine.plan.cores.workers[0].cpus[0]
 
         def span(count: int) -> None:
             for _ in range(0, count, TURN):

@@ -47,7 +47,7 @@ import numpy as np
 
 from warmfront.coordinator import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
-from warmfront.coordinator.models.default_model import DEFAULT_MODEL, resolve
+from warmfront.coordinator.models.default_model import DEFAULT_MODEL, find_model
 from warmfront.shared.errors import WarmfrontError
 
 POWERINFER = "WARMFRONT_POWERINFER"
@@ -130,9 +130,9 @@ def warmfront(path: Path, dtype: str, selector: str, task: Task, facts: dict[str
 
     with engine:
         turn(task)
-        workers = engine.workers()
+        workers = engine.statistics.workers()
         neurons = sum(worker.bytes for worker in workers) * engine.model.spec.layers / workers[0].jobs
-        facts["bytes_per_token"] = round(sum(engine.coordinator_bytes().values()) + neurons)
+        facts["bytes_per_token"] = round(sum(engine.statistics.coordinator_bytes().values()) + neurons)
         yield partial(turn, task)
 
 
@@ -348,7 +348,7 @@ def main() -> None:
     if min(counts) < 1:
         sys.exit("all counts must be 1 or more")
     try:
-        model = resolve(wish.model, print)
+        model = find_model(wish.model, print)
     except WarmfrontError as error:
         sys.exit(str(error))
     prompts = [[BOS, *(FIRST_ID + at % IDS for at in range(count - 1))] for count in counts[3:]]

@@ -25,8 +25,8 @@ def evaluate(engine: Engine, tokens: int) -> dict[str, float]:
     for start in np.random.default_rng(7).integers(engine.model.spec.vocab, size=STARTS):
         engine.reset()
         ids += [int(start), *engine.decode_ids([int(start)], tokens // STARTS - 1)]
-    inputs = engine.feed_forward_inputs(ids)
-    lowbit = engine.lowbit
+    inputs = engine.session.feed_forward_inputs(ids)
+    lowbit = engine.session.runtime.lowbit
     assert lowbit is not None
     recalls, excesses = [], []
     for layer, x in enumerate(inputs):

@@ -42,7 +42,7 @@ def converse(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = _answer(engine, messages, sampling, stop, most or engine.context)
+            answer = _answer(engine, messages, sampling, stop, most or engine.plan.context)
         except UsageError as error:  # the conversation has outgrown the context
             click.echo(f"warmfront: {error}", err=True)
             messages.pop()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from warmfront.coordinator.engine.resolve import selectors_for
-from warmfront.coordinator.models.default_model import resolve
+from warmfront.coordinator.models.default_model import find_model
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source
 from warmfront.coordinator.packing.packer import PackingPlan
@@ -16,7 +16,7 @@ __all__ = ["describe", "render"]
 
 def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Facts about `model` as it would be packed with `dtype`; sizes in bytes."""
-    source = open_source(resolve(model, say))
+    source = open_source(find_model(model, say))
     spec, plan = source.spec, PackingPlan(source, dtype)
     sizes: Counter[str] = Counter()
     for name in plan.shapes:

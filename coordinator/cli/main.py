@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,14 @@ def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | N
         from warmfront.coordinator.measure.tune import draw, render, tune
 
     with Bars() as bars:
-        result = tune(model, {"dtype": dtype, "selector": selector, "tuning": False}, exhaustive, say, bars)
+        result = tune(
+            model,
+            {"dtype": dtype, "selector": selector, "tuning": False},
+            exhaustive,
+            say=say,
+            progress=bars.show,
+            remaining=partial(bars.last, "tuning"),
+        )
     if plot:
         draw(result, plot)
     click.echo(json.dumps(result) if as_json else "\n".join(render(result)))

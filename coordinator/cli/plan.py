@@ -12,7 +12,7 @@ import numpy as np
 
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.measure.measured_costs import key_of, load_times, measure_times, save_times
-from warmfront.coordinator.placement.expected_load import firing_of, neurons_of
+from warmfront.coordinator.placement.expected_load import expected_bytes, firing_of, neurons_of
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.placement.plan_file import write_plan
 from warmfront.coordinator.placement.solver import Mask, Rates, Times, layer_times, solve, solve_exact
@@ -57,7 +57,7 @@ def plan(
         grounds = grounds_of(engine, say)
         name = engine.model.spec.name
         path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")
-        facts = {"model": name, "selector": engine.selector, "device": engine.workers()[-1].device}
+        facts = {"model": name, "selector": engine.plan.selector, "device": engine.statistics.workers()[-1].device}
         gpu, figures = make_plan(grounds, exact)
         figures = facts | figures
         write_plan(path, engine.model, grounds.budget, gpu, figures)
@@ -73,10 +73,12 @@ def grounds_of(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
         say("measuring the workers (first use only)")
         times = measure_times(engine)
         save_times(key, times)
-    model, budget = engine.model, engine.config.vram_budget
-    ledger = engine.device_memory()
+    model, budget = engine.model, engine.plan.config.vram_budget
+    ledger = engine.statistics.device_memory()
     budget = sum(ledger.values()) if budget is None else budget
-    return PlanInputs(model.layout, firing_of(model), engine.expected_bytes(), times, budget, ledger)
+    return PlanInputs(
+        model.layout, firing_of(model), expected_bytes(model, engine.plan.selector), times, budget, ledger
+    )
 
 
 def make_plan(grounds: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warmfront.coordinator.engine.engine import Engine
-from warmfront.coordinator.models.default_model import resolve
+from warmfront.coordinator.engine.load import open_for_profiling
+from warmfront.coordinator.models.default_model import find_model
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
@@ -61,7 +61,7 @@ def _profile(
     progress: Progress,
     counted: Progress,
 ) -> dict[str, Any]:
-    path = ensure_packed(resolve(model, say), dtype, say, lambda done, total: progress("packing", done, total))
+    path = ensure_packed(find_model(model, say), dtype, say, lambda done, total: progress("packing", done, total))
     with PackedModel(path) as packed:
         ids = _encoded(packed, texts, tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
@@ -177,11 +177,11 @@ def _count(
             partial.save()
             kept_at = time.monotonic()
 
-    # A job of one token is run as two (`Engine.firing`).
+    # A job of one token is run as two (`Session.firing`).
     context = max(2, *(len(job.ids) for job in jobs))
     config = EngineConfig(dtype=dtype, selector="exact", gpu="none", policy="static", context=context)
-    with Engine.for_profiling(path, config, say=say, progress=progress) as engine:
-        count(engine, partial.profile, jobs[first:], after)
+    with open_for_profiling(path, config, say, progress) as session:
+        count(session.firing, partial.profile, jobs[first:], after)
 
 
 def _facts(model: str, path: Path, counted: Profile, changed: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ __all__ = ["as_object", "as_text", "rates"]
 
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
-    workers, stats, selection = engine.workers(), engine.stats, engine.selection()
+    workers, stats, selection = engine.statistics.workers(), engine.stats, engine.statistics.selection()
     found = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
@@ -21,11 +21,11 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "load_s": round(stats.load_s, 4),
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
-        "active_fraction": engine.active_fraction(workers),
+        "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
         "workers": [asdict(worker) for worker in workers],
-        "selector": engine.selector,
-        "dtype": engine.config.dtype,
+        "selector": engine.plan.selector,
+        "dtype": engine.plan.config.dtype,
         "model": model,
     }
     if any(token.logprob is not None for token in tokens):
@@ -52,12 +52,12 @@ def rates(engine: Engine) -> str:
 
 def as_text(engine: Engine) -> str:
     """The lines that `generate --stats` prints."""
-    workers, busy = engine.workers(), engine.busy_shares()
+    workers, busy = engine.statistics.workers(), engine.statistics.busy_shares(engine.stats.decode_s)
     lines = [rates(engine)]
-    active = engine.active_fraction(workers)
+    active = engine.statistics.active_fraction(workers)
     if active is not None:
-        lines.append(f"selector {engine.selector} · {active:.1%} of the neurons computed")
-    selection = engine.selection()
+        lines.append(f"selector {engine.plan.selector} · {active:.1%} of the neurons computed")
+    selection = engine.statistics.selection()
     if selection is not None:
         lines.append(
             f"{selection.fired:.1%} of the neurons fired, {selection.selected:.1%} were predicted · "

@@ -51,7 +51,7 @@ class Watch:
         token_s, self._token_at = now - self._token_at, now
         loads = engine.ownership.layer_loads()
         shares = loads / np.maximum(loads.sum(1, keepdims=True), 1)
-        _, spans = engine.times()
+        _, spans = engine.statistics.times()
         busy = (spans[:, :, 1] - spans[:, :, 0]).sum(0) / 1e9 / max(token_s, 1e-9)
         if self._shares is None or self._busy is None:
             self._token_s, self._shares, self._busy = token_s, shares, busy
@@ -69,7 +69,7 @@ class Watch:
         front, width = self._engine.ownership, self._console.width
         head = Text(
             f"{1 / max(self._token_s, 1e-9):.1f} tok/s · {self._moves_ps:.0f} moves/s · {front.flow.moves} moves, "
-            f"{front.flow.flips} changes of owner without a copy · policy {self._engine.config.policy}",
+            f"{front.flow.flips} changes of owner without a copy · policy {self._engine.plan.config.policy}",
             style="bold",
         )
         table = Table.grid(padding=(0, 1))

@@ -1,86 +1,110 @@
-"""What warmfront chooses where the user did not, and what it refuses: device, selector, context."""
+"""What warmfront decides where the user did not, and what it refuses: everything once, into one frozen plan.
+
+    resolve_devices   before the model is packed: GPU and attention; cores and files that cannot be had
+    resolve           once it is packed: cores, selector and context too -> RunPlan
+
+Nothing after it decides again: sessions, runtime, teams and reports read the plan.
+"""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from warmfront.coordinator.engine.devices import against_attention, against_neurons
-from warmfront.shared.config import PREDICTING, EngineConfig
+from warmfront.coordinator.hardware.settings import tuned
+from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.core_plan import CorePlan, plan_cores
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 
-__all__ = [
-    "DEFAULT_CONTEXT",
-    "choose_attention",
-    "choose_context",
-    "choose_cores",
-    "choose_devices",
-    "choose_selector",
-]
+__all__ = ["DEFAULT_CONTEXT", "Devices", "RunPlan", "resolve", "resolve_devices", "selectors_for"]
 
+# A KV cache for all that a recent model was trained for would take gigabytes that few prompts need.
 DEFAULT_CONTEXT = 4096
+Say = Callable[[str], None]
 
 
-def choose_cores(config: EngineConfig) -> CorePlan:
-    """Who runs on which cpus, but for an emulated GPU. What is not pinned takes memory from anywhere."""
-    plan = plan_cores(
-        read_topology(), config.workers, config.threads, config.coordinator_threads, config.spins, config.force
-    )
-    if config.pin:
-        return plan
-    return replace(plan, workers=tuple(worker._replace(memory=None) for worker in plan.workers))
+class Devices(NamedTuple):
+    """Where the work is done that is not the CPU workers'."""
+
+    gpu: str | None  # of the GPU worker: "cuda:N" or "host"
+    attention: str  # of attention, norms, predictors and head: "cpu" (compiled), "cuda:N" or "host" (torch)
 
 
-def choose_devices(config: EngineConfig, say: Callable[[str], None]) -> EngineConfig:
-    """`config` with what `auto` stands for as GPU and attention: a CUDA device only if it computes rightly.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """How one packed model is run, decided in full. Other fields of the configuration need no decision."""
 
-    Raises UsageError for wishes that need a GPU where there is none.
+    config: EngineConfig  # as the user gave it, with what `warmfront tune` found
+    gpu: str | None
+    attention: str
+    selector: str  # never "auto"
+    context: int  # tokens that the KV cache holds, prompt and answer together
+    cores: CorePlan
+
+    @property
+    def worker_names(self) -> list[str]:
+        """Of the worker processes, in the order of the board."""
+        return [f"cpu{index}" for index in range(len(self.cores.workers))] + ["gpu0"] * (self.gpu is not None)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the coordinator tells the workers which neurons to compute."""
+        return self.selector in PREDICTING
+
+
+def resolve_devices(config: EngineConfig, say: Say) -> Devices:
+    """What `auto` stands for as GPU and attention: a CUDA device only if it computes rightly.
+
+    Raises UsageError for wishes that need a GPU where there is none, for a plan file that is not there, and for
+    threads that cannot be had: packing may take minutes, and is in vain then.
     """
-    gpu = config.gpu
+    _plan_cores(config)
     if config.plan is not None and not Path(config.plan).is_file():
         raise UsageError(f"--plan {config.plan}: there is no such file; make one with `warmfront plan`")
+    gpu = None if config.gpu == "none" else config.gpu
     if gpu == "auto":
         against = against_neurons(0, say)
-        gpu = "cuda:0" if against is None else "none"
+        gpu = "cuda:0" if against is None else None
         for option, wish in (("--vram-budget", config.vram_budget), ("--plan", config.plan)):
             if wish is not None and against is not None:
                 lack = f"no GPU can be used ({against})" if against else "there is no CUDA device here"
                 raise UsageError(f"{option}, but {lack}: leave it out, or add --gpu host to emulate one")
         if against:
             say(f"no GPU is used: {against}")
-    attention = choose_attention(replace(config, gpu=gpu), config.selector)
-    if config.attention == "auto" and attention != "cpu":
-        against = against_attention(int(attention.partition(":")[2]), say)
-        if against:
-            say(f"attention stays on the CPU: {against}")
-        if against is not None:
-            attention = "cpu"
-    return replace(config, gpu=gpu, attention=attention)
+    return Devices(gpu, _resolve_attention(config, gpu, say))
 
 
-def choose_attention(config: EngineConfig, selector: str) -> str:
-    """Where attention, norms, predictor and head run: "cpu" for the compiled team, else a device of torch's or "host".
-
-    `auto` goes with the GPU worker to its CUDA device, unless the selector needs the compiled team.
-    """
+def _resolve_attention(config: EngineConfig, gpu: str | None, say: Say) -> str:
+    """`auto` goes with the GPU worker to its CUDA device, unless the selector needs the compiled pass."""
     wish = config.attention
-    if selector == "lowbit" and wish not in ("auto", "cpu"):
+    if config.selector == "lowbit" and wish not in ("auto", "cpu"):
         raise UsageError(f"--attention {wish}, but --selector lowbit predicts on the CPU: pass --attention cpu")
     if wish == "auto":
-        return config.gpu if config.gpu.startswith("cuda") and selector != "lowbit" else "cpu"
+        if gpu is None or not gpu.startswith("cuda") or config.selector == "lowbit":
+            return "cpu"
+        against = against_attention(int(gpu.partition(":")[2]), say)
+        if against:
+            say(f"attention stays on the CPU: {against}")
+        return gpu if against is None else "cpu"
     if wish.startswith("cuda"):
-        count, version = _torch_devices()
-        if count == 0:
-            raise UsageError(
-                f"--attention {wish}, but this torch sees no CUDA device: it is {version}; install one made for CUDA, "
-                "or pass --attention cpu"
-            )
-        if int(wish.partition(":")[2]) >= count:
-            raise UsageError(f"--attention {wish}, but torch sees {count} CUDA devices: pass --attention cuda:0")
+        _check_attention(wish)
     return wish
+
+
+def _check_attention(device: str) -> None:
+    """Raise UsageError unless torch sees the CUDA device."""
+    count, version = _torch_devices()
+    if count == 0:
+        raise UsageError(
+            f"--attention {device}, but this torch sees no CUDA device: it is {version}; install one made for CUDA, "
+            "or pass --attention cpu"
+        )
+    if int(device.partition(":")[2]) >= count:
+        raise UsageError(f"--attention {device}, but torch sees {count} CUDA devices: pass --attention cuda:0")
 
 
 def _torch_devices() -> tuple[int, str]:
@@ -90,16 +114,46 @@ def _torch_devices() -> tuple[int, str]:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.__version__
 
 
+def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say) -> RunPlan:
+    """Decide the rest, now that the model is known.
+
+    Raises UsageError for a selector or a context that the model cannot be run with, and for workers that do not exist.
+    """
+    config = tuned(config, model.path, devices.gpu, say)
+    cores = _plan_cores(config)
+    plan = RunPlan(
+        config=config,
+        gpu=devices.gpu,
+        attention=devices.attention,
+        selector=_resolve_selector(config, model.spec),
+        context=_resolve_context(config, model.spec),
+        cores=cores.with_emulated_gpu() if devices.gpu == "host" else cores,
+    )
+    names = plan.worker_names
+    if unknown := parse_slow(config.slow).keys() - set(names):
+        raise UsageError(f"--slow names worker {min(unknown)}, but the only workers are {', '.join(names)}")
+    return plan
+
+
+def _plan_cores(config: EngineConfig) -> CorePlan:
+    """Who runs on which cpus, but for an emulated GPU. What is not pinned takes memory from anywhere."""
+    plan = plan_cores(
+        read_topology(), config.workers, config.threads, config.coordinator_threads, config.spins, config.force
+    )
+    if config.pin:
+        return plan
+    return replace(plan, workers=tuple(worker._replace(memory=None) for worker in plan.workers))
+
+
 def selectors_for(spec: ModelSpec) -> list[str]:
     """The selectors that a model can be run with, the one of `auto` first."""
     predicting = ["lowrank"] if spec.predictor is not None else []
     return [*predicting, "exact", "lowbit", "all"] if spec.sparse else [*predicting, "all"]
 
 
-def choose_selector(config: EngineConfig, model: PackedModel) -> str:
+def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
-    spec, wish = model.spec, config.selector
-    able = selectors_for(spec)
+    wish, able = config.selector, selectors_for(spec)
     chosen = able[0] if wish == "auto" else wish
     if config.look_ahead and chosen not in PREDICTING:
         raise UsageError(
@@ -111,11 +165,9 @@ def choose_selector(config: EngineConfig, model: PackedModel) -> str:
     return chosen
 
 
-def choose_context(config: EngineConfig, model: PackedModel) -> int:
+def _resolve_context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.context is None:
-        return min(model.spec.context, DEFAULT_CONTEXT)
-    if config.context > model.spec.context:
-        raise UsageError(
-            f"--ctx {config.context}, but {model.spec.name} was trained for {model.spec.context} tokens: pass no more"
-        )
+        return min(spec.context, DEFAULT_CONTEXT)
+    if config.context > spec.context:
+        raise UsageError(f"--ctx {config.context}, but {spec.name} was trained for {spec.context} tokens: pass no more")
     return config.context

@@ -1,9 +1,17 @@
 """What generation yields and what it costs: tokens, rates, each worker's share."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Selection", "Stats", "Token", "WorkerStats"]
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.engine.session import Session
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.wire.messages import LoadReport
+
+__all__ = ["Selection", "Statistics", "Stats", "Token", "WorkerStats"]
 
 
 class Token(NamedTuple):
@@ -29,18 +37,17 @@ class Selection(NamedTuple):
 
 @dataclass(slots=True)
 class Stats:
-    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first.
-
-    finish_reason: "stop" at an end-of-turn token or a stop string, "length" after the most tokens or at the context's
-    end, None while the answer goes on.
-    """
+    """What the last answer cost. Rates are tokens a second; decode counts the tokens after the first."""
 
     load_s: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    # Prompt tokens that were computed: the rest was in the KV cache.
     prefilled: int = 0
+    # "stop" at an end-of-turn token or a stop string, "length" after the most tokens or at the context's end, None
+    # while the answer goes on.
     finish_reason: str | None = None
 
     @property
@@ -56,17 +63,99 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """One worker's work on single tokens since the model was loaded; neurons: computed in all; groups: owned.
-
-    bytes: of weights read; nodes: bytes of weights held by NUMA node, as the kernel says where they lie.
-    """
+    """One worker's work on single tokens since the model was loaded."""
 
     name: str
     device: str
     pid: int
     busy_s: float
+    # Computed in all.
     neurons: int
+    # Of weights read.
     bytes: int
+    # Owned now.
     groups: int
     jobs: int
+    # Bytes of weights held by NUMA node, as the kernel says where they lie; empty for a GPU.
     nodes: dict[str, int]
+
+
+class Statistics:
+    """What a session's workers have done, as they report it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._runtime = session, session.runtime
+        self._worked = np.zeros((0, 0, 2), np.int64)  # the sums of `times` over the tokens of the last answer
+
+    def workers(self) -> list[WorkerStats]:
+        """What each worker has done since the model was loaded."""
+        self._session.check_open()
+        supervisor, owners = self._runtime.supervisor, self._runtime.ownership.owners()
+        reports, stats = supervisor.reports(), []
+        for index, (name, hello) in enumerate(supervisor.hellos.items()):
+            report = reports.get(name, LoadReport(0, [], [], [], [0] * 4))
+            busy, read, neurons = sum(report.busy_ns) / 1e9, sum(report.bytes), sum(report.neurons)
+            groups = int(np.count_nonzero(owners == index))
+            nodes = {} if name.startswith("gpu") else dict(supervisor.readies[name].ledger)
+            stats.append(WorkerStats(name, hello.device, hello.pid, busy, neurons, read, groups, report.jobs, nodes))
+        return stats
+
+    def reports(self) -> Mapping[str, LoadReport]:
+        """What each worker has done on single tokens, by layers; the balancer's fit goes on from there."""
+        self._session.check_open()
+        return self._runtime.supervisor.reports()
+
+    def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """When what of the last job was done: see `ThreadTeam.times`."""
+        self._session.check_open()
+        return self._runtime.times()
+
+    def begin_answer(self) -> None:
+        """The first token of an answer was computed."""
+        self._worked = np.zeros_like(self.times()[1])
+
+    def add_token(self) -> None:
+        """Another one was."""
+        self._worked += self.times()[1]
+
+    def busy_shares(self, decode_s: float) -> dict[str, float]:
+        """Of each worker the part of the last answer's `decode_s` that it computed, 1 at most; 0 without an answer."""
+        names = self._runtime.plan.worker_names
+        if not self._worked.size:
+            return dict.fromkeys(names, 0.0)
+        busy_s = (self._worked[:, :, 1] - self._worked[:, :, 0]).sum(0) / 1e9
+        return dict(zip(names, np.clip(busy_s / max(decode_s, 1e-9), 0, 1).tolist(), strict=True))
+
+    def device_memory(self) -> dict[str, int]:
+        """Bytes of the GPU worker's memory by purpose; empty without one."""
+        self._session.check_open()
+        readies = self._runtime.supervisor.readies.items()
+        return {what: size for name, ready in readies if name.startswith("gpu") for what, size in ready.ledger.items()}
+
+    def selection(self) -> Selection | None:
+        """How the selected neurons compare with those that fire; None if nothing was predicted and compared."""
+        measured = np.array([report.measured for report in self.reports().values()])
+        model = self._session.model
+        if not self._runtime.plan.predicts or not model.spec.sparse or not measured[0, 0]:
+            return None
+        neurons = int(measured[0, 0]) * model.layout.groups * GROUP
+        selected, fired, hit = (int(column) for column in measured[:, 1:].sum(0))
+        return Selection(fired / neurons, selected / neurons, hit / max(fired, 1), hit / max(selected, 1))
+
+    def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:
+        """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
+        total = workers[0].jobs * self._session.model.layout.groups * GROUP
+        return sum(worker.neurons for worker in workers) / total if total else None
+
+    def coordinator_bytes(self) -> dict[str, int]:
+        """Bytes of weights that the coordinator reads for a token: attention, predictor, head."""
+        entries = dict(self._session.model.entries)
+        if self._runtime.lowbit is not None:
+            entries |= self._runtime.lowbit.file.entries
+        roles = {name: name.rpartition(".")[2] for name in entries if name.startswith("layers.")}
+        predicting = {"lowrank": ("fc1", "fc2"), "lowbit": ("lowbit",)}.get(self._runtime.plan.selector, ())
+        return {
+            "attention": sum(entries[name].nbytes for name, role in roles.items() if role in ("q", "k", "v", "o")),
+            "predictor": sum(entries[name].nbytes for name, role in roles.items() if role in predicting),
+            "head": entries["head" if "head" in entries else "embed"].nbytes,
+        }

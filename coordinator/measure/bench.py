@@ -38,23 +38,27 @@ def measure(
     for selector in selectors:
         wish = wishes | {"selector": selector, "context": max(contexts) + tokens + 1}
         with Engine.load(model, say=say, progress=progress, **wish) as engine:
-            if max(contexts) + tokens >= engine.context:
-                raise UsageError(f"a context of {max(contexts)} and {tokens} tokens: the model has {engine.context}")
-            bandwidth = Bandwidth(engine.cores.coordinator)
-            say(f"measuring selector {engine.selector}")
+            if max(contexts) + tokens >= engine.plan.context:
+                raise UsageError(
+                    f"a context of {max(contexts)} and {tokens} tokens: the model has {engine.plan.context}"
+                )
+            bandwidth = Bandwidth(engine.plan.cores.coordinator)
+            say(f"measuring selector {engine.plan.selector}")
             list(engine.generate(_prompt(engine, contexts[0]), max_new_tokens=8))
             samples: dict[int, list[dict[str, float]]] = {context: [] for context in contexts}
             for _ in range(rounds):
                 for context in contexts:
                     samples[context].append(_sample(engine, bandwidth, context, tokens))
             for context, several in samples.items():
-                rows.append({"selector": engine.selector, "context": context} | _row(engine, context, tokens, several))
+                rows.append(
+                    {"selector": engine.plan.selector, "context": context} | _row(engine, context, tokens, several)
+                )
             settings = {
                 "model": model,
                 "name": engine.model.spec.name,
-                "dtype": engine.config.dtype,
-                "threads": len(engine.cores.coordinator),
-                "workers": len(engine.workers()),
+                "dtype": engine.plan.config.dtype,
+                "threads": len(engine.plan.cores.coordinator),
+                "workers": len(engine.statistics.workers()),
                 "tokens": tokens,
                 "rounds": rounds,
             }
@@ -82,11 +86,11 @@ def _sample(engine: Engine, bandwidth: Bandwidth, context: int, tokens: int) -> 
 
 
 def _bytes_read(engine: Engine) -> int:
-    return sum(worker.bytes for worker in engine.workers())
+    return sum(worker.bytes for worker in engine.statistics.workers())
 
 
 def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, float]]) -> dict[str, Any]:
-    parts = engine.coordinator_bytes() | {
+    parts = engine.statistics.coordinator_bytes() | {
         "feed_forward": statistics.median(sample["feed_forward"] for sample in samples),
         "kv": cache_bytes(engine.model, context + tokens // 2),
     }

@@ -53,10 +53,13 @@ class TimesKey:
 
 def key_of(engine: "Engine") -> TimesKey:
     """The key of an engine's workers."""
-    cores = engine.cores
+    cores = engine.plan.cores
     threads = (*(len(worker.cpus) for worker in cores.workers), len(cores.gpu))
     return TimesKey(
-        engine.model.path.stem, engine.selector, tuple(worker.device for worker in engine.workers()), threads
+        engine.model.path.stem,
+        engine.plan.selector,
+        tuple(worker.device for worker in engine.statistics.workers()),
+        threads,
     )
 
 
@@ -114,9 +117,9 @@ def measure_times(engine: "Engine") -> Times:
 
 def _decode(engine: "Engine", ids: list[int]) -> tuple[Floats, Floats]:
     """Of a few tokens, per token: the workers' ns and bytes, [workers, layers] each."""
-    was = engine.reports()
+    was = engine.statistics.reports()
     engine.decode_ids(ids, _TOKENS)
-    now, names = engine.reports(), engine.ownership.names
+    now, names = engine.statistics.reports(), engine.ownership.names
     if any(name not in was or name not in now for name in names):
         raise WorkerError("a worker was lost while its speed was measured: run it again")
     tokens = np.array([now[name].jobs - was[name].jobs for name in names])[:, None] / engine.model.spec.layers

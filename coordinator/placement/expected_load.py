@@ -8,7 +8,7 @@ from warmfront.shared.config import PREDICTING
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["firing_of", "load_of", "neurons_of"]
+__all__ = ["expected_bytes", "firing_of", "load_of", "neurons_of"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,3 +35,8 @@ def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
     if selector in PREDICTING:
         return firing * (gate + rest)
     return GROUP * gate + (firing if selector == "exact" else np.full_like(firing, GROUP)) * rest
+
+
+def expected_bytes(model: PackedModel, selector: str) -> Floats:
+    """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
+    return load_of(model.layout, selector, firing_of(model))

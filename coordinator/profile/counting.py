@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from os import W_OK, access
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +17,16 @@ import numpy.typing as npt
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.kept import kept_profile
 from warmfront.coordinator.profile.reorder import reorder, restore
-from warmfront.shared.config import THREADING, EngineConfig
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.files import locked
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["JOB_TOKENS", "Fires", "Job", "count", "empty_profile", "ensure_profiled", "jobs_of"]
+__all__ = ["JOB_TOKENS", "Job", "count", "empty_profile", "ensure_profiled", "jobs_of"]
 
 JOB_TOKENS = 288
-
-
-class Fires(Protocol):
-    """What of an engine counting needs."""
-
-    def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]: ...
+Fires = Callable[[Sequence[int]], npt.NDArray[np.bool_]]
 
 
 class Job(NamedTuple):
@@ -54,23 +48,26 @@ def empty_profile(model: PackedModel, texts: Sequence[str]) -> Profile:
 
 
 def count(
-    engine: Fires, profile: Profile, jobs: Sequence[Job], after: Callable[[int], None] = lambda _done: None
+    fires: Fires, profile: Profile, jobs: Sequence[Job], after: Callable[[int], None] = lambda _done: None
 ) -> None:
     """Add what fires in `jobs` to `profile`; `after` each job it gets the number of jobs done.
 
-    A KeyboardInterrupt comes between two jobs, `after` included.
+    `fires`: of token ids, bool [layers, tokens, neurons]. A KeyboardInterrupt comes between two jobs, `after` included.
     """
     for done, (ids, fresh) in enumerate(jobs, 1):
-        fired = engine.firing(ids)
+        fired = fires(ids)
         with hold_interrupts():
             profile.add(fired, fresh=fresh)
             after(done)
 
 
 def ensure_profiled(
-    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+    model: PackedModel,
+    on_sample: Callable[[], Profile],
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
 ) -> bool:
-    """Profile and order `model` if it is sparse and never was; returns whether its file was replaced.
+    """Order `model` by its profile `on_sample` if it is sparse and never was; returns whether its file was replaced.
 
     A profile that the user made of this model before, and that outlived its packed file, is taken again.
     Where the cache has no room for a second copy of the model, it stays as it is. Of two that load it for the first
@@ -91,24 +88,8 @@ def ensure_profiled(
                 restore(model.path, kept, say, partial(progress, "ordering"))
                 return True
             say("profiling which neurons fire (first load only)")
-            profile = _on_sample(model, config, say, progress)
-            reorder(model.path, profile, model.order, say, partial(progress, "ordering"))
+            reorder(model.path, on_sample(), model.order, say, partial(progress, "ordering"))
         except ResourceError as error:
             say(f"the neurons stay in the order they came in: {error}")
             return False
     return True
-
-
-def _on_sample(
-    model: PackedModel, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
-) -> Profile:
-    with hold_interrupts():
-        from warmfront.coordinator.engine.engine import Engine
-        from warmfront.coordinator.selectors.calibration import sample_ids
-
-    profile = empty_profile(model, ["sample"])
-    threads = {name: getattr(config, name) for name in THREADING}
-    wishes = EngineConfig(dtype=config.dtype, **threads, gpu="none", policy="static")
-    with Engine.for_profiling(model.path, wishes, say=say, progress=progress) as engine:
-        count(engine, profile, jobs_of([sample_ids(engine)], min(JOB_TOKENS, engine.context)))
-    return profile

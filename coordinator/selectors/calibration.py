@@ -3,42 +3,19 @@
 Recall is by mass: the share of sum |h_i| * ||down_i|| over the firing neurons that the selected ones make.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
 from warmfront.coordinator.selectors.lowbit import Lowbit, groups_of, rows_of
-from warmfront.shared.config import Sampling
 from warmfront.shared.kernels.lowbit import unpack_lowbit
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
 
-if TYPE_CHECKING:
-    from warmfront.coordinator.engine.engine import Engine
-
-__all__ = ["calibrate", "masses_and_scores", "sample_ids"]
+__all__ = ["calibrate", "masses_and_scores"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-# Texts that a model writes itself, and their tokens.
-_OWN_TEXTS, _OWN_TOKENS = 4, 48
-
-
-def sample_ids(engine: "Engine") -> list[int]:
-    """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
-    if engine.tokenizer.present:
-        ids = engine.tokenizer.encode(SAMPLE_TEXT)
-        if len(set(ids)) > len(ids) // 4:
-            return ids
-    sampling = Sampling(temperature=1.0, seed=0)
-    ids = []
-    for start in np.random.default_rng(0).integers(engine.model.spec.vocab, size=_OWN_TEXTS):
-        answer = engine.generate([int(start)], max_new_tokens=_OWN_TOKENS, sampling=sampling, ignore_eos=True)
-        ids += [int(start), *(token.id for token in answer)]
-    return ids
 
 
 def _down_norms(model: PackedModel, groups: Bytes) -> Floats:

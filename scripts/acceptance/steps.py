@@ -87,19 +87,19 @@ def environment(job: Job) -> Figures:
 
 def choice(job: Job) -> Figures:
     """`--gpu auto` and `--attention auto` take the card."""
-    from warmfront.coordinator.engine.resolve import choose_devices
+    from warmfront.coordinator.engine.resolve import resolve_devices
     from warmfront.shared.config import EngineConfig
 
     if job.gpu != "cuda:0":
         raise Skipped("auto takes no card but cuda:0")
     said: list[str] = []
-    chosen = choose_devices(EngineConfig(), said.append)
+    chosen = resolve_devices(EngineConfig(), said.append)
     if (chosen.gpu, chosen.attention) != ("cuda:0", "cuda:0"):
         raise RuntimeError(
             f"auto takes {chosen.gpu}, attention on {chosen.attention}; it said: {' / '.join(said) or 'nothing'}"
         )
     started = time.perf_counter()
-    choose_devices(EngineConfig(), said.append)
+    resolve_devices(EngineConfig(), said.append)
     return {"warm_choice_ms": (time.perf_counter() - started) * 1e3}
 
 
@@ -143,7 +143,7 @@ def _compare(job: Job, attention: str) -> Figures:
     for share in (0.25, 0.5, 0.75, 1.0):
         with _engine(job, "small", share, attention=attention) as engine:
             _assert_tokens(job, engine, f"with {share:.0%} of the groups")
-            if engine.workers()[-1].neurons == 0:
+            if engine.statistics.workers()[-1].neurons == 0:
                 raise RuntimeError(f"the GPU worker computed nothing with {share:.0%} of the groups")
     return {"budgets": 4}
 
@@ -169,7 +169,7 @@ def killed(job: Job) -> Figures:
     expected = json.loads((job.folder / "expected.json").read_text(encoding="utf-8"))[1]
     said: list[str] = []
     with _engine(job, "small", 0.5, say=said.append) as engine:
-        first = engine.workers()[-1].pid
+        first = engine.statistics.workers()[-1].pid
         answer = []
         for token in engine.generate(prompt(SMALL, 5, 1), max_new_tokens=TOKENS):
             answer.append(token.id)
@@ -180,7 +180,7 @@ def killed(job: Job) -> Figures:
             raise RuntimeError("the tokens differ from the CPU's after the GPU worker was killed")
         while not (back := any("is back" in line for line in said)) and time.monotonic() < died + 30:
             engine.decode_ids(prompt(SMALL, 5, 1), 20)
-        if not back or engine.workers()[-1].pid == first:
+        if not back or engine.statistics.workers()[-1].pid == first:
             raise RuntimeError("no GPU worker has come back within 30 s")
         took = time.monotonic() - died
         _assert_tokens(job, engine, "after the GPU worker came back")
@@ -240,7 +240,7 @@ def handover(job: Job) -> Figures:
     """What a job of a single group takes in the running engine, from its announcement to its answer."""
     with _engine(job, "small", 0, policy="static", attention="cpu") as engine:
         engine.decode_ids(prompt(SMALL, 5), 200)
-        worker = engine.workers()[-1]
+        worker = engine.statistics.workers()[-1]
     return {"job_us": worker.busy_s / worker.jobs * 1e6}
 
 

@@ -178,6 +178,13 @@ class Board:
             raise ProtocolError(f"board of version {version} and {mapping.size} bytes: this is version {VERSION}")
         return cls(mapping, sizes)
 
+    def fires(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """Which neurons each token of the last job fires, if the board profiles: bool [layers, tokens, neurons]."""
+        layers, groups, neurons, panels = self.firing.shape
+        bits = np.unpackbits(self.firing.view(np.uint8), bitorder="little").astype(bool)
+        bits = bits.reshape(layers, groups * neurons, panels * LANES)[:, :, :tokens]
+        return np.ascontiguousarray(bits.swapaxes(1, 2))
+
     def end(self) -> None:
         """Have every wait of every process end: nothing more will be computed on this board."""
         self.abort[0] = 1

@@ -65,7 +65,7 @@ def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
         boundary()
         there = zip(front.names, front._present, strict=True)
         assert_tables_hold(
-            front, {name: engine._runtime.supervisor.readies[name].slots for name, present in there if present}
+            front, {name: engine.session.runtime.supervisor.readies[name].slots for name, present in there if present}
         )
 
     front._policy = policy

@@ -51,7 +51,7 @@ def test_tokens_are_those_of_transformers(
         watch(engine, Restless(1), monkeypatch)
         answer = engine.decode_ids(PROMPT, 150)
         assert engine.ownership.flow.moves > 100
-        assert engine.workers()[-1].neurons > 0
+        assert engine.statistics.workers()[-1].neurons > 0
     assert answer == choices(llama_from_folder(made), PROMPT, answer)[:-1]
 
 
@@ -73,7 +73,7 @@ def test_a_gpu_worker_may_die(made: Path) -> None:
         expected = engine.decode_ids(PROMPT, 60)
     said: list[str] = []
     with Engine.load(str(made), dtype="f32", say=said.append, **CARD) as engine:
-        os.kill(engine.workers()[-1].pid, signal.SIGKILL)
+        os.kill(engine.statistics.workers()[-1].pid, signal.SIGKILL)
         assert engine.decode_ids(PROMPT, 60) == expected
         deadline = time.monotonic() + 60
         while not any("is back" in line for line in said) and time.monotonic() < deadline:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tests.integration.reference import all_logits, llama_from_packed
 from tests.leak_check import assert_nothing_left, snapshot
 from warmfront.coordinator.decode import thread_team
-from warmfront.coordinator.engine import runtime
+from warmfront.coordinator.engine import memory
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import ResourceError, UsageError, WorkerError
 from warmfront.shared.kernels.gemm import in_pairs
@@ -96,8 +96,8 @@ def test_rounded_weights(tiny_llama: Callable[..., Path], sizes: dict[str, Any],
         lambda engine: engine.decode_ids(X, 1.5),
         lambda engine: engine.decode_ids(X, -1),
         lambda engine: list(engine.forced_logits(X, 1.0)),
-        lambda engine: engine.firing(IDS),
-        lambda engine: engine.feed_forward_inputs(IDS),
+        lambda engine: engine.session.firing(IDS),
+        lambda engine: engine.session.feed_forward_inputs(IDS),
     ],
 )
 def test_what_lies_outside_is_refused(engine: Engine, use: Callable[[Engine], object]) -> None:
@@ -240,10 +240,10 @@ def test_an_overflow_stays_in_its_text(tiny_llama: Callable[..., Path], tmp_path
             np.testing.assert_array_equal(np.stack(list(engine.forced_logits(harmless, 12))), fresh)
         # A text that shares its beginning: what was cached beside the overflow is computed anew.
         engine.decode_ids(harmless[:21], 1)
-        clean = engine._logits.copy()
+        clean = engine.session.runtime.logits.copy()
         list(engine.forced_logits(poison, 30))
         engine.decode_ids(harmless[:21], 1)
-        np.testing.assert_allclose(engine._logits, clean, rtol=0, atol=0.03 * np.abs(clean).max())
+        np.testing.assert_allclose(engine.session.runtime.logits, clean, rtol=0, atol=0.03 * np.abs(clean).max())
 
 
 class _Dying:
@@ -296,7 +296,7 @@ def test_what_does_not_fit_beside_the_weights_is_refused(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers of two heads of 16 weights, padded to 32: 102 MB of float32 keys and values, 38 MB of scores."""
-    monkeypatch.setattr(runtime, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
+    monkeypatch.setattr(memory, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
     folder = tiny_llama(max_position_embeddings=100_000)
     with pytest.raises(ResourceError, match=r"GB \(0.00 for weights, 0.14 for a context of 100000 tokens\), 0.04 GB"):
         Engine.load(str(folder), context=100_000)
@@ -310,14 +310,14 @@ def test_a_closed_engine_refuses(tiny_llama: Callable[..., Path]) -> None:
     tokens_of(engine, X)
     engine.close()
     uses: list[Callable[[], object]] = [
-        *(getattr(engine, name) for name in ("times", "workers", "reports", "selection", "device_memory", "reset")),
+        *(getattr(engine.statistics, name) for name in ("times", "workers", "reports", "selection", "device_memory")),
+        engine.reset,
         lambda: engine.ownership,
-        engine.expected_bytes,
         lambda: engine.step(1),
         lambda: engine.decode_ids(X, 1),
         lambda: next(engine.forced_logits(X, 1)),
-        lambda: engine.firing(X),
-        lambda: engine.feed_forward_inputs(X),
+        lambda: engine.session.firing(X),
+        lambda: engine.session.feed_forward_inputs(X),
     ]
     for use in uses:
         with pytest.raises(UsageError, match="closed"):

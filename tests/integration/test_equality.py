@@ -52,10 +52,10 @@ def assert_same_logits(engine: Engine, model: Any, ids: Sequence[int], prefill: 
 
 def assert_gpu_has_a_third(engine: Engine) -> None:
     """The budget gives so many slots, and they were used."""
-    workers = engine.workers()
+    workers = engine.statistics.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
-    slots = engine._runtime.supervisor.readies["gpu0"].slots
+    slots = engine.session.runtime.supervisor.readies["gpu0"].slots
     assert slots == sum(worker.groups for worker in workers) // 3
     assert workers[-1].groups == slots
 
@@ -85,7 +85,7 @@ def test_smollm2_greedy_tokens(engine: Engine, smollm2_in_transformers: Any, pro
 @pytest.mark.slow
 def test_smollm2_logits(engine: Engine, smollm2_in_transformers: Any) -> None:
     assert_same_logits(engine, smollm2_in_transformers, engine.prompt_ids(STORY), prefill=20)
-    if engine.config.gpu == "host":
+    if engine.plan.config.gpu == "host":
         assert_gpu_has_a_third(engine)
 
 
@@ -157,7 +157,7 @@ def test_relu(
         assert_equal_throughout(engine, in_transformers(folder))
         if "gpu" in wishes:
             assert_gpu_has_a_third(engine)
-        active = engine.active_fraction(engine.workers())
+        active = engine.statistics.active_fraction(engine.statistics.workers())
         assert active is not None
         assert active == 1 if selector == "all" else 0.2 < active < 0.8
 

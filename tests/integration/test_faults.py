@@ -139,7 +139,7 @@ def engine(endless: Path) -> Iterator[Engine]:
 
 
 def worker_pid(engine: Engine, name: str) -> int:
-    return next(worker.pid for worker in engine.workers() if worker.name == name)
+    return next(worker.pid for worker in engine.statistics.workers() if worker.name == name)
 
 
 def take(engine: Engine, count: int, after: int, action: Callable[[], Any]) -> list[int]:
@@ -213,7 +213,7 @@ class Victim:
 
     def kill(self) -> None:
         """The process that is there now."""
-        process = self._engine._runtime.supervisor._processes["gpu0"]
+        process = self._engine.session.runtime.supervisor._processes["gpu0"]
         os.kill(process.pid, signal.SIGKILL)
         self.killed.append(process.pid)
 
@@ -222,7 +222,8 @@ class Victim:
         self.kill()
         deadline = time.monotonic() + 30
         while (
-            self._engine._runtime.supervisor._processes["gpu0"].pid == self.killed[-1] and time.monotonic() < deadline
+            self._engine.session.runtime.supervisor._processes["gpu0"].pid == self.killed[-1]
+            and time.monotonic() < deadline
         ):
             time.sleep(0.001)
         time.sleep(after_s)
@@ -230,7 +231,7 @@ class Victim:
 
     def back(self) -> bool:
         """Whether another has taken its place and holds groups; a killed one seems to until its death is heard of."""
-        front, pid = self._engine.ownership, self._engine._runtime.supervisor.hellos["gpu0"].pid
+        front, pid = self._engine.ownership, self._engine.session.runtime.supervisor.hellos["gpu0"].pid
         there = bool(front._present[-1]) and pid not in self.killed
         return there and bool(front.resident[-1].any()) and not front._batches
 
@@ -253,14 +254,14 @@ def assert_it_goes_on(
     striker.join()
     assert tokens == expected[: len(tokens)]
     assert longest < LIMIT_S, f"a gap of {longest:.2f} s"
-    assert engine._runtime.supervisor.hellos["gpu0"].pid not in victim.killed
+    assert engine.session.runtime.supervisor.hellos["gpu0"].pid not in victim.killed
     assert not any(Path(f"/proc/{pid}").exists() for pid in victim.killed)
     assert engine.decode_ids(PROMPT, 50) == expected[:50]
     assert worker_neurons(engine, "gpu0") > 0
 
 
 def worker_neurons(engine: Engine, name: str) -> int:
-    return next(worker.neurons for worker in engine.workers() if worker.name == name)
+    return next(worker.neurons for worker in engine.statistics.workers() if worker.name == name)
 
 
 @pytest.fixture
@@ -395,7 +396,7 @@ def test_a_closed_engine_says_so(engine: Engine) -> None:
     with pytest.raises(UsageError, match="closed"):
         take(engine, 1, 0, lambda: None)
     with pytest.raises(UsageError, match="closed"):
-        engine.workers()
+        engine.statistics.workers()
 
 
 def test_a_closed_engine_gives_its_memory_back(engine: Engine) -> None:

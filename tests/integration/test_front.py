@@ -59,7 +59,7 @@ def test_tokens_are_those_of_transformers(
     with load(made, selector=selector, **GPU) as engine:
         watch(engine, Restless(1), monkeypatch)
         answer = engine.decode_ids(PROMPT, TOKENS)
-        flow, workers = engine.ownership.flow, engine.workers()
+        flow, workers = engine.ownership.flow, engine.statistics.workers()
     assert_greedy(reference, answer)
     assert min(flow.moves, flow.flips) > 300
     assert workers[-1].neurons > 0
@@ -101,7 +101,7 @@ def test_prompts_and_answers_by_turns(made: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_gpu_begins_full_and_the_moves_keep_to_its_slots(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(made, **GPU) as engine:
-        assert engine._runtime.supervisor.readies["gpu0"].slots == SLOTS
+        assert engine.session.runtime.supervisor.readies["gpu0"].slots == SLOTS
         assert engine.ownership.resident[-1].sum() == SLOTS
         watch(engine, Restless(5, some=0.5), monkeypatch)
         engine.decode_ids(PROMPT, 40)
@@ -128,10 +128,10 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, str]
 ) -> None:
     """The CPU worker has computed the layer when the table changes, the GPU worker has not seen it yet."""
-    board, front, run = engine._runtime.board, engine.ownership, engine._runtime.team.run
+    board, front, run = engine.session.runtime.board, engine.ownership, engine.session.runtime.team.run
     first, then = (front.names.index(name) for name in changes)
     assert front.resident[:, 0, 3].all()
-    gpu = engine._runtime.supervisor.hellos["gpu0"].pid
+    gpu = engine.session.runtime.supervisor.hellos["gpu0"].pid
 
     def change(sequence: int) -> None:
         deadline = time.monotonic() + 20
@@ -150,7 +150,7 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
         finally:
             changer.join()
 
-    monkeypatch.setattr(engine._runtime.team, "run", corrupted)
+    monkeypatch.setattr(engine.session.runtime.team, "run", corrupted)
     with pytest.raises(WorkerError, match=r"^group 3 of layer 0 was not computed exactly once: "):
         engine.step(300)
 

@@ -137,24 +137,25 @@ class TestRequests:
     def test_busy_is_of_the_answer_alone(self, engine: Engine) -> None:
         for count in (100, 2, 40):
             assert len(list(engine.generate([5, 17], max_new_tokens=count, ignore_eos=True))) == count
-            assert all(0 < share <= 1 for share in engine.busy_shares().values())
+            assert all(0 < share <= 1 for share in engine.statistics.busy_shares(engine.stats.decode_s).values())
             (line,) = (line for line in as_text(engine).splitlines() if line.startswith("cpu0"))
             assert 0 < int(line.partition("busy ")[2].partition("%")[0]) <= 100
 
     def test_without_an_answer_no_worker_was_busy(self, abc: Engine) -> None:
-        abc._worked = abc._worked[:0]  # as loading leaves it
-        assert abc.busy_shares() == {"cpu0": 0}
+        abc.statistics._worked = abc.statistics._worked[:0]  # as loading leaves it
+        assert abc.statistics.busy_shares(abc.stats.decode_s) == {"cpu0": 0}
 
     def test_the_engine_goes_on_after_a_model_that_is_damaged(self, scripted: Callable[..., Path]) -> None:
         folder = scripted("a", "b")
         with Engine.load(str(folder)) as engine:
             answer = engine.generate("x")
             assert next(answer).text == "a"
-            engine._runtime.team.logits[3] = np.nan  # where the next token would be picked
-            step, engine._step = engine._step, lambda *_: engine._runtime.team.logits  # type: ignore[method-assign]
+            engine.session.runtime.logits[3] = np.nan  # where the next token would be picked
+            session = engine.session
+            step, session.step = session.step, lambda *_: session.runtime.logits  # type: ignore[method-assign]
             with pytest.raises(ModelError, match="logits that are not finite"):
                 next(answer)
-            engine._step = step  # type: ignore[method-assign]
+            session.step = step  # type: ignore[method-assign]
             assert next(engine.generate("x")).text == "a"
 
 

@@ -22,6 +22,7 @@ from tests.integration.command import WARMFRONT, assert_refused, link_cache, pre
 from tests.integration.reference import llama_from_folder
 from tests.integration.terminal import CTRL_C, Terminal
 from warmfront.coordinator import Engine
+from warmfront.coordinator.engine.load import open_for_profiling
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
@@ -37,6 +38,10 @@ FIRST_LOAD = "profiling which neurons fire (first load only)"
 
 pytestmark = pytest.mark.usefixtures("compiled")
 Make = Callable[..., Path]
+
+
+def no_progress(*_: object) -> None:
+    pass
 
 
 @pytest.fixture
@@ -143,7 +148,7 @@ def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
     if not unordered.exists():
         shutil.copy(path, unordered)
     for engine in (
-        Engine.for_profiling(unordered, EngineConfig(**wishes)),
+        Engine(open_for_profiling(unordered, EngineConfig(**wishes), print, no_progress)),
         Engine.load(str(made), **wishes),
     ):
         with engine:
@@ -179,9 +184,9 @@ def test_topics_come_into_groups_of_their_own(made: Path) -> None:
     from warmfront.coordinator.profile.counting import count, empty_profile, jobs_of
     from warmfront.coordinator.profile.reorder import reorder
 
-    with Engine.for_profiling(path, EngineConfig(dtype="f16", gpu="none")) as engine:
-        counted = empty_profile(engine.model, ["topics"])
-        count(engine, counted, jobs_of(texts, JOB))
+    with open_for_profiling(path, EngineConfig(dtype="f16", gpu="none"), print, no_progress) as session:
+        counted = empty_profile(session.model, ["topics"])
+        count(session.firing, counted, jobs_of(texts, JOB))
     before = counted.counts
     hottest = np.argsort(-before.sum(1, dtype=int), axis=1)
     assert reorder(path, counted, "", print, lambda done, total: None)

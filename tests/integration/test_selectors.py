@@ -45,8 +45,8 @@ def decoded(path: Path, wishes: Mapping[str, Any], ids: list[int]) -> tuple[np.n
     """Logits after each of `ids` from the fifth on, by the sparse path, and the closed engine."""
     with Engine.load(str(path), **wishes) as engine:
         rows = np.array(list(engine.forced_logits(ids, len(PROMPT))))
-        engine.workers_seen = engine.workers()  # type: ignore[attr-defined]
-        engine.selection_seen = engine.selection()  # type: ignore[attr-defined]
+        engine.workers_seen = engine.statistics.workers()  # type: ignore[attr-defined]
+        engine.selection_seen = engine.statistics.selection()  # type: ignore[attr-defined]
     return rows, engine
 
 
@@ -75,9 +75,9 @@ def test_logits_are_those_of_transformers(made: Path, reference: Any, file: str,
 @pytest.mark.parametrize("dtype", ["f32", "auto", "q8", "q4"])
 def test_greedy_tokens(made: Path, reference: Any, dtype: str) -> None:
     with Engine.load(str(made / "hf"), dtype=dtype) as engine:
-        assert engine.selector == "lowrank"  # what auto takes where there are predictors
+        assert engine.plan.selector == "lowrank"  # what auto takes where there are predictors
         answer = [token.id for token in engine.generate(PROMPT, max_new_tokens=TOKENS)]
-        active = engine.active_fraction(engine.workers())
+        active = engine.statistics.active_fraction(engine.statistics.workers())
     assert answer == choices(reference, PROMPT, answer)[:-1]
     assert active is not None
     assert 0.07 < active < 0.14
@@ -106,10 +106,10 @@ def test_recall_by_mass(made: Path, bits: int, most: float) -> None:
     """On tokens that the thresholds were not calibrated on; `most`: neurons selected for each that fires."""
     with Engine.load(str(made / "hf"), dtype="f32", selector="lowbit", bits=bits, recall=0.995) as engine:
         ids = np.random.default_rng(3).integers(259, 512, 160).tolist()
-        assert engine.lowbit is not None
-        for layer, x in enumerate(engine.feed_forward_inputs(ids)):
-            mass, scores, _ = masses_and_scores(engine.lowbit, engine.model, layer, x)
-            selected = scores > engine.lowbit.thresholds[layer]
+        assert engine.session.runtime.lowbit is not None
+        for layer, x in enumerate(engine.session.feed_forward_inputs(ids)):
+            mass, scores, _ = masses_and_scores(engine.session.runtime.lowbit, engine.model, layer, x)
+            selected = scores > engine.session.runtime.lowbit.thresholds[layer]
             assert mass[selected].sum() > 0.985 * mass.sum()
             assert np.count_nonzero(selected) < most * np.count_nonzero(mass)
 
@@ -119,8 +119,8 @@ def test_calibration_in_a_small_context(made: Path, reference: Any) -> None:
     wishes = {"selector": "lowbit", "recall": 0.9998, "bits": 4, "dtype": "f32", "context": 20}
     ids = PROMPT + [int(token) for token in np.random.default_rng(5).integers(259, 512, 12)]
     got, engine = decoded(made / "hf", wishes, ids)
-    assert engine.lowbit is not None
-    assert engine.lowbit.calibrated
+    assert engine.session.runtime.lowbit is not None
+    assert engine.session.runtime.lowbit.calibrated
     expected = all_logits(reference, ids)[len(PROMPT) - 1 :]
     assert np.abs(got - expected).max() < 3e-2 * np.abs(expected).max()
 
@@ -133,7 +133,7 @@ def test_the_thresholds_are_kept(made: Path) -> None:
         lines: list[str] = []
         with Engine.load(str(made / "hf"), selector="lowbit", bits=1, recall=recall, say=lines.append) as engine:
             list(engine.generate(PROMPT, max_new_tokens=TOKENS))
-            selected.append(engine.active_fraction(engine.workers()))
+            selected.append(engine.statistics.active_fraction(engine.statistics.workers()))
         said.setdefault(recall, []).append([line for line in lines if "calibrating" in line])
     assert said[0.98] == [["calibrating the selector for a recall of 0.98 (first use only)"], []]
     assert len(said[0.8][0]) == 1

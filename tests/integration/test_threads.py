@@ -58,7 +58,7 @@ def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
     random = np.random.default_rng(3)
     with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
         even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]
-        cuts, moved = engine._runtime.team._shares.cuts, []
+        cuts, moved = engine.session.runtime.team._shares.cuts, []
         for logits in engine.forced_logits(range(5, 45), 8):
             moved.append(logits.tobytes())
             cuts[1:-1] = np.sort(random.integers(0, WHOLE + 1, 2))
@@ -68,8 +68,8 @@ def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
 def test_force_shares_cores_without_spinning(model: Path) -> None:
     said: list[str] = []
     with Engine.load(str(model), dtype="f32", threads=2 * CORES, force=True, say=said.append) as engine:
-        assert len(engine.cores.cpus) == 2 * CORES
-        assert engine.cores.spins == 0
+        assert len(engine.plan.cores.cpus) == 2 * CORES
+        assert engine.plan.cores.spins == 0
     assert "more threads than can run at once: slower than one on each core" in said
 
 
@@ -84,10 +84,10 @@ def test_more_threads_than_cores_are_refused(model: Path) -> None:
 
 def test_weights_lie_where_the_kernel_says(model: Path) -> None:
     with Engine.load(str(model), dtype="f32") as engine:
-        workers, pages = engine.workers(), engine._runtime.team.pages()
+        workers, pages = engine.statistics.workers(), engine.session.runtime.team.pages()
     assert all(sum(worker.nodes.values()) > 0 for worker in workers)
     assert {node for worker in workers for node in worker.nodes} <= {f"node{number}" for number in range(64)}
-    assert len(pages) == len(engine.cores.coordinator)
+    assert len(pages) == len(engine.plan.cores.coordinator)
     assert all(sum(each.values()) > 0 for each in pages)
 
 
@@ -108,8 +108,8 @@ def test_tune_is_taken_by_default(
         said: list[str] = []
         with Engine.load(str(model), dtype="f32", say=said.append) as engine:
             assert f"as tuned: {found}" in said
-            assert (len(engine.cores.workers), len(engine.cores.cpus)) == (found.workers, found.threads)
-            assert len(engine.cores.coordinator) == found.coordinator_threads
+            assert (len(engine.plan.cores.workers), len(engine.plan.cores.cpus)) == (found.workers, found.threads)
+            assert len(engine.plan.cores.coordinator) == found.coordinator_threads
             assert engine.decode_ids(IDS, len(expected)) == expected
     finally:
         tuning_file().unlink()

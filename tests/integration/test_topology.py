@@ -29,14 +29,14 @@ main()
 # Plans that take memory of a node, though there is but one.
 BOUND = """
 from dataclasses import replace
-from warmfront.coordinator.engine import runtime
+from warmfront.coordinator.engine import resolve
 from warmfront.shared.machine import numa
 from warmfront.coordinator.cli.main import main
-choose = runtime.choose_cores
+choose = resolve._plan_cores
 def on_a_node(config):
     plan = choose(config)
     return plan if not config.pin else replace(plan, workers=tuple(w._replace(memory=w.node) for w in plan.workers))
-runtime.choose_cores = on_a_node
+resolve._plan_cores = on_a_node
 """
 UNBINDABLE = """
 import ctypes, errno

@@ -83,7 +83,7 @@ def test_moves_are_in_the_trace(made: Path, tmp_path: Path, monkeypatch: pytest.
         filled = sum(transfer.groups for transfer in engine.ownership.transfers)
         watch(engine, Restless(1), monkeypatch)
         engine.decode_ids([300, 301], 50)
-        moved, gpu = engine.ownership.flow.moves, engine.workers()[-1].pid
+        moved, gpu = engine.ownership.flow.moves, engine.statistics.workers()[-1].pid
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["name"] == "move"]
     assert sum(event["args"]["groups"] for event in events) == filled + moved
     assert moved > 100
@@ -97,7 +97,7 @@ def test_looking_ahead_tells_what_it_missed(made: Path) -> None:
     for look_ahead in (False, True):
         with Engine.load(str(made), dtype="f32", look_ahead=look_ahead, measure=True, verify=True) as engine:
             engine.decode_ids([300, 301], 130)
-            selection = engine.selection()
+            selection = engine.statistics.selection()
             assert selection is not None
             recalls.append(selection.recall)
     plain, ahead = recalls

@@ -33,12 +33,12 @@ def load(model: Path, **wishes: Any) -> Engine:
 
 def assert_memory_is_local(engine: Engine) -> None:
     """Each worker's weights lie on its memory's node, and so do the rows of the coordinator's threads beside it."""
-    for worker, cores in zip(engine.workers(), engine.cores.workers, strict=True):
+    for worker, cores in zip(engine.statistics.workers(), engine.plan.cores.workers, strict=True):
         assert worker.nodes.get(f"node{cores.memory}", 0) >= LOCAL * sum(worker.nodes.values()) > 0
-    team = engine._runtime.team
+    team = engine.session.runtime.team
     assert isinstance(team, ThreadTeam)
-    for cpu, pages in zip(engine.cores.coordinator, team.pages(), strict=True):
-        assert pages.get(engine.cores.memory_of(cpu) or 0, 0) >= LOCAL * sum(pages.values()) > 0
+    for cpu, pages in zip(engine.plan.cores.coordinator, team.pages(), strict=True):
+        assert pages.get(engine.plan.cores.memory_of(cpu) or 0, 0) >= LOCAL * sum(pages.values()) > 0
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def engine(two_nodes: Topology, model: Path) -> Iterator[Engine]:
 
 
 def test_each_worker_has_its_memory_on_its_node(engine: Engine) -> None:
-    assert [worker.node for worker in engine.cores.workers] == [0, 1]
-    assert [worker.memory for worker in engine.cores.workers] == [0, 1]
+    assert [worker.node for worker in engine.plan.cores.workers] == [0, 1]
+    assert [worker.memory for worker in engine.plan.cores.workers] == [0, 1]
     assert_memory_is_local(engine)
 
 
@@ -103,6 +103,6 @@ def test_a_worker_offers_no_more_slots_than_its_node_can_hold(two_nodes: Topolog
 
 def test_a_worker_without_memory_takes_its_neighbours(without_memory: Topology, model: Path) -> None:
     with load(model, workers=2, threads=2) as engine:
-        assert [(worker.node, worker.memory) for worker in engine.cores.workers] == [(0, 0), (1, 2)]
+        assert [(worker.node, worker.memory) for worker in engine.plan.cores.workers] == [(0, 0), (1, 2)]
         assert_memory_is_local(engine)
         assert len(engine.decode_ids(PROMPT, 4)) == 4

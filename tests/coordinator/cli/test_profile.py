@@ -1,19 +1,20 @@
 """`warmfront profile` with a made-up engine, interrupted and resumed.  pytest tests/coordinator/cli/test_profile.py"""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from warmfront.coordinator.cli import profile
-from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.engine import load as loading
 from warmfront.coordinator.packing import arrays
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.profile import counting
 from warmfront.coordinator.profile.counts import Profile
-from warmfront.coordinator.selectors import calibration
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.model.store import PackedModel
@@ -26,7 +27,7 @@ RATES = np.random.default_rng(0).random((LAYERS, 1, NEURONS))
 class Fake:
     """Fires by a rule of the tokens alone; interrupted after so many jobs."""
 
-    context = 512
+    plan = SimpleNamespace(context=512)
 
     def __init__(self, most: int) -> None:
         self.left, self.seen = most, 0
@@ -82,7 +83,7 @@ def run(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> R
             fakes.append(Fake(most))
             return fakes[-1]
 
-        monkeypatch.setattr(Engine, "for_profiling", make)
+        monkeypatch.setattr(profile, "open_for_profiling", make)
         show = lambda what, done, total: None  # noqa: E731
         facts = profile.profile(model, texts, dtype, options.get("tokens"), said.append, show, show)
         return facts | {"seen": sum(fake.seen for fake in fakes)}
@@ -188,15 +189,25 @@ def test_no_more_than_can_be_counted(
     assert all(line.endswith("the first 400 are counted") for line in said)
 
 
+def no_progress(*_: object) -> None:
+    pass
+
+
+def first_load(model: PackedModel, said: list[str]) -> bool:
+    """What a start does with a model that was never profiled."""
+    on_sample = partial(loading._profile_sample, model, EngineConfig(), said.append, no_progress)
+    return counting.ensure_profiled(model, on_sample, said.append, no_progress)
+
+
 def test_a_first_load_that_comes_second(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """Another has ordered the file since it was opened here."""
     path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
     fake = Fake(-1)
-    monkeypatch.setattr(Engine, "for_profiling", lambda *_, **__: fake)
-    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
+    monkeypatch.setattr(loading, "open_for_profiling", lambda *_: fake)
+    monkeypatch.setattr(loading, "sample_ids", lambda _session: list(range(300)))
     with PackedModel(path) as mine, PackedModel(path) as theirs:
         for model in (theirs, mine):
-            assert counting.ensure_profiled(model, EngineConfig(), said.append, lambda what, done, total: None)
+            assert first_load(model, said)
     assert said == ["profiling which neurons fire (first load only)"]
     assert fake.seen == 300
 
@@ -208,8 +219,8 @@ def test_the_first_load_does_without(
     """Where no second copy of the model can be written."""
     path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
     fake = Fake(-1)
-    monkeypatch.setattr(Engine, "for_profiling", lambda *_, **__: fake)
-    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
+    monkeypatch.setattr(loading, "open_for_profiling", lambda *_: fake)
+    monkeypatch.setattr(loading, "sample_ids", lambda _session: list(range(300)))
 
     def full(*_: Any) -> bool:
         raise ResourceError("cannot write it: no room")
@@ -222,7 +233,7 @@ def test_the_first_load_does_without(
     else:
         monkeypatch.setattr(counting, "reorder", full)
     with PackedModel(path) as model:
-        assert not counting.ensure_profiled(model, EngineConfig(), said.append, lambda what, done, total: None)
+        assert not first_load(model, said)
     if lack == "room while writing":
         assert said == [
             "profiling which neurons fire (first load only)",
@@ -233,20 +244,16 @@ def test_the_first_load_does_without(
     monkeypatch.undo()
 
 
-def no_progress(*_: object) -> None:
-    pass
-
-
 @pytest.fixture
 def loads(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Callable[[], Path]:
     """What a start does with the packed file of the model; on the sample every neuron of an engine made up fires."""
-    monkeypatch.setattr(calibration, "sample_ids", lambda engine: list(range(300)))
+    monkeypatch.setattr(loading, "sample_ids", lambda _session: list(range(300)))
 
     def load() -> Path:
         path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", said.append, no_progress)
         with monkeypatch.context() as patch, PackedModel(path) as model:
-            patch.setattr(Engine, "for_profiling", lambda *_, **__: Fake(-1))
-            counting.ensure_profiled(model, EngineConfig(), said.append, no_progress)
+            patch.setattr(loading, "open_for_profiling", lambda *_: Fake(-1))
+            first_load(model, said)
         return path
 
     return load

@@ -19,10 +19,8 @@ from warmfront.coordinator.decode.network import LOST, STEPS
 from warmfront.coordinator.decode.thread_team import ThreadTeam
 from warmfront.coordinator.decode.torch_network import TorchNetwork, device_bytes
 from warmfront.coordinator.decode.torch_team import TorchTeam
-from warmfront.coordinator.engine.resolve import choose_attention
 from warmfront.coordinator.packing.packer import ensure_packed
-from warmfront.shared.config import EngineConfig
-from warmfront.shared.errors import ModelError, ResourceError, UsageError, WorkerError
+from warmfront.shared.errors import ModelError, ResourceError, WorkerError
 from warmfront.shared.kernels.gemm import in_pairs
 from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 from warmfront.shared.machine.memory import address, zeros
@@ -394,34 +392,3 @@ def test_bytes_on_the_device(tiny_llama: MakeLlama, tied: bool) -> None:
         have = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(vars(network).values())}
         small = network._cos.nbytes + network._sin.nbytes + network._bits.nbytes
         assert sum(have.values()) - small == device_bytes(model, CONTEXT, "all")
-
-
-@pytest.mark.parametrize("wish", ["gpu", "cuda", "cuda:x", ""])
-def test_unknown_device(wish: str) -> None:
-    with pytest.raises(UsageError, match="for attention: use auto, cpu, host or cuda:N"):
-        EngineConfig(attention=wish)
-
-
-def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = [0]
-    monkeypatch.setattr("warmfront.coordinator.engine.resolve._torch_devices", lambda: (cards[0], "2.0+fake"))
-
-    def chosen(wish: str, selector: str = "all", gpu: str = "none") -> str:
-        return choose_attention(EngineConfig(attention=wish, gpu=gpu), selector)
-
-    assert [chosen(wish) for wish in ("auto", "cpu", "host")] == ["cpu", "cpu", "host"]
-    with pytest.raises(UsageError) as refusal:
-        chosen("cuda:0")
-    assert str(refusal.value) == (
-        "--attention cuda:0, but this torch sees no CUDA device: it is 2.0+fake; install one made for CUDA, "
-        "or pass --attention cpu"
-    )
-    cards[0] = 2
-    # Where the neurons are; an emulated GPU has none of torch's devices.
-    assert [chosen("auto", gpu=gpu) for gpu in ("cuda:1", "host", "none")] == ["cuda:1", "cpu", "cpu"]
-    assert chosen("auto", "lowbit", "cuda:0") == "cpu"
-    assert chosen("cuda:1") == "cuda:1"
-    with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
-        chosen("cuda:2")
-    with pytest.raises(UsageError, match="--selector lowbit predicts on the CPU"):
-        chosen("host", "lowbit")

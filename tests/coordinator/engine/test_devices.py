@@ -16,7 +16,7 @@ import pytest
 
 from warmfront.coordinator.engine import devices
 from warmfront.coordinator.engine.devices import against_attention, against_neurons
-from warmfront.coordinator.engine.resolve import choose_devices
+from warmfront.coordinator.engine.resolve import resolve_devices
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError
@@ -92,8 +92,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_without_a_driver_nothing_is_started(asked: list[str]) -> None:
     said: list[str] = []
     assert against_neurons(0, said.append) == ""
-    config = choose_devices(EngineConfig(), said.append)
-    assert (config.gpu, config.attention) == ("none", "cpu")
+    chosen = resolve_devices(EngineConfig(), said.append)
+    assert chosen == (None, "cpu")
     assert asked == said == []
 
 
@@ -134,8 +134,8 @@ def test_broken_drivers(driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, ini
 def test_without_cupy(driver: MakeDriver, version: int, advice: str) -> None:
     driver(version=version)
     said: list[str] = []
-    config = choose_devices(EngineConfig(), said.append)
-    assert (config.gpu, config.attention) == ("none", "cpu")
+    chosen = resolve_devices(EngineConfig(), said.append)
+    assert chosen == (None, "cpu")
     line = f"no GPU is used: cuda:0: CuPy cannot be imported (No module named 'cupy'): {advice}"
     assert said == ["checking cuda:0 with cupy (first use only)", line]
 
@@ -149,7 +149,7 @@ def test_wishes_of_a_gpu_that_cannot_be_used(driver: MakeDriver, tmp_path: Path,
     with pytest.raises(
         UsageError, match=r"^--[\w-]+, but no GPU can be used \(cuda:0: CuPy .*\): leave it out, or add"
     ):
-        choose_devices(EngineConfig(**{option: wish}), print)
+        resolve_devices(EngineConfig(**{option: wish}), print)
 
 
 @needs_compiler
@@ -229,11 +229,11 @@ def test_a_card_that_computes_rightly(driver: MakeDriver, cupy: Callable[[str], 
     driver()
     cupy(f"__file__ = {str(STAND_IN / 'cupy.py')!r}\nexec(open(__file__).read())")
     said: list[str] = []
-    config = choose_devices(EngineConfig(vram_budget=1 << 20), said.append)
-    assert (config.gpu, config.attention) == ("cuda:0", "cpu")
+    chosen = resolve_devices(EngineConfig(vram_budget=1 << 20), said.append)
+    assert chosen == ("cuda:0", "cpu")
     assert len(said) == 3
     assert said[2].startswith("attention stays on the CPU: torch ")
-    assert choose_devices(EngineConfig(selector="lowbit"), said.append).attention == "cpu"
+    assert resolve_devices(EngineConfig(selector="lowbit"), said.append).attention == "cpu"
     assert len(said) == 3
 
 

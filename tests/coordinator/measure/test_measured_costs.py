@@ -148,6 +148,7 @@ class Hall:
             names=["cpu0", "cpu1", "gpu0"], home=home, owners=self.owner.copy, hand_over=self.hand_over
         )
         self.model = SimpleNamespace(spec=SimpleNamespace(layers=layers, vocab=100))
+        self.statistics = SimpleNamespace(reports=self.reports)
         self.jobs = 0
         self.busy, self.read = np.zeros((2, 3, layers), np.int64)
         self.fails = False
@@ -211,6 +212,6 @@ def test_measuring_without_a_group_on_the_gpu() -> None:
 
 def test_measuring_when_a_worker_is_lost() -> None:
     hall = Hall(TIMES)
-    hall.reports = lambda: {"cpu0": LoadReport(0, [], [], [], [])}
+    hall.statistics.reports = lambda: {"cpu0": LoadReport(0, [], [], [], [])}
     with pytest.raises(WorkerError, match=r"a worker was lost .* run it again"):
         measure_times(hall)

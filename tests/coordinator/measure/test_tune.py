@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from warmfront.coordinator.cli.terminal import Bars
 from warmfront.coordinator.hardware.settings import Setting, kept_setting
 from warmfront.coordinator.measure import tune as module
 from warmfront.coordinator.measure.tune import Race, render, shapes, tune
@@ -38,7 +37,7 @@ class FakeEngine:
     def __init__(self, setting: Setting, speed: dict[Setting, float], noise: random.Random) -> None:
         self._setting, self._speed, self._noise = setting, speed, noise
         self.model = SimpleNamespace(path=Path(PACKED), spec=SimpleNamespace(vocab=100))
-        self.context = 4096
+        self.plan = SimpleNamespace(context=4096)
         self.stats = SimpleNamespace(decode_tps=50.0)
         FakeEngine.loaded += 1
 
@@ -61,6 +60,10 @@ class FakeEngine:
 limit = {"turns": 0}
 
 
+def quiet(*_: object) -> None:
+    pass
+
+
 @pytest.fixture
 def race(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs `tune` on a machine of four cores where `speed` gives tok/s; returns its result."""
@@ -77,7 +80,7 @@ def race(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             return FakeEngine(Setting(**{name: wishes[name] for name in Setting._fields}), table, noise)
 
         monkeypatch.setattr(module, "Engine", SimpleNamespace(load=load))
-        result = tune("made-up", {"dtype": "f16"}, exhaustive, print, Bars())
+        result = tune("made-up", {"dtype": "f16"}, exhaustive, say=print, progress=quiet, remaining=quiet)
         assert FakeEngine.loaded == 0, "every engine is closed"
         return result
 

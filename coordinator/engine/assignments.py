@@ -1,0 +1,67 @@
+"""What each worker is told to do: its groups, its cpus, its memory."""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.engine.resolve import RunPlan
+from warmfront.shared.config import parse_slow
+from warmfront.shared.errors import ResourceError
+from warmfront.shared.model.store import PackedModel
+from warmfront.shared.wire.messages import Hello, Plan
+
+__all__ = ["make_assignments"]
+
+# Share of a GPU's free memory that is filled when no budget is given.
+_VRAM_SHARE = 0.9
+# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them. They take
+# memory only once they are used.
+_SPARE_SHARE = 1 / 2
+
+
+def make_assignments(
+    model: PackedModel, plan: RunPlan, home: npt.NDArray[np.uint8], hellos: Mapping[str, Hello], attention_bytes: int
+) -> dict[str, Plan]:
+    """One for each worker that said Hello.
+
+    `home`: uint8 [layers, groups]; `attention_bytes`: that attention will yet take on the GPU.
+    Raises ResourceError for a budget that the GPU does not have.
+    """
+    slow, cores = parse_slow(plan.config.slow), plan.cores
+    assignments = {}
+    for name, hello in hellos.items():
+        index, on_gpu = plan.worker_names.index(name), name.startswith("gpu")
+        movable = len(cores.workers) > 1 and not on_gpu
+        memory = None if on_gpu else cores.workers[index].memory
+        assignments[name] = Plan(
+            index=index,
+            model=os.fspath(model.path),
+            order=model.order,
+            cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
+            selector=plan.selector,
+            home=home.tobytes(),
+            spare=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
+            slow=slow.get(name, 1.0),
+            budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
+            memory=-1 if memory is None else memory,
+            pinned=plan.config.pin,
+            spins=cores.spins,
+        )
+    return assignments
+
+
+def _budget(plan: RunPlan, gpu: Hello, attention_bytes: int) -> int:
+    """Bytes of device memory that the GPU worker may take."""
+    budget, shared = plan.config.vram_budget, gpu.device.partition(" ")[0] == plan.attention
+    free = max(0, gpu.free_bytes - attention_bytes if shared else gpu.free_bytes)
+    if budget is None:
+        return int(free * _VRAM_SHARE)
+    if budget > free:
+        beside = " beside the attention" if shared else ""
+        raise ResourceError(
+            f"a VRAM budget of {budget / 1e9:.2f} GB, but {gpu.device} has {free / 1e9:.2f} GB free{beside}: "
+            "pass a smaller --vram-budget"
+        )
+    return budget

@@ -1,0 +1,123 @@
+"""From a model's name to a session that runs: packed, profiled, decided, started, calibrated.
+
+Each first time is paid once: packing (`packing/packer.py`), the profile (`profile/counting.py`) and the thresholds of
+the selector lowbit (`selectors/calibration.py`) are kept in the cache.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices
+from warmfront.coordinator.engine.session import Session
+from warmfront.coordinator.models.default_model import find_model
+from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
+from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
+from warmfront.coordinator.text.sampling import Sampler
+from warmfront.shared.config import THREADING, EngineConfig, Sampling
+from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["load", "open_for_profiling"]
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+# Texts that a model writes itself, and their tokens.
+_OWN_TEXTS, _OWN_TOKENS = 4, 48
+
+
+def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Session:
+    """A session on the model `name` (a GGUF file, a Hugging Face folder or a known name), ready for a user's texts.
+
+    Raises a WarmfrontError; then nothing is left running.
+    """
+    devices = resolve_devices(config, say)
+    return mended(lambda: _load(name, config, devices, say, progress), say)
+
+
+def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
+    path = ensure_packed(find_model(name, say), config.dtype, say, partial(progress, "packing"))
+    model = PackedModel(path)
+    try:
+        plan = resolve(config, devices, model, say)
+        if ensure_profiled(model, partial(_profile_sample, model, config, say, progress), say, progress):
+            model.close()
+            model = PackedModel(path)
+        session = Session(model, plan)
+    except BaseException:
+        model.close()
+        raise
+    return _started(session, say, progress)
+
+
+def open_for_profiling(path: Path, config: EngineConfig, say: Say, progress: Progress) -> Session:
+    """A session on the packed model at `path` as it is, that can say which neurons fire."""
+    devices = resolve_devices(config, say)
+    model = PackedModel(path)
+    try:
+        session = Session(model, resolve(config, devices, model, say), profiles=True)
+    except BaseException:
+        model.close()
+        raise
+    return _started(session, say, progress)
+
+
+def _started(session: Session, say: Say, progress: Progress) -> Session:
+    try:
+        session.start(say, progress)
+        _calibrate(session, say)
+        session.serve()
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _profile_sample(model: PackedModel, config: EngineConfig, say: Say, progress: Progress) -> Profile:
+    profile = empty_profile(model, ["sample"])
+    threads = {name: getattr(config, name) for name in THREADING}
+    overrides = EngineConfig(dtype=config.dtype, **threads, gpu="none", policy="static")
+    with open_for_profiling(model.path, overrides, say, progress) as session:
+        count(session.firing, profile, jobs_of([sample_ids(session)], min(JOB_TOKENS, session.plan.context)))
+    return profile
+
+
+def _calibrate(session: Session, say: Say) -> None:
+    """Find the thresholds of the selector lowbit, if it is used and they are not known."""
+    lowbit = session.runtime.lowbit
+    if lowbit is None or lowbit.calibrated:
+        return
+    with hold_interrupts():
+        from warmfront.coordinator.selectors.calibration import calibrate
+
+    say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
+    lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
+    calibrate(lowbit, session.model, session.feed_forward_inputs(sample_ids(session)))
+    lowbit.save(say)
+    session.reset()
+
+
+def sample_ids(session: Session) -> list[int]:
+    """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
+    if session.tokenizer.present:
+        ids = session.tokenizer.encode(SAMPLE_TEXT)
+        if len(set(ids)) > len(ids) // 4:
+            return ids
+    starts = np.random.default_rng(0).integers(session.model.spec.vocab, size=_OWN_TEXTS)
+    return [token for start in starts for token in _own_text(session, int(start))]
+
+
+def _own_text(session: Session, start: int) -> list[int]:
+    """`start` and what the model itself goes on with."""
+    sampler, ids = Sampler(Sampling(temperature=1.0, seed=0)), [start]
+    with session.text() as turn:
+        logits = session.prefill(turn, ids)
+        while True:
+            ids.append(sampler.pick(logits, ids))
+            if len(ids) > _OWN_TOKENS or len(ids) >= session.plan.context:
+                return ids
+            logits = session.step(turn, ids[-1])

@@ -1,0 +1,230 @@
+"""Tokens in, logits out: one text at a time on a running model, and what of it the KV cache holds.
+
+What begins a text ends those begun before, also from other threads; a job of an ended one raises UsageError. Compiled
+code checks no bounds, so whatever reaches it is checked here. A process that was forked has no use of a session.
+"""
+
+import contextlib
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.engine.resolve import RunPlan
+from warmfront.coordinator.engine.runtime import Runtime
+from warmfront.coordinator.engine.trace import Trace
+from warmfront.coordinator.text.tokenizer import Tokenizer
+from warmfront.shared.errors import UsageError
+from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.store import PackedModel
+
+__all__ = ["Session"]
+
+Floats = npt.NDArray[np.float32]
+# Of how many decoded tokens one has its selection compared with the neurons that fire: that computes all of them.
+_COMPARE_EVERY = 64
+
+
+def _close_dropped(closing: contextlib.ExitStack, owner: int) -> None:
+    """End what a session that nobody closed has left running, unless this process was forked from its owner."""
+    if os.getpid() == owner:
+        closing.close()
+        warnings.warn(
+            "an engine was not closed: call close(), or use it in a with block", ResourceWarning, stacklevel=2
+        )
+
+
+class Session:
+    """Owns `model` and what runs it; made empty, then `start`ed once. `close` ends it at any point.
+
+    `profiles`: `firing` can be asked for; such a session notes nothing in a trace.
+    """
+
+    def __init__(self, model: PackedModel, plan: RunPlan, *, profiles: bool = False) -> None:
+        self.model, self.plan = model, plan
+        self.tokenizer = Tokenizer(model)
+        self.runtime = Runtime(model, plan, profiles=profiles)
+        self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
+        self._closed = self._serving = False
+        self._decoded = 0
+        self._cached: list[int] = []  # the tokens that the KV cache holds
+        self._trace = Trace(Path(plan.config.trace)) if plan.config.trace is not None else None
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(model.close)
+        self._closing.callback(self.runtime.close)
+        self._dropped = weakref.finalize(self, _close_dropped, self._closing, os.getpid())
+
+    def start(self, say: Callable[[str], None], progress: Callable[[str, int, int], None]) -> None:
+        """Start the workers and the team and wait until they have loaded."""
+        self.runtime.start(say, progress)
+
+    def serve(self) -> None:
+        """From now on the jobs are a user's: they are traced and compared."""
+        self._serving = True
+
+    @contextlib.contextmanager
+    def text(self) -> Iterator[int]:
+        """Begin a text, or go on with what the cache holds, alone: other threads wait, older texts are over.
+
+        Yields the number of the text, by which its jobs are known.
+        """
+        self.check_open()
+        with self._lock:
+            self.check_open()
+            self._turn += 1
+            yield self._turn
+
+    @contextlib.contextmanager
+    def going_on(self, turn: int) -> Iterator[None]:
+        """Hold what is of the last job, such as the logits; raises UsageError if another text has begun."""
+        with self._lock:
+            self._check_turn(turn)
+            yield
+
+    def prefill(self, turn: int, ids: list[int]) -> Floats:
+        """Logits, float32 [vocab], after `ids`; what the cache holds of them is not computed again.
+
+        They are valid until the next job.
+        """
+        self.forget(self.known(ids))
+        while len(self._cached) < len(ids):
+            at = len(self._cached)
+            chunk = ids[at : at + self.runtime.max_tokens]
+            self._run(turn, chunk, want_logits=at + len(chunk) == len(ids))
+        return self.runtime.logits
+
+    def known(self, ids: Sequence[int]) -> int:
+        """How many of `ids` a prefill need not compute: the cache holds them, finite."""
+        most, known = min(len(self._cached), len(ids) - 1, self.runtime.clean), 0
+        while known < most and self._cached[known] == ids[known]:
+            known += 1
+        return known
+
+    def step(self, turn: int, token: int) -> Floats:
+        """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
+        compare = self._serving and self.plan.config.measure and self._decoded % _COMPARE_EVERY == 0
+        self._decoded += 1
+        self._run(turn, [token], want_logits=True, measure=compare)
+        return self.runtime.logits
+
+    def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Which neurons each of up to 288 tokens fires, computed anew from an empty cache: [layers, tokens, neurons].
+
+        Only of a session that profiles, without a GPU.
+        """
+        self.check_open()
+        if not self.runtime.profiles:
+            raise UsageError("this engine does not note which neurons fire: open it for profiling")
+        with self.text() as turn:
+            self.forget(0)
+            # A single token would take the way of decoding, which does not note this.
+            self._run(turn, [*ids, ids[0]] if len(ids) == 1 else list(ids))
+            return self.runtime.fired(len(ids))
+
+    def feed_forward_inputs(self, ids: Sequence[int]) -> Floats:
+        """What the feed-forward layers get, after their norm, for each token: float32 [layers, len(ids), hidden].
+
+        Only with the selector lowbit. What exceeds the context is computed as a text of its own.
+        """
+        self.check_open()
+        if self.runtime.lowbit is None:
+            raise UsageError(
+                "the feed-forward inputs are kept for the selector lowbit only: load with selector='lowbit'"
+            )
+        max_tokens = min(self.runtime.max_tokens, self.plan.context)
+        inputs: list[Floats] = []
+        with self.text() as turn:
+            for at in range(0, len(ids), max_tokens):
+                chunk = list(ids[at : at + max_tokens])
+                if not inputs or len(self._cached) + len(chunk) > self.plan.context:
+                    self.forget(0)
+                self._run(turn, chunk, capture=True)
+                inputs.append(self.runtime.captured(len(chunk)))
+        return np.concatenate(inputs, axis=1)
+
+    def reset(self) -> None:
+        """Forget the KV cache: the next prompt is computed from its first token."""
+        with self.text():
+            self.forget(0)
+
+    def forget(self, position: int) -> None:
+        """Drop what the KV cache holds from `position` on."""
+        del self._cached[position:]
+        self.runtime.forget(position)
+
+    def _run(
+        self,
+        turn: int,
+        tokens: list[int],
+        *,
+        want_logits: bool = False,
+        measure: bool = False,
+        capture: bool = False,
+    ) -> None:
+        """Run `tokens` behind what the cache holds, for the text that began with `turn`."""
+        self.check_open()
+        with self._lock, hold_interrupts():
+            self.check_open()
+            self._check_turn(turn)
+            at = len(self._cached)
+            self.check_room(at, len(tokens))
+            if not 0 < len(tokens) <= self.runtime.max_tokens:
+                raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self.runtime.max_tokens}")
+            self.check_ids(tokens)
+            self.runtime.run(tokens, at, want_logits, measure=measure, capture=capture)
+            if self._trace is not None and self._serving:
+                self._trace.note(at, len(tokens), *self.runtime.times())
+            self._cached += tokens
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise UsageError("this text is over: another one was begun with the same engine, which computes one")
+
+    def check_room(self, at: int, tokens: int) -> None:
+        """Raise UsageError unless the context holds `tokens` behind the first `at`."""
+        if at + tokens > self.plan.context:
+            raise UsageError(
+                f"{tokens} tokens behind the first {at}, but the context holds {self.plan.context}: pass a larger --ctx"
+            )
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise UsageError unless all are ids of the vocabulary."""
+        vocab = self.model.spec.vocab
+        for token in ids:
+            if not isinstance(token, int | np.integer):
+                raise UsageError(f"token id {token!r} is not a whole number")
+            if not 0 <= token < vocab:
+                raise UsageError(f"token id {token} is outside the vocabulary of {vocab}")
+
+    def check_open(self) -> None:
+        """Raise UsageError if the session was closed, or belongs to the process that this one was forked from."""
+        if self._closed:
+            raise UsageError("this engine is closed: load the model again")
+        if os.getpid() != self._owner:
+            raise UsageError(f"this engine belongs to process {self._owner}: load the model in this one")
+
+    def close(self) -> None:
+        """End the workers and the team, after a job that another thread has under way; may be called twice."""
+        # A forked child may have copied the lock as another thread held it.
+        with self._lock if os.getpid() == self._owner else contextlib.nullcontext():
+            self._close()
+
+    def _close(self) -> None:
+        if self._trace is not None and not self._closed:
+            pids = {name: hello.pid for name, hello in self.runtime.workers().items()}
+            self._closing.callback(self._trace.close, pids, self.runtime.transfers())
+        self._closed = True
+        if self._dropped.detach() is not None:
+            self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
