@@ -1,30 +1,82 @@
-"""Who may import whom, and what must not be loaded where.  pytest tests/test_architecture.py"""
+"""The house: who may import whom, how large a room may be, what must not be loaded where.
+
+docs/structure.md shows the same.  pytest tests/test_architecture.py
+"""
 
 import ast
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
-# For each package: those of the project that it may import, and libraries that it must not.
-ALLOWED = {
-    "shared": {"shared"},
-    "coordinator": {"shared", "coordinator"},
-    "cpu_worker": {"shared", "cpu_worker"},
-    "gpu_worker": {"shared", "gpu_worker"},
+# Each package and those of its folder that it may import, the lowest first; "" is what lies flat in the folder.
+# Workers and coordinator may import all of shared, and nothing of each other.
+LAYERS = {
+    "shared": {
+        "": [],
+        "machine": [""],
+        "model": [""],
+        "kernels": ["", "machine", "model"],
+        "wire": ["", "machine", "model", "kernels"],
+    },
+    "coordinator": {
+        "": ["engine"],  # `warmfront.coordinator.Engine`
+        "extras": [],
+        "hardware": [],
+        "models": [],
+        "workers": [],
+        "text": ["models"],
+        "packing": ["models"],
+        "profile": ["packing"],
+        "selectors": ["packing"],
+        "placement": ["extras", "profile"],
+        "balancing": ["workers"],
+        "decode": ["selectors"],
+        "engine": [
+            "hardware",
+            "models",
+            "workers",
+            "text",
+            "packing",
+            "profile",
+            "selectors",
+            "placement",
+            "balancing",
+            "decode",
+        ],
+        "measure": ["hardware", "placement", "decode", "engine"],
+        "cli": ["extras", "hardware", "models", "text", "packing", "profile", "placement", "engine", "measure"],
+    },
 }
+# Libraries that a package must not import.
 FORBIDDEN = {
     "shared": {"torch", "cupy", "transformers"},
     "coordinator": {"cupy", "transformers"},
     "cpu_worker": {"torch", "cupy", "transformers"},
     "gpu_worker": {"torch", "transformers"},
 }
+MAX_LINES, MAX_MODULES, MAX_POSITIONAL = 400, 15, 8
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+ALL = [*SOURCES, *(path for folder in ("scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """Its dotted name, without "warmfront."."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -42,10 +94,30 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(PACKAGES)
-    assert len(SOURCES) > 40
+    assert len(SOURCES) > 140
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def imported(path: Path) -> set[str]:
+    """The project's modules that the file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for name in node.names:
+                names = f"{node.module}.{name.name}".removeprefix("warmfront."), node.module.removeprefix("warmfront.")
+                found |= {next((each for each in names if each in MODULES), "")}
+        elif isinstance(node, ast.Import):
+            found |= {name.name.removeprefix("warmfront.") for name in node.names}
+    return found & MODULES.keys()
+
+
+def room_of(module: str) -> tuple[str, str]:
+    """The top-level package of a module, and that within, or "" for what lies flat."""
+    top, _, rest = module.partition(".")
+    room = rest.partition(".")[0]
+    return top, room if room in LAYERS.get(top, {}) else ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_imports(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     for module in imports(path):
@@ -53,7 +125,82 @@ def test_imports(path: Path) -> None:
         assert top not in PACKAGES, f"import warmfront.{module}: a bare import loads a second copy of every class"
         assert top not in FORBIDDEN[package]
         if top == "warmfront" and rest:
-            assert rest.split(".")[0] in ALLOWED[package]
+            assert rest.split(".")[0] in {"shared", package}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_layers(path: Path) -> None:
+    top, room = room_of(module_of(path))
+    for module in imported(path):
+        other_top, other = room_of(module)
+        if other_top == top and other != room:
+            assert other in LAYERS[top][room], f"{top}/{room} may not import {module}"
+
+
+def test_the_layers_are_all_the_packages_and_have_no_circle() -> None:
+    for top, layers in LAYERS.items():
+        folders = {path.parent.name for path in (ROOT / top).glob("*/__init__.py")}
+        assert folders == {name for name in layers if name and (ROOT / top / name).is_dir()}
+        list(TopologicalSorter(layers).static_order())
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {module: imported(path) - {module} for module, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 400
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_a_circle_would_be_found() -> None:
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+    assert imported(ROOT / "coordinator/engine/engine.py") >= {"coordinator.engine.load", "shared.errors"}
+
+
+@pytest.mark.parametrize("path", sorted({path.parent for path in SOURCES}), ids=relative)
+def test_no_room_is_crowded(path: Path) -> None:
+    assert len([file for file in path.glob("*.py") if file.name != "__init__.py"]) <= MAX_MODULES
+
+
+@pytest.mark.parametrize("path", ALL, ids=relative)
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=relative)
+def test_every_package_says_what_lives_there(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_few_positional_parameters(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args) if each.arg not in ("self", "cls")]
+            assert len(names) <= MAX_POSITIONAL, f"{node.name}, line {node.lineno}: {', '.join(names)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_is_exported_anew(path: Path) -> None:
+    """A name is imported from where it is defined; the only exception is `warmfront.coordinator.Engine`."""
+    tree = ast.parse(path.read_text())
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    exported = next(
+        (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ),
+        [],
+    )
+    if path != ROOT / "coordinator/__init__.py":
+        assert set(exported) <= defined
 
 
 def text_calls_without_encoding(tree: ast.AST) -> Iterator[int]:
