@@ -18,7 +18,6 @@ from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.machine.process import pin, take_short_turns
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.spec import ACTIVATIONS
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE
@@ -58,7 +57,7 @@ class CpuWorker:
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
             slow=plan.slow,
-            bundles=bundles_at(address(self._weights), layout, ACTIVATIONS.index(spec.activation)),
+            bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward.activation_code),
             gate_row_bytes=layout.gate_row_bytes,
             down_row_bytes=layout.down_row_bytes,
             slot=board.slot[plan.index],

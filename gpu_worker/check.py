@@ -7,9 +7,9 @@ import numpy as np
 
 from warmfront.gpu_worker.cuda import CudaDevice
 from warmfront.shared.machine.driver import answer, count_devices
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.spec import ACTIVATIONS
 from warmfront.shared.wire.board import LANES
 
 _HIDDEN, _GROUPS, _TOKENS = 64, 3, 17

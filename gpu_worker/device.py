@@ -60,7 +60,7 @@ class Device(Protocol):
         """What `reserve` would allocate for `slots` slots, in bytes by purpose."""
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
-        """Allocate what `ledger` says; `activation` is an index into model.ACTIVATIONS.
+        """Allocate what `ledger` says; `activation` is an index into ACTIVATIONS.
 
         Raises ResourceError if it does not fit.
         """

@@ -86,7 +86,7 @@ def source() -> str:
 
 
 def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
-    """Compiler options that fit the kernels to a model; `activation` is an index into model.ACTIVATIONS."""
+    """Compiler options that fit the kernels to a model; `activation` is an index into ACTIVATIONS."""
     macros = {
         "HIDDEN": layout.hidden,
         "GATE_KIND": int(layout.gate_kind),

@@ -17,7 +17,6 @@ from warmfront.gpu_worker.device import Device, Ints, slots_within
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import pin, take_short_turns
-from warmfront.shared.model.spec import ACTIVATIONS
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import LANES, LEAVE, Board
 from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
@@ -68,7 +67,7 @@ class GpuWorker:
         layout, sizes = self._model.layout, self._board.sizes
         most = sizes.layers * sizes.groups
         self._slots = slots_within(self._device, layout, self._plan.budget, sizes.max_tokens, most)
-        activation = ACTIVATIONS.index(self._model.spec.activation)
+        activation = self._model.spec.architecture.feed_forward.activation_code
         self._device.reserve(layout, activation, self._slots, sizes.max_tokens)
         self._device.pin(self._board.mapping)
 

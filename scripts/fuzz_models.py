@@ -34,8 +34,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import save
 
-import warmfront.coordinator.models.gguf
-import warmfront.coordinator.models.hf  # noqa: F401  # both imported late elsewhere: not anew in every child
+import warmfront.coordinator.models.gguf.reader
+import warmfront.coordinator.models.hf.reader  # noqa: F401  # both imported late elsewhere: not anew in every child
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.errors import WarmfrontError
@@ -514,8 +514,9 @@ def _child(path: Path, dtype: str, cache: Path, output: int) -> int:
 def _check_numbers(packed: PackedModel) -> None:
     """What was read without complaint must mean something."""
     spec, ids = packed.spec, [packed.text.get(name) for name in ("bos_id", "eos_id")]
-    assert 0 < spec.norm_eps < float("inf"), spec.norm_eps
-    assert all(0 < frequency < float("inf") for frequency in spec.rope_frequencies), spec.rope_frequencies
+    epsilon, rotary = spec.architecture.norm.epsilon, spec.architecture.positions.rotary
+    assert 0 < epsilon < float("inf"), epsilon
+    assert all(0 < frequency < float("inf") for table in rotary for frequency in table.frequencies), rotary
     assert all(0 <= i < spec.vocab for i in (*ids, *packed.text.get("eos_ids", ())) if i is not None), packed.text
     for name, entry in packed.entries.items():
         if entry.element == "F32":

@@ -18,22 +18,23 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
     """Facts about `model` as it would be packed with `dtype`; sizes in bytes."""
     source = open_source(find_model(model, say))
     spec, plan = source.spec, PackingPlan(source, dtype)
+    attention = spec.architecture.attention
     sizes: Counter[str] = Counter()
     for name in plan.shapes:
         sizes[_part(name)] += plan.size(name)
     kinds = Counter(kind.name.lower() for name, kind in plan.kinds.items() if _part(name) == "attention")
     return {
         "model": spec.name,
-        "architecture": spec.architecture,
+        "architecture": spec.family,
         "layers": spec.layers,
         "hidden": spec.hidden,
         "ffn": spec.ffn,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
         "vocab": spec.vocab,
         "context": spec.context,
-        "activation": spec.activation,
+        "activation": spec.architecture.feed_forward.activation,
         "sparse": spec.sparse,
         "predictor": _predictor(source),
         "selectors": selectors_for(spec),

@@ -22,37 +22,38 @@ def cache_kind(model: PackedModel) -> Kind:
 
 def head_bytes(model: PackedModel, context: int) -> int:
     """Bytes of one head's keys, or values, in one layer."""
-    padded = -(-model.spec.head_dim // 32) * 32
+    padded = -(-model.spec.architecture.attention.head_dim // 32) * 32
     return context * padded * (4 if cache_kind(model) == Kind.F32 else 2)
 
 
 def cache_bytes(model: PackedModel, context: int) -> int:
     """Bytes of the KV cache for `context` tokens."""
-    return 2 * model.spec.layers * model.spec.kv_heads * head_bytes(model, context)
+    return 2 * model.spec.layers * model.spec.architecture.attention.kv_heads * head_bytes(model, context)
 
 
 def chunks_of(spec: ModelSpec, members: int) -> int:
     """Into how many chunks the positions are split, so that the key-value heads divide evenly over the threads."""
-    return members // gcd(members, spec.kv_heads)
+    return members // gcd(members, spec.architecture.attention.kv_heads)
 
 
 def scratch_shapes(spec: ModelSpec, context: int, members: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the float32 fields of `network.State` by name, for `members` threads and jobs of `max_tokens`."""
-    width = spec.heads * spec.head_dim
+    attention = spec.architecture.attention
+    width = attention.q_rows
     widest = max(spec.hidden, width)
-    scores = spec.heads // spec.kv_heads * (context + _LANES) * _LANES
+    scores = attention.heads // attention.kv_heads * (context + _LANES) * _LANES
     chunks = chunks_of(spec, members)
     return {
         "x": (members, max_tokens * spec.hidden),
         "h": (members, max_tokens * widest),
-        "qkv": (max_tokens * (width + 2 * spec.kv_heads * spec.head_dim),),
+        "qkv": (max_tokens * (width + 2 * attention.kv_rows),),
         "att": (max_tokens * width,),
         "proj": (max_tokens * spec.hidden,),
         "scores": (members, scores),
         "chances": (members, scores // 2),
         "partial": (chunks, width),
-        "tops": (chunks, spec.heads),
-        "totals": (chunks, spec.heads),
+        "tops": (chunks, attention.heads),
+        "totals": (chunks, attention.heads),
         "scratch": (members, 8 * widest),
     }
 

@@ -25,12 +25,12 @@ class KvCache:
         self.kind, head = cache_kind(model), head_bytes(model, context)
         self.clean = self._context = context
         self._spoiled_end = 0
-        self._shape = model.spec.layers * model.spec.kv_heads, context, head // context
+        self._shape = model.spec.layers * model.spec.architecture.attention.kv_heads, context, head // context
         # The last head is read in sixteens of positions.
         size = cache_bytes(model, context) // 2 + head // context * LANES
         self._arrays = anonymous(size), anonymous(size)
         self.keys_at, self.values_at = (address(array) for array in self._arrays)
-        heads = model.spec.kv_heads
+        heads = model.spec.architecture.attention.kv_heads
         for member, cpu in enumerate(cores.coordinator):
             node = cores.memory_of(cpu)
             low, high = portion(cuts, heads, 1, member)

@@ -106,17 +106,19 @@ class ThreadTeam:
         if lowbit is not None:
             kinds[:, LOWBIT] = lowbit.bits
             thresholds = lowbit.thresholds
-        angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
+        attention, rotary = spec.architecture.attention, spec.architecture.positions.of_layer(0)
+        assert rotary is not None
+        cos, sin = rotary.waves(self._context)
         head = "head" if "head" in at else "embed"
         return Network(
             layers=spec.layers,
             hidden=spec.hidden,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
             vocab=spec.vocab,
-            norm_eps=np.float32(spec.norm_eps),
-            score_scale=np.float32(spec.head_dim**-0.5),
+            norm_eps=np.float32(spec.architecture.norm.epsilon),
+            score_scale=np.float32(attention.score_scale),
             weights=weights,
             kinds=kinds,
             embed=at["embed"],
@@ -124,8 +126,8 @@ class ThreadTeam:
             head=at[head],
             head_kind=int(self._model.entries[head].kind or 0),
             norm=at["norm"],
-            cos=(np.cos(angles) * spec.rope_magnitude).astype(np.float32),
-            sin=(np.sin(angles) * spec.rope_magnitude).astype(np.float32),
+            cos=cos,
+            sin=sin,
             predicts=self._selector in PREDICTING,
             ahead=self._ahead,
             groups=self._model.layout.groups,

@@ -59,8 +59,8 @@ class ThreadWeights:
 
     def _rows_of(self, member: int) -> Iterator[tuple[str, int, int]]:
         """The rows that a thread will mostly read: of each tensor the range of bytes."""
-        spec = self._spec
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        attention = self._spec.architecture.attention
+        q, kv = attention.q_rows, attention.kv_rows
         first = {"q": 0, "k": q, "v": q + kv}  # of the joint rows, which are shared out together
         for name, file in self.files.items():
             entry, at = file.entries[name], first.get(name.rpartition(".")[2])

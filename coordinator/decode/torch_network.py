@@ -54,7 +54,8 @@ def _cache_dtype(model: PackedModel) -> torch.dtype:
 
 
 def _cache_shape(spec: ModelSpec, context: int) -> tuple[int, int, int, int, int]:
-    return 2, spec.layers, spec.kv_heads, context, spec.head_dim
+    attention = spec.architecture.attention
+    return 2, spec.layers, attention.kv_heads, context, attention.head_dim
 
 
 def _cols(model: PackedModel, name: str) -> int:
@@ -100,9 +101,9 @@ class TorchNetwork:
             self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
             shape, dtype = _cache_shape(spec, self._context), _cache_dtype(model)
             self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
-            angles = np.outer(np.arange(self._context), np.array(spec.rope_frequencies, np.float64))
-            waves = np.stack((np.cos(angles), np.sin(angles))) * spec.rope_magnitude
-            self._cos, self._sin = torch.from_numpy(waves.astype(np.float32)).to(self._device)[:, :, None]
+            rotary = spec.architecture.positions.of_layer(0)
+            assert rotary is not None
+            self._cos, self._sin = torch.from_numpy(rotary.waves(self._context)).to(self._device)[:, :, None]
             self._bits = torch.arange(GROUP, dtype=torch.int32, device=self._device)
 
     def _read(self, name: str) -> Tensor:
@@ -143,10 +144,10 @@ class TorchNetwork:
 
     def attend(self, layer: int, x: Tensor, position: int) -> Tensor:
         """Add the attention of `layer` to the residual x [n, hidden] of the tokens from `position` on."""
-        spec, weights, tokens = self._model.spec, self._layers[layer], len(x)
-        heads, kv_heads, until = spec.heads, spec.kv_heads, position + tokens
+        attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(x)
+        heads, kv_heads, until = attention.heads, attention.kv_heads, position + tokens
         joint = _linear(self._normed(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
-        joint = joint.view(tokens, heads + 2 * kv_heads, spec.head_dim)
+        joint = joint.view(tokens, heads + 2 * kv_heads, attention.head_dim)
         rotated = self._rotated(joint[:, : heads + kv_heads], position)
         keys, values = self._keys[layer], self._values[layer]
         keys[:, position:until] = rotated[:, heads:].transpose(0, 1)
@@ -156,7 +157,7 @@ class TorchNetwork:
             keys[None, :, :until],
             values[None, :, :until],
             attn_mask=self._seen(tokens, position) if tokens > 1 else None,
-            scale=spec.head_dim**-0.5,
+            scale=attention.score_scale,
             enable_gqa=heads != kv_heads,
         )
         return x + _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
@@ -181,7 +182,7 @@ class TorchNetwork:
         return _linear(self._normed(x[-1:], self._norm), self._head, None)[0]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), weight, self._model.spec.norm_eps)
+        return rms_norm(x, (x.shape[-1],), weight, self._model.spec.architecture.norm.epsilon)
 
     def _rotated(self, rows: Tensor, position: int) -> Tensor:
         """RoPE on rows [n, heads, head_dim], in which the two of a rotated pair are neighbours."""

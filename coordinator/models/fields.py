@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from warmfront.shared.errors import ModelError
 
-__all__ = ["Fields"]
+__all__ = ["Fields", "faults_of"]
 
 T = TypeVar("T")
 
@@ -74,6 +75,11 @@ class Fields:
         """A text."""
         return str(self._get(key, default, "a text", _is(str)))
 
+    def under(self, prefix: str) -> "Fields":
+        """The fields whose keys begin with `prefix`, without it."""
+        values = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
+        return Fields(self.path, values, prefix)
+
     def section(self, key: str) -> "Fields":
         """The fields of an object within this one; none if it is absent."""
         values = self._get(key, {}, "an object", _is(dict))
@@ -113,6 +119,15 @@ class Fields:
             return array.shape == (length,) and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
         return list(np.asarray(self._get(key, default, f"a list of {length} numbers", good)).tolist())
+
+
+@contextmanager
+def faults_of(path: Path) -> Iterator[None]:
+    """Raise ModelError that names `path` for a ValueError of the block: a value that no model can have."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

@@ -11,9 +11,9 @@ __all__ = ["model_files", "open_source"]
 def open_source(path: Path) -> Source:
     """Open a Hugging Face folder or a GGUF file; raises ModelError if it is neither, damaged or not supported."""
     # Most starts find the model packed and need no reader.
-    from warmfront.coordinator.models.gguf import GgufSource
-    from warmfront.coordinator.models.gguf_file import is_gguf
-    from warmfront.coordinator.models.hf import HfSource
+    from warmfront.coordinator.models.gguf.file import is_gguf
+    from warmfront.coordinator.models.gguf.reader import GgufSource
+    from warmfront.coordinator.models.hf.reader import HfSource
 
     model_files(path)
     if path.is_dir():

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Positions, Rotary
 
-__all__ = ["checked", "frequencies", "llama3"]
+__all__ = ["Doubles", "frequencies", "llama3", "positions"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -29,10 +30,13 @@ def llama3(plain: Doubles, *, factor: float, low: float, high: float, original_c
     return np.asarray(plain * (keep + (1 - keep) / factor))
 
 
-def checked(path: Path, plain: Doubles, divisor: Doubles | float = 1.0) -> tuple[float, ...]:
-    """plain / divisor; raises ModelError if the base and factors of the file at `path` give no such frequencies."""
+def positions(path: Path, plain: Doubles, divisor: Doubles | float = 1.0) -> Positions:
+    """The frequencies plain / divisor for every layer.
+
+    Raises ModelError if the base and factors of the file at `path` give none that are positive.
+    """
     with np.errstate(all="ignore"):
         stretched = plain / divisor
     if not (np.isfinite(stretched).all() and (stretched > 0).all()):
         raise ModelError(f"{path}: RoPE's base and scaling factors give no positive frequencies; the file is damaged")
-    return tuple(stretched.tolist())
+    return Positions(rotary=(Rotary(frequencies=tuple(stretched.tolist())),))

@@ -1,26 +1,13 @@
-"""A model as its makers publish it, read tensor by tensor under names that do not depend on the file format.
+"""A model as its makers publish it, read tensor by tensor under the names of `tensors.py`.
 
-    embed                          [vocab, hidden]
-    head                           [vocab, hidden], absent when it is the embedding
-    norm                           [hidden]
-    layers.{i}.attn_norm, .ffn_norm                        [hidden]
-    layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
-    layers.{i}.o                   [hidden, heads * head_dim]
-    layers.{i}.gate, .up           [ffn, hidden]
-    layers.{i}.down                [ffn, hidden]: row i is column i of W_down, the neuron's own
-    layers.{i}.fc1                 [r, hidden], if the spec has a predictor; r may differ between layers
-    layers.{i}.fc2                 [ffn, r], likewise
-    layers.{i}.{q,...,down}.bias   [out], when the model has it
-
-Rows of q and k come in interleaved pair order: rows 2j and 2j + 1 of a head are the pair that RoPE turns with
-frequency j. The readers are in `gguf_source.py` and `hf_source.py`.
+Rows of q and k come in interleaved pair order: rows 2j and 2j + 1 of a head are the pair that RoPE turns with frequency
+j. `down` comes transposed, [ffn, hidden]: row i is column i of W_down, the neuron's own.
+The readers are `gguf/reader.py` and `hf/reader.py`.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -28,27 +15,20 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import BLOCK, Kind, finite, pack, row_bytes
-from warmfront.shared.model.spec import PREDICTOR_ACTIVATIONS, PREDICTOR_INPUTS, ModelSpec, Predictor
+from warmfront.shared.model.spec import ModelSpec
 
 __all__ = [
-    "BIASED",
     "IGNORE_OVERFLOW",
     "Source",
     "SourceTensor",
     "TokenizerFiles",
-    "check_predictor",
-    "check_sizes",
     "end_ids",
-    "file_shapes",
     "padded",
-    "predictor_shapes",
 ]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# Matrices of a layer that may have a bias.
-BIASED = frozenset(("q", "k", "v", "o", "gate", "up", "down"))
 # Weights widened at a time while packing: 64 MB of float32.
 CHUNK = 1 << 24
 # What overflows is found, and told by the tensor's name.
@@ -154,58 +134,6 @@ class Source(Protocol):
 def padded(size: int) -> int:
     """`size` rounded up to a multiple of the 32 weights of a block."""
     return -(-size // BLOCK) * BLOCK
-
-
-def file_shapes(spec: ModelSpec, *, head: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight as published, where `down` is still [hidden, ffn]."""
-    inner, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    yield "embed", (spec.vocab, spec.hidden)
-    if head:
-        yield "head", (spec.vocab, spec.hidden)
-    yield "norm", (spec.hidden,)
-    for i in range(spec.layers):
-        yield f"layers.{i}.attn_norm", (spec.hidden,)
-        yield f"layers.{i}.q", (inner, spec.hidden)
-        yield f"layers.{i}.k", (kv, spec.hidden)
-        yield f"layers.{i}.v", (kv, spec.hidden)
-        yield f"layers.{i}.o", (spec.hidden, inner)
-        yield f"layers.{i}.ffn_norm", (spec.hidden,)
-        yield f"layers.{i}.gate", (spec.ffn, spec.hidden)
-        yield f"layers.{i}.up", (spec.ffn, spec.hidden)
-        yield f"layers.{i}.down", (spec.hidden, spec.ffn)
-
-
-def predictor_shapes(spec: ModelSpec, have: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the predictors' matrices, where r is as many as each fc1 of `have` has rows, 1 at least."""
-    for i in range(spec.layers):
-        rank = max((have.get(f"layers.{i}.fc1") or (1,))[0], 1)
-        yield f"layers.{i}.fc1", (rank, spec.hidden)
-        yield f"layers.{i}.fc2", (spec.ffn, rank)
-
-
-def check_predictor(path: Path, predictor: Predictor) -> None:
-    """Raise ModelError for settings that do not exist."""
-    for what, value, known in (
-        ("input", predictor.input, PREDICTOR_INPUTS),
-        ("activation", predictor.activation, PREDICTOR_ACTIVATIONS),
-    ):
-        if value not in known:
-            raise ModelError(f"{path}: predictor {what} '{value}' is not supported; {' and '.join(known)} are")
-    if not math.isfinite(predictor.threshold):
-        raise ModelError(f"{path}: predictor threshold {predictor.threshold} is not a number; the file is damaged")
-
-
-def check_sizes(path: Path, spec: ModelSpec) -> None:
-    """Raise ModelError for sizes that the kernels cannot run."""
-    for what, size in (("hidden size", spec.hidden), ("heads x head size", spec.heads * spec.head_dim)):
-        if size % BLOCK:
-            raise ModelError(f"{path}: {what} {size} is not a multiple of {BLOCK}; such models are not supported")
-    if spec.head_dim < 8 or spec.head_dim % 8:
-        raise ModelError(f"{path}: head size {spec.head_dim} is not a multiple of 8; such models are not supported")
-    if spec.heads % spec.kv_heads:
-        raise ModelError(
-            f"{path}: {spec.heads} heads do not share {spec.kv_heads} key-value heads; the file is damaged"
-        )
 
 
 def end_ids(special: Iterable[tuple[int, str]], declared: Iterable[int | None]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source, SourceTensor, padded
+from warmfront.coordinator.models.tensors import file_shapes
 from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
@@ -25,11 +26,11 @@ from warmfront.shared.files import locked, make_folder, published
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.model.support import check_supported
 from warmfront.shared.paths import cache_root
 
 __all__ = ["PackingPlan", "ensure_packed", "mended"]
 
-MATRICES = ("q", "k", "v", "o")
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -105,20 +106,20 @@ class PackingPlan:
 
     def __init__(self, source: Source, dtype: str) -> None:
         self.source = source
-        self.names = set(source.names())
-        self._check()
         spec = source.spec
-        layers = range(spec.layers)
+        check_supported(spec)
+        layers, neurons = range(spec.layers), spec.architecture.feed_forward.matrices
 
         # The widest that any layer has: all bundles are alike.
-        gate = min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers for part in ("gate", "up"))
-        down = min(_kind(source.tensor(f"layers.{i}.down"), dtype) for i in layers)
+        parts = {part: [f"layers.{i}.{part}" for i in layers] for part in neurons}
+        down = min(_kind(source.tensor(name), dtype) for name in parts.pop("down"))
+        gate = min(_kind(source.tensor(name), dtype) for names in parts.values() for name in names)
         self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: Shapes = {}
-        matrices = ["embed", *(["head"] if "head" in self.names else [])]
-        matrices += [f"layers.{i}.{part}" for i in layers for part in MATRICES]
-        for name in matrices:
+        published = dict(file_shapes(spec))
+        matrices = (name for name, shape in published.items() if len(shape) == 2)
+        for name in (name for name in matrices if name.rpartition(".")[2] not in neurons):
             tensor = source.tensor(name)
             self.kinds[name] = _kind(tensor, dtype)
             self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
@@ -130,18 +131,12 @@ class PackingPlan:
                     # Four bits would miss neurons that fire.
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
-        for name in sorted(self.names):
-            if name.endswith(("norm", ".bias")):
-                self.shapes[name] = ("F32", tuple(source.tensor(name).shape))
+        for name in sorted(name for name, shape in published.items() if len(shape) == 1):
+            self.shapes[name] = ("F32", published[name])
         if source.tokenizer is not None:
             self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
         for i in layers:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
-
-    def _check(self) -> None:
-        biased = [n for n in self.names if n.endswith((".gate.bias", ".up.bias", ".down.bias"))]
-        if biased:
-            raise ModelError(f"{self.source.spec.name}: feed-forward biases ({biased[0]}) are not supported yet")
 
     def size(self, name: str) -> int:
         """Bytes of one tensor of the packed file."""
@@ -173,12 +168,8 @@ class PackingPlan:
         layout = self.layout
         out = np.zeros((layout.groups, layout.group_bytes), np.uint8)
         bundles = out[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
-        parts = (
-            ("gate", 0, layout.gate_kind),
-            ("up", layout.up_offset, layout.gate_kind),
-            ("down", layout.down_offset, layout.down_kind),
-        )
-        for part, start, kind in parts:
+        for part in self.source.spec.architecture.feed_forward.matrices:
+            start, kind = layout.place_of(part)
             rows = self.source.tensor(f"{layer}.{part}").packed(kind)
             whole = _with_rows(rows, layout.groups * GROUP)
             bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)

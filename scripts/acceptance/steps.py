@@ -203,8 +203,8 @@ def device(job: Job) -> Figures:
 
 def _kernels(job: Job, kind: int, down: int) -> Figures:
     """A layer of these weight types: compiling, copying, a call of one group, one token, a job of the most tokens."""
+    from warmfront.shared.model.architecture import ACTIVATIONS
     from warmfront.shared.model.bundle import GROUP, BundleLayout
-    from warmfront.shared.model.spec import ACTIVATIONS
 
     hidden, groups = (256, 32) if job.emulated else (4096, 344)
     layout = BundleLayout(hidden=hidden, ffn=groups * GROUP, gate_kind=kind, down_kind=down)

@@ -13,7 +13,7 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
-from warmfront.shared.model.spec import ACTIVATIONS
+from warmfront.shared.model.architecture import ACTIVATIONS
 
 __all__ = ["activate", "activate_times", "exponentials", "highest_of", "softmax_panel"]
 

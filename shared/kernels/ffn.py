@@ -69,7 +69,7 @@ class Bundles(NamedTuple):
 
 
 def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
-    """Describe slots at address `at`; `activation` is an index into `model.ACTIVATIONS`."""
+    """Describe slots at address `at`; `activation` is an index into `ACTIVATIONS`."""
     return Bundles(
         at=at,
         bundle_bytes=layout.bundle_bytes,

@@ -55,6 +55,11 @@ class BundleLayout:
         """Where the down row starts in a bundle."""
         return 2 * self.gate_row_bytes
 
+    def place_of(self, part: str) -> tuple[int, Kind]:
+        """Where a neuron's row of `part` (gate, up or down) starts in its bundle, and the row's weight type."""
+        starts = {"gate": 0, "up": self.up_offset, "down": self.down_offset}
+        return starts[part], self.down_kind if part == "down" else self.gate_kind
+
     @property
     def bundle_bytes(self) -> int:
         """Length of a neuron's bundle, padding included."""

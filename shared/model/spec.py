@@ -1,70 +1,81 @@
-"""A model described by data: sizes, norm, positions, attention, feed-forward.
-
-The compiled pass (`coordinator/decode/forward.py`) and the workers read this description; a new family is a row of it
-and a loader mapping, not a new pass. Biases and an untied head exist when the packed file has the tensor.
-"""
+"""A model described by data: its name, its sizes and its `Architecture`; a value that exists is valid."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
-__all__ = [
-    "ACTIVATIONS",
-    "PREDICTOR_ACTIVATIONS",
-    "PREDICTOR_INPUTS",
-    "SPARSE_ACTIVATIONS",
-    "ModelSpec",
-    "Predictor",
-]
+from warmfront.shared.model.architecture import Architecture, check_count
+from warmfront.shared.model.formats import BLOCK
+from warmfront.shared.model.records import decoded
 
-# Index = code in the kernels.
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
-# Exactly zero for half of the line: a neuron whose gate does not pass need not be computed.
-SPARSE_ACTIVATIONS = frozenset({"relu"})
-PREDICTOR_INPUTS = ("residual", "normed")
-PREDICTOR_ACTIVATIONS = ("relu", "none")
+__all__ = ["ModelSpec", "Predictor"]
+
+_PREDICTOR_INPUTS = ("residual", "normed")
+_PREDICTOR_ACTIVATIONS = ("relu", "none")
 
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
     """How a layer's fc1 [r, hidden] and fc2 [ffn, r] tell which neurons fire, before gate and up are computed.
 
-    Neuron n is predicted active iff (fc2 . activation(fc1 . x))[n] > threshold, a raw logit. `input` says what x is:
-    the residual as it enters the feed-forward layer, or the same after the layer's norm.
+    Neuron n is predicted active iff (fc2 . activation(fc1 . x))[n] > threshold.
     """
 
+    # What x is: the "residual" as it enters the feed-forward layer, or the same after the layer's norm, "normed".
     input: str = "residual"
+    # "relu" or "none".
     activation: str = "relu"
+    # A raw logit.
     threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("input", self.input, _PREDICTOR_INPUTS),
+            ("activation", self.activation, _PREDICTOR_ACTIVATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"predictor {what} '{value}' is not supported; {' and '.join(known)} are")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"predictor threshold {self.threshold} is not a number; the file is damaged")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One decoder-only transformer; all counts per model or per layer as named."""
+    """One decoder-only transformer. Constructing one that cannot be raises ValueError."""
 
-    architecture: str
+    # As its makers call the family: "llama".
+    family: str
     name: str
     layers: int
+    # Numbers of the residual.
     hidden: int
+    # Neurons of a layer; with experts, of each expert.
     ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    # Rows of the embedding.
     vocab: int
+    # Tokens that the model was trained for.
     context: int
-    norm_eps: float
-    activation: str
-    # Inverse frequency of each rotated pair, head_dim / 2 of them, scaling variants already applied.
-    rope_frequencies: tuple[float, ...]
-    # Factor on cos and sin (YaRN's attention factor); 1 elsewhere.
-    rope_magnitude: float = 1.0
+    architecture: Architecture
     # Present if the model has low-rank predictors, then in every layer.
     predictor: Predictor | None = None
 
+    def __post_init__(self) -> None:
+        for what in ("layers", "hidden", "ffn", "vocab", "context"):
+            check_count(what, getattr(self, what))
+        if self.hidden % BLOCK:
+            raise ValueError(f"hidden size {self.hidden} is not a multiple of {BLOCK}; such models are not supported")
+        per_layer = {
+            "attention windows": self.architecture.attention.windows,
+            "rotary tables": self.architecture.positions.rotary_of_layer,
+        }
+        for what, values in per_layer.items():
+            if len(values) not in (0, self.layers):
+                raise ValueError(f"{what} are given for {len(values)} layers of {self.layers}")
+
     @property
     def sparse(self) -> bool:
-        """Whether neurons with a closed gate contribute exactly nothing."""
-        return self.activation in SPARSE_ACTIVATIONS
+        """Whether the layers have neurons that contribute exactly nothing."""
+        return self.architecture.feed_forward.sparse
 
     def to_json(self) -> str:
         """A JSON object of all fields."""
@@ -72,9 +83,5 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = json.loads(text)
-        fields["rope_frequencies"] = tuple(fields["rope_frequencies"])
-        if fields["predictor"] is not None:
-            fields["predictor"] = Predictor(**fields["predictor"])
-        return cls(**fields)
+        """The inverse of `to_json`. Raises ValueError, naming the field, for anything that it does not write."""
+        return decoded(cls, json.loads(text), "")

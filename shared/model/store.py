@@ -42,10 +42,11 @@ from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
+from warmfront.shared.model.support import check_supported
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
-FORMAT = "warmfront-5"
+FORMAT = "warmfront-6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
 
 
 class PackedModel:
-    """An open packed model; a context manager. Raises ModelError if there is none, DamagedError if it is not whole.
+    """An open packed model; a context manager. Raises DamagedError if it is gone or not whole, ModelError otherwise.
 
     Who reads a piece that is not what was written gets DamagedError, and the file is gone, so that it is made anew.
     """
@@ -127,12 +128,13 @@ class PackedModel:
             for name, entry in self.entries.items():
                 if entry.element == "F32":
                     self.bytes_of(name)
+            check_supported(self.spec)
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError, OSError) as error:
             self.close()
             raise DamagedError(
                 f"the packed model {path} is damaged ({error}); delete it, it will be made again"
             ) from None
-        except DamagedError:
+        except ModelError:
             self.close()
             raise
 

@@ -21,9 +21,9 @@ from warmfront.gpu_worker.device import Device, slots_within
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.machine.memory import create_shared, map_shared
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.spec import ACTIVATIONS
 
 MakeCase = Callable[[BundleLayout, str, int], Any]
 

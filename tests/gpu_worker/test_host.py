@@ -13,9 +13,9 @@ from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.spec import ACTIVATIONS
 
 MakeCase = Callable[[BundleLayout, str, int], Any]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from warmfront.gpu_worker import launch
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.spec import ACTIVATIONS
 
 CARDS = ("80", "90")
 KERNELS = ("gate_up", "down", "reduce", "gate_up_many", "down_many")

@@ -75,6 +75,8 @@ def llama_from_folder(path: Path) -> Any:
 def llama_from_packed(packed: PackedModel) -> Any:
     """The model of a packed file without biases, each weight as it was rounded there, widened to float32."""
     spec, layout = packed.spec, packed.layout
+    architecture, attention = spec.architecture, spec.architecture.attention
+    (rotary,) = architecture.positions.rotary
     parts = {"gate": (0, layout.gate_kind), "up": (layout.up_offset, layout.gate_kind)}
     parts["down"] = (layout.down_offset, layout.down_kind)
 
@@ -101,23 +103,23 @@ def llama_from_packed(packed: PackedModel) -> Any:
                 values = unpack(np.ascontiguousarray(rows), kind, spec.hidden)
                 values = values.T if part == "down" else values
             else:
-                width = spec.heads * spec.head_dim if part == "output" else spec.hidden
+                width = attention.q_rows if part == "output" else spec.hidden
                 values = matrix(here + part[0], width)
                 if part in ("q", "k"):
-                    values = _halves(values, spec.heads if part == "q" else spec.kv_heads)
+                    values = _halves(values, attention.heads if part == "q" else attention.kv_heads)
             state[f"model.{here}{theirs}.weight"] = np.ascontiguousarray(values)
     config = LlamaConfig(
         hidden_size=spec.hidden,
         intermediate_size=spec.ffn,
         num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
+        num_attention_heads=attention.heads,
+        num_key_value_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=spec.vocab,
-        hidden_act=spec.activation,
-        rms_norm_eps=spec.norm_eps,
+        hidden_act=architecture.feed_forward.activation,
+        rms_norm_eps=architecture.norm.epsilon,
         max_position_embeddings=spec.context,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_frequencies[1] ** (-spec.head_dim / 2)},
+        rope_parameters={"rope_type": "default", "rope_theta": rotary.frequencies[1] ** (-attention.head_dim / 2)},
         tie_word_embeddings="head" not in packed.entries,
     )
     model = LlamaForCausalLM(config)

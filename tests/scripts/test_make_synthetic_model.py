@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from warmfront.coordinator.models.gguf import GgufSource
-from warmfront.coordinator.models.hf import HfSource
+from warmfront.coordinator.models.gguf.reader import GgufSource
+from warmfront.coordinator.models.hf.reader import HfSource
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
 SMALL = {"hidden": 128, "layers": 3, "ffn": 256, "heads": 4, "kv-heads": 2, "vocab": 512, "rank": 15}
@@ -288,7 +288,12 @@ def test_vocabulary_is_the_same_in_both_formats(make: Make) -> None:
 
 def test_warmfront_reads_it(make: Make) -> None:
     hf, gguf_file = HfSource(make() / "hf"), GgufSource(make() / "f16.gguf")
-    assert (hf.spec.activation, hf.spec.layers, hf.spec.ffn, hf.spec.context) == ("relu", LAYERS, 256, 4096)
+    assert (hf.spec.architecture.feed_forward.activation, hf.spec.layers, hf.spec.ffn, hf.spec.context) == (
+        "relu",
+        LAYERS,
+        256,
+        4096,
+    )
     assert hf.names() >= gguf_file.names()
     assert hf.tokenizer is not None
     assert (hf.tokenizer.eos_id, hf.tokenizer.add_bos) == (2, False)

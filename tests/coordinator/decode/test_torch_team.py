@@ -184,18 +184,19 @@ def logits_in_float64(model: PackedModel) -> np.ndarray:
     """The logits after each of JOBS, of the packed weights as they are: float64 [jobs, vocab]."""
     spec = model.spec
     ids = [token for tokens in JOBS for token in tokens]
-    half, tokens = spec.head_dim // 2, len(ids)
-    angles = np.outer(np.arange(tokens), spec.rope_frequencies)[:, None]
+    attention, (rotary,) = spec.architecture.attention, spec.architecture.positions.rotary
+    half, tokens = attention.head_dim // 2, len(ids)
+    angles = np.outer(np.arange(tokens), rotary.frequencies)[:, None]
 
     def weights(name: str) -> np.ndarray:
         entry = model.entries[name]
         if entry.kind is None:
             return model.floats(name).astype(np.float64)
-        cols = spec.heads * spec.head_dim if name.endswith(".o") else spec.hidden
+        cols = attention.heads * attention.head_dim if name.endswith(".o") else spec.hidden
         return unpack(model.bytes_of(name).reshape(entry.shape), entry.kind, cols).astype(np.float64)
 
     def normed(x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt(np.square(x).mean(1, keepdims=True) + spec.norm_eps) * weights(name)
+        return x / np.sqrt(np.square(x).mean(1, keepdims=True) + spec.architecture.norm.epsilon) * weights(name)
 
     def rotated(rows: np.ndarray) -> np.ndarray:
         even, odd = rows[..., 0::2], rows[..., 1::2]
@@ -207,12 +208,12 @@ def logits_in_float64(model: PackedModel) -> np.ndarray:
         at = f"layers.{layer}."
         h = normed(x, at + "attn_norm")
         q, k, v = (
-            (h @ weights(at + part).T + weights(f"{at}{part}.bias")).reshape(tokens, -1, spec.head_dim)
+            (h @ weights(at + part).T + weights(f"{at}{part}.bias")).reshape(tokens, -1, attention.head_dim)
             for part in "qkv"
         )
         q, k = rotated(q), rotated(k)
-        k, v = (np.repeat(part, spec.heads // spec.kv_heads, axis=1) for part in (k, v))
-        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(spec.head_dim)
+        k, v = (np.repeat(part, attention.heads // attention.kv_heads, axis=1) for part in (k, v))
+        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(attention.head_dim)
         scores[:, ~np.tri(tokens, dtype=bool)] = -np.inf
         chances = np.exp(scores - scores.max(2, keepdims=True))
         mixed = np.einsum("hij,jhd->ihd", chances / chances.sum(2, keepdims=True), v).reshape(tokens, -1)

@@ -11,7 +11,7 @@ import pytest
 from warmfront.shared.kernels.activation import activate, activate_times, exponentials, softmax_panel
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.machine.memory import address
-from warmfront.shared.model.spec import ACTIVATIONS
+from warmfront.shared.model.architecture import ACTIVATIONS
 
 
 @kernel

@@ -20,9 +20,9 @@ from warmfront.shared.kernels.ffn import (
 )
 from warmfront.shared.kernels.rows import quantise, quantised_bytes
 from warmfront.shared.machine.memory import address
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack
-from warmfront.shared.model.spec import ACTIVATIONS
 
 HIDDEN, SLOTS = 96, 5
 KINDS = [

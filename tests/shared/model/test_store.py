@@ -13,29 +13,30 @@ import numpy as np
 import pytest
 
 from warmfront.shared.errors import DamagedError, ModelError
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import PackedModel, run_of, sums_of
 
 SPEC = ModelSpec(
-    architecture="llama",
+    family="llama",
     name="by hand",
     layers=2,
     hidden=32,
     ffn=70,
-    heads=2,
-    kv_heads=1,
-    head_dim=16,
     vocab=5,
     context=64,
-    norm_eps=1e-5,
-    activation="relu",
-    rope_frequencies=(1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125),
+    architecture=Architecture(
+        norm=Norm(epsilon=1e-5),
+        positions=Positions(rotary=(Rotary(frequencies=tuple(0.5**i for i in range(8))),)),
+        attention=Attention(heads=2, kv_heads=1, head_dim=16),
+        feed_forward=FeedForward(activation="relu"),
+    ),
 )
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-5",
+    "format": "warmfront-6",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
@@ -201,7 +202,7 @@ def test_damaged_files(tmp_path: Path, data: bytes) -> None:
     ("change", "complaint"),
     [
         ({"format": "warmfront-0"}, "format warmfront-0"),
-        ({"spec": "{}"}, "rope_frequencies"),
+        ({"spec": "{}"}, "family"),
         ({"spec": json.dumps(json.loads(SPEC.to_json()) | {"shoe_size": 44})}, "shoe_size"),
         ({"spec": json.dumps(json.loads(SPEC.to_json()) | {"predictor": {"rank": 8}})}, "rank"),
         ({"kinds": json.dumps({"embed": 1, "gate": 3})}, "down"),

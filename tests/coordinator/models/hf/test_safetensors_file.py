@@ -1,6 +1,6 @@
 """The safetensors container against the library, and hostile files.
 
-pytest tests/coordinator/models/test_safetensors_file.py
+pytest tests/coordinator/models/hf/test_safetensors_file.py
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from warmfront.coordinator.models.safetensors_file import read_safetensors
+from warmfront.coordinator.models.hf.safetensors_file import read_safetensors
 from warmfront.shared.errors import ModelError
 
 

@@ -1,4 +1,4 @@
-"""GGUF files against the gguf package's own dequantisation. Run: pytest tests/coordinator/models/test_gguf.py"""
+"""GGUF files against the gguf package's own dequantisation. Run: pytest tests/coordinator/models/gguf/test_reader.py"""
 
 import os
 from collections.abc import Callable
@@ -148,10 +148,12 @@ def test_rows_packed_in_pieces_are_the_same(tiny_gguf: Make, monkeypatch: pytest
 
 def test_smollm2_is_read_exactly(smollm2: Path) -> None:
     source = open_source(smollm2)
-    spec = source.spec
-    assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads, spec.head_dim) == (30, 576, 1536, 9, 3, 64)
-    assert (spec.vocab, spec.context, spec.activation) == (49152, 8192, "silu")
-    assert spec.norm_eps == pytest.approx(1e-5)
+    spec, architecture = source.spec, source.spec.architecture
+    attention = architecture.attention
+    assert (spec.layers, spec.hidden, spec.ffn) == (30, 576, 1536)
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (9, 3, 64)
+    assert (spec.vocab, spec.context, architecture.feed_forward.activation) == (49152, 8192, "silu")
+    assert architecture.norm.epsilon == pytest.approx(1e-5)
     assert "head" not in source.names()
     assert len(source.names()) == 2 + 9 * 30
     reference = {t.name: t for t in gguf.GGUFReader(smollm2).tensors}
@@ -163,15 +165,21 @@ def test_smollm2_is_read_exactly(smollm2: Path) -> None:
         np.testing.assert_array_equal(unpack(tensor.packed(kind), kind, 576), values)
 
 
+def frequencies_of(path: Path) -> tuple[float, ...]:
+    """Of the one rotary table that all layers have."""
+    (rotary,) = open_source(path).spec.architecture.positions.rotary
+    return rotary.frequencies
+
+
 def test_rope_frequencies(tiny_gguf: Make) -> None:
     plain = 10000.0 ** (-np.arange(32) / 32)
-    assert open_source(tiny_gguf()).spec.rope_frequencies == pytest.approx(plain, rel=1e-12)
+    assert frequencies_of(tiny_gguf()) == pytest.approx(plain, rel=1e-12)
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.rope.freq_base": 500.0}
-    frequencies = open_source(tiny_gguf(fields=linear)).spec.rope_frequencies
+    frequencies = frequencies_of(tiny_gguf(fields=linear))
     assert frequencies == pytest.approx(500.0 ** (-np.arange(32) / 32) / 4, rel=1e-12)
     factors = np.linspace(1, 8, 32, dtype=np.float32)
     path = tiny_gguf(shapes={"rope_freqs.weight": (32,)}, values={"rope_freqs.weight": factors})
-    assert open_source(path).spec.rope_frequencies == pytest.approx(plain / factors, rel=1e-6)
+    assert frequencies_of(path) == pytest.approx(plain / factors, rel=1e-6)
 
 
 def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
@@ -375,7 +383,7 @@ def test_powerinfer_files(tiny_gguf: Make, kind: str, mark: Callable[[Path], Pat
     path = tiny_gguf(kind=kind, **POWERINFER)
     published = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
     source = open_source(mark(path))
-    assert source.spec.activation == "relu"
+    assert source.spec.architecture.feed_forward.activation == "relu"
     assert source.spec.predictor == Predictor(input="residual", activation="relu", threshold=0.0)
     assert source.names() == POWERINFER_NAMES.keys()
     for name, theirs in POWERINFER_NAMES.items():
@@ -402,7 +410,7 @@ def test_powerinfer_threshold(tiny_gguf: Make) -> None:
 def test_powerinfer_file_without_predictors(tiny_gguf: Make) -> None:
     without = [*POWERINFER["without"], "blk.0.fc1.weight", "blk.0.fc2.weight"]
     source = open_source(marked(tiny_gguf(shapes=POWERINFER_SHAPES, without=without)))
-    assert (source.spec.activation, source.spec.predictor) == ("relu", None)
+    assert (source.spec.architecture.feed_forward.activation, source.spec.predictor) == ("relu", None)
     assert source.names() == NAMES.keys()
 
 

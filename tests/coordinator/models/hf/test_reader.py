@@ -1,4 +1,4 @@
-"""Hugging Face folders against transformers. Run: pytest tests/coordinator/models/test_hf.py"""
+"""Hugging Face folders against transformers. Run: pytest tests/coordinator/models/hf/test_reader.py"""
 
 import json
 import os
@@ -18,14 +18,19 @@ from tokenizers import Tokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from warmfront.coordinator.models import source as source_module
-from warmfront.coordinator.models.hf import PARTS
+from warmfront.coordinator.models.families import FAMILIES
 from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.source import Source
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.spec import Predictor
 
 Floats = npt.NDArray[np.float32]
 Make = Callable[..., Path]
+# The names of a layer's tensors, as in `model.layers.0.NAME.weight`.
+PARTS = {
+    part: hf.removeprefix("model.layers.{i}.") for part, (hf, _) in FAMILIES["llama"].tensors.items() if "{i}" in hf
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -40,6 +45,12 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 def state(folder: Path) -> dict[str, torch.Tensor]:
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return dict(model.state_dict())
+
+
+def frequencies_of(source: Source) -> tuple[float, ...]:
+    """Of the one rotary table that all layers have."""
+    (rotary,) = source.spec.architecture.positions.rotary
+    return rotary.frequencies
 
 
 def edited(folder: Path, target: Path, **changes: Any) -> Path:
@@ -88,7 +99,7 @@ def test_attention_scores_of_rotated_pairs(tiny_llama: Make, rope: dict[str, Any
     def project(part: str) -> Floats:
         weight, bias = source.tensor(f"layers.1.{part}"), source.tensor(f"layers.1.{part}.bias")
         pairs = (x @ weight.float32().T + bias.float32()).reshape(7, -1, 8, 2)
-        angle = positions[:, None] * np.array(source.spec.rope_frequencies)
+        angle = positions[:, None] * np.array(frequencies_of(source))
         turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, None]
         return np.stack((turned.real, turned.imag), axis=-1).reshape(7, -1, 16).astype(np.float32)
 
@@ -110,27 +121,29 @@ def test_attention_scores_of_rotated_pairs(tiny_llama: Make, rope: dict[str, Any
 def test_rope_frequencies(tiny_llama: Make, tmp_path: Path, rope: dict[str, Any] | None) -> None:
     folder = tiny_llama(rope_parameters=rope)
     theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(folder)).inv_freq.numpy()
-    assert open_source(folder).spec.rope_frequencies == pytest.approx(theirs, rel=1e-5)
+    assert frequencies_of(open_source(folder)) == pytest.approx(theirs, rel=1e-5)
     # As transformers wrote it before version 5.
     settings = dict(rope or {"rope_theta": 10000.0})
     old = {"rope_theta": settings.pop("rope_theta"), "rope_scaling": settings or None}
     if settings:
         settings["type"] = settings.pop("rope_type")
     older = edited(folder, tmp_path / "older", rope_parameters=None, **old)
-    assert open_source(older).spec.rope_frequencies == pytest.approx(theirs, rel=1e-5)
+    assert frequencies_of(open_source(older)) == pytest.approx(theirs, rel=1e-5)
 
 
 def test_spec(tiny_llama: Make) -> None:
     folder = tiny_llama(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, num_key_value_heads=4, head_dim=24)
     source = open_source(folder)
-    spec = source.spec
-    assert (spec.layers, spec.hidden, spec.ffn, spec.heads, spec.kv_heads, spec.head_dim) == (2, 64, 96, 4, 4, 24)
-    assert (spec.architecture, spec.activation, spec.context, spec.norm_eps) == ("llama", "gelu_tanh", 512, 1e-6)
+    spec, architecture = source.spec, source.spec.architecture
+    attention, activation = architecture.attention, architecture.feed_forward.activation
+    assert (spec.layers, spec.hidden, spec.ffn) == (2, 64, 96)
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 4, 24)
+    assert (spec.family, activation, spec.context, architecture.norm.epsilon) == ("llama", "gelu_tanh", 512, 1e-6)
     assert spec.vocab == source.tensor("embed").shape[0]
     assert "head" not in source.names()
     assert source.tensor("layers.0.o").shape == (64, 96)
     for name, meant in (("relu", "relu"), ("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("silu", "silu")):
-        assert open_source(tiny_llama(hidden_act=name)).spec.activation == meant
+        assert open_source(tiny_llama(hidden_act=name)).spec.architecture.feed_forward.activation == meant
 
 
 def test_rows_packed_in_pieces_are_the_same(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Token ids against llama.cpp's and transformers' tokenizers.
 
-Run: pytest tests/coordinator/models/test_gguf_tokenizer.py
+Run: pytest tests/coordinator/models/gguf/test_tokenizer.py
 """
 
 import json
@@ -16,8 +16,8 @@ import gguf
 import pytest
 from tokenizers import Tokenizer, models, normalizers, trainers
 
-from warmfront.coordinator.models.gguf import GgufSource
-from warmfront.coordinator.models.gguf_tokenizer import PRE, read_tokenizer
+from warmfront.coordinator.models.gguf.reader import GgufSource
+from warmfront.coordinator.models.gguf.tokenizer import PRE, read_tokenizer
 from warmfront.coordinator.models.source import TokenizerFiles
 from warmfront.shared.errors import ModelError
 

@@ -1,10 +1,10 @@
-"""GGUF files of the llama architecture, and PowerInfer's of ReLU models.
+"""GGUF files of the `FAMILIES`, and PowerInfer's of ReLU models.
 
 GGUF's blocks of a `down` matrix run across neurons: Q4_0, Q4_1 and Q4_K keep them so (Q4C), other blocks become Q8.
 PowerInfer's files begin with PWRI instead of GGUF, hold `down` one row per neuron (`ffn_down_t`) and, in all layers
 or in none, predictors (`fc1`, `fc2`).
 Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
-See also: `gguf_blocks.py` for the weight blocks, `gguf_tokenizer.py` for the vocabulary.
+See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 """
 
 import re
@@ -18,48 +18,26 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from warmfront.coordinator.models import rope
-from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.gguf_blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
-from warmfront.coordinator.models.gguf_file import GgufFile
-from warmfront.coordinator.models.gguf_tokenizer import read_tokenizer
-from warmfront.coordinator.models.source import (
-    BIASED,
-    IGNORE_OVERFLOW,
-    SourceTensor,
-    check_predictor,
-    check_sizes,
-    file_shapes,
-    predictor_shapes,
-)
+from warmfront.coordinator.models.families import FAMILIES, supported
+from warmfront.coordinator.models.fields import Fields, faults_of
+from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
+from warmfront.coordinator.models.gguf.config import Found
+from warmfront.coordinator.models.gguf.file import GgufFile
+from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
+from warmfront.coordinator.models.source import IGNORE_OVERFLOW, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
+from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import BLOCK, Kind, join_nibbles, split_q4
-from warmfront.shared.model.spec import ModelSpec, Predictor
+from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["GgufSource"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-ARCHITECTURE = "llama"
-TOP = {"token_embd.weight": "embed", "output.weight": "head", "output_norm.weight": "norm"}
-PARTS = {
-    "attn_norm": "attn_norm",
-    "attn_q": "q",
-    "attn_k": "k",
-    "attn_v": "v",
-    "attn_output": "o",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
-}
-POWERINFER_PARTS = {name: part for name, part in PARTS.items() if part != "down"} | {
-    "ffn_down_t": "down",
-    "fc1": "fc1",
-    "fc2": "fc2",
-}
+# What PowerInfer's files have in place of "ffn_down", in its terms and ours.
+POWERINFER_PARTS = {"blk.{i}.ffn_down_t": "down", "blk.{i}.fc1": "fc1", "blk.{i}.fc2": "fc2"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -72,26 +50,27 @@ class GgufSource:
         file = GgufFile(path)
         fields = Fields(path, file.fields)
         architecture = fields.text("general.architecture")
-        if architecture != ARCHITECTURE:
-            raise ModelError(f"{path}: architecture '{architecture}' is not supported; {ARCHITECTURE} is")
+        if architecture not in FAMILIES:
+            raise ModelError(f"{path}: architecture '{architecture}' is not supported; {supported()}")
+        self._family = FAMILIES[architecture]
         if fields.count("split.count", 1, least=0) > 1:
             raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
-        if fields.count("llama.expert_count", 0, least=0) > 0:
-            raise ModelError(f"{path}: mixtures of experts are not supported; dense llama models are")
-        found = file.tensors
-        self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in found)
-        factors = found.pop(ROPE_FACTORS, None)
-        named = {self._canonical(name): tensor for name, tensor in found.items()}
+        if fields.count(f"{architecture}.expert_count", 0, least=0) > 0:
+            raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
+        tensors = file.tensors
+        self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in tensors)
+        factors = tensors.pop(ROPE_FACTORS, None)
+        named = self._named(tensors, architecture)
         if "embed" not in named:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
-        self.spec = replace(
-            _sizes(fields, named["embed"].shape[0]),
-            activation="relu" if self._powerinfer else "silu",
-            predictor=_predictor(fields) if any(name.endswith((".fc1", ".fc2")) for name in named) else None,
-        )
-        check_sizes(path, self.spec)
+        shapes = {name: tensor.shape for name, tensor in named.items()}
+        with faults_of(path):
+            self.spec = self._family.gguf(fields, Found(shapes, self._powerinfer))
         self._tensors = self._checked(named)
-        self.spec = replace(self.spec, rope_frequencies=_frequencies(fields, self.spec.head_dim, factors))
+        divisor = 1.0 if factors is None else _read_factors(factors, self.spec)
+        with faults_of(path):
+            positions = self._family.gguf_positions(fields, self.spec, divisor)
+            self.spec = replace(self.spec, architecture=replace(self.spec.architecture, positions=positions))
         self._note_conversions()
         self.tokenizer = read_tokenizer(path, file.fields, self.notes)
         if self.tokenizer is not None and len(file.fields["tokenizer.ggml.tokens"]) > self.spec.vocab:
@@ -103,27 +82,30 @@ class GgufSource:
     def tensor(self, name: str) -> SourceTensor:
         return self._tensors[name]
 
-    def _canonical(self, name: str) -> str:
-        if name in TOP:
-            return TOP[name]
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        parts = POWERINFER_PARTS if self._powerinfer else PARTS
-        part = parts.get(match[2]) if match else None
-        if match is None or part is None:
-            model = "PowerInfer llama model" if self._powerinfer else "llama model"
-            raise ModelError(f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported")
-        return f"layers.{match[1]}.{part}" + (".bias" if match[3] == "bias" else "")
+    def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
+        """The tensors by their names here; raises ModelError for one that the family has not."""
+        parts = {gguf: part for part, (_, gguf) in self._family.tensors.items()}
+        if self._powerinfer:
+            parts = {gguf: part for gguf, part in parts.items() if part != "down"} | POWERINFER_PARTS
+        named = {}
+        for name, tensor in tensors.items():
+            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+            part = parts.get(f"blk.{{i}}.{match[2]}" if match[1] else match[2]) if match else None
+            if match is None or part is None:
+                model = f"{'PowerInfer ' if self._powerinfer else ''}{architecture} model"
+                raise ModelError(
+                    f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported"
+                )
+            layer, bias = f"layers.{match[1]}." if match[1] else "", ".bias" if match[3] == "bias" else ""
+            named[f"{layer}{part}{bias}"] = tensor
+        return named
 
     def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, "GgufTensor"]:
-        """Every tensor that the model must have and the biases it may have, of the right shape."""
-        tensors: dict[str, GgufTensor] = {}
-        for name, shape in file_shapes(self.spec, head="head" in named):
-            tensors[name] = self._tensor(name, named, shape)
-            if f"{name}.bias" in named and name.rpartition(".")[2] in BIASED:
-                tensors[f"{name}.bias"] = self._tensor(f"{name}.bias", named, shape[:1])
+        """Every tensor that the model must have, of the right shape, and no other."""
+        tensors = {name: self._tensor(name, named, shape) for name, shape in file_shapes(self.spec)}
         if self.spec.predictor is not None:
-            for name, shape in predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()}):
-                tensors[name] = self._tensor(name, named, shape)
+            shapes = predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()})
+            tensors |= {name: self._tensor(name, named, shape) for name, shape in shapes}
         extra = sorted(named.keys() - tensors.keys())
         if extra:
             raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
@@ -213,51 +195,12 @@ class GgufTensor(SourceTensor):
         return split_q4(exact(self._stored.rows()), self.shape[0])
 
 
-def _predictor(fields: Fields) -> Predictor:
-    predictor = Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0))
-    check_predictor(fields.path, predictor)
-    return predictor
-
-
-def _sizes(fields: Fields, vocab: int) -> ModelSpec:
-    """The model but for its rotary frequencies, which take room by a size that the tensors must bear out first."""
-    hidden = fields.count("llama.embedding_length")
-    heads = fields.count("llama.attention.head_count")
-    head_dim = fields.count("llama.attention.key_length", hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if fields.count(key, head_dim) != head_dim:
-            raise ModelError(f"{fields.path}: {key} differs from the head size {head_dim}, which is not supported")
-    return ModelSpec(
-        architecture=ARCHITECTURE,
-        name="".join(filter(str.isprintable, fields.text("general.name", fields.path.stem))),
-        layers=fields.count("llama.block_count"),
-        hidden=hidden,
-        ffn=fields.count("llama.feed_forward_length"),
-        heads=heads,
-        kv_heads=fields.count("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab=vocab,
-        context=fields.count("llama.context_length"),
-        norm_eps=fields.positive("llama.attention.layer_norm_rms_epsilon"),
-        activation="silu",
-        rope_frequencies=(),
-    )
-
-
-def _frequencies(fields: Fields, head_dim: int, factors: StoredTensor[Type] | None) -> tuple[float, ...]:
-    """RoPE's frequencies; Llama 3.1's stretching is in the file as a divisor of each."""
-    scaling = fields.text("llama.rope.scaling.type", "")
-    divisor = fields.positive("llama.rope.scale_linear", 1.0)
-    if scaling == "linear":
-        divisor = fields.positive("llama.rope.scaling.factor", divisor)
-    elif scaling not in ("", "none"):
-        raise ModelError(f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
-    plain = rope.frequencies(head_dim, fields.positive("llama.rope.freq_base", 10000.0))
-    if factors is None:
-        return rope.checked(fields.path, plain, divisor)
-    if factors.shape != (head_dim // 2,) or factors.type not in FLOATS:
+def _read_factors(factors: StoredTensor[Type], spec: ModelSpec) -> npt.NDArray[np.float64]:
+    """The divisor of each rotary frequency."""
+    pairs = spec.architecture.attention.head_dim // 2
+    if factors.shape != (pairs,) or factors.type not in FLOATS:
         raise ModelError(
-            f"{fields.path}: {ROPE_FACTORS} has shape {factors.shape} and type {factors.type.name}; the file is damaged"
+            f"{factors.path}: {ROPE_FACTORS} has shape {factors.shape} and type {factors.type.name}; "
+            "the file is damaged"
         )
-    stretched = GgufTensor(factors, transposed=False).float32()
-    return rope.checked(fields.path, plain, divisor * stretched.astype(np.float64))
+    return GgufTensor(factors, transposed=False).float32().astype(np.float64)

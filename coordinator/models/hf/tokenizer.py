@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.hf_folder import read_fields, read_text
+from warmfront.coordinator.models.hf.folder import read_fields, read_text
 from warmfront.coordinator.models.source import TokenizerFiles, end_ids
 from warmfront.coordinator.models.tokenizer_json import load_tokenizer, told_in_one_line
 

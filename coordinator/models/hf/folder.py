@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.safetensors_file import read_safetensors
+from warmfront.coordinator.models.hf.safetensors_file import read_safetensors
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 

@@ -1,4 +1,4 @@
-"""The GGUF container against the gguf package, and hostile files.  pytest tests/coordinator/models/test_gguf_file.py"""
+"""The GGUF container against the gguf package, and hostile files.  pytest tests/coordinator/models/gguf/test_file.py"""
 
 import itertools
 import os
@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
-from warmfront.coordinator.models import gguf_file
-from warmfront.coordinator.models.gguf_file import GgufFile
+from warmfront.coordinator.models.gguf import file as gguf_file
+from warmfront.coordinator.models.gguf.file import GgufFile
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
 

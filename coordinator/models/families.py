@@ -1,0 +1,72 @@
+"""The families of models: for each a row that says how its files describe the architecture and name the tensors.
+
+A new family is a row here, with functions of its own in `hf/config.py` and `gguf/config.py` where its keys differ.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.gguf import config as gguf_config
+from warmfront.coordinator.models.gguf.config import Found
+from warmfront.coordinator.models.hf import config as hf_config
+from warmfront.coordinator.models.rope import Doubles
+from warmfront.shared.model.architecture import Positions
+from warmfront.shared.model.spec import ModelSpec
+
+__all__ = ["FAMILIES", "Family", "supported"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How one family is read.
+
+    Positions are read apart from the rest: a rotary table takes room by the head size, which the tensors must bear out
+    first.
+    """
+
+    # From config.json and the model's name.
+    hf: Callable[[Fields, str], ModelSpec]
+    hf_positions: Callable[[Fields, ModelSpec], Positions]
+    # From the fields of the file and what else was found in it.
+    gguf: Callable[[Fields, Found], ModelSpec]
+    # With the divisor of each frequency that the file has as a tensor, or 1.
+    gguf_positions: Callable[[Fields, ModelSpec, Doubles | float], Positions]
+    # By the last word of the name here (`tensors.py`): Hugging Face's and GGUF's, without ".weight" or ".bias".
+    tensors: Mapping[str, tuple[str, str]]
+
+    def hf_name(self, name: str) -> str:
+        """Hugging Face's name of a tensor that is `name` here."""
+        *layer, part = name.removesuffix(".bias").split(".")
+        published = self.tensors[part][0].format(i=layer[-1] if layer else "")
+        return published + (".bias" if name.endswith(".bias") else ".weight")
+
+
+# By model_type of config.json, which is general.architecture of GGUF.
+FAMILIES = {
+    "llama": Family(
+        hf=hf_config.llama,
+        hf_positions=hf_config.rotary,
+        gguf=gguf_config.llama,
+        gguf_positions=gguf_config.rotary,
+        tensors={
+            "embed": ("model.embed_tokens", "token_embd"),
+            "head": ("lm_head", "output"),
+            "norm": ("model.norm", "output_norm"),
+            "attn_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+            "q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+            "k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+            "v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+            "o": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
+            "ffn_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+            "gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
+            "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
+            "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
+        },
+    ),
+}
+
+
+def supported() -> str:
+    """The families' names, for a message about one that is not among them."""
+    return f"{', '.join(FAMILIES)} {'is' if len(FAMILIES) == 1 else 'are'}"

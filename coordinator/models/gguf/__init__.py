@@ -1,0 +1,1 @@
+"""GGUF files, and PowerInfer's dialect of them."""

@@ -1,0 +1,86 @@
+"""From the fields of a GGUF file to the description of a model.
+
+GGUF has no field for the activation, nor for biases: what was found in the file tells.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from warmfront.coordinator.models import rope
+from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.rope import Doubles
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions
+from warmfront.shared.model.spec import ModelSpec, Predictor
+
+__all__ = ["Found", "llama", "rotary"]
+
+
+class Found(NamedTuple):
+    """What a file has beside its fields."""
+
+    # Shape of each tensor, by the name of `tensors.py`; "embed" is there.
+    shapes: Mapping[str, tuple[int, ...]]
+    # Whether it is of PowerInfer's dialect, whose models are all ReLU.
+    powerinfer: bool
+
+    @property
+    def predictors(self) -> bool:
+        """Whether there are predictors; then every layer must have them."""
+        return any(name.endswith((".fc1", ".fc2")) for name in self.shapes)
+
+    def biases(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `parts` that have a bias in some layer; then every layer must have it."""
+        biased = {name.split(".")[2] for name in self.shapes if name.startswith("layers.") and name.endswith(".bias")}
+        return tuple(part for part in parts if part in biased)
+
+
+def llama(fields: Fields, found: Found) -> ModelSpec:
+    """A model of the llama family, but for its positions."""
+    family, name = fields.text("general.architecture"), fields.text("general.name", fields.path.stem)
+    keys = fields.under(f"{family}.")
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    head_dim = keys.count("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.count(key, head_dim) != head_dim:
+            raise ModelError(
+                f"{fields.path}: {family}.{key} differs from the head size {head_dim}, which is not supported"
+            )
+    attention = Attention(
+        heads=heads,
+        kv_heads=keys.count("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        biases=found.biases(("q", "k", "v", "o")),
+    )
+    return ModelSpec(
+        family=family,
+        name="".join(filter(str.isprintable, name)),
+        layers=keys.count("block_count"),
+        hidden=hidden,
+        ffn=keys.count("feed_forward_length"),
+        vocab=found.shapes["embed"][0],
+        context=keys.count("context_length"),
+        architecture=Architecture(
+            norm=Norm(epsilon=keys.positive("attention.layer_norm_rms_epsilon")),
+            positions=Positions(),
+            attention=attention,
+            feed_forward=FeedForward(
+                activation="relu" if found.powerinfer else "silu", biases=found.biases(("gate", "up", "down"))
+            ),
+            tied_head="head" not in found.shapes,
+        ),
+        predictor=Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0)) if found.predictors else None,
+    )
+
+
+def rotary(fields: Fields, spec: ModelSpec, factors: Doubles | float) -> Positions:
+    """RoPE on whole heads; Llama 3.1's stretching comes as `factors`, the divisor of each frequency."""
+    keys = fields.under(f"{spec.family}.")
+    scaling = keys.text("rope.scaling.type", "")
+    divisor = keys.positive("rope.scale_linear", 1.0)
+    if scaling == "linear":
+        divisor = keys.positive("rope.scaling.factor", divisor)
+    elif scaling not in ("", "none"):
+        raise ModelError(f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
+    plain = rope.frequencies(spec.architecture.attention.head_dim, keys.positive("rope.freq_base", 10000.0))
+    return rope.positions(fields.path, plain, divisor * factors)

@@ -1,0 +1,196 @@
+"""Hugging Face folders of the `FAMILIES`: config.json, safetensors (one file or several by an index), tokenizer.json.
+
+A folder may have low-rank predictors too, in `predictor.safetensors`: tensors layers.{i}.fc1.weight [r, hidden] and
+layers.{i}.fc2.weight [ffn, r] for every layer, and as metadata the fields of `Predictor`, which are optional.
+Does not cover: quantised checkpoints, pickled weights.
+"""
+
+from collections.abc import Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from warmfront.coordinator.models.families import FAMILIES, supported
+from warmfront.coordinator.models.fields import Fields, faults_of
+from warmfront.coordinator.models.hf.folder import inside, read_fields, read_weights
+from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS, read_safetensors
+from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
+from warmfront.coordinator.models.source import SourceTensor
+from warmfront.coordinator.models.stored_tensor import StoredTensor
+from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model.formats import unpack
+from warmfront.shared.model.spec import ModelSpec, Predictor
+
+__all__ = ["HfSource"]
+
+Floats = npt.NDArray[np.float32]
+
+# Where all tensors but the head are in the models that have one.
+BASE = "model."
+# Buffers that older versions of transformers saved: what they hold follows from config.json.
+HARMLESS = ".rotary_emb.inv_freq"
+# Rows of two matrices that are in memory at a time.
+ROWS_COMPARED = 1024
+
+
+class HfSource:
+    """An open folder; a `Source`. Raises ModelError if it is incomplete, damaged or not supported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        config = read_fields(folder, "config.json")
+        if config is None:
+            raise ModelError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file")
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(f"{folder} has an adapter, which is not supported; merge it into the model's weights")
+        model_type = config.text("model_type", "")
+        if model_type not in FAMILIES:
+            raise ModelError(f"{folder}: model type '{model_type}' is not supported; {supported()}")
+        _check_unquantised(folder, config)
+        self._family = FAMILIES[model_type]
+        with faults_of(folder):
+            self.spec = self._family.hf(config, folder.resolve().name)
+        self._tensors = self._read()
+        with faults_of(folder):
+            self._describe(positions=self._family.hf_positions(config, self.spec))
+        if (folder / "predictor.safetensors").exists():
+            settings, matrices = _predictor(inside(folder, "predictor.safetensors"), self.spec)
+            self.spec = replace(self.spec, predictor=settings)
+            self._tensors |= matrices
+        self.tokenizer = read_tokenizer(folder, config, self.spec.vocab)
+
+    def names(self) -> Set[str]:
+        return self._tensors.keys()
+
+    def tensor(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def _describe(self, **fields: Any) -> None:
+        """Replace fields of the architecture."""
+        self.spec = replace(self.spec, architecture=replace(self.spec.architecture, **fields))
+
+    def _read(self) -> dict[str, "HfTensor"]:
+        """The model's tensors; raises ModelError if one is missing, of another shape or type, or not the model's."""
+        stored = read_weights(self.folder)
+        head, embed = self._family.hf_name("head"), self._family.hf_name("embed")
+        if embed not in stored and embed.removeprefix(BASE) in stored:
+            # Saved by the base class of the model, which knows of no head.
+            stored = {name if name == head else f"{BASE}{name}": tensor for name, tensor in stored.items()}
+        self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
+        if self.spec.architecture.tied_head:
+            stored.pop(head, None)
+        tensors = {name: self._tensor(name, stored, shape) for name, shape in file_shapes(self.spec)}
+        unknown = [name for name in stored if not name.endswith(HARMLESS)]
+        if unknown:
+            raise ModelError(
+                f"{self.folder}: tensor {min(unknown)} does not belong to the {self.spec.family} model of "
+                f"{self.spec.layers} layers that config.json describes; such models are not supported"
+            )
+        return tensors
+
+    def _is_tied(self, head: StoredTensor[str] | None, embed: StoredTensor[str] | None) -> bool:
+        """Whether the embedding is the head. Like transformers: two that differ are not tied, whatever is asked."""
+        tied = self.spec.architecture.tied_head
+        if head is None and not tied:
+            name = self._family.hf_name("head")
+            raise ModelError(f"{self.folder}: tensor {name} is missing; a model without a head writes no text")
+        if head is None or embed is None or not tied:
+            return head is None
+        if (head.type, head.shape) == (embed.type, embed.shape) and _equal(head, embed):
+            return True
+        self.notes.append("config.json ties the head to the embedding, but the weights differ: they are not tied")
+        return False
+
+    def _tensor(self, name: str, stored: dict[str, StoredTensor[str]], shape: tuple[int, ...]) -> "HfTensor":
+        """Take a tensor out of those that are `stored`."""
+        published = self._family.hf_name(name)
+        found = stored.pop(published, None)
+        if found is None:
+            raise ModelError(f"{self.folder}: tensor {published} is missing; the model is incomplete")
+        if found.shape != shape:
+            raise ModelError(f"{found.path}: tensor {published} has shape {found.shape}, config.json says {shape}")
+        if found.type not in KINDS:
+            raise ModelError(
+                f"{found.path}: tensor {published} has type {found.type}; {', '.join(KINDS)} are supported"
+            )
+        return HfTensor(found, name, self.spec.architecture.attention.head_dim)
+
+
+class HfTensor(SourceTensor):
+    """A tensor of a safetensors file.
+
+    By its `name` here, the matrix `down` is delivered transposed, rows and biases of q and k as RoPE's pairs.
+    """
+
+    def __init__(self, stored: StoredTensor[str], name: str, head_dim: int) -> None:
+        shape, part = stored.shape, name.removesuffix(".bias").rpartition(".")[2]
+        self._stored = stored
+        self._transposed = name.endswith(".down")
+        self._half = head_dim // 2 if part in ("q", "k") else 0
+        label, step = f"{stored.path}: tensor {stored.name}", head_dim if self._half else 1
+        super().__init__(label, shape[::-1] if self._transposed else shape, KINDS[stored.type], step)
+
+    def _widen(self, start: int, stop: int) -> Floats:
+        if self._transposed:
+            size = ITEM_BYTES[self._stored.type]
+            return unpack(self._stored.columns(start * size, stop * size), self.kind, stop - start).T
+        if len(self.shape) == 1:
+            wide = unpack(self._stored.rows(), self.kind, self.shape[0])[0, start:stop]
+        else:
+            wide = unpack(self._stored.rows(start, stop), self.kind, self.shape[1])
+        if self._half:
+            # Published as all first members of the pairs, then all second ones.
+            tail = wide.shape[1:]
+            wide = wide.reshape(-1, 2, self._half, *tail).swapaxes(1, 2).reshape(-1, *tail)
+        return wide
+
+
+def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:
+    """Whether two matrices of one shape hold the same bytes."""
+    starts = range(0, a.shape[0], ROWS_COMPARED)
+    return all(np.array_equal(a.rows(i, i + ROWS_COMPARED), b.rows(i, i + ROWS_COMPARED)) for i in starts)
+
+
+def _check_unquantised(folder: Path, config: Fields) -> None:
+    quantised = config.section("quantization_config")
+    if [*quantised]:
+        method = quantised.text("quant_method", "some method")
+        raise ModelError(
+            f"{folder} is quantised by {method}, which is not supported; give the unquantised model or a GGUF"
+        )
+
+
+def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:
+    """The predictors' settings and matrices; there is no part of it that may be missing or unknown."""
+    values, metadata = read_safetensors(path, "make it anew or remove it")
+    settings: dict[str, Any] = {name: metadata[name] for name in ("input", "activation") if name in metadata}
+    try:
+        threshold = float(metadata.get("threshold", 0))
+    except ValueError:
+        raise ModelError(f"{path}: threshold '{metadata['threshold']}' is not a number; write one like 0.5") from None
+    with faults_of(path):
+        predictor = Predictor(**settings, threshold=threshold)
+    tensors: dict[str, HfTensor] = {}
+    shapes = {name.removesuffix(".weight"): found.shape for name, found in values.items()}
+    for name, shape in predictor_shapes(spec, shapes):
+        published = f"{name}.weight"
+        found = values.pop(published, None)
+        if found is None:
+            raise ModelError(f"{path}: tensor {published} is missing; make predictors for every layer")
+        if found.shape != shape:
+            raise ModelError(
+                f"{path}: tensor {published} has shape {found.shape} instead of {shape}; it is of another model"
+            )
+        if found.type not in KINDS:
+            raise ModelError(f"{path}: tensor {published} has type {found.type}; save it as one of {', '.join(KINDS)}")
+        tensors[name] = HfTensor(found, name, spec.architecture.attention.head_dim)
+    if values:
+        raise ModelError(
+            f"{path}: tensor {min(values)} is unknown; only fc1.weight and fc2.weight of each layer are read"
+        )
+    return predictor, tensors

@@ -1,0 +1,277 @@
+"""The structure of a model as one value: norms, positions, attention, residual, feed-forward.
+
+The readers describe a model by an `Architecture`; it lies in the packed file's header, and the compiled pass, the torch
+pass and the workers read it from there. Whatever follows from its fields is a property here and is derived nowhere
+else. It can say more than is computed: `support.py` refuses what is not.
+
+A value that exists is valid: constructing one that no model can have raises ValueError, in one line.
+See also: `spec.py` for the sizes and the JSON.
+"""
+
+import math
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "ACTIVATIONS",
+    "Architecture",
+    "Attention",
+    "Experts",
+    "FeedForward",
+    "Norm",
+    "Positions",
+    "Rotary",
+    "check_count",
+]
+
+# Index = code in the kernels.
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+# Exactly zero for half of the line: a neuron whose gate is closed need not be computed.
+_SPARSE_ACTIVATIONS = frozenset({"relu"})
+_NORMS = ("rms", "layer")
+_PLACEMENTS = ("pre", "post", "sandwich")
+_RESIDUALS = ("serial", "parallel")
+_PROJECTIONS = ("q", "k", "v", "o")
+# Sizes are C ints in the kernels and in the file formats.
+_MAX_COUNT = 2**31 - 1
+_FLOAT32 = np.finfo(np.float32)
+# Numbers of a vector that attention computes with at once, and weights of a quantised block.
+_HEAD_STEP, _BLOCK = 8, 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """The norms of all blocks and the one before the head; each has a weight."""
+
+    # "rms" (root mean square) or "layer" (mean and variance).
+    kind: str = "rms"
+    # Added to the mean square, or to the variance.
+    epsilon: float
+    # Where a block is normed: its input ("pre"), its output ("post"), or both ("sandwich").
+    placement: str = "pre"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("norm", self.kind, _NORMS)
+        _check_name("placement of norms", self.placement, _PLACEMENTS)
+        _check_positive("norm epsilon", self.epsilon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """A table of rotary position embedding (RoPE): pair j of a head turns by position * frequencies[j] radians."""
+
+    # Inverse frequency of each pair, from the head's first pair on, scaling (linear, llama3) already applied.
+    frequencies: tuple[float, ...]
+    # Factor on cos and sin (YaRN's attention factor).
+    magnitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.frequencies or not all(math.isfinite(f) and f > 0 for f in self.frequencies):
+            raise ValueError(f"rotary frequencies are {reprlib.repr(self.frequencies)}, not positive numbers")
+        _check_positive("rotary magnitude", self.magnitude)
+
+    @property
+    def dim(self) -> int:
+        """How many numbers of each head are turned."""
+        return 2 * len(self.frequencies)
+
+    def waves(self, context: int) -> npt.NDArray[np.float32]:
+        """Cosines and sines of the first `context` positions, times the magnitude: [2, context, dim / 2].
+
+        The angles are float64: in float32, position 100000 is off by 0.004 radians.
+        """
+        angles = np.outer(np.arange(context), np.array(self.frequencies, np.float64))
+        return (np.stack((np.cos(angles), np.sin(angles))) * self.magnitude).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """How a model knows where a token is; without any table, only the causal mask tells."""
+
+    # The different rotary tables.
+    rotary: tuple[Rotary, ...] = ()
+    # Which table each layer uses, -1 for none. Empty: all use the first.
+    rotary_of_layer: tuple[int, ...] = ()
+    # Rows before that of position 0 in a learned table (OPT: 2). None: no table is learned.
+    learned_offset: int | None = None
+
+    def __post_init__(self) -> None:
+        for table in self.rotary_of_layer:
+            check_count("rotary table of a layer", table, -1, len(self.rotary) - 1)
+        if self.learned_offset is not None:
+            check_count("offset of learned positions", self.learned_offset, 0)
+
+    def of_layer(self, layer: int) -> Rotary | None:
+        """The rotary table of a layer."""
+        table = self.rotary_of_layer[layer] if self.rotary_of_layer else min(len(self.rotary), 1) - 1
+        return self.rotary[table] if table >= 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The attention of every layer."""
+
+    heads: int
+    # Heads of keys and values; each serves heads / kv_heads of the queries' (GQA).
+    kv_heads: int
+    head_dim: int
+    # Factor on q.k; None: 1 / sqrt(head_dim).
+    scale: float | None = None
+    # Whether each head of q and k is normed (RMS) before it is turned.
+    qk_norm: bool = False
+    # Which of q, k, v and o have a bias.
+    biases: tuple[str, ...] = ()
+    # Scores become cap * tanh(score / cap); None: they stay.
+    soft_cap: float | None = None
+    # For each layer how many tokens, itself included, a token sees; 0: all before it. Empty: all layers see all.
+    windows: tuple[int, ...] = ()
+    # Whether each head has a learned score that takes its share of the softmax and gives nothing.
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("number of heads", self.heads)
+        check_count("number of key-value heads", self.kv_heads)
+        if self.q_rows % _BLOCK:
+            raise ValueError(
+                f"heads x head size {self.q_rows} is not a multiple of {_BLOCK}; such models are not supported"
+            )
+        if self.head_dim < _HEAD_STEP or self.head_dim % _HEAD_STEP:
+            raise ValueError(
+                f"head size {self.head_dim} is not a multiple of {_HEAD_STEP}; such models are not supported"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key-value heads; the file is damaged")
+        for what, value in (("attention scale", self.scale), ("attention soft cap", self.soft_cap)):
+            if value is not None:
+                _check_positive(what, value)
+        _check_parts("attention biases", self.biases, _PROJECTIONS)
+        for window in self.windows:
+            check_count("attention window", window, 0)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on q.k."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def q_rows(self) -> int:
+        """Rows of W_q: numbers of all heads of a token's query."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_rows(self) -> int:
+        """Rows of W_k, and of W_v."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Mixture of experts: a layer has `number` feed-forwards, of which a router picks some for each token."""
+
+    number: int
+    # Experts that the router picks for a token.
+    active: int
+    # Experts that every token uses, beside those.
+    shared: int = 0
+    # Whether the router's weights of the active experts are scaled to sum to one.
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("number of experts", self.number)
+        check_count("number of active experts", self.active, 1, self.number)
+        check_count("number of shared experts", self.shared, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """The feed-forward of every layer: down . (activation(gate . x) * up_activation(up . x)), or without a gate
+
+    down . activation(up . x).
+    """
+
+    gated: bool = True
+    # Of the gate; of up where there is no gate.
+    activation: str
+    # Of up beside a gate: None leaves it as it is; relu beside relu is dReLU.
+    up_activation: str | None = None
+    # A gate up to this counts as closed (FATReLU).
+    threshold: float = 0.0
+    # Which of gate, up and down have a bias.
+    biases: tuple[str, ...] = ()
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("activation", self.activation, ACTIVATIONS)
+        if self.up_activation is not None:
+            _check_name("activation of up", self.up_activation, ACTIVATIONS)
+        if not 0 <= self.threshold <= _FLOAT32.max:
+            raise ValueError(f"activation threshold is {self.threshold}, not a number from 0 on")
+        _check_parts("feed-forward biases", self.biases, self.matrices)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices of a layer, in the order of a neuron's bundle."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
+
+    @property
+    def activation_code(self) -> int:
+        """The activation as the kernels number it."""
+        return ACTIVATIONS.index(self.activation)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a neuron contributes exactly nothing while its gate, or without one its up, is closed."""
+        return self.activation in _SPARSE_ACTIVATIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The structure of a decoder-only transformer; sizes that are not of one part are in `ModelSpec`."""
+
+    norm: Norm
+    positions: Positions
+    attention: Attention
+    feed_forward: FeedForward
+    # "serial": the feed-forward's input has the attention's output added; "parallel": both read the layer's input.
+    residual: str = "serial"
+    # Factor on the embedding of a token.
+    embedding_scale: float = 1.0
+    # Logits become cap * tanh(logit / cap); None: they stay.
+    logit_cap: float | None = None
+    # Whether the embedding is the head too.
+    tied_head: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("residual", self.residual, _RESIDUALS)
+        _check_positive("embedding scale", self.embedding_scale)
+        if self.logit_cap is not None:
+            _check_positive("logit soft cap", self.logit_cap)
+        for table in self.positions.rotary:
+            check_count("rotary dimension", table.dim, 2, self.attention.head_dim)
+
+
+def check_count(what: str, value: int, low: int = 1, high: int = _MAX_COUNT) -> None:
+    """Raise ValueError unless `value` is from `low` to `high`."""
+    if not low <= value <= high:
+        raise ValueError(f"{what} is {value}, not a whole number from {low} to {high}")
+
+
+def _check_positive(what: str, value: float) -> None:
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(f"{what} is {value}, not a positive number")
+
+
+def _check_name(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not one of {', '.join(known)}")
+
+
+def _check_parts(what: str, parts: tuple[str, ...], known: Sequence[str]) -> None:
+    """Some of `known`, in that order: equal models have equal descriptions."""
+    if parts != tuple(part for part in known if part in parts):
+        raise ValueError(f"{what} are {reprlib.repr(parts)}, not some of {', '.join(known)}")
