@@ -18,12 +18,6 @@ DAY = 86_400
 Run = Callable[..., tuple[int, list[str], list[str]]]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "warmfront"
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`warmfront cache ARGS` in this process: exit code, lines of stdout and of stderr."""

@@ -15,12 +15,6 @@ from warmfront.coordinator.packing.content import content_of, known_sources
 BIG = 300_000
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "warmfront"
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder that looks like a model; what is in its files does not matter here."""
