@@ -38,7 +38,8 @@ _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
 # Sizes are C ints in the kernels and in the file formats.
 _MAX_COUNT = 2**31 - 1
-_FLOAT32 = np.finfo(np.float32)
+# Above zero and finite in float32, which the passes compute with.
+_MIN_FLOAT, _MAX_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # Numbers of a vector that attention computes with at once, and weights of a quantised block.
 _HEAD_STEP, _BLOCK = 8, 32
 
@@ -209,7 +210,7 @@ class FeedForward:
         _check_name("activation", self.activation, ACTIVATIONS)
         if self.up_activation is not None:
             _check_name("activation of up", self.up_activation, ACTIVATIONS)
-        if not 0 <= self.threshold <= _FLOAT32.max:
+        if not 0 <= self.threshold <= _MAX_FLOAT:
             raise ValueError(f"activation threshold is {self.threshold}, not a number from 0 on")
         _check_parts("feed-forward biases", self.biases, self.matrices)
 
@@ -262,7 +263,7 @@ def check_count(what: str, value: int, low: int = 1, high: int = _MAX_COUNT) -> 
 
 
 def _check_positive(what: str, value: float) -> None:
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+    if not _MIN_FLOAT <= value <= _MAX_FLOAT:
         raise ValueError(f"{what} is {value}, not a positive number")
 
 

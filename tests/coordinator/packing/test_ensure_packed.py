@@ -21,6 +21,7 @@ from tests.coordinator.packing.packed import pack, tensors_of
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import locked, published
+from warmfront.shared.model.store import FORMAT
 
 Make = Callable[..., Path]
 
@@ -44,6 +45,18 @@ def test_a_second_call_uses_the_first_ones_file(folder: Path, models: Path) -> N
     assert ensure_packed(folder, "auto", fail, fail) == first
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert list(models.iterdir()) == [first]
+
+
+@pytest.mark.parametrize("header", [b"warmfront-5", b"warmfront-9"])
+def test_a_file_of_another_version_is_packed_anew(folder: Path, header: bytes) -> None:
+    """Whatever its header has beside the version."""
+    said: list[str] = []
+    packed = pack(folder)
+    whole = packed.read_bytes()
+    packed.write_bytes(whole.replace(FORMAT.encode(), header, 1).replace(b"architecture", b"constitution", 1))
+    assert ensure_packed(folder, "auto", said.append, lambda done, total: None) == packed
+    assert said == [f"the packed model {packed} is damaged (format {header.decode()}): packing it anew"]
+    assert packed.read_bytes() == whole
 
 
 def test_types_lie_beside_each_other(folder: Path, models: Path) -> None:

@@ -7,32 +7,19 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.shared.model.specs import SPEC, edited
 from warmfront.shared.errors import DamagedError, ModelError
-from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.spec import ModelSpec, Predictor
+from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.store import PackedModel, run_of, sums_of
+from warmfront.shared.wire.worker_main import open_planned
 
-SPEC = ModelSpec(
-    family="llama",
-    name="by hand",
-    layers=2,
-    hidden=32,
-    ffn=70,
-    vocab=5,
-    context=64,
-    architecture=Architecture(
-        norm=Norm(epsilon=1e-5),
-        positions=Positions(rotary=(Rotary(frequencies=tuple(0.5**i for i in range(8))),)),
-        attention=Attention(heads=2, kv_heads=1, head_dim=16),
-        feed_forward=FeedForward(activation="relu"),
-    ),
-)
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
@@ -217,6 +204,58 @@ def test_damaged_metadata(tmp_path: Path, change: dict[str, str], complaint: str
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes_of(fields))
     assert complaint in refused(path)
+
+
+def write_spec(path: Path, field: str, value: Any) -> None:
+    """A whole file, right in all its sums, but for one field of the spec."""
+    fields = fields_of()
+    fields["__metadata__"]["spec"] = edited(SPEC, field, value)
+    path.write_bytes(bytes_of(fields))
+
+
+def as_the_coordinator(path: Path) -> None:
+    PackedModel(path).close()
+
+
+def as_a_worker(path: Path) -> None:
+    open_planned(SimpleNamespace(model=os.fspath(path), order="")).close()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("open_file", [as_the_coordinator, as_a_worker])
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("layers", 2**40, "layers is 1099511627776, not a whole number from 1 to 2147483647"),
+        ("architecture.attention.heads", "2", "field architecture.attention.heads is '2', not int"),
+        ("architecture.norm.epsilon", float("nan"), "norm epsilon is nan, not a positive number"),
+        ("architecture.attention.windows", [8], "attention windows are given for 1 layers of 2"),
+        ("architecture.residual", ..., "field architecture.residual is missing"),
+    ],
+)
+def test_a_description_that_no_model_can_have(
+    tmp_path: Path, open_file: Callable[[Path], None], field: str, value: Any, complaint: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_spec(path, field, value)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DamagedError) as caught:
+        open_file(path)
+    assert os.listdir("/proc/self/fd") == before
+    assert str(caught.value) == f"the packed model {path} is damaged ({complaint}); delete it, it will be made again"
+
+
+@pytest.mark.parametrize("open_file", [as_the_coordinator, as_a_worker])
+def test_a_description_of_what_is_not_computed(tmp_path: Path, open_file: Callable[[Path], None]) -> None:
+    """The file is whole, so it stays."""
+    path = tmp_path / "model.safetensors"
+    write_spec(path, "architecture.norm.kind", "layer")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ModelError) as caught:
+        open_file(path)
+    assert os.listdir("/proc/self/fd") == before
+    assert not isinstance(caught.value, DamagedError)
+    assert str(caught.value) == "by hand uses layer norm, which is not supported yet"
+    assert path.exists()
 
 
 @pytest.mark.parametrize("field", list(METADATA))

@@ -1,15 +1,19 @@
 """The architecture that a GGUF file's fields describe.  pytest tests/coordinator/models/gguf/test_config.py"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
+from tests.conftest import GGUF_SHAPES
 from tests.coordinator.models.gguf.tensors import NAMES
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
 from warmfront.shared.model.formats import Kind
 
 Make = Callable[..., Path]
@@ -105,3 +109,44 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
 def test_unsupported_files_are_refused(tiny_gguf: Make, options: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         open_source(tiny_gguf(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {}),
+        ({"fields": {"llama.attention.layer_norm_rms_epsilon": 0.5}}, {"norm": Norm(epsilon=0.5)}),
+        ({"shapes": {"output.weight": (64, 256)}}, {"tied_head": False}),
+        (
+            {"shapes": {"blk.0.attn_v.bias": (128,), "blk.0.attn_q.bias": (256,)}},
+            {"attention": Attention(heads=4, kv_heads=2, head_dim=64, biases=("q", "v"))},
+        ),
+        (
+            {"shapes": {"blk.0.ffn_down.bias": (256,)}},
+            {"feed_forward": FeedForward(activation="silu", biases=("down",))},
+        ),
+        (
+            {"shapes": {"blk.0.ffn_down_t.weight": (512, 256)}, "without": ["blk.0.ffn_down.weight"]},
+            {"feed_forward": FeedForward(activation="relu")},
+        ),
+    ],
+)
+def test_the_whole_architecture(tiny_gguf: Make, options: dict[str, Any], changes: dict[str, Any]) -> None:
+    """What is not said here is as in the plainest Llama."""
+    found = open_source(tiny_gguf(**options)).spec.architecture
+    plain = Architecture(
+        norm=Norm(epsilon=float(np.float32(1e-5))),
+        positions=Positions(),
+        attention=Attention(heads=4, kv_heads=2, head_dim=64),
+        feed_forward=FeedForward(activation="silu"),
+        tied_head=True,
+    )
+    assert found == replace(plain, positions=found.positions, **changes)
+    assert found.positions == Positions(rotary=(Rotary(frequencies=found.positions.rotary[0].frequencies),))
+
+
+def test_a_bias_of_some_layers_only(tiny_gguf: Make) -> None:
+    shapes = {name.replace("blk.0", "blk.1"): shape for name, shape in GGUF_SHAPES.items()}
+    path = tiny_gguf(shapes=shapes | {"blk.1.attn_q.bias": (256,)}, fields={"llama.block_count": 2})
+    with pytest.raises(ModelError, match=r"tensor layers\.0\.q\.bias is missing; the file is incomplete$"):
+        open_source(path)

@@ -1,6 +1,7 @@
 """What config.json describes, against transformers.  pytest tests/coordinator/models/hf/test_config.py"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tests.coordinator.models.hf.folders import LINEAR, LLAMA3, edited, frequencies_of
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
 
 Make = Callable[..., Path]
 
@@ -119,3 +121,36 @@ def test_unsupported_configs_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         open_source(edited(tiny_llama(), tmp_path / "edited", **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {}),
+        ({"rms_norm_eps": 1e-5}, {"norm": Norm(epsilon=1e-5)}),
+        ({"tie_word_embeddings": True}, {"tied_head": True}),
+        ({"hidden_act": "relu"}, {"feed_forward": FeedForward(activation="relu")}),
+        ({"mlp_bias": True}, {"feed_forward": FeedForward(activation="silu", biases=("gate", "up", "down"))}),
+        (
+            {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 24},
+            {"attention": Attention(heads=4, kv_heads=4, head_dim=24, biases=("q", "k", "v", "o"))},
+        ),
+        ({"rope_parameters": LINEAR}, {}),
+        ({"rope_parameters": LLAMA3}, {}),
+    ],
+)
+def test_the_whole_architecture(tiny_llama: Make, options: dict[str, Any], changes: dict[str, Any]) -> None:
+    """What is not said here is as in the plainest Llama; RoPE's frequencies are transformers'."""
+    folder = tiny_llama(**options)
+    found = open_source(folder).spec.architecture
+    plain = Architecture(
+        norm=Norm(epsilon=1e-6),
+        positions=Positions(),
+        attention=Attention(heads=4, kv_heads=2, head_dim=16),
+        feed_forward=FeedForward(activation="silu"),
+    )
+    assert found == replace(plain, positions=found.positions, **changes)
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(folder)).inv_freq.numpy()
+    rotary = Rotary(frequencies=found.positions.rotary[0].frequencies)
+    assert found.positions == Positions(rotary=(rotary,))
+    assert rotary.frequencies == pytest.approx(theirs, rel=1e-5)

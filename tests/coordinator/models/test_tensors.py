@@ -1,0 +1,73 @@
+"""The list of a model's tensors.  pytest tests/coordinator/models/test_tensors.py"""
+
+from typing import Any
+
+import pytest
+
+from tests.shared.model.specs import SPEC, changed
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
+
+LAYER = {
+    "attn_norm": (32,),
+    "q": (32, 32),
+    "k": (16, 32),
+    "v": (16, 32),
+    "o": (32, 32),
+    "ffn_norm": (32,),
+    "gate": (70, 32),
+    "up": (70, 32),
+    "down": (32, 70),
+}
+
+
+def test_all_of_a_llama() -> None:
+    """In the order in which they are looked for."""
+    layers = [(f"layers.{i}.{part}", shape) for i in range(2) for part, shape in LAYER.items()]
+    assert list(file_shapes(SPEC)) == [("embed", (5, 32)), ("head", (5, 32)), ("norm", (32,)), *layers]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "more", "fewer"),
+    [
+        ("tied_head", True, {}, {"head"}),
+        ("attention.biases", ("q", "v"), {"layers.{i}.q.bias": (32,), "layers.{i}.v.bias": (16,)}, set()),
+        ("attention.qk_norm", True, {"layers.{i}.q_norm": (16,), "layers.{i}.k_norm": (16,)}, set()),
+        ("feed_forward.biases", ("up", "down"), {"layers.{i}.up.bias": (70,), "layers.{i}.down.bias": (32,)}, set()),
+        ("feed_forward.gated", False, {}, {"layers.{i}.gate"}),
+        (
+            "norm.bias",
+            True,
+            {"norm.bias": (32,), "layers.{i}.attn_norm.bias": (32,), "layers.{i}.ffn_norm.bias": (32,)},
+            set(),
+        ),
+    ],
+)
+def test_each_feature_has_its_tensors(path: str, value: Any, more: dict[str, Any], fewer: set[str]) -> None:
+    plain, found = dict(file_shapes(SPEC)), dict(file_shapes(changed(SPEC, f"architecture.{path}", value)))
+    wanted = {name.format(i=i): shape for i in range(2) for name, shape in more.items()}
+    assert {name: found[name] for name in found.keys() - plain.keys()} == wanted
+    assert plain.keys() - found.keys() == {name.format(i=i) for i in range(2) for name in fewer}
+
+
+def test_predictors_have_a_rank_of_each_layer() -> None:
+    have = {"layers.0.fc1": (40, 32), "layers.1.fc2": (70, 7)}
+    assert list(predictor_shapes(SPEC, have)) == [
+        ("layers.0.fc1", (40, 32)),
+        ("layers.0.fc2", (70, 40)),
+        ("layers.1.fc1", (1, 32)),
+        ("layers.1.fc2", (70, 1)),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_tensor_has_its_names(family: Any) -> None:
+    parts = {name.rpartition(".")[2] for name, _ in file_shapes(SPEC)}
+    assert family.tensors.keys() == parts
+    for side in (0, 1):
+        names = [names[side] for names in family.tensors.values()]
+        assert len(set(names)) == len(names)
+        assert [part for part, pair in family.tensors.items() if "{i}" not in pair[side]] == ["embed", "head", "norm"]
+    assert family.hf_name("layers.12.q") == "model.layers.12.self_attn.q_proj.weight"
+    assert family.hf_name("layers.3.attn_norm.bias") == "model.layers.3.input_layernorm.bias"
+    assert family.hf_name("head") == "lm_head.weight"

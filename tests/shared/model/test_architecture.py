@@ -1,0 +1,57 @@
+"""What follows from an architecture's fields.  pytest tests/shared/model/test_architecture.py"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.shared.model.specs import SPEC, changed
+from warmfront.shared.model.architecture import ACTIVATIONS, Attention, FeedForward, Positions, Rotary
+
+SLOW, FAST = Rotary(frequencies=(0.5, 0.25)), Rotary(frequencies=(2.0, 1.0))
+
+
+def test_score_scale() -> None:
+    attention = Attention(heads=4, kv_heads=2, head_dim=16)
+    assert attention.score_scale == 0.25
+    assert replace(attention, scale=0.1).score_scale == 0.1
+
+
+def test_rows_of_the_heads() -> None:
+    attention = Attention(heads=4, kv_heads=2, head_dim=24)
+    assert (attention.q_rows, attention.kv_rows) == (96, 48)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_relu_is_sparse(activation: str, gated: bool) -> None:
+    feed_forward = FeedForward(activation=activation, gated=gated)
+    assert feed_forward.sparse == (activation == "relu")
+    assert ACTIVATIONS[feed_forward.activation_code] == activation
+    assert changed(SPEC, "architecture.feed_forward", feed_forward).sparse == feed_forward.sparse
+
+
+def test_matrices_of_a_neuron() -> None:
+    assert FeedForward(activation="silu").matrices == ("gate", "up", "down")
+    assert FeedForward(activation="relu", gated=False).matrices == ("up", "down")
+
+
+def test_rotary_table_of_a_layer() -> None:
+    one, none = Positions(rotary=(SLOW,)), Positions()
+    assert [one.of_layer(i) for i in range(3)] == [SLOW] * 3
+    assert [none.of_layer(i) for i in range(3)] == [None] * 3
+    mixed = Positions(rotary=(SLOW, FAST), rotary_of_layer=(1, -1, 0))
+    assert [mixed.of_layer(i) for i in range(3)] == [FAST, None, SLOW]
+    assert SLOW.dim == 4
+
+
+def test_waves() -> None:
+    """Angles of far positions are exact: in float32 alone they would not be."""
+    rotary = Rotary(frequencies=(1.0, 0.1234567), magnitude=1.5)
+    cos, sin = rotary.waves(200_001)
+    assert cos.dtype == np.float32
+    assert cos.shape == sin.shape == (200_001, 2)
+    for position in (0, 1, 200_000):
+        angles = position * np.array(rotary.frequencies, np.longdouble)
+        np.testing.assert_allclose(cos[position], 1.5 * np.cos(angles), atol=2e-7)
+        np.testing.assert_allclose(sin[position], 1.5 * np.sin(angles), atol=2e-7)

@@ -1,0 +1,83 @@
+"""What can be described but is not computed.  pytest tests/shared/model/test_support.py"""
+
+from typing import Any
+
+import pytest
+
+from tests.shared.model.specs import SPEC, changed
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Experts, Positions, Rotary
+from warmfront.shared.model.support import _UNSUPPORTED, check_supported
+
+FULL = SPEC.architecture.positions.rotary[0]
+OTHER = Rotary(frequencies=(0.5,) * 8)
+UNSUPPORTED: dict[str, tuple[str, Any]] = {
+    "layer norm": ("norm.kind", "layer"),
+    "post-norm": ("norm.placement", "post"),
+    "sandwich norm": ("norm.placement", "sandwich"),
+    "norm biases": ("norm.bias", True),
+    "learned positions": ("positions", Positions(learned_offset=2)),
+    "no position encoding": ("positions", Positions()),
+    "rotary embedding in some layers only": ("positions", Positions(rotary=(FULL,), rotary_of_layer=(0, -1))),
+    "rotary embedding that differs by layer": (
+        "positions",
+        Positions(rotary=(FULL, OTHER), rotary_of_layer=(0, 1)),
+    ),
+    "partial rotary embedding": ("positions", Positions(rotary=(Rotary(frequencies=(1.0, 0.5)),))),
+    "q/k norm": ("attention.qk_norm", True),
+    "attention soft cap": ("attention.soft_cap", 50.0),
+    "sliding window": ("attention.windows", (0, 4096)),
+    "attention sinks": ("attention.sinks", True),
+    "parallel residual": ("residual", "parallel"),
+    "ungated feed-forward": ("feed_forward.gated", False),
+    "activation of up (dReLU)": ("feed_forward.up_activation", "relu"),
+    "activation threshold (FATReLU)": ("feed_forward.threshold", 0.01),
+    "feed-forward biases": ("feed_forward.biases", ("down",)),
+    "mixture of experts (MoE)": ("feed_forward.experts", Experts(number=8, active=2)),
+    "embedding scale": ("embedding_scale", 12.0),
+    "logit soft cap": ("logit_cap", 30.0),
+}
+
+
+def test_every_feature_of_the_table_is_tried() -> None:
+    assert list(UNSUPPORTED) == [words for words, _ in _UNSUPPORTED]
+
+
+@pytest.mark.parametrize("words", UNSUPPORTED)
+def test_each_is_refused_by_its_name(words: str) -> None:
+    path, value = UNSUPPORTED[words]
+    with pytest.raises(ModelError) as caught:
+        check_supported(changed(SPEC, f"architecture.{path}", value))
+    verb = "are" if words in ("norm biases", "learned positions", "attention sinks", "feed-forward biases") else "is"
+    assert str(caught.value) == f"by hand uses {words}, which {verb} not supported yet"
+
+
+def test_several_are_named_in_one_line() -> None:
+    spec = changed(SPEC, "architecture.norm.kind", "layer")
+    spec = changed(spec, "architecture.attention.sinks", True)
+    with pytest.raises(ModelError) as caught:
+        check_supported(spec)
+    assert str(caught.value) == "by hand uses layer norm and attention sinks, which are not supported yet"
+    with pytest.raises(ModelError) as caught:
+        check_supported(changed(spec, "architecture.residual", "parallel"))
+    assert (
+        str(caught.value)
+        == "by hand uses layer norm, attention sinks and parallel residual, which are not supported yet"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("attention.scale", 0.5),
+        ("attention.biases", ("q", "k", "v")),
+        ("attention.windows", (0, 0)),
+        ("positions.rotary_of_layer", (0, 0)),
+        ("positions.rotary", (Rotary(frequencies=(0.5,) * 8, magnitude=1.2),)),
+        ("feed_forward.activation", "gelu_tanh"),
+        ("tied_head", True),
+    ],
+)
+def test_what_is_computed(path: str, value: Any) -> None:
+    check_supported(SPEC)
+    check_supported(changed(SPEC, f"architecture.{path}", value))
