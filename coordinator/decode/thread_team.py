@@ -108,7 +108,7 @@ class ThreadTeam:
             thresholds = lowbit.thresholds
         attention, rotary = spec.architecture.attention, spec.architecture.positions.of_layer(0)
         assert rotary is not None
-        cos, sin = rotary.waves(self._context)
+        cos, sin = rotary.cos_sin(self._context)
         head = "head" if "head" in at else "embed"
         return Network(
             layers=spec.layers,

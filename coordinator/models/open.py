@@ -10,7 +10,7 @@ __all__ = ["model_files", "open_source"]
 
 def open_source(path: Path) -> Source:
     """Open a Hugging Face folder or a GGUF file; raises ModelError if it is neither, damaged or not supported."""
-    # Most starts find the model packed and need no reader.
+    # Imported here: most starts find the model packed already and need no reader.
     from warmfront.coordinator.models.gguf.file import is_gguf
     from warmfront.coordinator.models.gguf.reader import GgufSource
     from warmfront.coordinator.models.hf.reader import HfSource
@@ -26,7 +26,7 @@ def open_source(path: Path) -> Source:
 
 
 def model_files(path: Path) -> list[Path]:
-    """`path`, or the files of the folder; raises ModelError for a pipe or a device, whose reader might wait forever."""
+    """`path`, or the files of the folder; raises ModelError for a pipe or a device: reading one could block forever."""
     try:
         files = sorted(p for p in path.iterdir() if p.exists() and not p.is_dir()) if path.is_dir() else [path]
         special = [file for file in files if file.exists() and not file.is_file()]

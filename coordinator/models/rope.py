@@ -1,7 +1,7 @@
-"""Rotary position frequencies: theta_j = base^(-2j / head_dim) (Su et al., RoFormer, 2021), and their stretchings.
+"""Rotary position frequencies: theta_j = base^(-2j / head_dim) (Su et al., RoFormer, 2021), and their scalings.
 
-Linear scaling divides all of them by one factor and needs no function. Llama 3.1's divides only the slow ones, those
-that turn less than `low` times within the original context, and blends up to those that turn `high` times.
+Linear scaling divides all frequencies by one factor. Llama 3.1's divides only the slow ones, which make less than `low`
+turns within the original context, leaves those that make more than `high` turns, and interpolates between.
 """
 
 import math
@@ -24,19 +24,19 @@ def frequencies(head_dim: int, base: float) -> Doubles:
 
 
 def llama3(plain: Doubles, *, factor: float, low: float, high: float, original_context: float) -> Doubles:
-    """Llama 3.1's long-context frequencies from plain ones."""
+    """Llama 3.1's long-context frequencies [head_dim / 2] from plain ones."""
     turns = original_context * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(plain * (keep + (1 - keep) / factor))
 
 
 def positions(path: Path, plain: Doubles, divisor: Doubles | float = 1.0) -> Positions:
-    """The frequencies plain / divisor for every layer.
+    """One rotary table, of the frequencies plain / divisor, for all layers.
 
-    Raises ModelError if the base and factors of the file at `path` give none that are positive.
+    Raises ModelError, naming `path`, if they are not positive and finite.
     """
     with np.errstate(all="ignore"):
-        stretched = plain / divisor
-    if not (np.isfinite(stretched).all() and (stretched > 0).all()):
+        scaled = plain / divisor
+    if not (np.isfinite(scaled).all() and (scaled > 0).all()):
         raise ModelError(f"{path}: RoPE's base and scaling factors give no positive frequencies; the file is damaged")
-    return Positions(rotary=(Rotary(frequencies=tuple(stretched.tolist())),))
+    return Positions(rotary=(Rotary(frequencies=tuple(scaled.tolist())),))

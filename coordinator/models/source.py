@@ -1,4 +1,4 @@
-"""A model as its makers publish it, read tensor by tensor under the names of `tensors.py`.
+"""A published model, read tensor by tensor under the names of `tensors.py`.
 
 Rows of q and k come in interleaved pair order: rows 2j and 2j + 1 of a head are the pair that RoPE turns with frequency
 j. `down` comes transposed, [ffn, hidden]: row i is column i of W_down, the neuron's own.
@@ -31,22 +31,22 @@ Floats = npt.NDArray[np.float32]
 
 # Weights widened at a time while packing: 64 MB of float32.
 CHUNK = 1 << 24
-# What overflows is found, and told by the tensor's name.
+# Overflow is detected afterwards, and reported with the tensor's name.
 IGNORE_OVERFLOW = np.errstate(over="ignore", invalid="ignore")
-# Special tokens that end a turn or a text whether or not the model's settings name them.
+# Special tokens that end a turn or a text, whether or not the model's settings list them.
 END_TOKENS = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 )
 
 
 class SourceTensor(ABC):
-    """One matrix [rows, cols] or vector [n] of the source, read when asked for.
+    """One matrix [rows, cols] or vector [n] of the source, read on demand.
 
-    `label` names it in errors. `kind` is the weight type that keeps what the file has. `step`: rows can be read apart
-    in multiples of it. Numbers that are not finite raise ModelError when they are read.
+    Numbers that are not finite raise ModelError when they are read.
     """
 
     def __init__(self, label: str, shape: tuple[int, ...], kind: Kind, step: int = 1) -> None:
+        """`label` names it in errors, `kind` keeps what the file has, rows can be read in multiples of `step`."""
         self._label = label
         self.shape = shape
         self.kind = kind
@@ -54,22 +54,22 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def _widen(self, start: int, stop: int) -> Floats:
-        """Rows start..stop (multiples of the step) as float32."""
+        """Rows start..stop, multiples of the step, as float32."""
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
-        """The same rows as packed rows; a reader whose blocks map exactly overrides this."""
+        """The same rows, packed; a reader whose blocks can be repacked without rounding overrides this."""
         values = self._finite(start, stop)
         missing = padded(self.shape[1]) - self.shape[1]
         return pack(np.pad(values, ((0, 0), (0, missing))) if missing else values, kind)
 
     def _finite(self, start: int, stop: int) -> Floats:
-        """What `_widen` gives, checked: rounding to bfloat16 would hide a NaN."""
+        """What `_widen` returns, checked before it is packed: rounding to bfloat16 could hide a NaN."""
         values = self._widen(start, stop)
         self.check_finite(bool(np.isfinite(values).all()), Kind.F32)
         return values
 
     def check_finite(self, good: bool, kind: Kind) -> None:
-        """Raise ModelError, naming the tensor, unless its numbers were seen to be finite as `kind`."""
+        """Raise ModelError, naming the tensor, if its numbers were not all finite (`good`) as `kind`."""
         if not good:
             large = (
                 "" if kind == Kind.F32 else f", or weights too large for {kind.name.lower()}: --dtype f32 keeps those"
@@ -83,9 +83,9 @@ class SourceTensor(ABC):
 
     @IGNORE_OVERFLOW
     def packed(self, kind: Kind) -> Bytes:
-        """The matrix as uint8 [rows, row_bytes(kind, padded(cols))], zeros in the columns added.
+        """The matrix as uint8 [rows, row_bytes(kind, padded(cols))], padded with zero columns.
 
-        It is made in pieces, so that it is never whole in float32.
+        It is made in chunks, so that it is never in memory as float32 as a whole.
         """
         rows, cols = self.shape
         out = np.empty((rows, row_bytes(kind, padded(cols))), np.uint8)
@@ -97,31 +97,33 @@ class SourceTensor(ABC):
         return out
 
     def column_scales(self) -> npt.NDArray[np.float16]:
-        """With kind Q4C: scale and minimum of each column, for every 32 rows: float16 [rows / 32, 2, cols]."""
+        """Scales and minima of a Q4C matrix, whose blocks are columns of 32 rows: float16 [rows / 32, 2, cols]."""
         raise ValueError(f"tensors of kind {self.kind.name} have no column scales")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """What text needs: a tokenizer.json and how prompts begin and answers end.
+    """A tokenizer, and how prompts begin and answers end. Text is encoded with `add_special_tokens=False`."""
 
-    Encode with `add_special_tokens=False` and put `bos_id` first if `add_bos`; generation stops at any of `eos_ids`.
-    `eos_id` is the one that chat templates write.
-    """
-
+    # The text of a tokenizer.json.
     json: str
     chat_template: str | None
     bos_id: int | None
+    # The end token that chat templates write.
     eos_id: int | None
+    # Generation stops at any of these.
     eos_ids: tuple[int, ...]
+    # Whether a prompt begins with `bos_id`.
     add_bos: bool
 
 
 class Source(Protocol):
-    """An open model. `tokenizer` is None if it came without one; `notes` say what was converted, a line each."""
+    """An open model."""
 
     spec: ModelSpec
+    # None if the model has none.
     tokenizer: TokenizerFiles | None
+    # Lines for the user: what was converted, and how.
     notes: list[str]
 
     def names(self) -> Set[str]:
@@ -137,6 +139,6 @@ def padded(size: int) -> int:
 
 
 def end_ids(special: Iterable[tuple[int, str]], declared: Iterable[int | None]) -> tuple[int, ...]:
-    """Ids at which generation stops: those declared and the known end tokens among the special ones (id, text)."""
+    """Ids at which generation stops: those `declared`, and known end tokens among the `special` ones (id, text)."""
     known = {number for number, text in special if text in END_TOKENS}
     return tuple(sorted(known | {number for number in declared if number is not None}))

@@ -1,6 +1,6 @@
-"""A tensor where it lies in a model's file: read when asked for, not mapped.
+"""A tensor in a model's file, read on demand.
 
-So no descriptor is held, and a file that shrinks meanwhile is an error in one line, not a bus error.
+It is not mapped: no descriptor stays open, and a file that is truncated meanwhile raises an error instead of SIGBUS.
 """
 
 import math
@@ -21,15 +21,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(Generic[T]):
-    """`nbytes` of the file from `offset` on, whose last dimension is contiguous; `type` is the format's own.
+    """A row-major tensor. Rows are those of the last dimension; a vector is one row.
 
-    A row is one of the last dimension: a vector is one row. Reading raises ModelError if the bytes are gone.
+    Reading raises ModelError if the file has become shorter or cannot be read.
     """
 
     path: Path
     name: str
+    # Element or block type, as the file format calls it.
     type: T
     shape: tuple[int, ...]
+    # Where in the file it starts, in bytes.
     offset: int
     nbytes: int
 
@@ -38,7 +40,7 @@ class StoredTensor(Generic[T]):
         return math.prod(self.shape[:-1])
 
     def rows(self, start: int = 0, stop: int | None = None) -> Bytes:
-        """Rows start..stop, or to the end: uint8 [rows, bytes of a row]."""
+        """Rows start..stop (default: all): uint8 [rows, bytes of a row]."""
         width = self.nbytes // self._rows
         stop = self._rows if stop is None else min(stop, self._rows)
         return self._read(self.offset + start * width, stop - start, width, width)
@@ -48,7 +50,7 @@ class StoredTensor(Generic[T]):
         return self._read(self.offset + first, self._rows, last - first, self.nbytes // self._rows)
 
     def _read(self, offset: int, count: int, width: int, step: int) -> Bytes:
-        """`count` pieces of `width` bytes, each `step` after the one before."""
+        """`count` pieces of `width` bytes, `step` bytes apart."""
         if width == step:
             count, width = 1, count * width
         out = np.empty((count, width), np.uint8)

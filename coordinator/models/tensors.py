@@ -1,4 +1,4 @@
-"""The tensors of a model: their names here, which do not depend on the file format, and their shapes as published.
+"""The tensors of a model: their names in this program, for every file format, and their shapes as published.
 
 embed                          [vocab, hidden]
 head                           [vocab, hidden], absent when it is the embedding

@@ -1,7 +1,7 @@
-"""A tokenizer.json in the hands of the tokenizers library, and the library's errors in one line.
+"""Loading a tokenizer.json with the tokenizers library, and turning the library's errors into lines.
 
-It raises bare Exceptions, and where its Rust code panics a PanicException, which is a BaseException; a panic also
-writes to stderr by itself. An expression of a tokenizer.json that backtracks for too long ends so, for one.
+The library raises bare Exceptions. Where its Rust code panics, for example when a regular expression of the file
+backtracks for too long, it raises PanicException, which is a BaseException, and writes to stderr by itself.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 
 from warmfront.shared.errors import ModelError, WarmfrontError
 
-__all__ = ["load_tokenizer", "told_in_one_line"]
+__all__ = ["load_tokenizer", "one_line_errors"]
 
 
 def load_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer. Like transformers' it neither cuts nor pads, though training may have left the file saying so."""
+    """The tokenizer, without truncation and padding, which training may have left in the file; as in transformers."""
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -24,10 +24,10 @@ def load_tokenizer(text: str) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def told_in_one_line(what: str, advice: str) -> Iterator[None]:
-    """Raise ModelError "what (why); advice" for whatever goes wrong in the block, but for errors of warmfront's own.
+def one_line_errors(what: str, advice: str) -> Iterator[None]:
+    """Raise ModelError "what (why); advice" for any error of the block that is not warmfront's own.
 
-    What the block writes to stderr is held back until it ends, and dropped if it panics.
+    What the block writes to stderr is held back until it ends, and dropped if it fails.
     """
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+b", buffering=0))
@@ -44,7 +44,7 @@ def told_in_one_line(what: str, advice: str) -> Iterator[None]:
 
 
 def _give_back(stderr: int, held: int) -> None:
-    """Make `stderr` the process's again, and write to it what was held back."""
+    """Restore `stderr` as the process's, and write to it what was held back."""
     os.dup2(stderr, 2)
     os.close(stderr)
     with contextlib.suppress(OSError):

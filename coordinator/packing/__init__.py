@@ -1,1 +1,1 @@
-"""The packed file and the cache it lies in: written, found, removed. The formats of others are read in `models`."""
+"""Packed files and the cache they are in: writing, finding, removing. Published formats are read in `models`."""

@@ -1,4 +1,4 @@
-"""Arrays by name in a file of the cache (.npz), with a CRC-32 for each, which zip files have."""
+"""Named arrays in a file of the cache (.npz). Zip files have a CRC-32 of each member, so damage is noticed."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save_arrays(path: Path, **arrays: npt.ArrayLike) -> None:
-    """Keep `arrays`, strings among them, in place of what was kept before. Raises OSError, and then leaves that."""
+    """Write `arrays`, which may be strings too, in place of the file's earlier ones. On OSError, those are kept."""
     data = io.BytesIO()
     np.savez(data, **arrays)  # type: ignore[arg-type]
     make_folder(path.parent)
@@ -24,7 +24,7 @@ def save_arrays(path: Path, **arrays: npt.ArrayLike) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """What was kept; nothing if there is no file, or a damaged one."""
+    """The arrays of the file; none if it is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as kept:
             return dict(kept)

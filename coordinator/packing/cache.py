@@ -1,14 +1,14 @@
-"""What lies in the cache, and what of it may go.
+"""What is in the cache, and what of it may be removed.
 
-    models/       packed models by name, weight type and content; beside each what was made from it: copies of its
+    models/       packed models by name, weight type and content; beside each the files made from it: copies of its
                   gates, their thresholds, an interrupted count
     downloads/    models that were fetched by name
     kernels/      compiled code, a folder for each version
-    profiles/     profiles of the user's own texts  } the user's work: goes only when it is named
+    profiles/     profiles of the user's own texts  } the user's work: removed only when it is named
     tuning.json   what `warmfront tune` found       }
-    the rest      small: what was measured of this machine, which content lies at which path (`content.py`)
+    the rest      small: measurements of this machine, which content is at which path (`content.py`)
 
-Links are not followed: one that lies in the cache is removed itself, what it points to is not.
+Links are not followed: a link in the cache is removed itself, its target is not.
 """
 
 import os
@@ -32,7 +32,7 @@ __all__ = ["Item", "chosen", "everything", "listed", "refresh", "remove", "stale
 _PARTS = ("models", "downloads", "kernels", "profiles")
 _PACKED = re.compile(rf"(?P<name>.+)-(?P<dtype>{'|'.join(DTYPES)})-(?P<id>[0-9a-f]{{20}})(?P<rest>[.-].*)", re.DOTALL)
 _DAY_S = 86_400
-# Kernels of other versions that were not used for so long have no user any more.
+# Kernels of other versions that were not used for so many days count as abandoned.
 _KERNEL_DAYS = 30
 _STALE = {
     "changed": "the model has changed since",
@@ -44,31 +44,34 @@ _STALE = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing of the cache. `used`: when it last was, in seconds since 1970.
+    """One thing in the cache."""
 
-    Of packed models `id` is the content; `source` the path of a model with that content, as far as known; `state`
-    "current" if it is still there, or a key of `_STALE`.
-    """
-
+    # Its folder in the cache, "" for the cache itself.
     part: str
     name: str
+    # Its main file or folder, then those made from it.
     paths: tuple[Path, ...]
     nbytes: int
+    # When it was last used, in seconds since 1970.
     used: float
+    # Weight type; this and the fields below are for packed models.
     dtype: str = ""
+    # The content's key.
     id: str = ""
+    # Path of a model with that content, if one is known.
     source: str | None = None
+    # "current" if that model is still there; else, and for left-over files, a key of `_STALE`.
     state: str = ""
 
     @property
     def label(self) -> str:
-        """How it is called in a sentence, on one line whatever its name."""
+        """Its name in messages, printable whatever its file name is."""
         label = f"{self.name} ({self.dtype}, {self.id[:8]})" if self.id else f"{self.part}/{self.name}".lstrip("/")
         return "".join(letter if letter.isprintable() else "?" for letter in label)
 
 
 def listed() -> list[Item]:
-    """All there is, packed models first. Raises ResourceError if the cache cannot be read."""
+    """Everything in the cache, packed models first. Raises ResourceError if the cache cannot be read."""
     root, known = cache_root(), list(known_sources())
     try:
         models = _models(_entries(root / "models"), known)
@@ -78,25 +81,25 @@ def listed() -> list[Item]:
     except OSError as error:
         raise ResourceError(f"cannot read the cache {root}: {error.strerror}") from error
     sources = {item.source: item.used for item in sorted(models, key=lambda item: item.used)}
-    # A download is in use as long as what was packed from it is.
+    # A download counts as used when a model packed from it is.
     return models + [
         replace(item, used=max(item.used, sources.get(str(item.paths[0].resolve()), 0))) for item in others
     ]
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing in one that is a link or missing."""
+    """The contents of a folder; nothing if it is missing or a link."""
     return sorted(folder.iterdir()) if folder.is_dir() and (folder == cache_root() or not folder.is_symlink()) else []
 
 
 def _size_and_use(path: Path) -> tuple[int, float]:
-    """Bytes, and when anything of it was last read or written; links count as nothing."""
+    """Bytes, and when any of it was last read or written; links count as nothing."""
     try:
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):
             inner = [_size_and_use(entry) for entry in path.iterdir()]
             return sum(size for size, _ in inner), max((used for _, used in inner), default=status.st_mtime)
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # removed meanwhile, or another user's
         return 0, 0.0
     size = status.st_size if stat.S_ISREG(status.st_mode) else 0
     return size, max(status.st_atime, status.st_mtime)
@@ -108,7 +111,7 @@ def _item(part: str, *paths: Path, name: str = "", state: str = "") -> Item:
 
 
 def _models(files: Iterable[Path], known: Iterable[Known]) -> list[Item]:
-    """Packed models, each with the files made from it; what is none, or has lost its own, is left over."""
+    """Packed models, each with the files made from it; other files count as left over."""
     packed: dict[tuple[str, str, str], list[Path]] = {}
     left = []
     for file in files:
@@ -140,25 +143,25 @@ def _source_of(content: str, known: Iterable[Known]) -> tuple[str | None, str]:
 
 
 def chosen(names: Iterable[str], items: Iterable[Item]) -> list[Item]:
-    """The items of these names, ids or parts. Raises UsageError for one that there is not."""
+    """The items with these names, ids or parts. Raises UsageError for one that does not exist."""
     found = []
     for name in names:
-        some = [item for item in items if name and name in (item.name, item.id, item.id[:8], item.part)]
-        if not some:
+        matches = [item for item in items if name and name in (item.name, item.id, item.id[:8], item.part)]
+        if not matches:
             raise UsageError(f"nothing in the cache is called {name!r}: `warmfront cache ls` says what there is")
-        found += [item for item in some if item not in found]
+        found += [item for item in matches if item not in found]
     return found
 
 
 def everything(items: Iterable[Item]) -> list[Item]:
-    """All but the user's work."""
+    """All items but the user's work."""
     return [item for item in items if item.part != "profiles" and (item.part, item.name) != ("", "tuning.json")]
 
 
 def stale(items: list[Item], days: float | None, size: int | None) -> Iterator[tuple[Item, str]]:
-    """What may go, and why: what is of no use; what was not used for `days`; what is beyond `size` bytes in all.
+    """Items to remove, and why: useless ones, those not used for `days`, and what exceeds `size` bytes in all.
 
-    The user's work stays, as does what was measured.
+    The user's work and measurements are kept.
     """
     now = time.time()
     kernels = sorted((item for item in items if item.part == "kernels"), key=lambda item: item.used)
@@ -180,7 +183,7 @@ def stale(items: list[Item], days: float | None, size: int | None) -> Iterator[t
 
 
 def refresh(say: Callable[[str], None]) -> None:
-    """Look again at models whose files are not what they were: their content may be the same."""
+    """Look again at models whose files have changed: their content may be the same."""
     for known in known_sources():
         if not known.current and os.path.exists(known.path):
             with suppress(ModelError):
@@ -188,7 +191,7 @@ def refresh(say: Callable[[str], None]) -> None:
 
 
 def tidy() -> None:
-    """Forget where models were that are gone, and remove the locks of processes that are."""
+    """Forget models that no longer exist, and remove the locks of processes that have ended."""
     for known in known_sources():
         if not os.path.exists(known.path):
             with suppress(OSError):
@@ -197,8 +200,8 @@ def tidy() -> None:
 
 
 def remove(item: Item) -> bool:
-    """Remove it; False if another process is just writing it. Raises ResourceError if it cannot be removed."""
-    # What is packed and ordered is locked by its name, a count by that of the profile that it is for (`firing.py`).
+    """Remove the item; False if another process is writing it. Raises ResourceError if it cannot be removed."""
+    # Packing and reordering lock the packed file's name, a count that of its profile (`profile/counting.py`).
     if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in (".safetensors", ".profile")):
         return False
     for path in item.paths:

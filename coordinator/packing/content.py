@@ -1,9 +1,9 @@
-"""Which model lies at a path, told by its content: the key of all that the cache keeps about it.
+"""The content of the model at a path, as a key for everything that the cache keeps about it.
 
-The key is a SHA-256 over what a reader may read, in full: of a folder the weights, configurations and templates, not
-its README, pictures or hidden files. So that a start need not read 40 GB, `sources/` in the cache remembers the key
-with each file's inode, size and times (mtime, and ctime, which cannot be set). Where these differ, the files are read
-again: a model that was only touched, copied or moved has the same key, one that was edited another, whatever its mtime.
+The key is a SHA-256 of all that a reader may read: of a folder the weights, configurations and templates, but not its
+README, pictures or hidden files. So that a start need not read 40 GB, `sources/` in the cache remembers the key
+together with each file's inode, size and times (mtime, and ctime, which no user can set). If any of these differs, the
+files are read again: a model that was only touched, copied or moved keeps its key, an edited one gets another.
 """
 
 import contextlib
@@ -23,33 +23,39 @@ from warmfront.shared.paths import cache_root
 
 __all__ = ["Known", "content_of", "known_sources", "state_of"]
 
+# Files of a folder that readers read.
 _READ = (".gguf", ".jinja", ".json", ".safetensors")
+# Bytes that one thread hashes at a time.
 _PIECE = 64 << 20
+# Bytes from which on the user is told that reading takes a while.
 _LONG = 4 << 30
 State = dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was last found at a path; `file` is where that is remembered."""
+    """The model that was last found at a path."""
 
+    # Where this is remembered.
     file: Path
+    # Of the model.
     path: Path
     state: State
+    # The key.
     content: str
 
     @property
     def current(self) -> bool:
-        """Whether the same files are still there."""
+        """Whether the same files are still at the path."""
         with contextlib.suppress(ModelError, ValueError):
             return state_of(self.path) == self.state
         return False
 
 
 def state_of(path: Path) -> State:
-    """Of each file of the model its inode, size, mtime and ctime in ns, by name; a single file's is empty.
+    """Inode, size, mtime and ctime in ns of each file of the model, by name; the name of a single file is "".
 
-    Raises ModelError if there is something that cannot be read.
+    Raises ModelError if one cannot be read.
     """
     try:
         files = [file for file in model_files(path) if file == path or _is_read(file)]
@@ -86,7 +92,7 @@ def content_of(path: Path, say: Callable[[str], None]) -> str:
 
 
 def _digest(path: Path, state: State) -> str:
-    """Of names, sizes and contents; pieces are read beside each other, on all cores."""
+    """The key of names, sizes and contents; pieces are read in parallel on all cores."""
     sizes = {name: fields[1] for name, fields in state.items()}
     pieces = [(path / name, at) for name, size in sizes.items() for at in range(0, size, _PIECE)]
     digest = hashlib.sha256(repr(sizes).encode())
@@ -119,7 +125,7 @@ def _remembered(file: Path) -> Known | None:
 
 
 def known_sources() -> Iterator[Known]:
-    """Everything that is remembered."""
+    """All models that are remembered."""
     with contextlib.suppress(OSError):
         for file in sorted((cache_root() / "sources").iterdir()):
             if (known := _remembered(file)) is not None:

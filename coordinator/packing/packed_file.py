@@ -1,4 +1,4 @@
-"""Writing packed files (`store.py`): header, tensors one after the other, and the sums that they are checked by."""
+"""Writing packed files (`shared/model/store.py`): header, tensors one after the other, checksums."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from warmfront.shared.paths import cache_root
 
 __all__ = ["Shapes", "tensor_bytes", "write_packed"]
 
-# Of the packed file's tensors, by name: element type as safetensors calls it, and shape.
+# Element type, as safetensors calls it, and shape of each tensor of a packed file, by name.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -37,9 +37,9 @@ def write_packed(
     progress: Callable[[int, int], None] = lambda *_: None,
     **more: str,
 ) -> None:
-    """Write a whole file with the `tensors` of `shapes`, in that order; `more` goes into the metadata too.
+    """Write a whole file with `tensors` in the order of `shapes`; `more` are further metadata.
 
-    `progress` gets (bytes done, bytes in all). Raises OSError; ResourceError, before a byte is written, without room.
+    `progress` gets (bytes done, bytes in all). Raises OSError, and ResourceError before writing if there is no room.
     """
     pieces = {name: piece_bytes(name, *shape, tensor_bytes(*shape)) for name, shape in shapes.items()}
     count = sum(-(-tensor_bytes(*shapes[name]) // piece) for name, piece in pieces.items())
@@ -47,7 +47,7 @@ def write_packed(
     header, nbytes = _header(metadata | more, shapes | {"sums": ("U64", (count + 2,))})
     total = len(header) + nbytes
     _check_room(fd, spec.name, total)
-    os.posix_fallocate(fd, 0, total)
+    os.posix_fallocate(fd, 0, total)  # a full disk is noticed now, and the file lies in one piece
     write_all(fd, header, 0)
     done, sums = len(header), []
     for piece, tensor in zip(pieces.values(), tensors, strict=True):
@@ -56,13 +56,13 @@ def write_packed(
         write_all(fd, data.data, done)
         done += data.nbytes
         progress(done, total)
-    words = b"".join((*(some.tobytes() for some in sums), struct.pack("<Q", zlib.crc32(header[8:]))))
+    words = b"".join((*(chunk.tobytes() for chunk in sums), struct.pack("<Q", zlib.crc32(header[8:]))))
     write_all(fd, words + struct.pack("<Q", zlib.crc32(words)), done)
     progress(total, total)
 
 
 def _header(metadata: Mapping[str, str], shapes: Shapes) -> tuple[bytes, int]:
-    """The safetensors header, length, then JSON padded to 8 bytes; and the bytes that follow."""
+    """The safetensors header (length, then JSON padded to 8 bytes), and how many bytes of tensors follow."""
     fields: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (element, shape) in shapes.items():

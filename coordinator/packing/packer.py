@@ -1,7 +1,7 @@
-"""Packing: from a model as its makers publish it to the packed file that every process reads (`store.py`).
+"""Packing: from a published model to the packed file that every process reads (`shared/model/store.py`).
 
-Done once per model, by content (`content.py`), and weight type. A second run waits for the first and uses its result. A
-packed file that is damaged is packed anew.
+Done once for each content (`content.py`) and weight type. A second run waits for the first and uses its result. A file
+that is damaged, or of another version of the format, is packed anew.
 """
 
 import os
@@ -37,10 +37,10 @@ T = TypeVar("T")
 
 
 def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
-    """The packed form of the model at `path`, made now if the cache has none, or a damaged one.
+    """The packed file of the model at `path`; it is made now if the cache has none, or a damaged one.
 
-    `say` gets a line for each thing worth knowing, `progress` (bytes done, bytes in all). Raises ModelError for a
-    file that cannot be read, ResourceError when the cache has no room.
+    `say` gets lines for the user, `progress` (bytes done, bytes in all). Raises ModelError for a model that cannot be
+    read or is not supported, ResourceError if the cache has no room.
     """
     folder, content = cache_root() / "models", content_of(path, say)
     name = re.sub(r"[^A-Za-z0-9._]+", "-", path.stem).strip("-.")[:60]
@@ -57,13 +57,13 @@ def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: 
         raise ResourceError(
             f"cannot write the packed model to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder with room"
         ) from error
-    with suppress(OSError):  # when it was last used, for `warmfront cache`
+    with suppress(OSError):  # the time of last use, for `warmfront cache`
         os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
     return target
 
 
 def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What `use` returns; it is done again, and so packs anew, if it finds that a packed file is damaged."""
+    """The result of `use`, which is called again, and so packs anew, if it finds that a packed file is damaged."""
     try:
         return use()
     except DamagedError as error:
@@ -72,7 +72,7 @@ def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
 
 
 def _fault(target: Path) -> str | None:
-    """None for a packed file that can be opened, empty if there is none, else what is to be said of it."""
+    """None for a packed file that can be opened, "" if there is none, else a line for the user about its damage."""
     if not target.exists():
         return ""
     try:
@@ -102,7 +102,10 @@ def _pack(path: Path, dtype: str, target: Path, say: Callable[[str], None], prog
 
 
 class PackingPlan:
-    """Which tensors the packed file has, in which weight types, and how each is made from the source."""
+    """Which tensors the packed file has, of which weight types, and how each is made from the source.
+
+    Raises ModelError if the model is not supported.
+    """
 
     def __init__(self, source: Source, dtype: str) -> None:
         self.source = source
@@ -110,7 +113,7 @@ class PackingPlan:
         check_supported(spec)
         layers, neurons = range(spec.layers), spec.architecture.feed_forward.matrices
 
-        # The widest that any layer has: all bundles are alike.
+        # All bundles have the same layout, so their rows have the widest type of any layer.
         parts = {part: [f"layers.{i}.{part}" for i in layers] for part in neurons}
         down = min(_kind(source.tensor(name), dtype) for name in parts.pop("down"))
         gate = min(_kind(source.tensor(name), dtype) for names in parts.values() for name in names)
@@ -128,7 +131,7 @@ class PackingPlan:
                 rank = padded(source.tensor(f"layers.{i}.fc1").shape[0])
                 for part, rows in (("fc1", rank), ("fc2", self.layout.groups * GROUP)):
                     name, tensor = f"layers.{i}.{part}", source.tensor(f"layers.{i}.{part}")
-                    # Four bits would miss neurons that fire.
+                    # With four bits a predictor misses neurons that fire.
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
         for name in sorted(name for name, shape in published.items() if len(shape) == 1):
@@ -143,12 +146,12 @@ class PackingPlan:
         return tensor_bytes(*self.shapes[name])
 
     def all_kinds(self) -> dict[str, int]:
-        """The weight types of matrices and bundles, as the packed file's metadata has them."""
+        """The weight types of matrices and bundles, for the metadata."""
         kinds = {name: int(kind) for name, kind in self.kinds.items()}
         return kinds | {"gate": int(self.layout.gate_kind), "down": int(self.layout.down_kind)}
 
     def text(self) -> dict[str, Any]:
-        """How prompts begin and answers end, likewise."""
+        """How prompts begin and answers end, for the metadata."""
         if self.source.tokenizer is None:
             return {}
         return {field: value for field, value in asdict(self.source.tokenizer).items() if field != "json"}
@@ -182,14 +185,14 @@ class PackingPlan:
 
 
 def _kind(tensor: SourceTensor, dtype: str) -> Kind:
-    """The weight type that `dtype` gives a matrix; what has 4 bits already is not rounded anew."""
+    """The weight type of a matrix with `dtype`; one that has 4 bits already is not rounded again."""
     if dtype == "auto" or (dtype == "q4" and tensor.kind >= Kind.Q4):
         return tensor.kind
     return Kind.Q4S if dtype == "q4" else Kind[dtype.upper()]
 
 
 def _with_rows(rows: Bytes, count: int) -> Bytes:
-    """Packed rows and as many rows of zero weights as make `count`."""
+    """Packed rows, and zero rows up to `count`."""
     if len(rows) == count:
         return rows
     return np.concatenate((rows, np.zeros((count - len(rows), rows.shape[1]), np.uint8)))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from warmfront.coordinator.models.tokenizer_json import load_tokenizer, told_in_one_line
+from warmfront.coordinator.models.tokenizer_json import load_tokenizer, one_line_errors
 from warmfront.coordinator.text.chat_template import render
 from warmfront.coordinator.text.stream import TextStream
 from warmfront.shared.errors import ModelError, UsageError
@@ -43,7 +43,7 @@ class Tokenizer:
             text = text.encode(errors="surrogateescape").decode()
         except UnicodeError:
             raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
-        with told_in_one_line(f"the tokenizer of {self._name} fails on the text", "shorten it, or give --prompt-ids"):
+        with one_line_errors(f"the tokenizer of {self._name} fails on the text", "shorten it, or give --prompt-ids"):
             ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         bos = self._text.get("bos_id")
         if with_start and self._text.get("add_bos") and bos is not None and ids[:1] != [bos]:

@@ -1,10 +1,10 @@
 """The structure of a model as one value: norms, positions, attention, residual, feed-forward.
 
 The readers describe a model by an `Architecture`; it lies in the packed file's header, and the compiled pass, the torch
-pass and the workers read it from there. Whatever follows from its fields is a property here and is derived nowhere
-else. It can say more than is computed: `support.py` refuses what is not.
+pass and the workers read it from there. What follows from its fields is a property here and is derived nowhere else.
+It can describe more than is computed; `support.py` refuses the rest.
 
-A value that exists is valid: constructing one that no model can have raises ValueError, in one line.
+Every value is valid: constructing one that no model can have raises ValueError with a message of one line.
 See also: `spec.py` for the sizes and the JSON.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from warmfront.shared.model.formats import BLOCK
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,18 +32,18 @@ __all__ = [
 
 # Index = code in the kernels.
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
-# Exactly zero for half of the line: a neuron whose gate is closed need not be computed.
+# Exactly zero for negative gates: a neuron whose gate is closed need not be computed.
 _SPARSE_ACTIVATIONS = frozenset({"relu"})
 _NORMS = ("rms", "layer")
 _PLACEMENTS = ("pre", "post", "sandwich")
 _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
-# Sizes are C ints in the kernels and in the file formats.
+# Sizes are `int` in the CUDA kernels.
 _MAX_COUNT = 2**31 - 1
 # Above zero and finite in float32, which the passes compute with.
 _MIN_FLOAT, _MAX_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# Numbers of a vector that attention computes with at once, and weights of a quantised block.
-_HEAD_STEP, _BLOCK = 8, 32
+# The kernels compute a head in vectors of 8 floats.
+_HEAD_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +66,9 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """A table of rotary position embedding (RoPE): pair j of a head turns by position * frequencies[j] radians."""
+    """A table of rotary position embedding (RoPE): pair j of a head is rotated by position * frequencies[j] radians."""
 
-    # Inverse frequency of each pair, from the head's first pair on, scaling (linear, llama3) already applied.
+    # Inverse frequency of each rotated pair, scaling (linear, llama3) already applied. The rest of a head stays.
     frequencies: tuple[float, ...]
     # Factor on cos and sin (YaRN's attention factor).
     magnitude: float = 1.0
@@ -78,13 +80,13 @@ class Rotary:
 
     @property
     def dim(self) -> int:
-        """How many numbers of each head are turned."""
+        """How many numbers of each head are rotated."""
         return 2 * len(self.frequencies)
 
-    def waves(self, context: int) -> npt.NDArray[np.float32]:
-        """Cosines and sines of the first `context` positions, times the magnitude: [2, context, dim / 2].
+    def cos_sin(self, context: int) -> npt.NDArray[np.float32]:
+        """Cosines and sines for the positions 0..context, times the magnitude: float32 [2, context, dim / 2].
 
-        The angles are float64: in float32, position 100000 is off by 0.004 radians.
+        Computed in float64: a float32 angle of 100000 radians is off by up to 0.004.
         """
         angles = np.outer(np.arange(context), np.array(self.frequencies, np.float64))
         return (np.stack((np.cos(angles), np.sin(angles))) * self.magnitude).astype(np.float32)
@@ -92,7 +94,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """How a model knows where a token is; without any table, only the causal mask tells."""
+    """How a model tells positions apart; without any table, by the causal mask alone."""
 
     # The different rotary tables.
     rotary: tuple[Rotary, ...] = ()
@@ -123,23 +125,23 @@ class Attention:
     head_dim: int
     # Factor on q.k; None: 1 / sqrt(head_dim).
     scale: float | None = None
-    # Whether each head of q and k is normed (RMS) before it is turned.
+    # Whether each head of q and k is normed (RMS) before it is rotated.
     qk_norm: bool = False
     # Which of q, k, v and o have a bias.
     biases: tuple[str, ...] = ()
     # Scores become cap * tanh(score / cap); None: they stay.
     soft_cap: float | None = None
-    # For each layer how many tokens, itself included, a token sees; 0: all before it. Empty: all layers see all.
+    # Of each layer: how many tokens a token attends to, itself included; 0: all before it. Empty: 0 for all layers.
     windows: tuple[int, ...] = ()
-    # Whether each head has a learned score that takes its share of the softmax and gives nothing.
+    # Whether each head has a learned score that takes part in the softmax but has no value.
     sinks: bool = False
 
     def __post_init__(self) -> None:
         check_count("number of heads", self.heads)
         check_count("number of key-value heads", self.kv_heads)
-        if self.q_rows % _BLOCK:
+        if self.q_rows % BLOCK:
             raise ValueError(
-                f"heads x head size {self.q_rows} is not a multiple of {_BLOCK}; such models are not supported"
+                f"heads x head size {self.q_rows} is not a multiple of {BLOCK}; such models are not supported"
             )
         if self.head_dim < _HEAD_STEP or self.head_dim % _HEAD_STEP:
             raise ValueError(
@@ -190,17 +192,17 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """The feed-forward of every layer: down . (activation(gate . x) * up_activation(up . x)), or without a gate
+    """The feed-forward of every layer.
 
-    down . activation(up . x).
+    Gated: down . (activation(gate . x) * up_activation(up . x)). Else: down . activation(up . x).
     """
 
     gated: bool = True
-    # Of the gate; of up where there is no gate.
+    # Of the gate, or of up if there is no gate; one of ACTIVATIONS.
     activation: str
-    # Of up beside a gate: None leaves it as it is; relu beside relu is dReLU.
+    # Of up if there is a gate; None: up is used as it is. ReLU of both is dReLU.
     up_activation: str | None = None
-    # A gate up to this counts as closed (FATReLU).
+    # A gate that is not above this is closed (FATReLU); the activation of a closed gate is zero.
     threshold: float = 0.0
     # Which of gate, up and down have a bias.
     biases: tuple[str, ...] = ()
@@ -226,13 +228,13 @@ class FeedForward:
 
     @property
     def sparse(self) -> bool:
-        """Whether a neuron contributes exactly nothing while its gate, or without one its up, is closed."""
+        """Whether neurons with a closed gate (a closed up, if there is no gate) contribute exactly nothing."""
         return self.activation in _SPARSE_ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The structure of a decoder-only transformer; sizes that are not of one part are in `ModelSpec`."""
+    """The structure of a decoder-only transformer; the sizes are in `ModelSpec`."""
 
     norm: Norm
     positions: Positions
@@ -273,6 +275,6 @@ def _check_name(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def _check_parts(what: str, parts: tuple[str, ...], known: Sequence[str]) -> None:
-    """Some of `known`, in that order: equal models have equal descriptions."""
+    """Raise ValueError unless `parts` are of `known` and in its order: equal models have equal descriptions."""
     if parts != tuple(part for part in known if part in parts):
         raise ValueError(f"{what} are {reprlib.repr(parts)}, not some of {', '.join(known)}")

@@ -7,7 +7,7 @@
               together: hidden scales, hidden minima, zeros up to a multiple of 64 bytes; else nothing
 
 Gate and up rows are of `gate_kind`; the down row, the neuron's column of W_down, is of `down_kind`. A row is
-packed as in `weights.py`. Computing a neuron: h = activation(gate . x) * (up . x), FFN(x) = sum over h * down.
+packed as in `formats.py`. Computing a neuron: h = activation(gate . x) * (up . x), FFN(x) = sum over h * down.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from warmfront.shared.model.formats import Kind, row_bytes
 
 __all__ = ["GROUP", "BundleLayout"]
 
-# Neurons of a group: one warp of the GPU holds one weight h of each.
+# Neurons of a group: one for each lane of a GPU's warp, one for each bit of a mask word.
 GROUP = 32
 
+# Bundles and groups start on cache lines.
 _ALIGNMENT = 64
 
 
@@ -28,11 +29,15 @@ def _padded(size: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleLayout:
-    """Sizes of one model's bundles; `hidden` is a multiple of 32, all properties are in bytes but `groups`."""
+    """Sizes of one model's bundles; all properties but `groups` are in bytes."""
 
+    # Weights of a row, a multiple of 32.
     hidden: int
+    # Neurons of a layer.
     ffn: int
+    # Weight type of gate and up rows.
     gate_kind: Kind
+    # Weight type of down rows.
     down_kind: Kind
 
     @property
@@ -81,5 +86,5 @@ class BundleLayout:
 
     @property
     def groups(self) -> int:
-        """Groups of a layer, the padded last one included."""
+        """Groups of a layer, counting the padded last one."""
         return -(-self.ffn // GROUP)

@@ -1,4 +1,4 @@
-"""Weight types: how a row of weights rests in memory, packed and unpacked with numpy.
+"""Weight types: how a row of weights is laid out in memory, packed and unpacked with numpy.
 
 A row holds `cols` weights (a multiple of 32) and is contiguous:
 
@@ -10,12 +10,12 @@ A row holds `cols` weights (a multiple of 32) and is contiguous:
                                                                    w = q * scale + minimum, q in 0..15
           byte j of a 32-block holds weight j in its low and weight j + 16 in its high nibble
     Q4S   cols/2 bytes as in Q4, then cols/32 x float16 scale      w = (q - 8) * scale, q in 0..15
-    Q4C   cols/2 bytes as in Q4, the numbers alone: blocks run across 32 rows, which share a scale and a minimum per
-          column (`bundle.py`). Only down rows, of files whose blocks lie so.
+    Q4C   cols/2 bytes as in Q4 and no scales: a block is a column of 32 rows, whose scale and minimum lie in the tail
+          of the group (`bundle.py`). Only for down rows, of models whose blocks run that way.
 
 Q4S holds GGUF's Q4_0 exactly, Q4 holds Q4_1 and Q4_0 (minimum = -8 * scale), Q8 holds Q8_0; Q4C holds the ffn_down of
 Q4_0 and Q4_1.
-The compiled counterparts are in `kernels.py`.
+The compiled counterparts are in `shared/kernels/rows.py`.
 """
 
 from enum import IntEnum
@@ -58,7 +58,7 @@ def row_bytes(kind: int, cols: int) -> int:
 
 
 def pack(values: Floats, kind: int) -> Bytes:
-    """Round float32 [rows, cols] to the nearest of `kind`, which is not Q4C: uint8 [rows, row_bytes]."""
+    """Round float32 [rows, cols] to the nearest of `kind`, any but Q4C: uint8 [rows, row_bytes]."""
     if kind == Kind.Q4C:
         raise ValueError("rows of Q4C cannot be packed apart from their group")
     values = np.ascontiguousarray(values, np.float32)
@@ -72,6 +72,7 @@ def pack(values: Floats, kind: int) -> Bytes:
         out[:] = _round_bf16(values).view(np.uint8)
     elif kind == Kind.Q8:
         blocks = values.reshape(rows, -1, BLOCK)
+        # Symmetric as in GGUF's Q8_0: -128 stays unused.
         scale = (np.abs(blocks).max(2) / 127).astype(np.float16)
         inverse = _inverse(scale)
         q = np.clip(np.rint(blocks * inverse[:, :, None]), -127, 127).astype(np.int8)
@@ -80,17 +81,20 @@ def pack(values: Floats, kind: int) -> Bytes:
     elif kind == Kind.Q4S:
         blocks = values.reshape(rows, -1, BLOCK)
         high, low = blocks.max(2), blocks.min(2)
-        # Of 0..15, 0 is farther from 8 than 15 is: the weight of the largest magnitude gets it, whatever its sign.
+        # In 0..15, 0 is farther from 8 than 15 is, so the weight of the largest magnitude is given 0, and the scale its
+        # sign: a step of max / 8 instead of max / 7.
         scale = (np.where(high > -low, high, low) / -8).astype(np.float16)
         q = np.clip(np.rint(blocks * _inverse(scale)[:, :, None]) + 8, 0, 15).astype(np.uint8)
-        nothing = scale == 0  # a block of zeros is zero bytes: not -0, and 0 for 8
-        scale[nothing], q[nothing] = 0, 0
+        # A block of zeros is all zero bytes, not -0 and eights: padding compares equal whoever wrote it.
+        empty = scale == 0
+        scale[empty], q[empty] = 0, 0
         out[:] = np.concatenate((join_nibbles(q), scale.view(np.uint8)), axis=1)
     else:
         blocks = values.reshape(rows, -1, BLOCK)
         low = blocks.min(2)
         scale = ((blocks.max(2) - low) / 15).astype(np.float16)
         minimum = low.astype(np.float16)
+        # The scale as it is stored, rounded to float16: the numbers then make up for its rounding.
         inverse = _inverse(scale)
         q = np.clip(np.rint((blocks - minimum[:, :, None].astype(np.float32)) * inverse[:, :, None]), 0, 15)
         out[:] = join_q4(q.astype(np.uint8), scale, minimum)
@@ -121,10 +125,11 @@ def _split_nibbles(data: Bytes, cols: int) -> Bytes:
 
 
 def finite(data: Bytes, kind: int, cols: int) -> bool:
-    """Whether packed rows hold finite numbers only; of blocks, whose numbers are integers, their scales and minima."""
+    """Whether packed rows hold only finite numbers; of quantised blocks, the scales and minima are looked at."""
     if kind == Kind.F32:
         return bool(np.isfinite(data.view(np.float32)).all())
     if kind == Kind.BF16:
+        # An exponent of all ones is infinity or NaN.
         return not bool((data.view(np.uint16) & 0x7F80 == 0x7F80).any())
     start = 0 if kind == Kind.F16 else cols if kind == Kind.Q8 else cols // 2
     return bool(np.isfinite(np.ascontiguousarray(data[:, start:]).view(np.float16)).all())
@@ -157,11 +162,12 @@ def unpack(data: Bytes, kind: int, cols: int) -> Floats:
 
 
 def _round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
-    """Round to nearest even; no NaN is expected in weights."""
+    """Round to nearest even. A NaN may come out as infinity: sources are checked before."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _inverse(scale: npt.NDArray[np.float16]) -> Floats:
+    """1 / scale, and 0 for a scale of 0, whose block is all zeros."""
     wide = scale.astype(np.float32)
     return np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)

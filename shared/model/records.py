@@ -50,5 +50,5 @@ def _record(kind: Any, value: Any, field: str) -> Any:
     return kind(**{name: _decoded(types[name], value[name], f"{prefix}{name}") for name in types})
 
 
-def _wrong(value: Any, field: str, wish: str) -> ValueError:
-    return ValueError(f"field {field or 'spec'} is {reprlib.repr(value)}, not {wish}")
+def _wrong(value: Any, field: str, expected: str) -> ValueError:
+    return ValueError(f"field {field or 'spec'} is {reprlib.repr(value)}, not {expected}")

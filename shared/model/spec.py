@@ -1,4 +1,4 @@
-"""A model described by data: its name, its sizes and its `Architecture`; a value that exists is valid."""
+"""A model described by data: its name, its sizes and its `Architecture`. It lies in the packed file as JSON."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class Predictor:
     input: str = "residual"
     # "relu" or "none".
     activation: str = "relu"
-    # A raw logit.
+    # Compared with the raw logit.
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
@@ -41,13 +41,13 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One decoder-only transformer. Constructing one that cannot be raises ValueError."""
+    """One decoder-only transformer. Constructing one that no model can have raises ValueError."""
 
-    # As its makers call the family: "llama".
+    # The family's name in the model's own files: "llama".
     family: str
     name: str
     layers: int
-    # Numbers of the residual.
+    # Width of the residual.
     hidden: int
     # Neurons of a layer; with experts, of each expert.
     ffn: int
@@ -56,7 +56,7 @@ class ModelSpec:
     # Tokens that the model was trained for.
     context: int
     architecture: Architecture
-    # Present if the model has low-rank predictors, then in every layer.
+    # Present if the model has low-rank predictors; it then has them in every layer.
     predictor: Predictor | None = None
 
     def __post_init__(self) -> None:
@@ -83,5 +83,5 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
-        """The inverse of `to_json`. Raises ValueError, naming the field, for anything that it does not write."""
+        """The inverse of `to_json`. Raises ValueError that names the field for anything that `to_json` cannot write."""
         return decoded(cls, json.loads(text), "")

@@ -1,29 +1,34 @@
 """The packed model: one safetensors file in the cache, ready to be read into place.
 
 Tensors:
-    embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`weights.py`); head is absent when tied
+    embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`formats.py`); head is absent when tied
     layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
-                                         up to a multiple of 32; absent in models without predictors (`model.py`)
+                                         up to a multiple of 32; absent in models without predictors (`spec.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
     profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
-                                         text that it was counted on (absent until then; `profile/counts.py`)
-    places                               U32 [layers, neurons]: which of the makers' neurons is where (as `profile`)
-    sums                                 U64 [n + 2], the last: a sum of each piece of the others (`sums_of`), one after
-                                         the other; CRC-32 of the header; CRC-32 of this tensor up to here
-Metadata (strings): format, spec (JSON of ModelSpec), kinds (JSON: name -> weight type of each U8 matrix; `gate` and
-`down` for the bundles), text (JSON: chat template, end-of-text ids and the like), profile (JSON: what it was counted
-on), order (which order the neurons are in; absent: the makers'). The rows of ffn, fc2 and profile are in that order.
+                                         text that was counted (absent until then; `profile/counts.py`)
+    places                               U32 [layers, neurons]: the published index of the neuron at each place (absent
+                                         until then)
+    sums                                 U64 [n + 2], the last tensor: a checksum of each piece of the others in order
+                                         (`sums_of`); CRC-32 of the header; CRC-32 of this tensor up to here
+Metadata (strings):
+    format     `FORMAT`
+    spec       JSON of `ModelSpec`
+    kinds      JSON: weight type of each U8 matrix by name; `gate` and `down` for the bundles
+    text       JSON: chat template, end-of-text ids and the like
+    profile    JSON: on what the profile was counted
+    order      identifies the order of the neurons, in which the rows of ffn, fc2 and profile lie; absent: as published
 
 What is checked, and when: header, sizes and norms whenever the file is opened; every other piece whenever it is read,
 before anything is computed with it. A piece is a group of bundles, eight packed rows, or any other tensor as a whole.
-The sums find what a power cut or a bad disk does to a file (zeroed or foreign pages, a flipped bit, a lost end). They
-are fast, not cryptographic: who can write to the cache can also forge them.
+The checksums find what a power cut or a bad disk does to a file: zeroed or foreign pages, a flipped bit, a lost end.
+They are fast, not cryptographic: whoever can write to the cache can also forge them. So the spec is validated too.
 
-The file is read with plain reads into memory that the reader placed, not mapped: so pages lie on the reader's NUMA
-node and can be huge.
+The file is read with plain reads into memory that the reader has placed, not mapped: so its pages lie on the reader's
+NUMA node and can be huge.
 """
 
 import contextlib
@@ -46,36 +51,39 @@ from warmfront.shared.model.support import check_supported
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
+# A file of another format counts as damaged, so it is packed anew.
 FORMAT = "warmfront-6"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the file: its element type, shape and extent in bytes and, for packed rows, its weight type.
+    """One tensor of the file."""
 
-    `piece`: bytes that have a sum together; `first`: the number of its first sum.
-    """
-
+    # Element type as safetensors calls it.
     element: str
     shape: tuple[int, ...]
+    # Where in the file it starts, in bytes.
     offset: int
     nbytes: int
+    # Weight type of packed rows.
     kind: Kind | None
+    # Bytes that have one checksum together; the last piece may be shorter.
     piece: int
+    # Index of the checksum of its first piece.
     first: int
 
 
 def piece_bytes(name: str, element: str, shape: tuple[int, ...], nbytes: int) -> int:
-    """Bytes of the pieces, each with a sum of its own, that a tensor of the packed file is read and checked in."""
+    """Bytes of a piece of a tensor; each piece has a checksum of its own."""
     if element != "U8" or len(shape) != 2:
         return max(nbytes, 1)
     return nbytes // shape[0] * (1 if name.endswith(".ffn") else 8)
 
 
 def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
-    """Of each `piece` bytes of `data`, the last may be shorter, the sum of their 64-bit words.
+    """The checksum of every `piece` bytes of `data`, the last of them may be fewer: uint64 [pieces].
 
-    uint64 [pieces], modulo 2^64. As fast as memory, where CRC-32 would double the time to load a model.
+    It is the sum of the 64-bit words modulo 2^64: as fast as memory, where CRC-32 would double the time of loading.
     """
     whole = len(data) // piece if piece % 8 == 0 else 0
     rest = data[whole * piece :]
@@ -88,16 +96,17 @@ def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
 
 
 class PackedModel:
-    """An open packed model; a context manager. Raises DamagedError if it is gone or not whole, ModelError otherwise.
+    """An open packed model; a context manager.
 
-    Who reads a piece that is not what was written gets DamagedError, and the file is gone, so that it is made anew.
+    Raises DamagedError if the file is gone or not what was written, ModelError if it cannot be opened or its model
+    is not supported. Reading a damaged piece raises DamagedError and removes the file, so that it is made again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # another process has found it damaged, or was told to remove it
+        except FileNotFoundError:  # another process found it damaged, or was told to remove it
             raise DamagedError(f"the packed model {path} is gone; it will be made again") from None
         except OSError as error:
             raise ModelError(f"cannot open the packed model {path}: {error.strerror}") from error
@@ -176,7 +185,7 @@ class PackedModel:
                 raise self._discarded(name)
 
     def _discarded(self, name: str) -> DamagedError:
-        """The error for a tensor whose bytes are not those that were written; unless it was replaced, the file goes."""
+        """The error for a tensor that is not what was written; removes the file, unless it has been replaced."""
         with contextlib.suppress(OSError):
             if os.fstat(self._fd).st_nlink:
                 self.path.unlink()
@@ -193,7 +202,7 @@ class PackedModel:
         return self.bytes_of(name).view(np.float32)
 
     def places(self) -> npt.NDArray[np.int64]:
-        """Which of the makers' neurons comes where: int64 [layers, neurons]."""
+        """The published index of the neuron at each place: int64 [layers, neurons]."""
         shape = (self.spec.layers, self.layout.groups * GROUP)
         if "places" not in self.entries:
             return np.broadcast_to(np.arange(shape[1]), shape)
@@ -218,6 +227,6 @@ class PackedModel:
 
 
 def run_of(places: npt.NDArray[np.int64]) -> int:
-    """How many of `places` [n, (layer, group)], from the first on, lie one after the other in the file."""
+    """How many of `places` [n, (layer, group)], from the first on, lie next to each other in the file."""
     step = np.any(places - places[0] != np.stack((np.zeros(len(places)), np.arange(len(places))), axis=1), axis=1)
     return int(np.argmax(step)) if step.any() else len(places)

@@ -1,4 +1,4 @@
-"""GGUF's weight blocks: which weight type keeps each, and the exact repacking where the blocks map.
+"""GGUF's weight blocks: which weight type holds each, and how blocks are repacked without rounding.
 
     F32, F16, BF16             as they are
     Q4_0, Q4_1, Q8_0           the same numbers in another order; Q4_0 as Q4S or, beside Q4_1, as Q4
@@ -6,7 +6,7 @@
     Q5_0, Q5_1, Q5_K, Q6_K     rounded to Q8
     the rest                   rounded to Q4
 
-Layouts are those of ggml's `ggml-common.h`: the rows below name the bytes of one block.
+The layouts are those of ggml's `ggml-common.h`; each function names the bytes of one block.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ ROUNDED_TO_Q8 = frozenset((Type.Q5_0, Type.Q5_1, Type.Q5_K, Type.Q6_K))
 
 
 def kind_of(block: Type) -> Kind | None:
-    """The weight type for a GGUF type; None if the gguf package cannot read such blocks."""
+    """The weight type that holds a GGUF type; None if the gguf package cannot read such blocks."""
     if block in FLOATS:
         return FLOATS[block]
     try:
@@ -40,7 +40,7 @@ def kind_of(block: Type) -> Kind | None:
 
 
 def repack(block: Type, kind: Kind) -> Callable[[Bytes], Bytes] | None:
-    """The function from rows of such blocks to packed rows of `kind`; None where values must be rounded."""
+    """The function that turns rows of such blocks into packed rows of `kind`; None if values must be rounded."""
     return _REPACK.get((block, kind))
 
 
@@ -91,7 +91,7 @@ def _halves(pair: Bytes) -> npt.NDArray[np.float16]:
 
 
 def _columns(*parts: npt.NDArray[np.uint8 | np.float16]) -> Bytes:
-    """Rows whose columns are the parts' bytes, one part after another."""
+    """The bytes of each part, row by row, one part after another."""
     return np.concatenate([np.ascontiguousarray(p).view(np.uint8).reshape(len(p), -1) for p in parts], axis=1)
 
 

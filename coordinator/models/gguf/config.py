@@ -1,6 +1,6 @@
-"""From the fields of a GGUF file to the description of a model.
+"""The description of a model from the fields of a GGUF file.
 
-GGUF has no field for the activation, nor for biases: what was found in the file tells.
+GGUF has no fields for activation, biases and tied embeddings; they follow from the dialect and the tensors.
 """
 
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ __all__ = ["Found", "llama", "rotary"]
 
 
 class Found(NamedTuple):
-    """What a file has beside its fields."""
+    """What is in a file beside its fields."""
 
-    # Shape of each tensor, by the name of `tensors.py`; "embed" is there.
+    # Shape of each tensor by the name of `tensors.py`; it has "embed".
     shapes: Mapping[str, tuple[int, ...]]
-    # Whether it is of PowerInfer's dialect, whose models are all ReLU.
+    # Whether it is in PowerInfer's dialect, whose models all use ReLU.
     powerinfer: bool
 
     @property
     def predictors(self) -> bool:
-        """Whether there are predictors; then every layer must have them."""
+        """Whether any layer has a predictor; every layer must have one then."""
         return any(name.endswith((".fc1", ".fc2")) for name in self.shapes)
 
     def biases(self, parts: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `parts` that have a bias in some layer; then every layer must have it."""
+        """Those of `parts` that have a bias in any layer; every layer must have it then."""
         biased = {name.split(".")[2] for name in self.shapes if name.startswith("layers.") and name.endswith(".bias")}
         return tuple(part for part in parts if part in biased)
 
 
 def llama(fields: Fields, found: Found) -> ModelSpec:
-    """A model of the llama family, but for its positions."""
+    """The description of a Llama, without its positions."""
     family, name = fields.text("general.architecture"), fields.text("general.name", fields.path.stem)
     keys = fields.under(f"{family}.")
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
@@ -74,7 +74,7 @@ def llama(fields: Fields, found: Found) -> ModelSpec:
 
 
 def rotary(fields: Fields, spec: ModelSpec, factors: Doubles | float) -> Positions:
-    """RoPE on whole heads; Llama 3.1's stretching comes as `factors`, the divisor of each frequency."""
+    """RoPE on whole heads. Llama 3.1's scaling comes as `factors`, a divisor of each frequency."""
     keys = fields.under(f"{spec.family}.")
     scaling = keys.text("rope.scaling.type", "")
     divisor = keys.positive("rope.scale_linear", 1.0)

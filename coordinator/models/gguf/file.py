@@ -6,8 +6,8 @@
     text    = u64 length | UTF-8
     array   = u32 type | u64 length | values
 
-Data and offsets are multiples of `general.alignment`. A file is hostile until checked: no number of it is used to
-allocate or to count before it is seen to fit the file, and what lies before the data is of a sane length. Big-endian
+Data and offsets are multiples of `general.alignment`. A file is hostile until checked: no number in it is used for an
+allocation or a loop before it is known to fit the file, and what precedes the data has a limited length. Big-endian
 files and arrays of arrays are refused.
 """
 
@@ -29,17 +29,17 @@ __all__ = ["GgufFile", "is_gguf"]
 POWERINFER = b"PWRI"
 MAGICS = (b"GGUF", POWERINFER)
 VERSIONS = (2, 3)
-# Types of values, by number, as struct and numpy call them; and the two that are not of one size.
+# Type codes of struct and numpy by GGUF's number; and GGUF's numbers of the two types without a fixed size.
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 TEXT, ARRAY = 8, 9
 LENGTH = struct.Struct("<Q")
-# Bytes before the data: the largest vocabularies take 20 MB.
-LONGEST_HEAD = 1 << 26
-MOST_DIMENSIONS = 4
+# Bytes before the data; the largest vocabularies take 20 MB.
+MAX_HEAD_BYTES = 1 << 26
+MAX_DIMENSIONS = 4
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as GGUF files do, whatever its name; raises ModelError if it cannot be read."""
+    """Whether the file begins like a GGUF file, whatever its name; raises ModelError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) in MAGICS
@@ -48,7 +48,7 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufFile:
-    """A file's `fields`, arrays of numbers as numpy arrays, and its `tensors`, both by name.
+    """A file's `fields` and `tensors` by name; arrays of numbers are numpy arrays.
 
     Raises ModelError if it cannot be read or is not whole.
     """
@@ -83,7 +83,7 @@ class GgufFile:
 
     def _take(self, count: int) -> bytes:
         """The next `count` bytes."""
-        if count > min(self._size, LONGEST_HEAD) - self._at:
+        if count > min(self._size, MAX_HEAD_BYTES) - self._at:
             raise ValueError(f"{count} bytes at {self._at} are beyond the {self._size} of the file, or of a sane head")
         self._at += count
         return self._file.read(count)
@@ -114,7 +114,7 @@ class GgufFile:
         """Name, type, shape and offset of the next tensor of the table."""
         name = self._text()
         (count,) = self._unpack("I")
-        if not 1 <= count <= MOST_DIMENSIONS:
+        if not 1 <= count <= MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {count} dimensions")
         *sizes, kind, offset = self._unpack(f"{count}QIQ")
         if kind not in gguf.GGML_QUANT_SIZES:
@@ -122,7 +122,7 @@ class GgufFile:
         return name, Type(kind), tuple(reversed(sizes)), offset
 
     def _place(self, table: list[tuple[str, Type, tuple[int, ...], int]]) -> None:
-        """Keep the tensors of the table, if each is within the file, aligned, and on bytes of its own."""
+        """Fill `tensors`, after checking that each is aligned, within the file, and overlaps no other."""
         alignment = self.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r:.40}, not a power of two")

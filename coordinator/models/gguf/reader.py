@@ -1,8 +1,8 @@
-"""GGUF files of the `FAMILIES`, and PowerInfer's of ReLU models.
+"""GGUF files of the `FAMILIES`, and those of PowerInfer's dialect.
 
-GGUF's blocks of a `down` matrix run across neurons: Q4_0, Q4_1 and Q4_K keep them so (Q4C), other blocks become Q8.
-PowerInfer's files begin with PWRI instead of GGUF, hold `down` one row per neuron (`ffn_down_t`) and, in all layers
-or in none, predictors (`fc1`, `fc2`).
+GGUF's blocks of a `down` matrix run across neurons. Those of Q4_0, Q4_1 and Q4_K are kept (as Q4C), others become Q8.
+PowerInfer's files begin with PWRI instead of GGUF, store `down` with a row for each neuron (`ffn_down_t`) and, in all
+layers or in none, predictors (`fc1`, `fc2`).
 Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
 See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 """
@@ -36,7 +36,7 @@ __all__ = ["GgufSource"]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# What PowerInfer's files have in place of "ffn_down", in its terms and ours.
+# What PowerInfer's files have instead of "ffn_down", by its names: the last word of ours.
 POWERINFER_PARTS = {"blk.{i}.ffn_down_t": "down", "blk.{i}.fc1": "fc1", "blk.{i}.fc2": "fc2"}
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -53,9 +53,9 @@ class GgufSource:
         if architecture not in FAMILIES:
             raise ModelError(f"{path}: architecture '{architecture}' is not supported; {supported()}")
         self._family = FAMILIES[architecture]
-        if fields.count("split.count", 1, least=0) > 1:
+        if fields.count("split.count", 1, low=0) > 1:
             raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
-        if fields.count(f"{architecture}.expert_count", 0, least=0) > 0:
+        if fields.count(f"{architecture}.expert_count", 0, low=0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
         tensors = file.tensors
         self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in tensors)
@@ -83,7 +83,7 @@ class GgufSource:
         return self._tensors[name]
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
-        """The tensors by their names here; raises ModelError for one that the family has not."""
+        """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""
         parts = {gguf: part for part, (_, gguf) in self._family.tensors.items()}
         if self._powerinfer:
             parts = {gguf: part for gguf, part in parts.items() if part != "down"} | POWERINFER_PARTS
@@ -101,7 +101,7 @@ class GgufSource:
         return named
 
     def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, "GgufTensor"]:
-        """Every tensor that the model must have, of the right shape, and no other."""
+        """The model's tensors; raises ModelError if one is missing, unexpected or of a wrong shape or type."""
         tensors = {name: self._tensor(name, named, shape) for name, shape in file_shapes(self.spec)}
         if self.spec.predictor is not None:
             shapes = predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()})
@@ -143,7 +143,7 @@ class GgufSource:
 
 
 class GgufTensor(SourceTensor):
-    """A tensor of the file; `transposed` delivers [out, in] of the file as [in, out]."""
+    """A tensor of the file; if `transposed`, [out, in] in the file is delivered as [in, out]."""
 
     def __init__(self, tensor: StoredTensor[Type], *, transposed: bool) -> None:
         self.type = tensor.type
@@ -189,7 +189,7 @@ class GgufTensor(SourceTensor):
         return scales
 
     def _split(self) -> tuple[Bytes, npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-        """Numbers, scales and minima as they lie in the file, [out, in] and [out, in / 32]."""
+        """Numbers, scales and minima in the order of the file: [out, in] and [out, in / 32]."""
         exact = repack(self.type, Kind.Q4)
         assert exact is not None
         return split_q4(exact(self._stored.rows()), self.shape[0])

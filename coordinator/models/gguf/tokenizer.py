@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.source import TokenizerFiles, end_ids
-from warmfront.coordinator.models.tokenizer_json import told_in_one_line
+from warmfront.coordinator.models.tokenizer_json import one_line_errors
 from warmfront.shared.errors import ModelError
 
 __all__ = ["read_tokenizer"]
@@ -21,15 +21,15 @@ __all__ = ["read_tokenizer"]
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "▁"
-# Every cut of a SentencePiece token is tried; published ones have at most some 100 characters.
-LONGEST_TOKEN = 1024
+# All ways to cut a SentencePiece token in two are tried; published tokens have at most some 100 characters.
+MAX_TOKEN_LENGTH = 1024
 
 
 class Pre(NamedTuple):
-    """How text is cut into words: patterns applied one after another, each match a word."""
+    """How text is cut into words: patterns applied one after another; each match is a word."""
 
     patterns: tuple[str, ...]
-    # A word that is a token is not merged up from bytes.
+    # A word that is a token as a whole is not built by merges.
     whole_words: bool = False
     add_bos: bool = False
 
@@ -66,7 +66,7 @@ ALIASES = {
 def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> TokenizerFiles | None:
     """The tokenizer that the metadata `fields` of the file at `path` describe; None if they have none.
 
-    Appends to `notes` when words must be cut by guess. Raises ModelError for other families and damaged fields.
+    Appends to `notes` if the pre-tokenizer is unknown. Raises ModelError for other families and damaged fields.
     """
     checked = Fields(path, fields)
     model = checked.text("tokenizer.ggml.model", "none")
@@ -76,7 +76,7 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> T
         raise ModelError(f"{path}: tokenizer '{model}' is not supported; gpt2 and llama are")
     tokens = checked.texts("tokenizer.ggml.tokens")
     types = checked.numbers("tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens))
-    with told_in_one_line(f"{path}: the tokenizer's fields do not fit together", "fetch the file again"):
+    with one_line_errors(f"{path}: the tokenizer's fields do not fit together", "fetch the file again"):
         if model == "gpt2":
             pre = _pre(checked, notes)
             tokenizer = _byte_level(tokens, checked.texts("tokenizer.ggml.merges"), pre)
@@ -123,7 +123,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: Pre) -> Tokenizer:
 
 
 def _sentence_piece(tokens: list[str], types: list[int], scores: list[float], space: bool) -> Tokenizer:
-    """`space`: a piece of text gets a space in front, at the start and after a special token (as in llama.cpp)."""
+    """`space`: put a space in front of the text and after each special token, as llama.cpp does."""
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
     merges = list(_merges(tokens, types, scores))
@@ -136,9 +136,9 @@ def _sentence_piece(tokens: list[str], types: list[int], scores: list[float], sp
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score first: SentencePiece joins what scores best."""
-    if max(map(len, tokens), default=0) > LONGEST_TOKEN:
-        raise ValueError(f"a token of more than {LONGEST_TOKEN} characters")
+    """Every pair of tokens that joins into a third, best score first: SentencePiece merges the best-scoring pair."""
+    if max(map(len, tokens), default=0) > MAX_TOKEN_LENGTH:
+        raise ValueError(f"a token of more than {MAX_TOKEN_LENGTH} characters")
     pieces = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, USER_DEFINED)}
     for token in sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])):
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))
@@ -147,7 +147,7 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> Iterato
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are found in the text before anything else."""
+    """Add the tokens that are matched in the text before it is cut into words."""
     for kinds, special in (((UNKNOWN, CONTROL), True), ((USER_DEFINED,), False)):
         chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds and token]
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in chosen])

@@ -1,6 +1,6 @@
-"""From the fields of config.json to the description of a model.
+"""The description of a model from the fields of config.json.
 
-Covers the activations of `ACTIVATION_NAMES`, biases, tied embeddings and RoPE as it is, linear or llama3.
+Covers the activations of `ACTIVATION_NAMES`, biases, tied embeddings, and RoPE: plain, linear or llama3.
 """
 
 from warmfront.coordinator.models import rope
@@ -22,7 +22,7 @@ ACTIVATION_NAMES = {
 
 
 def llama(config: Fields, name: str) -> ModelSpec:
-    """A model of the llama family, but for its positions."""
+    """The description of a Llama, without its positions."""
     activation = config.text("hidden_act", "silu")
     if activation not in ACTIVATION_NAMES:
         known = ", ".join(ACTIVATION_NAMES)
@@ -57,7 +57,7 @@ def llama(config: Fields, name: str) -> ModelSpec:
 
 
 def rotary(config: Fields, spec: ModelSpec) -> Positions:
-    """RoPE on whole heads; transformers 5 writes `rope_parameters`, before it was `rope_theta` and `rope_scaling`."""
+    """RoPE on whole heads. transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
     settings = config.section("rope_parameters" if "rope_parameters" in config else "rope_scaling")
     kind = settings.text("rope_type", settings.text("type", "default"))
     base = settings.positive("rope_theta", config.positive("rope_theta", 10000.0))

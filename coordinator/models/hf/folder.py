@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder, which is hostile until checked: where they lie, JSON objects, weights."""
+"""Files of a Hugging Face folder, which is hostile until checked: their paths, JSON objects, weights."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from warmfront.shared.errors import ModelError
 
 __all__ = ["inside", "read_fields", "read_text", "read_weights"]
 
-# Bytes of a text file: the largest tokenizers have some 30 MB.
-LONGEST_TEXT = 1 << 28
+# Bytes of a text file; the largest tokenizers have some 30 MB.
+MAX_TEXT_BYTES = 1 << 28
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder; raises ModelError if it lies elsewhere.
+    """The file of that name in the folder; raises ModelError if it lies elsewhere or is not a regular file.
 
-    Links must stay in the folder, but for those of Hugging Face's cache, from snapshots/REVISION to the blobs beside.
+    Links must stay in the folder, except those of Hugging Face's cache, from snapshots/REVISION to the blobs beside it.
     """
     path = folder / name
     try:
@@ -37,7 +37,7 @@ def read_text(folder: Path, name: str) -> str | None:
     """A text file, with or without a byte order mark; None if there is no such file."""
     path = inside(folder, name)
     try:
-        if path.stat().st_size > LONGEST_TEXT:
+        if path.stat().st_size > MAX_TEXT_BYTES:
             raise ModelError(f"{path} is larger than any such file; fetch it again")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

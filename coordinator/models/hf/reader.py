@@ -29,11 +29,11 @@ __all__ = ["HfSource"]
 
 Floats = npt.NDArray[np.float32]
 
-# Where all tensors but the head are in the models that have one.
+# Prefix of all tensors but the head, in a model saved with its head.
 BASE = "model."
-# Buffers that older versions of transformers saved: what they hold follows from config.json.
+# Buffers that older versions of transformers saved; their values follow from config.json.
 HARMLESS = ".rotary_emb.inv_freq"
-# Rows of two matrices that are in memory at a time.
+# Rows of each of two matrices that are read at a time.
 ROWS_COMPARED = 1024
 
 
@@ -75,11 +75,11 @@ class HfSource:
         self.spec = replace(self.spec, architecture=replace(self.spec.architecture, **fields))
 
     def _read(self) -> dict[str, "HfTensor"]:
-        """The model's tensors; raises ModelError if one is missing, of another shape or type, or not the model's."""
+        """The model's tensors by our names; raises ModelError for one that is missing, unknown or of a wrong shape."""
         stored = read_weights(self.folder)
         head, embed = self._family.hf_name("head"), self._family.hf_name("embed")
         if embed not in stored and embed.removeprefix(BASE) in stored:
-            # Saved by the base class of the model, which knows of no head.
+            # Saved by the base class of the model, which has no head.
             stored = {name if name == head else f"{BASE}{name}": tensor for name, tensor in stored.items()}
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
@@ -94,7 +94,7 @@ class HfSource:
         return tensors
 
     def _is_tied(self, head: StoredTensor[str] | None, embed: StoredTensor[str] | None) -> bool:
-        """Whether the embedding is the head. Like transformers: two that differ are not tied, whatever is asked."""
+        """Whether the embedding is the head. As in transformers, two that differ never are."""
         tied = self.spec.architecture.tied_head
         if head is None and not tied:
             name = self._family.hf_name("head")
@@ -107,7 +107,7 @@ class HfSource:
         return False
 
     def _tensor(self, name: str, stored: dict[str, StoredTensor[str]], shape: tuple[int, ...]) -> "HfTensor":
-        """Take a tensor out of those that are `stored`."""
+        """Take a tensor out of `stored`, so that what is left there is unknown."""
         published = self._family.hf_name(name)
         found = stored.pop(published, None)
         if found is None:
@@ -124,7 +124,7 @@ class HfSource:
 class HfTensor(SourceTensor):
     """A tensor of a safetensors file.
 
-    By its `name` here, the matrix `down` is delivered transposed, rows and biases of q and k as RoPE's pairs.
+    The matrix `down` is delivered transposed, rows and biases of q and k in the order of RoPE's pairs.
     """
 
     def __init__(self, stored: StoredTensor[str], name: str, head_dim: int) -> None:
@@ -144,7 +144,7 @@ class HfTensor(SourceTensor):
         else:
             wide = unpack(self._stored.rows(start, stop), self.kind, self.shape[1])
         if self._half:
-            # Published as all first members of the pairs, then all second ones.
+            # In the file, the first numbers of all pairs of a head come before all second ones.
             tail = wide.shape[1:]
             wide = wide.reshape(-1, 2, self._half, *tail).swapaxes(1, 2).reshape(-1, *tail)
         return wide
@@ -166,7 +166,7 @@ def _check_unquantised(folder: Path, config: Fields) -> None:
 
 
 def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:
-    """The predictors' settings and matrices; there is no part of it that may be missing or unknown."""
+    """The predictors' settings and matrices; raises ModelError for a tensor that is missing or unknown."""
     values, metadata = read_safetensors(path, "make it anew or remove it")
     settings: dict[str, Any] = {name: metadata[name] for name in ("input", "activation") if name in metadata}
     try:

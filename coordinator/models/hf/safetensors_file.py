@@ -2,8 +2,8 @@
 
     u64 length | JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}} | data
 
-A file is hostile until checked: the tensors must fill the data without gaps, as the format asks, and no name may be
-there twice, of which the JSON parsers of other readers keep the last.
+A file is hostile until checked: the tensors must fill the data without gaps, as the format demands, and no name may
+occur twice (JSON parsers keep the last, so readers might disagree).
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["ITEM_BYTES", "KINDS", "read_safetensors"]
 KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # The format's own limit.
-LONGEST_HEADER = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 
 
 def read_safetensors(path: Path, advice: str) -> tuple[dict[str, StoredTensor[str]], dict[str, str]]:
@@ -30,7 +30,7 @@ def read_safetensors(path: Path, advice: str) -> tuple[dict[str, StoredTensor[st
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(LONGEST_HEADER, size - 8):
+            if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes does not fit")
             return _parse(path, file.read(length), size)
     except OSError as error:

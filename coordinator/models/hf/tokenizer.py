@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, and what its settings say of begin, end and chats."""
+"""The tokenizer of a Hugging Face folder: tokenizer.json, begin and end tokens, chat template."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ from tokenizers import AddedToken
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.hf.folder import read_fields, read_text
 from warmfront.coordinator.models.source import TokenizerFiles, end_ids
-from warmfront.coordinator.models.tokenizer_json import load_tokenizer, told_in_one_line
+from warmfront.coordinator.models.tokenizer_json import load_tokenizer, one_line_errors
 
 __all__ = ["read_tokenizer"]
 
 
 def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles | None:
-    """The folder's tokenizer; None if it has none. Raises ModelError for files that are damaged.
+    """The folder's tokenizer; None if it has none. Raises ModelError for damaged files.
 
-    `config` are the fields of config.json, `vocab` is how many ids there are.
+    `config`: the fields of config.json. `vocab`: the number of ids.
     """
     settings = read_fields(folder, "tokenizer_config.json") or Fields(folder, {})
     generation = read_fields(folder, "generation_config.json") or Fields(folder, {})
@@ -26,7 +26,7 @@ def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles |
     text, path = read_text(folder, "tokenizer.json"), folder / "tokenizer.json"
     if text is None:
         return None
-    with told_in_one_line(f"{path} is not a tokenizer", "fetch it again"):
+    with one_line_errors(f"{path} is not a tokenizer", "fetch it again"):
         tokenizer = load_tokenizer(text)
         if _add_tokens(tokenizer, settings.section("added_tokens_decoder")):
             text = tokenizer.to_str()
@@ -45,7 +45,7 @@ def read_tokenizer(folder: Path, config: Fields, vocab: int) -> TokenizerFiles |
 
 
 def _add_tokens(tokenizer: Any, added: Fields) -> bool:
-    """Add the tokens that the settings have and tokenizer.json has not, like transformers; whether there were any."""
+    """Add tokens of the settings that tokenizer.json lacks, like transformers; returns whether there were any."""
     there, tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}, []
     for key in sorted(added, key=int):
         entry = added.section(key)
@@ -57,7 +57,7 @@ def _add_tokens(tokenizer: Any, added: Fields) -> bool:
 
 
 def _named(tokenizer: Any, settings: Fields, role: str, vocab: int, otherwise: list[int]) -> int | None:
-    """Id of a token that the settings name as text or as an object with `content`."""
+    """Id of a token that the settings give as text or as object with `content`; else the first of `otherwise`."""
     text = settings.section(role).text("content") if settings.holds(role, dict) else settings.text(role, "")
     number: int | None = tokenizer.token_to_id(text) if text else next(iter(otherwise), None)
     if number is not None and number >= vocab:
@@ -66,7 +66,7 @@ def _named(tokenizer: Any, settings: Fields, role: str, vocab: int, otherwise: l
 
 
 def _chat_template(folder: Path, settings: Fields) -> str | None:
-    """The template of the file for it, or of the settings: a text, or a list of which the one named default counts."""
+    """From chat_template.jinja, or from the settings: a text, or of a list the one named "default"."""
     template = read_text(folder, "chat_template.jinja")
     if template is not None:
         return template

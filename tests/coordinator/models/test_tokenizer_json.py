@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from warmfront.coordinator.models.tokenizer_json import load_tokenizer, told_in_one_line
+from warmfront.coordinator.models.tokenizer_json import load_tokenizer, one_line_errors
 from warmfront.shared.errors import ModelError, UsageError
 
 
@@ -35,7 +35,7 @@ def test_a_panic_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     )
 
     def encode() -> None:
-        with told_in_one_line("it fails", "go on"):
+        with one_line_errors("it fails", "go on"):
             os.write(2, b"lost")
             tokenizer.encode("a" * 40 + "!")
 
@@ -48,7 +48,7 @@ def test_a_panic_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_written_without_a_panic_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
     for error in (UsageError("of ours"), KeyboardInterrupt(), None):
-        with pytest.raises(type(error)) if error else told_in_one_line("", ""), told_in_one_line("", ""):
+        with pytest.raises(type(error)) if error else one_line_errors("", ""), one_line_errors("", ""):
             os.write(2, b"kept")
             if error:
                 raise error
@@ -60,7 +60,7 @@ def test_without_stderr(tmp_path: Path) -> None:
     saved = os.dup(2)
     os.close(2)
     try:
-        with told_in_one_line("", ""):
+        with one_line_errors("", ""):
             pass
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(2)

@@ -45,10 +45,10 @@ def test_rotary_table_of_a_layer() -> None:
     assert SLOW.dim == 4
 
 
-def test_waves() -> None:
+def test_cosines_and_sines() -> None:
     """Angles of far positions are exact: in float32 alone they would not be."""
     rotary = Rotary(frequencies=(1.0, 0.1234567), magnitude=1.5)
-    cos, sin = rotary.waves(200_001)
+    cos, sin = rotary.cos_sin(200_001)
     assert cos.dtype == np.float32
     assert cos.shape == sin.shape == (200_001, 2)
     for position in (0, 1, 200_000):

@@ -143,7 +143,7 @@ def test_a_head_of_no_sane_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Zeros are as many empty texts, and cost nothing on a disk: terabytes of them are not read to their end."""
     path = tmp_path / "x.gguf"
     content = whole(field("x", ARRAY, array(TEXT, 1 << 36)), data=0)
-    monkeypatch.setattr(gguf_file, "LONGEST_HEAD", 1 << 16)
+    monkeypatch.setattr(gguf_file, "MAX_HEAD_BYTES", 1 << 16)
     path.write_bytes(content)
     os.truncate(path, 1 << 40)
     with pytest.raises(ModelError, match="of a sane head"):

@@ -1,4 +1,4 @@
-"""Fields of the vocabulary that are refused.  pytest tests/coordinator/models/gguf/test_vocabulary.py"""
+"""Tokenizer fields that are refused.  pytest tests/coordinator/models/gguf/test_tokenizer_fields.py"""
 
 from collections.abc import Callable
 from pathlib import Path
