@@ -72,7 +72,7 @@ def mended(use: Callable[[], T], say: Callable[[str], None]) -> T:
 
 
 def _fault(target: Path) -> str | None:
-    """None for a packed file that can be opened, "" if there is none, else a line for the user about its damage."""
+    """None for a packed file that can be opened, "" if there is none that can be used, else a line about its damage."""
     if not target.exists():
         return ""
     try:
@@ -114,18 +114,16 @@ class PackingPlan:
         layers, neurons = range(spec.layers), spec.architecture.feed_forward.matrices
 
         # All bundles have the same layout, so their rows have the widest type of any layer.
-        parts = {part: [f"layers.{i}.{part}" for i in layers] for part in neurons}
-        down = min(_kind(source.tensor(name), dtype) for name in parts.pop("down"))
-        gate = min(_kind(source.tensor(name), dtype) for names in parts.values() for name in names)
+        widest = {part: min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers) for part in neurons}
+        down, gate = widest.pop("down"), min(widest.values())
         self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: Shapes = {}
         published = dict(file_shapes(spec))
-        matrices = (name for name, shape in published.items() if len(shape) == 2)
-        for name in (name for name in matrices if name.rpartition(".")[2] not in neurons):
-            tensor = source.tensor(name)
-            self.kinds[name] = _kind(tensor, dtype)
-            self.shapes[name] = ("U8", (tensor.shape[0], row_bytes(self.kinds[name], tensor.shape[1])))
+        for name, (rows, *cols) in published.items():
+            if cols and name.rpartition(".")[2] not in neurons:
+                self.kinds[name] = _kind(source.tensor(name), dtype)
+                self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], *cols)))
         if spec.predictor is not None:
             for i in layers:
                 rank = padded(source.tensor(f"layers.{i}.fc1").shape[0])
@@ -134,8 +132,7 @@ class PackingPlan:
                     # With four bits a predictor misses neurons that fire.
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
-        for name in sorted(name for name, shape in published.items() if len(shape) == 1):
-            self.shapes[name] = ("F32", published[name])
+        self.shapes |= {name: ("F32", published[name]) for name in sorted(published) if len(published[name]) == 1}
         if source.tokenizer is not None:
             self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
         for i in layers:

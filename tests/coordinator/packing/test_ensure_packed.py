@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 
 from tests.coordinator.packing.packed import pack, tensors_of
-from warmfront.coordinator.packing.packer import ensure_packed
+from tests.shared.model.specs import changed
+from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.packing.packed_file import write_packed
+from warmfront.coordinator.packing.packer import PackingPlan, ensure_packed
 from warmfront.shared.errors import ModelError, ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import locked, published
-from warmfront.shared.model.store import FORMAT
+from warmfront.shared.model.store import FORMAT, PackedModel
 
 Make = Callable[..., Path]
 
@@ -56,6 +59,19 @@ def test_a_file_of_another_version_is_packed_anew(folder: Path, header: bytes) -
     packed.write_bytes(whole.replace(FORMAT.encode(), header, 1).replace(b"architecture", b"constitution", 1))
     assert ensure_packed(folder, "auto", said.append, lambda done, total: None) == packed
     assert said == [f"the packed model {packed} is damaged (format {header.decode()}): packing it anew"]
+    assert packed.read_bytes() == whole
+
+
+def test_a_file_of_a_model_that_is_not_supported_is_packed_anew(folder: Path) -> None:
+    """It was not made from this model, whose description is supported."""
+    packed = pack(folder)
+    whole, plan = packed.read_bytes(), PackingPlan(open_source(folder), "auto")
+    spec = changed(plan.source.spec, "architecture.residual", "parallel")
+    with published(packed) as fd:
+        write_packed(fd, spec, plan.all_kinds(), plan.text(), plan.shapes, map(plan.data, plan.shapes))
+    with pytest.raises(ModelError, match=f"^{folder.name} uses parallel residual, which is not supported yet$"):
+        PackedModel(packed)
+    assert pack(folder) == packed
     assert packed.read_bytes() == whole
 
 
