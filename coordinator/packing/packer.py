@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source, SourceTensor, padded
-from warmfront.coordinator.models.tensors import file_shapes
 from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
@@ -27,6 +26,7 @@ from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.model.support import check_supported
+from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
 
 __all__ = ["PackingPlan", "ensure_packed", "mended"]

@@ -139,6 +139,7 @@ class Attention:
     def __post_init__(self) -> None:
         check_count("number of heads", self.heads)
         check_count("number of key-value heads", self.kv_heads)
+        check_count("head size", self.head_dim, 0)
         if self.q_rows % BLOCK:
             raise ValueError(
                 f"heads x head size {self.q_rows} is not a multiple of {BLOCK}; such models are not supported"
@@ -202,8 +203,8 @@ class FeedForward:
     activation: str
     # Of up if there is a gate; None: up is used as it is. ReLU of both is dReLU.
     up_activation: str | None = None
-    # A gate that is not above this is closed (FATReLU); the activation of a closed gate is zero.
-    threshold: float = 0.0
+    # Gates up to this are closed: their activation is zero (FATReLU). None: where the activation is zero by itself.
+    threshold: float | None = None
     # Which of gate, up and down have a bias.
     biases: tuple[str, ...] = ()
     experts: Experts | None = None
@@ -212,8 +213,8 @@ class FeedForward:
         _check_name("activation", self.activation, ACTIVATIONS)
         if self.up_activation is not None:
             _check_name("activation of up", self.up_activation, ACTIVATIONS)
-        if not 0 <= self.threshold <= _MAX_FLOAT:
-            raise ValueError(f"activation threshold is {self.threshold}, not a number from 0 on")
+        if self.threshold is not None and not -_MAX_FLOAT <= self.threshold <= _MAX_FLOAT:
+            raise ValueError(f"activation threshold is {self.threshold}, not a finite number")
         _check_parts("feed-forward biases", self.biases, self.matrices)
 
     @property
@@ -229,7 +230,7 @@ class FeedForward:
     @property
     def sparse(self) -> bool:
         """Whether neurons with a closed gate (a closed up, if there is no gate) contribute exactly nothing."""
-        return self.activation in _SPARSE_ACTIVATIONS
+        return self.activation in _SPARSE_ACTIVATIONS or self.threshold is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,14 +46,17 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import GROUP, BundleLayout
-from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.support import check_supported
+from warmfront.shared.model.tensors import layer_shapes, top_shapes
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
 FORMAT = "warmfront-6"
+# Bytes of an element of the tensors whose shape follows from the spec.
+_ITEM_BYTES = {"U8": 1, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,7 @@ class PackedModel:
                 if entry.element == "F32":
                     self.bytes_of(name)
             check_supported(self.spec)
+            self._check_shapes()
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError, OSError) as error:
             self.close()
             raise DamagedError(
@@ -160,6 +165,36 @@ class PackedModel:
         shape = tuple(fields["shape"])
         piece = piece_bytes(name, fields["dtype"], shape, last - first)
         return Entry(fields["dtype"], shape, start + first, last - first, kind, piece, sums)
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError unless the tensors are as large as the spec says: compiled code relies on it."""
+        top, parts = top_shapes(self.spec), layer_shapes(self.spec)
+        for name, entry in self.entries.items():
+            *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
+            shape: tuple[int, ...] | None = (parts if layer else top).get(part)
+            if layer and part in ("ffn", "fc1", "fc2"):
+                shape = self._neuron_shape(".".join(layer), part)
+            elif shape is not None and len(shape) == 2:
+                shape = shape[0], self._row_bytes(name, shape[1])
+            if shape is not None and (shape != entry.shape or prod(shape) * _ITEM_BYTES[entry.element] != entry.nbytes):
+                raise ValueError(f"tensor {name} has shape {entry.shape} and {entry.nbytes} bytes, not shape {shape}")
+        last = f"layers.{self.spec.layers - 1}.ffn"
+        if "embed" in self.entries and last not in self.entries:  # a file of copies of the gates has neither
+            raise ValueError(f"tensor {last} is missing")
+
+    def _neuron_shape(self, layer: str, part: str) -> tuple[int, ...]:
+        """What shape the bundles (ffn) or a predictor's matrix must have; the predictor's rank is that of fc1."""
+        if part == "ffn":
+            return self.layout.groups, self.layout.group_bytes
+        rank = self.entries[f"{layer}.fc1"].shape[0]
+        rows, cols = (rank, self.spec.hidden) if part == "fc1" else (self.layout.groups * GROUP, rank)
+        return rows, self._row_bytes(f"{layer}.{part}", cols)
+
+    def _row_bytes(self, name: str, cols: int) -> int:
+        kind = self.entries[name].kind
+        if kind is None:
+            raise ValueError(f"tensor {name} has no weight type")
+        return row_bytes(kind, cols)
 
     def _read_sums(self, entry: Entry, count: int, body: bytes) -> npt.NDArray[np.uint64]:
         data = os.pread(self._fd, entry.nbytes, entry.offset)

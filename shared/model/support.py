@@ -26,7 +26,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
     ("parallel residual", lambda a: a.residual == "parallel"),
     ("ungated feed-forward", lambda a: not a.feed_forward.gated),
     ("activation of up (dReLU)", lambda a: a.feed_forward.up_activation is not None),
-    ("activation threshold (FATReLU)", lambda a: a.feed_forward.threshold > 0),
+    ("activation threshold (FATReLU)", lambda a: a.feed_forward.threshold is not None),
     ("feed-forward biases", lambda a: bool(a.feed_forward.biases)),
     ("mixture of experts (MoE)", lambda a: a.feed_forward.experts is not None),
     ("embedding scale", lambda a: a.embedding_scale != 1),

@@ -26,10 +26,10 @@ from warmfront.coordinator.models.gguf.file import GgufFile
 from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.source import IGNORE_OVERFLOW, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
-from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import BLOCK, Kind, join_nibbles, split_q4
 from warmfront.shared.model.spec import ModelSpec
+from warmfront.shared.model.tensors import file_shapes, predictor_shapes
 
 __all__ = ["GgufSource"]
 

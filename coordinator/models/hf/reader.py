@@ -20,10 +20,10 @@ from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS, 
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.source import SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
-from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
+from warmfront.shared.model.tensors import file_shapes, predictor_shapes
 
 __all__ = ["HfSource"]
 

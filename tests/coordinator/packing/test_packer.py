@@ -12,8 +12,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from tests.coordinator.packing.packed import KINDS, SIZES, pack, tensors_of
+from tests.shared.model.specs import changed
 from warmfront.coordinator.models.open import open_source
-from warmfront.shared.errors import ModelError
+from warmfront.coordinator.packing.packed_file import write_packed
+from warmfront.coordinator.packing.packer import PackingPlan
+from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind, row_bytes, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
@@ -221,6 +224,28 @@ def test_powerinfer_file(tiny_gguf: Make, published: str, kind: Kind) -> None:
     with PackedModel(pack(path, "q4")) as model:
         assert {model.entries[f"layers.0.{part}"].kind for part in ("fc1", "fc2")} == {Kind.Q8}
         assert (model.layout.gate_kind, model.layout.down_kind) == (Kind.Q4S, Kind.Q4S)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "tensor"),
+    [
+        ("vocab", 301, "embed"),
+        ("ffn", 97, "layers.0.fc2"),
+        ("architecture.attention.heads", 6, "layers.0.q"),
+        ("architecture.attention.kv_heads", 4, "layers.0.k"),
+        ("hidden", 96, "embed"),
+    ],
+)
+def test_a_description_of_other_sizes_is_refused(
+    predicting: Path, tmp_path: Path, field: str, value: int, tensor: str
+) -> None:
+    """Compiled code would read beyond the tensors."""
+    plan = PackingPlan(open_source(predicting), "q8")
+    with (tmp_path / "other").open("wb") as file:
+        spec, tensors = changed(plan.source.spec, field, value), map(plan.data, plan.shapes)
+        write_packed(file.fileno(), spec, plan.all_kinds(), plan.text(), plan.shapes, tensors)
+    with pytest.raises(DamagedError, match=rf"is damaged \(tensor {tensor} has shape .*, not shape \(\d+, \d+\)\);"):
+        PackedModel(tmp_path / "other")
 
 
 def test_text_comes_along(folder: Path) -> None:

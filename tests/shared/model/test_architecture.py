@@ -31,6 +31,11 @@ def test_only_relu_is_sparse(activation: str, gated: bool) -> None:
     assert changed(SPEC, "architecture.feed_forward", feed_forward).sparse == feed_forward.sparse
 
 
+def test_a_threshold_makes_any_activation_sparse() -> None:
+    assert FeedForward(activation="silu", threshold=0.0).sparse
+    assert FeedForward(activation="relu", threshold=0.01).sparse
+
+
 def test_matrices_of_a_neuron() -> None:
     assert FeedForward(activation="silu").matrices == ("gate", "up", "down")
     assert FeedForward(activation="relu", gated=False).matrices == ("up", "down")

@@ -88,7 +88,7 @@ def test_every_field_is_rich() -> None:
 FIELDS = leaves(json.loads(RICH.to_json()))
 
 
-OPTIONAL = ("learned_offset", "scale", "soft_cap", "logit_cap", "up_activation")
+OPTIONAL = ("learned_offset", "scale", "soft_cap", "logit_cap", "up_activation", "threshold")
 
 
 def type_of(path: str) -> str:
@@ -157,7 +157,8 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.attention.kv_heads", [0, -1, 2**31], "number of key-value heads is"),
     ("architecture.attention.kv_heads", [3], "4 heads do not share 3 key-value heads"),
     ("architecture.attention.head_dim", [20, 10**9 + 1], "heads x head size .* is not a multiple of 32"),
-    ("architecture.attention.head_dim", [0, -16], "head size .* is not a multiple of 8"),
+    ("architecture.attention.head_dim", [-16, 2**31], "head size is .*, not a whole number from 0 to"),
+    ("architecture.attention.head_dim", [0], "head size .* is not a multiple of 8"),
     ("architecture.attention.scale", [0.0, -1.0, NAN, INF], "attention scale is"),
     ("architecture.attention.soft_cap", [0.0, -1.0, NAN, INF], "attention soft cap is"),
     ("architecture.attention.biases", [["q", "q"], ["o", "q"], ["gate"], [""]], "attention biases are"),
@@ -165,7 +166,7 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.attention.windows", [[0], [0] * 4], "attention windows are given for . layers of 3$"),
     ("architecture.feed_forward.activation", ["fatrelu", ""], "activation is '.*', not one of silu, relu, gelu"),
     ("architecture.feed_forward.up_activation", ["fatrelu"], "activation of up is 'fatrelu', not one of"),
-    ("architecture.feed_forward.threshold", [-0.1, NAN, INF, 1e300], "activation threshold is .*, not a number from 0"),
+    ("architecture.feed_forward.threshold", [NAN, INF, -INF, 1e300], "activation threshold is .*, not a finite number"),
     ("architecture.feed_forward.biases", [["gate"], ["down", "up"], ["q"]], "feed-forward biases are"),
     ("architecture.feed_forward.experts.number", [0, 2**31], "number of experts is"),
     ("architecture.feed_forward.experts.active", [0, 9], "number of active experts is .*, not a .* from 1 to 8$"),

@@ -230,6 +230,10 @@ def as_a_worker(path: Path) -> None:
         ("architecture.norm.epsilon", float("nan"), "norm epsilon is nan, not a positive number"),
         ("architecture.attention.windows", [8], "attention windows are given for 1 layers of 2"),
         ("architecture.residual", ..., "field architecture.residual is missing"),
+        ("vocab", 6, "tensor embed has shape (5, 64) and 320 bytes, not shape (6, 64)"),
+        ("hidden", 64, "tensor embed has shape (5, 64) and 320 bytes, not shape (5, 128)"),
+        ("ffn", 33, "tensor layers.0.ffn has shape (3, 4096) and 12288 bytes, not shape (2, 4096)"),
+        ("layers", 2**31 - 1, "tensor layers.2147483646.ffn is missing"),
     ],
 )
 def test_a_description_that_no_model_can_have(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.shared.model.specs import SPEC, changed
 from warmfront.coordinator.models.families import FAMILIES
-from warmfront.coordinator.models.tensors import file_shapes, predictor_shapes
+from warmfront.shared.model.tensors import file_shapes, predictor_shapes
 
 LAYER = {
     "attn_norm": (32,),

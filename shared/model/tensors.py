@@ -1,0 +1,69 @@
+"""The tensors of a model: their names in this program, for every file format, and their shapes as published.
+
+embed                          [vocab, hidden]
+head                           [vocab, hidden], absent when it is the embedding
+norm                           [hidden]
+layers.{i}.attn_norm, .ffn_norm                        [hidden]
+layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
+layers.{i}.q_norm, .k_norm     [head_dim], with q/k norm
+layers.{i}.o                   [hidden, heads * head_dim]
+layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has none
+layers.{i}.down                [hidden, ffn]
+layers.{i}.fc1                 [r, hidden], if the model has predictors; r may differ between layers
+layers.{i}.fc2                 [ffn, r], likewise
+{any of these}.bias            [out], when the model has it
+"""
+
+from collections.abc import Iterator, Mapping
+
+from warmfront.shared.model.spec import ModelSpec
+
+__all__ = ["file_shapes", "layer_shapes", "predictor_shapes", "top_shapes"]
+
+Shape = tuple[int, ...]
+
+
+def top_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Shape of each tensor outside the layers."""
+    shapes: dict[str, Shape] = {"embed": (spec.vocab, spec.hidden)}
+    if not spec.architecture.tied_head:
+        shapes["head"] = (spec.vocab, spec.hidden)
+    return shapes | _with_bias("norm", (spec.hidden,), spec.architecture.norm.bias)
+
+
+def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Shape of each tensor of a layer but its predictor's, by the name without "layers.{i}."."""
+    hidden, norm_bias = spec.hidden, spec.architecture.norm.bias
+    attention, feed_forward = spec.architecture.attention, spec.architecture.feed_forward
+    rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows, "gate": spec.ffn, "up": spec.ffn}
+    cols = {"o": attention.q_rows, "down": spec.ffn}
+    shapes = _with_bias("attn_norm", (hidden,), norm_bias)
+    for part in ("q", "k", "v", "o"):
+        shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in attention.biases)
+    if attention.qk_norm:
+        shapes |= {"q_norm": (attention.head_dim,), "k_norm": (attention.head_dim,)}
+    shapes |= _with_bias("ffn_norm", (hidden,), norm_bias)
+    for part in feed_forward.matrices:
+        shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in feed_forward.biases)
+    return shapes
+
+
+def _with_bias(name: str, shape: Shape, bias: bool) -> dict[str, Shape]:
+    return {name: shape, f"{name}.bias": shape[:1]} if bias else {name: shape}
+
+
+def file_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor but the predictors'; lazily, as a hostile file may claim any number of layers."""
+    yield from top_shapes(spec).items()
+    parts = layer_shapes(spec)
+    for i in range(spec.layers):
+        for part, shape in parts.items():
+            yield f"layers.{i}.{part}", shape
+
+
+def predictor_shapes(spec: ModelSpec, have: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of the predictors' matrices, where r is as many as each fc1 of `have` has rows, 1 at least."""
+    for i in range(spec.layers):
+        rank = max((have.get(f"layers.{i}.fc1") or (1,))[0], 1)
+        yield f"layers.{i}.fc1", (rank, spec.hidden)
+        yield f"layers.{i}.fc2", (spec.ffn, rank)
