@@ -1,11 +1,10 @@
-"""The list of a model's tensors.  pytest tests/coordinator/models/test_tensors.py"""
+"""The list of a model's tensors.  pytest tests/shared/model/test_tensors.py"""
 
 from typing import Any
 
 import pytest
 
 from tests.shared.model.specs import SPEC, changed
-from warmfront.coordinator.models.families import FAMILIES
 from warmfront.shared.model.tensors import file_shapes, predictor_shapes
 
 LAYER = {
@@ -58,16 +57,3 @@ def test_predictors_have_a_rank_of_each_layer() -> None:
         ("layers.1.fc1", (1, 32)),
         ("layers.1.fc2", (70, 1)),
     ]
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_tensor_has_its_names(family: Any) -> None:
-    parts = {name.rpartition(".")[2] for name, _ in file_shapes(SPEC)}
-    assert family.tensors.keys() == parts
-    for side in (0, 1):
-        names = [names[side] for names in family.tensors.values()]
-        assert len(set(names)) == len(names)
-        assert [part for part, pair in family.tensors.items() if "{i}" not in pair[side]] == ["embed", "head", "norm"]
-    assert family.hf_name("layers.12.q") == "model.layers.12.self_attn.q_proj.weight"
-    assert family.hf_name("layers.3.attn_norm.bias") == "model.layers.3.input_layernorm.bias"
-    assert family.hf_name("head") == "lm_head.weight"

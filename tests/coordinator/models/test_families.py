@@ -1,0 +1,67 @@
+"""A family is a row.  pytest tests/coordinator/models/test_families.py"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import GGUF_FIELDS
+from tests.coordinator.models.hf.folders import edited
+from tests.shared.model.specs import SPEC, changed
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.packing.packer import PackingPlan
+from warmfront.shared.errors import ModelError
+from warmfront.shared.model.tensors import file_shapes
+
+Make = Callable[..., Path]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_tensor_has_its_names(family: Any) -> None:
+    for side in (0, 1):
+        names = [names[side] for names in family.tensors.values()]
+        assert len(set(names)) == len(names)
+        assert [part for part, pair in family.tensors.items() if "{i}" not in pair[side]] == ["embed", "head", "norm"]
+
+
+def test_names_of_a_llama() -> None:
+    family = FAMILIES["llama"]
+    assert family.tensors.keys() == {name.rpartition(".")[2] for name, _ in file_shapes(SPEC)}
+    assert family.hf_name("layers.12.q") == "model.layers.12.self_attn.q_proj.weight"
+    assert family.hf_name("layers.3.attn_norm.bias") == "model.layers.3.input_layernorm.bias"
+    assert family.hf_name("head") == "lm_head.weight"
+
+
+def test_another_row_is_read_in_both_formats(
+    tiny_llama: Make, tiny_gguf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "lama", FAMILIES["llama"])
+    plain = tiny_llama(), tiny_gguf("plain.gguf")
+    fields = {key.replace("llama.", "lama."): value for key, value in GGUF_FIELDS.items()}
+    other = (
+        edited(plain[0], tmp_path / "copy", model_type="lama"),
+        tiny_gguf("other.gguf", architecture="lama", fields=fields, without=list(GGUF_FIELDS)),
+    )
+    for ours, theirs in zip(map(open_source, other), map(open_source, plain), strict=True):
+        assert replace(ours.spec, name="") == replace(theirs.spec, name="", family="lama")
+        assert ours.names() == theirs.names()
+        for name in ours.names():
+            np.testing.assert_array_equal(ours.tensor(name).float32(), theirs.tensor(name).float32())
+    with pytest.raises(ModelError, match=r"model type 'mama' is not supported; llama, lama are$"):
+        open_source(edited(plain[0], tmp_path / "mama", model_type="mama"))
+
+
+def test_what_a_row_describes_may_not_be_computed_yet(
+    tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is opened, and refused when it is to be packed."""
+    llama = FAMILIES["llama"]
+    row = replace(llama, hf=lambda config, name: changed(llama.hf(config, name), "architecture.norm.kind", "layer"))
+    monkeypatch.setitem(FAMILIES, "lama", row)
+    source = open_source(edited(tiny_llama(), tmp_path / "copy", model_type="lama"))
+    with pytest.raises(ModelError, match=r"^copy uses layer norm, which is not supported yet$"):
+        PackingPlan(source, "auto")
