@@ -165,24 +165,24 @@ class Runtime:
 
     def _open_ownership(self, say: Say, progress: Callable[[int, int], None]) -> None:
         """Give the GPU what it begins with."""
-        from warmfront.coordinator.balancing.balance import make_policy
         from warmfront.coordinator.balancing.ownership import Ownership
+        from warmfront.coordinator.balancing.policies import make_policy
 
         # Attention has its memory by now: a GPU worker that starts again finds what is left.
         self._attention_bytes = 0
         layout, names = self.model.layout, list(self.supervisor.hellos)
         expected = expected_bytes(self.model, self.plan.selector)
         self.ownership = Ownership(
-            self.board,
-            layout,
-            self._home,
-            names,
-            self.plan.predicts,
-            make_policy(self.plan.config.policy, expected, layout.group_bytes),
-            self.supervisor,
-            self.team.present,
-            self._gone,
-            say,
+            board=self.board,
+            layout=layout,
+            home=self._home,
+            names=names,
+            predicted=self.plan.predicts,
+            policy=make_policy(self.plan.config.policy, expected, layout.group_bytes),
+            supervisor=self.supervisor,
+            present=self.team.present,
+            dead=self._gone,
+            say=say,
         )
         for worker, name in enumerate(names):
             if name.startswith("gpu"):
@@ -230,7 +230,7 @@ class Runtime:
         self.supervisor.check()
         self.ownership.boundary()
         while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
-            if result != LOST or not self.ownership.lose():
+            if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
         if len(tokens) == 1:
             self.ownership.observe()
