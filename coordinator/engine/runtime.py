@@ -28,7 +28,7 @@ from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import LANES, Board, BoardSizes
-from warmfront.shared.wire.messages import Hello, Plan
+from warmfront.shared.wire.messages import Assignment, Hello
 
 if TYPE_CHECKING:
     from warmfront.coordinator.balancing.ownership import Ownership, Transfer
@@ -90,11 +90,11 @@ class Runtime:
         self.supervisor = Supervisor(
             {name: f"warmfront.{name[:3]}_worker" for name in names},
             fd,
-            self._assign,
-            self._lose,
-            self._abort,
-            {"WARMFRONT_GPU": plan.gpu or ""},
-            [name for name in names if name.startswith("gpu")],
+            assign=self._assign,
+            on_lost=self._lose,
+            on_abort=self._abort,
+            environment={"WARMFRONT_GPU": plan.gpu or ""},
+            optional=[name for name in names if name.startswith("gpu")],
         )
         self._closing.callback(self.supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
@@ -159,7 +159,7 @@ class Runtime:
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)
 
-    def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+    def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Assignment]:
         """What each worker is to do; called by the supervisor once they have said Hello."""
         return make_assignments(self.model, self.plan, self._home, hellos, self._attention_bytes)
 
