@@ -51,22 +51,22 @@ class Service(Protocol):
     """What a kind of worker does. Its constructor starts loading in threads of its own."""
 
     def progress(self) -> tuple[int, int]:
-        """Bytes loaded, of how many."""
+        """Bytes loaded, and how many there are to load."""
 
     def ready(self) -> bool:
-        """Whether it serves the board; raises the error of a thread that failed, now or later."""
+        """Whether it serves the board. Raises the error of a thread that failed, then or later."""
 
     def capacity(self) -> tuple[int, dict[str, int]]:
-        """Slots, and bytes of device memory by purpose; once it is ready."""
+        """Slots and ledger, as in `Ready`; once it is ready."""
 
     def report(self) -> LoadReport:
         """Its work so far."""
 
     def move(self, places: Places) -> int:
-        """Copy groups into slots that nobody computes with, while serving; returns the ns of work that it took."""
+        """Copy groups into slots with which nobody computes, while serving; returns the ns of work that it took."""
 
     def stop(self) -> None:
-        """End and join its threads; its `leave` word on the board is set."""
+        """End and join its threads; its word on the board that ends their waiting is set."""
 
 
 def open_assigned(assignment: Assignment) -> PackedModel:
@@ -81,7 +81,7 @@ def open_assigned(assignment: Assignment) -> PackedModel:
 def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Board], Service]) -> int:
     """Be a worker until told to stop: `python -m warmfront.cpu_worker NAME BOARD_FD`. Returns the exit code.
 
-    `describe` gives the device's name and free bytes; `make` builds the service.
+    `describe`: returns the device's name and its free bytes; `make`: builds the service.
     """
     open_standard_files()
     parent = os.environ.get(PARENT_VARIABLE)
