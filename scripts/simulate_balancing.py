@@ -5,18 +5,18 @@
 
 A trace is an npz file: `fired`, uint32 [tokens, layers, groups], bit i = neuron i of the group fired, and `about`, JSON
 with `name`, `hidden`, `ffn`, `row_bytes` (of one weight row; a neuron has three) and, if known, `switches` (the tokens
-at which the topic changes). The profile, which placements start from, is `--profile`, another trace of the model, or
-else the first tenth of the trace, which is not replayed. A synthetic trace fires as the neurons of
+at which the topic changes). The profile, from which placements start, is `--profile`, another trace of the model, or
+else the first tenth of the trace, which is then not replayed. A synthetic trace fires as the neurons of
 `make_synthetic_model.py` do, in groups as a packer makes them: clusters that fire together, in them by rate.
 
-The model. A layer takes max over workers of a + b * bytes read; the coordinator's part of a token is constant. Copies
-run beside it at the link's pace, 17 us a batch, and count from the first token after they have come; they take memory
-bandwidth from the CPU workers, which is the stall they expose. Workers report their times with 2 % of noise and one in
-a hundred ten times too long, from which the costs are fitted. How many copies may begin at once is the engine's rule
-(`interface.copy_budget`). Figures of the devices are in
-`balancing_simulator/devices.py`. Beside the policies: `random`, random groups in the slots,
-and `oracle static`, the best single split for the trace by its own frequencies, with the GPU's part of a layer up to
-the balance of the means, or 5, 10 or 20 % above, whichever is fastest.
+The model. A layer takes the maximum over the workers of a + b * bytes read; the coordinator's part of a token is
+constant. Copies run beside it at the link's speed, plus 17 us a batch, and count from the first token after they have
+come; they take memory bandwidth from the CPU workers, which is the stall that is shown. Workers report their times with
+2 % of noise, one in a hundred ten times too long, and the costs are fitted to that. How many copies may begin at once
+is the engine's rule (`interface.copy_budget`). The devices' figures are in `balancing_simulator/devices.py`. Beside the
+policies there are `random`, random groups in the slots, and `oracle static`, the best single split for the trace by its
+own frequencies, with the GPU's part of a layer up to the balance of the means, or 5, 10 or 20 % above, whichever is
+fastest.
 
 The last line of stdout is JSON.
 """
@@ -41,7 +41,7 @@ WINDOW = 16  # tokens over which a hit share is averaged to tell whether it has 
 
 
 def recoveries(hits: Sequence[float], switches: Sequence[int]) -> list[int]:
-    """Tokens after each switch until the hit share is 95 % of what it comes to in the second half of the topic."""
+    """Tokens after each switch until the hit share is 95 % of its mean in the second half of the topic."""
     found = []
     for start, end in pairwise([*switches, len(hits)]):
         topic = np.array(hits[start:end])
@@ -53,7 +53,7 @@ def recoveries(hits: Sequence[float], switches: Sequence[int]) -> list[int]:
 
 
 def summary(result: Result, trace: Trace) -> dict[str, Any]:
-    """The figures that are printed."""
+    """The figures of one policy."""
     return {
         "tokens_per_s": len(result.seconds) / sum(result.seconds),
         "hit_share": float(np.mean(result.hits)),
@@ -68,7 +68,7 @@ def summary(result: Result, trace: Trace) -> dict[str, Any]:
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """Lines of text."""
+    """The figures by policy, as text."""
     lines = [
         f"{'policy':15}{'tok/s':>8}{'hit':>7}{'moves':>8}{'unused':>8}{'flips':>8}{'stall':>7}{'max/mean':>9}  recovery"
     ]
@@ -117,7 +117,7 @@ def draw(
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -140,7 +140,7 @@ def shift_of(text: str) -> tuple[int, int, float]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Exits with code 2 if the arguments make no sense."""
+    """The arguments, checked; exits with code 2 if they make no sense."""
     parser = Parser(
         prog="simulate_balancing.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,46 +163,47 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", default=",".join(ALL), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="only the JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    wish = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        wish.vram = [float(share) for share in wish.vram.split(",")]
+        options.vram = [float(share) for share in options.vram.split(",")]
     except ValueError:
         parser.error("--vram must be shares such as 0.1,0.25")
-    wish.policies = [name for name in ALL if name in wish.policies.split(",")]
-    workers = len(wish.device.cpus) + wish.gpus
-    if not all(0 <= share <= 1 for share in wish.vram):
+    options.policies = [name for name in ALL if name in options.policies.split(",")]
+    workers = len(options.device.cpus) + options.gpus
+    if not all(0 <= share <= 1 for share in options.vram):
         parser.error("--vram must be between 0 and 1")
-    if not wish.policies:
+    if not options.policies:
         parser.error(f"--policies must be of {', '.join(ALL)}")
-    if any(not 0 <= worker < workers or factor <= 0 for _, worker, factor in wish.shift):
+    if any(not 0 <= worker < workers or factor <= 0 for _, worker, factor in options.shift):
         parser.error(f"--shift: workers are 0 to {workers - 1}, factors above 0")
-    return wish
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate; returns the exit code."""
-    wish = parse(arguments)
+    options = parse(arguments)
     try:
-        paths = wish.trace or []
-        traces = [load_trace(path, wish.profile) for path in paths] or [synthesize(**wish.synthetic)]
+        paths = options.trace or []
+        traces = [load_trace(path, options.profile) for path in paths] or [synthesize(**options.synthetic)]
     except UsageError as error:
         print(f"simulate_balancing.py: {error}", file=sys.stderr)
         return 2
     report = []
     for trace in traces:
         results: dict[float, dict[str, Result]] = {}
-        for vram in wish.vram:
+        for vram in options.vram:
             results[vram] = {
-                name: simulate(name, trace, wish.device, vram, wish.gpus, wish.shift) for name in wish.policies
+                name: simulate(name, trace, options.device, vram, options.gpus, options.shift)
+                for name in options.policies
             }
             figures = {name: summary(result, trace) for name, result in results[vram].items()}
             report.append({"trace": trace.name, "vram": vram, "policies": figures})
-            if not wish.json:
+            if not options.json:
                 print(f"\n{trace.name}, {len(trace.counts)} tokens, slots for {vram:.0%}\n{table(figures)}", flush=True)
-        if wish.plot is not None:
-            path = wish.plot if len(traces) == 1 else wish.plot.with_stem(f"{wish.plot.stem}-{trace.name}")
-            draw(path, trace, trace.name, wish.vram, results)
-    print(json.dumps({"device": asdict(wish.device), "gpus": wish.gpus, "runs": report}))
+        if options.plot is not None:
+            path = options.plot if len(traces) == 1 else options.plot.with_stem(f"{options.plot.stem}-{trace.name}")
+            draw(path, trace, trace.name, options.vram, results)
+    print(json.dumps({"device": asdict(options.device), "gpus": options.gpus, "runs": report}))
     return 0
 
 

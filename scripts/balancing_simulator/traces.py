@@ -63,7 +63,7 @@ def load_trace(path: Path, profile: Path | None) -> Trace:
 
 
 def clusters(points: Floats, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Number of the cluster of each of `points` [n, d]: k-means, ten rounds."""
+    """The cluster of each of `points` [n, d]: k-means, ten rounds."""
     centres = points[rng.choice(len(points), count, replace=False)]
     for _ in range(10):
         near = ((points[:, None] - centres[None]) ** 2).sum(-1).argmin(1)
@@ -82,9 +82,10 @@ def synthesize(
     rank: int = 63,
     seed: int = 0,
 ) -> Trace:
-    """Neuron i fires where u_i . z is above its threshold: z of a token normal around its topic, rates by a power law.
+    """A synthetic trace, in which topics follow each other.
 
-    The profile is exact, over all topics. Topics take turns; with one there is none.
+    Neuron i fires where u_i . z is above its threshold. z of a token is normally distributed around its topic's centre,
+    and the thresholds are such that the rates over all topics follow a power law. The profile is exact, of all topics.
     """
     import torch
 
@@ -124,7 +125,7 @@ def synthesize(
 
 
 def packed(by_topic: Floats, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Order of neurons of rates `by_topic` [neurons, topics]: in clusters by rate, cut into groups, these by rate."""
+    """Order of neurons with rates `by_topic` [neurons, topics]: by cluster and rate, cut into groups, these by rate."""
     rate = by_topic.mean(1)
     roots = np.sqrt(by_topic)
     directions = roots / np.linalg.norm(roots, axis=1, keepdims=True)
