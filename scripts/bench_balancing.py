@@ -33,7 +33,7 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.measure.measured_costs import fit_line
 from warmfront.coordinator.placement.expected_load import load_of
 from warmfront.coordinator.placement.plan_file import write_plan
-from warmfront.coordinator.placement.solver import Times, solve
+from warmfront.coordinator.placement.solver import DeviceCosts, solve
 from warmfront.shared.config import parse_size
 
 TURN = 16  # tokens that an engine decodes before the next one has its turn
@@ -85,10 +85,10 @@ class Runner:
         return sum(token.moves + token.flips for token in self.tokens[low:high])
 
 
-def measured_times(runner: Runner) -> Times:
-    """Unit times of the CPU and the GPU worker as the engine has fitted them."""
+def measured_costs_of(runner: Runner) -> DeviceCosts:
+    """The costs of the CPU and the GPU worker as the engine has fitted them."""
     cpu, gpu = runner.engine.ownership.costs
-    return Times(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
+    return DeviceCosts(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
 
 
 def recovery(hits: npt.NDArray[np.float64], start: int, end: int) -> int:
@@ -115,22 +115,22 @@ def topics(options: argparse.Namespace) -> dict[str, Any]:
         balance = load("balance")
         for token in ids[: options.warm]:
             balance.step(token)
-        times, balance.tokens = measured_times(balance), []
+        costs, balance.tokens = measured_costs_of(balance), []
         balance.engine.close()
         model = Path(options.model).name
-        print(f"{model}: CPU {times.cpu_byte_ns:.3f} ns/B, GPU {times.gpu_byte_ns:.3f} ns/B")
+        print(f"{model}: CPU {costs.cpu_byte_ns:.3f} ns/B, GPU {costs.gpu_byte_ns:.3f} ns/B")
         runners = [load(name, policy=name) for name in options.policies if name not in STATIC]
         for name in options.policies:
             if name in STATIC:
                 plan = Path(stack.enter_context(scratch())) / f"{name}.json"
-                split(name, runners[0].engine, fired[: options.tokens], times, options.vram, plan)
+                split(name, runners[0].engine, fired[: options.tokens], costs, options.vram, plan)
                 runners.append(load(name, policy="static", plan=str(plan)))
         for start in range(0, len(ids), TURN):
             for runner in runners:
                 for token in ids[start : start + TURN]:
                     runner.step(token)
         policies = {each.name: summary(each, switches) for each in runners}
-        return {"times": times._asdict(), "device": device_of(runners), "policies": policies}
+        return {"times": costs._asdict(), "device": device_of(runners), "policies": policies}
 
 
 def device_of(runners: list[Runner]) -> dict[str, Any]:
@@ -171,12 +171,12 @@ def scratch() -> "contextlib.AbstractContextManager[str]":
     return tempfile.TemporaryDirectory()
 
 
-def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times, vram: int, path: Path) -> None:
+def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], costs: DeviceCosts, vram: int, path: Path) -> None:
     """Write a plan: `oracle` from the trace's own frequencies, `random` at random."""
     firing = np.bitwise_count(fired).mean(0)
     slots = engine.statistics.device_memory()["slots"] // engine.model.layout.group_bytes
     if name == "oracle":
-        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, times)
+        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, costs)
     else:
         gpu = np.zeros(firing.size, bool)
         gpu[np.random.default_rng(0).permutation(firing.size)[:slots]] = True
