@@ -62,7 +62,7 @@ from warmfront.shared.wire.messages import (
 
 MAX_STEP_S = 1.0
 START_LIMIT_S = 30.0
-# One step of loading; the longest is compiling kernels on a slow or busy machine (122 s were seen, docs/log.md).
+# Between two steps of loading; the longest is compiling kernels on a slow or busy machine.
 LOAD_LIMIT_S = 240.0
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
