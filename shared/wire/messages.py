@@ -104,7 +104,7 @@ class LoadReport:
     bytes: list[int]  # by layer: of weights, read
     # Of the jobs whose selection was compared with the truth: how many, neurons selected, owned neurons that fired,
     # neurons that were selected and fired.
-    measured: list[int]
+    compared: list[int]
 
 
 @dataclass(frozen=True, slots=True)
