@@ -37,6 +37,15 @@ from balancing_simulator.traces import Trace, load_trace, synthesize
 
 from warmfront.shared.errors import UsageError
 
+# Policies without one get matplotlib's next.
+COLOURS = {
+    "balance": "#d1495b",
+    "static": "#3d405b",
+    "lru": "#8ab17d",
+    "ema": "#e9a23b",
+    "random": "#b8b8b8",
+    "oracle static": "#2a7f9e",
+}
 WINDOW = 16  # tokens over which a hit share is averaged to tell whether it has recovered
 
 
@@ -91,10 +100,9 @@ def draw(
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), width_ratios=(1, 1.6), layout="constrained")
-    colours = dict(zip(ALL, ("#d1495b", "#3d405b", "#8ab17d", "#e9a23b", "#b8b8b8", "#2a7f9e"), strict=True))
     middle = shares[len(shares) // 2]
     for name in results[middle]:
-        style = {"color": colours[name], "label": name, "linewidth": 2.4 if name == "balance" else 1.4}
+        style = {"color": COLOURS.get(name), "label": name, "linewidth": 2.4 if name == "balance" else 1.4}
         speeds = [len(results[vram][name].seconds) / sum(results[vram][name].seconds) for vram in shares]
         left.plot([100 * vram for vram in shares], speeds, marker="o", markersize=4, **style)
         hits = np.convolve(results[middle][name].hits, np.ones(32) / 32, "valid")

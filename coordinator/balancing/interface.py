@@ -12,9 +12,10 @@ A policy is a state machine without I/O, threads or clock. The engine calls, fro
     decide(state) -> Rebalance    between two tokens, once `interval` tokens have been observed since the last call
 
 What `decide` may rely on: the arrays of `state` are its own copies, to keep or change; shapes never change in a run;
-`owner` is among the holders. What may have happened since its last decision: copies it began have come, and then are
-`resident` and *owned* by their worker; fewer than it asked for were begun; a GPU worker died (its copies and slots are
-gone, its groups are owned by their homes) or came back (its old copies are in flight again).
+every owner is among the holders. What may have happened since its last decision: copies that it began have come, and
+are `resident` now (and owned by their worker, which the simulator leaves to the policy); fewer than it asked for were
+begun; a GPU worker died (its copies and slots are gone, its groups are owned by their homes) or came back (its old
+copies are in flight again).
 
 What it must return: an owner for every group that holds a complete copy of it after the drops; drops of complete copies
 in caches, each once; moves of groups that are not in flight, each once, to a worker that does not hold it, and to a
@@ -23,7 +24,8 @@ slots (those that the drops free included) are left out by the engine, the last 
 home makes that worker the group's home, and the old home's copy goes.
 
 To add a policy: write the class, constructed as `PolicyClass` says, add it to `policies.py` and its name to POLICIES in
-`shared/config.py`. tests/coordinator/balancing/test_policies.py then holds it to these rules.
+`shared/config.py`. tests/coordinator/balancing/test_policies.py then holds it to these rules, and
+`scripts/simulate_balancing.py --policies NAME,balance` compares it.
 """
 
 from typing import NamedTuple, Protocol

@@ -223,7 +223,7 @@ class Ownership:
             resident=self.resident.copy(),
             in_flight=self._in_flight.copy(),
             free_slots=np.array([len(free) for free in self._free]),
-            is_home=self.is_home,
+            is_home=self.is_home.copy(),
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
             transfer_ns=self.transfer_ns,
             copy_budget=self._copy_budget(),

@@ -75,8 +75,9 @@ def test_what_the_policy_is_told_is_its_own(bench: Bench) -> None:
     state.owner[:] = 77
     state.resident[:] = False
     state.in_flight[:] = True
+    state.is_home[:] = ~state.is_home
     assert_tables_hold(bench.ownership, SLOTS)
-    assert state.is_home.tolist() == [True, True, False]
+    assert bench.decide().is_home.tolist() == [True, True, False]
     assert state.costs.shape == (3, 2)
 
 
