@@ -29,7 +29,7 @@ Places = list[tuple[int, int]]
 
 
 class Workers:
-    """In the supervisor's place: keeps what it is asked, and says what it is told to."""
+    """Stands in for the supervisor: records what it is asked for, and reports what the test tells it to."""
 
     def __init__(self, slots: Mapping[str, int]) -> None:
         self.readies = {name: Ready(0, count, {}) for name, count in slots.items()}
@@ -75,7 +75,7 @@ class Workers:
 
 
 class Script:
-    """A policy that does what it was told to do next, else nothing."""
+    """A policy that makes the decision it was given, and otherwise changes nothing."""
 
     name = "script"
     interval = 1
@@ -161,7 +161,7 @@ class Bench:
         moves: npt.NDArray[np.int64] | None = None,
         owner: Callable[[npt.NDArray[np.uint8]], None] = lambda owner: None,
     ) -> BalancerState:
-        """Have the policy decide so at the next boundary; what is dropped goes back to its home."""
+        """Have the policy make this decision at the next boundary; what is dropped goes back to its home."""
 
         def decision(state: BalancerState) -> Rebalance:
             owners = state.owner.copy()

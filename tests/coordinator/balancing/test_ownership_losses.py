@@ -96,7 +96,7 @@ def test_a_gpu_that_is_lost_again_before_it_is_back(bench: Bench) -> None:
 
 
 def test_everything_at_one_boundary(bench: Bench) -> None:
-    """It came back, copied, and died again while a long job ran."""
+    """During one long job the worker came back, copied, and died again."""
     filled = bench.fill()
     bench.lose()
     bench.workers.pending.append(WorkerRejoined("gpu0", Ready(0, 20, {})))

@@ -37,7 +37,7 @@ def test_the_decision_is_made_every_so_many_tokens(bench: Bench) -> None:
 
 
 def test_the_budget_is_a_quarter_of_the_time(bench: Bench, clock: Clock) -> None:
-    """Of the tokens' own time: what passes between two answers does not count."""
+    """Of the time that tokens take: time between two answers does not count."""
     first_guess = LAYOUT.group_bytes / 4.0
     bench.policy.interval = 4
     for _ in range(8):
@@ -82,7 +82,7 @@ def test_what_the_policy_is_told_is_its_own(bench: Bench) -> None:
 
 
 def test_copies_that_were_of_no_use(bench: Bench) -> None:
-    """Those that are dropped, or lie there still, before they have fired on the GPU."""
+    """Those that are dropped, or are still there, without having fired on the GPU."""
     bench.fill(4)  # (0, 0), (0, 1), (1, 0), (1, 1): not counted
     moves = [(0, group) for group in range(4, 8)]
     bench.decide(moves=for_worker(GPU, moves))

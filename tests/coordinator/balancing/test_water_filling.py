@@ -7,7 +7,7 @@ from warmfront.coordinator.balancing.water_filling import even_loads, job_ns, se
 
 
 def poured(costs: np.ndarray, total: float, caps: np.ndarray) -> np.ndarray:
-    """The loads of one layer, by halving the height."""
+    """The loads of one layer, by bisection of the level."""
     low, high = 0.0, float((costs[:, 0] + costs[:, 1] * total).max()) + 1
     for _ in range(200):
         middle = (low + high) / 2

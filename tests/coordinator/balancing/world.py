@@ -12,7 +12,7 @@ CPU, GPU = (5_000.0, 0.2), (20_000.0, 0.02)
 
 
 class World:
-    """Workers that hold copies; groups read `rates` [L, G] of their bytes on average, and a copy takes a decision."""
+    """Workers that hold copies. `rates` [L, G]: the share of its bytes that a token reads of each group on average."""
 
     def __init__(self, rates: np.ndarray, caches: int, slots: int, homes: int = 1, seed: int = 0) -> None:
         self.rates, self.rng = rates, np.random.default_rng(seed)
@@ -38,7 +38,7 @@ class World:
         return self.slots - (self.resident | self.in_flight).sum((1, 2))
 
     def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes read and share active: of 32 neurons a group, each by chance."""
+        """Bytes read and share active of each group, of 32 neurons that fire by chance."""
         active = (self.rng.binomial(32, self.rates) if self.noisy else np.rint(32 * self.rates)) / 32
         return active * GROUP_BYTES, active
 
@@ -56,7 +56,7 @@ class World:
         )
 
     def land(self) -> None:
-        """The copies under way have come; of two homes the new one stays."""
+        """The copies in flight have come; of two homes the new one stays."""
         for worker, layer, group in np.argwhere(self.in_flight):
             self.resident[worker, layer, group] = True
             if self.is_home[worker]:
@@ -110,7 +110,7 @@ class World:
 
 
 def skewed(seed: int = 0) -> np.ndarray:
-    """Rates of which a fifth of the groups has most."""
+    """Rates of which a fifth of the groups has the largest part."""
     rng = np.random.default_rng(seed)
     rates = 0.8 / (1 + 8 * np.arange(GROUPS) / GROUPS) ** 1.5
     return np.stack([rng.permutation(rates) for _ in range(LAYERS)])

@@ -104,7 +104,7 @@ def test_firing_decides_where_the_load_does_not() -> None:
 
 
 def test_no_more_than_evens_the_sides_out() -> None:
-    """A GPU of half the CPU's pace gets a third of the work, however many slots it has; none if its job is not paid."""
+    """A GPU twice as fast as the CPU gets two thirds of the work, however many slots; none if its job does not pay."""
     load = np.full((2, 30), 1e5)
     for job, expected in ((0.0, 20), (1e9, 0)):
         gpu = solve(load, load, 60, DeviceCosts(0, 0.1, job, 0.05))
@@ -112,7 +112,7 @@ def test_no_more_than_evens_the_sides_out() -> None:
 
 
 def test_a_layer_gets_nothing_or_its_floor() -> None:
-    """The ten hottest groups of a layer are its floor: the slots are enough for no, for one, for two of the layers."""
+    """The ten hottest groups of a layer are its floor: the slots suffice for none, one or two of the layers."""
     load = np.tile(np.r_[np.full(10, 1e5), np.full(30, 9e4)], (3, 1))
     costs = DeviceCosts(0, 0.1, 0.09e6, 0.01)
     assert costs.floor_bytes == pytest.approx(1e6)

@@ -1,4 +1,4 @@
-"""Counts by segment, and what is made of them.  pytest tests/coordinator/profile/test_counts.py"""
+"""Counts by segment, and the figures made from them.  pytest tests/coordinator/profile/test_counts.py"""
 
 from itertools import pairwise
 
@@ -66,7 +66,7 @@ def test_a_text_begins_a_segment() -> None:
 
 
 def test_counts_cannot_overflow() -> None:
-    """The most tokens, all of which fire, however they come: a long text and many short ones after it."""
+    """As many tokens as there may be, each firing everything: a long text and many short ones after it."""
     always = np.ones((1, 20_000, 32), bool)
     for many in (0, 1, 40):
         profile = Profile(1, 32, 32)

@@ -71,7 +71,7 @@ class Machine:
 
 
 def failed(instructions: list[Instruction]) -> WarmfrontError:
-    """The error of a failure that asks both workers to quit (each as it can be asked)."""
+    """The error of a failure after which both workers are asked to quit, each in the way that reaches it."""
     abort, *rest = instructions
     assert isinstance(abort, Abort)
     for each in rest:

@@ -193,7 +193,7 @@ def test_no_progress_for_240_seconds_though_the_heart_beats() -> None:
     assert str(error) == "worker gpu0 made no progress for 240 s while loading the model"
 
 
-def test_the_same_progress_again_is_none() -> None:
+def test_the_same_progress_again_does_not_count() -> None:
     machine = Machine(Phase.LOADING)
     machine.hear("gpu0", READY)
     machine.hear("cpu0", Progress(3, 9))
@@ -245,7 +245,7 @@ def test_a_coordinator_that_slept_does_not_blame_its_workers() -> None:
     assert "stopped answering" in str(failed(machine.wait(0.25)))
 
 
-def test_time_that_runs_backwards_is_no_time() -> None:
+def test_time_that_runs_backwards_does_not_count() -> None:
     machine = Machine(Phase.READY)
     machine.now -= 1000
     assert machine.take(Tick()) == []

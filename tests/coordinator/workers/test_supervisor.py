@@ -169,7 +169,7 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 @pytest.mark.parametrize("deaf", [False, True])
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, ready: bool, deaf: bool) -> None:
-    """One that is not ready is terminated at once, one that is after a second; one deaf to that is killed."""
+    """A worker that is not ready is terminated at once, a ready one after a second; one that ignores that is killed."""
     code = (
         f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO}\nchannel.receive(20)\n"
         f"{'channel.send(Ready(7, 3, {}))' if ready else ''}\n"
@@ -262,7 +262,7 @@ def test_an_optional_worker_that_is_killed_is_started_again_when_asked_for(bench
 
 
 def test_a_restarted_worker_without_a_plan_is_lost_again(bench: Bench) -> None:
-    """A GPU whose memory somebody else has taken meanwhile, say."""
+    """For example, a GPU whose memory another process has taken meanwhile."""
     supervisor = bench.start(["gpu1"], cpu0=GOOD, gpu1=GOOD)
     wait_for(supervisor.ready)
     kill(supervisor, "gpu1")
@@ -322,7 +322,7 @@ def test_a_lost_worker_takes_its_report_with_it(bench: Bench) -> None:
 
 
 def test_reports_are_those_asked_for_last(bench: Bench) -> None:
-    """However many were asked for before and not waited for."""
+    """However many rounds were requested before and not awaited."""
     counting = GOOD.replace("while not", "count = 0\nwhile not").replace(
         "LoadReport(assignment.index,", "LoadReport((count := count + 1),"
     )

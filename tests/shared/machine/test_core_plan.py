@@ -133,7 +133,7 @@ def test_counts(
 def test_forced(
     topology: Topology, workers: int | None, threads: int | None, cpus: list[tuple[int, ...]], crowded: bool
 ) -> None:
-    """Hyper-threads first, then cores are shared; without need neither is."""
+    """Hyper-threads come first, then cores are shared; neither without need."""
     plan = plan_cores(topology, workers=workers, threads=threads, force=True)
     assert [worker.cpus for worker in plan.workers] == cpus
     assert plan.spins == (0 if crowded else 100)
@@ -251,7 +251,7 @@ def test_the_quota_refuses(tmp_path: Path) -> None:
 
 
 def random_machine(rng: random.Random) -> Topology:
-    """Nodes with gaps, some without memory, some of memory only; hyper-threads; slow cores; a quota."""
+    """Nodes with gaps in their ids, some without memory, some with memory only; hyper-threads; slow cores; a quota."""
     nodes, cpu = [], 0
     ids = sorted(rng.sample(range(40), rng.randint(1, 6)))
     for id_ in ids:

@@ -104,7 +104,7 @@ def test_path_that_is_not_utf8_survives() -> None:
         [msgpack.Timestamp(0)],
     ],
 )
-def test_what_is_no_message_is_refused(parts: Any) -> None:
+def test_what_is_not_a_message_is_refused(parts: Any) -> None:
     with pytest.raises(ProtocolError):
         decode(msgpack.packb(parts))
 
@@ -134,7 +134,7 @@ def test_random_bytes_never_raise_anything_else() -> None:
             message = decode(bytes(data))
         except ProtocolError:
             refused += 1
-        else:  # a changed value is still a message; a number that is none is not equal to itself
+        else:  # a changed value is still a message; NaN is not equal to itself
             assert encode(decode(encode(message))) == encode(message)
     assert refused > 10_000
 
