@@ -40,7 +40,7 @@ def tuning_file() -> Path:
 
 
 def _key(model: Path, topology: Topology) -> str:
-    """The key of a packed model, whose name includes its weight type, on what this process may use of the machine."""
+    """The key of a packed model (by its name, which includes the weight type) and of the machine that we may use."""
     nodes = [(node.id, node.cores, node.total_bytes >> 28) for node in topology.nodes]
     digest = hashlib.sha256(repr((nodes, topology.quota)).encode()).hexdigest()[:12]
     return f"{model.stem}@{digest}"
