@@ -21,8 +21,8 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE
-from warmfront.shared.wire.messages import LoadReport, Plan
-from warmfront.shared.wire.worker_main import Places, open_planned
+from warmfront.shared.wire.messages import Assignment, LoadReport
+from warmfront.shared.wire.worker_main import Places, open_assigned
 
 __all__ = ["CpuWorker"]
 
@@ -33,18 +33,18 @@ class CpuWorker:
     Computes the groups that the board's owner table gives it.
     """
 
-    def __init__(self, plan: Plan, board: Board) -> None:
+    def __init__(self, plan: Assignment, board: Board) -> None:
         self._plan = plan
         self._board = board
-        self._model = open_planned(plan)
+        self._model = open_assigned(plan)
         sizes, layout, spec = board.sizes, self._model.layout, self._model.spec
         threads = len(plan.cpus)
         home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
         self._places = np.argwhere(home)
-        self._weights = anonymous(max(1, len(self._places) + plan.spare) * layout.group_bytes, huge=True)
-        self._spare = plan.spare
-        if plan.memory >= 0:
-            self._bind(plan.memory)
+        self._weights = anonymous(max(1, len(self._places) + plan.spare_slots) * layout.group_bytes, huge=True)
+        self._spare = plan.spare_slots
+        if plan.memory_node >= 0:
+            self._bind(plan.memory_node)
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
@@ -56,7 +56,7 @@ class CpuWorker:
             exact=plan.selector == "exact",
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
-            slow=plan.slow,
+            slow=plan.slowdown,
             bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward.activation_code),
             gate_row_bytes=layout.gate_row_bytes,
             down_row_bytes=layout.down_row_bytes,

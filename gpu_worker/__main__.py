@@ -6,7 +6,7 @@ import sys
 from warmfront.gpu_worker.device import Device
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.wire.board import Board
-from warmfront.shared.wire.messages import Plan
+from warmfront.shared.wire.messages import Assignment
 from warmfront.shared.wire.worker_main import Service, run
 
 _opened: list[Device] = []
@@ -17,7 +17,7 @@ def _describe() -> tuple[str, int]:
     return _opened[0].name, _opened[0].free_bytes()
 
 
-def _make(plan: Plan, board: Board) -> Service:
+def _make(plan: Assignment, board: Board) -> Service:
     from warmfront.gpu_worker.worker import GpuWorker
 
     return GpuWorker(plan, board, _opened[0])

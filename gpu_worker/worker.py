@@ -20,8 +20,8 @@ from warmfront.shared.machine.process import pin, take_short_turns
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import LANES, LEAVE, Board
 from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
-from warmfront.shared.wire.messages import LoadReport, Plan
-from warmfront.shared.wire.worker_main import Places, open_planned
+from warmfront.shared.wire.messages import Assignment, LoadReport
+from warmfront.shared.wire.worker_main import Places, open_assigned
 
 __all__ = ["GpuWorker"]
 
@@ -37,9 +37,9 @@ class _Owned(NamedTuple):
 class GpuWorker:
     """Computes the groups that the board gives it, in the slots where the board says they lie."""
 
-    def __init__(self, plan: Plan, board: Board, device: Device) -> None:
+    def __init__(self, plan: Assignment, board: Board, device: Device) -> None:
         self._plan, self._board, self._device = plan, board, device
-        self._model = open_planned(plan)
+        self._model = open_assigned(plan)
         layers = board.sizes.layers
         self._busy = np.zeros((layers, 3), np.int64)
         self._jobs = 0
@@ -66,7 +66,7 @@ class GpuWorker:
     def _reserve(self) -> None:
         layout, sizes = self._model.layout, self._board.sizes
         most = sizes.layers * sizes.groups
-        self._slots = slots_within(self._device, layout, self._plan.budget, sizes.max_tokens, most)
+        self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, most)
         activation = self._model.spec.architecture.feed_forward.activation_code
         self._device.reserve(layout, activation, self._slots, sizes.max_tokens)
         self._device.pin(self._board.mapping)

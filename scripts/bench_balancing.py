@@ -1,15 +1,15 @@
-"""Balancing policies side by side on the emulated GPU: what moving neurons gains when the topic or the load shifts.
+"""Balancing policies compared on the emulated GPU: what moving neurons gains when the topic or the load shifts.
 
     python scripts/bench_balancing.py topics MODEL --trace TRACE.npz [--vram 500MB] [--policies balance,ema]
     python scripts/bench_balancing.py shift MODEL [--workers 2 | --gpu host --vram 500MB --slow cpu0:4] [--tokens 96]
 
 An emulated GPU (`--gpu host`) is one pinned thread of this machine, and `--slow cpu0:4` makes the CPU worker four times
 slower than it is, so that the emulated GPU is the fast device. All engines are loaded at once and take turns of a few
-tokens, so that whatever else the machine does meets all alike; those that wait sleep.
+tokens, so that other load on the machine affects all alike; those that wait sleep.
 
 topics   replays the ids of a trace of `record_firing.py`. `oracle` is the best single split for the whole trace, from
-         its own frequencies and the unit times that were measured; `random` as many groups at random; both never move.
-shift    a busy process is put on the first worker's core, and taken away again: `balance` against the frozen split
+         its own frequencies and the measured costs of the workers; `random` as many groups at random; neither moves.
+shift    a busy process is put on the first worker's core and removed again: `balance` against the frozen split
          (`static`, which starts from the shares that balance had found).
 
 The last line of stdout is JSON.
@@ -33,26 +33,26 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.measure.measured_costs import fit_line
 from warmfront.coordinator.placement.expected_load import load_of
 from warmfront.coordinator.placement.plan_file import write_plan
-from warmfront.coordinator.placement.solver import Times, solve
+from warmfront.coordinator.placement.solver import DeviceCosts, solve
 from warmfront.shared.config import parse_size
 
-TURN = 16
-WINDOW = 16
+TURN = 16  # tokens that an engine decodes before the next one has its turn
+WINDOW = 16  # tokens over which a hit share is averaged
 STATIC = ("oracle", "random")
 
 
 class Token(NamedTuple):
-    """One token's time, the GPU's share of its bytes, groups that changed place or hands, ns of work by worker."""
+    """What is known of one decoded token."""
 
     seconds: float
-    hit: float
-    moves: int
-    flips: int
-    busy: npt.NDArray[np.float64]
+    hit: float  # the GPU's share of the bytes read
+    moves: int  # groups copied at it
+    flips: int  # groups whose owner changed without a copy
+    busy: npt.NDArray[np.float64]  # [layers, workers]: ns of work
 
 
 class Runner:
-    """An engine and what became of its tokens."""
+    """An engine and the tokens that it has decoded."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name, self.engine = name, engine
@@ -70,7 +70,7 @@ class Runner:
         return int(np.argmax(logits))
 
     def rate(self, low: int = 0, high: int | None = None) -> float:
-        """Tokens a second of tokens low..high, by their median time: what a neighbour takes now and then drops out."""
+        """Tokens a second of tokens low..high, by their median time: single disturbances do not count."""
         return 1 / float(np.median([token.seconds for token in self.tokens[low:high]]))
 
     def hits(self) -> npt.NDArray[np.float64]:
@@ -85,10 +85,10 @@ class Runner:
         return sum(token.moves + token.flips for token in self.tokens[low:high])
 
 
-def measured_times(runner: Runner) -> Times:
-    """Unit times of the CPU and the GPU worker as the engine has fitted them."""
+def measured_costs_of(runner: Runner) -> DeviceCosts:
+    """The costs of the CPU and the GPU worker as the engine has fitted them."""
     cpu, gpu = runner.engine.ownership.costs
-    return Times(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
+    return DeviceCosts(cpu.job_ns, cpu.byte_ns, gpu.job_ns, gpu.byte_ns)
 
 
 def recovery(hits: npt.NDArray[np.float64], start: int, end: int) -> int:
@@ -100,44 +100,44 @@ def recovery(hits: npt.NDArray[np.float64], start: int, end: int) -> int:
     return end - start
 
 
-def topics(wish: argparse.Namespace) -> dict[str, Any]:
+def topics(options: argparse.Namespace) -> dict[str, Any]:
     """The replay of a trace by every policy."""
-    with np.load(wish.trace) as file:
+    with np.load(options.trace) as file:
         fired, ids, about = file["fired"], file["ids"].tolist(), json.loads(str(file["about"]))
-    ids, switches = ids[: wish.tokens], [0, *(at for at in about["switches"] if at < wish.tokens)]
-    common = {"gpu": "host", "vram_budget": wish.vram, "slow": wish.slow, "workers": 1, "verify": wish.verify}
+    ids, switches = ids[: options.tokens], [0, *(at for at in about["switches"] if at < options.tokens)]
+    common = {"gpu": "host", "vram_budget": options.vram, "slow": options.slow, "workers": 1, "verify": options.verify}
     with ExitStack() as stack:
 
-        def load(name: str, **wishes: Any) -> Runner:
-            engine = Engine.load(wish.model, say=print, **common, **wishes)
+        def load(name: str, **overrides: Any) -> Runner:
+            engine = Engine.load(options.model, say=print, **common, **overrides)
             return Runner(name, stack.enter_context(engine))
 
         balance = load("balance")
-        for token in ids[: wish.warm]:
+        for token in ids[: options.warm]:
             balance.step(token)
-        times, balance.tokens = measured_times(balance), []
+        costs, balance.tokens = measured_costs_of(balance), []
         balance.engine.close()
-        model = Path(wish.model).name
-        print(f"{model}: CPU {times.cpu_byte_ns:.3f} ns/B, GPU {times.gpu_byte_ns:.3f} ns/B")
-        runners = [load(name, policy=name) for name in wish.policies if name not in STATIC]
-        for name in wish.policies:
+        model = Path(options.model).name
+        print(f"{model}: CPU {costs.cpu_byte_ns:.3f} ns/B, GPU {costs.gpu_byte_ns:.3f} ns/B")
+        runners = [load(name, policy=name) for name in options.policies if name not in STATIC]
+        for name in options.policies:
             if name in STATIC:
                 plan = Path(stack.enter_context(scratch())) / f"{name}.json"
-                split(name, runners[0].engine, fired[: wish.tokens], times, wish.vram, plan)
+                split(name, runners[0].engine, fired[: options.tokens], costs, options.vram, plan)
                 runners.append(load(name, policy="static", plan=str(plan)))
         for start in range(0, len(ids), TURN):
             for runner in runners:
                 for token in ids[start : start + TURN]:
                     runner.step(token)
         policies = {each.name: summary(each, switches) for each in runners}
-        return {"times": times._asdict(), "device": device_of(runners), "policies": policies}
+        return {"times": costs._asdict(), "device": device_of(runners), "policies": policies}
 
 
 def device_of(runners: list[Runner]) -> dict[str, Any]:
     """What was measured, as a `--device` for `simulate_balancing.py`.
 
-    A line through every policy's time per layer over its bytes; the coordinator's time is the rest of a token of the
-    oracle's; what a copied byte and a decision cost is that of the policy which copied most.
+    The workers' costs are a line through every policy's time per layer over its bytes; the coordinator's time is the
+    rest of the oracle's tokens; the costs of a copied byte and of a decision are those of the policy that copied most.
     """
     points = [points_of(runner) for runner in runners]
     busy, read = (np.concatenate([each[i] for each in points], axis=1) for i in (0, 1))
@@ -171,12 +171,12 @@ def scratch() -> "contextlib.AbstractContextManager[str]":
     return tempfile.TemporaryDirectory()
 
 
-def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times, vram: int, path: Path) -> None:
-    """Write a plan: of the trace's own frequencies, or at random."""
+def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], costs: DeviceCosts, vram: int, path: Path) -> None:
+    """Write a plan: `oracle` from the trace's own frequencies, `random` at random."""
     firing = np.bitwise_count(fired).mean(0)
     slots = engine.statistics.device_memory()["slots"] // engine.model.layout.group_bytes
     if name == "oracle":
-        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, times)
+        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, costs)
     else:
         gpu = np.zeros(firing.size, bool)
         gpu[np.random.default_rng(0).permutation(firing.size)[:slots]] = True
@@ -185,7 +185,7 @@ def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], times: Times
 
 
 def summary(runner: Runner, switches: list[int]) -> dict[str, Any]:
-    """What one policy made of the trace."""
+    """The figures of one policy."""
     hits, ends = runner.hits(), [*switches[1:], len(runner.tokens)]
     flow = runner.engine.ownership.flow
     seconds = [token.seconds for token in runner.tokens]
@@ -208,7 +208,7 @@ def summary(runner: Runner, switches: list[int]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def neighbour(cpu: int) -> Iterator[None]:
-    """A process that never stops computing, on one core."""
+    """Meanwhile a process on one core never stops computing."""
     code = f"import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
@@ -217,15 +217,15 @@ def neighbour(cpu: int) -> Iterator[None]:
             process.kill()
 
 
-def shift(wish: argparse.Namespace) -> dict[str, Any]:
-    """Three spans of tokens: quiet, beside a busy process, quiet again."""
-    common = {"workers": wish.workers, "gpu": wish.gpu, "selector": wish.selector, "dtype": wish.dtype}
-    if wish.gpu != "none":
-        common |= {"vram_budget": wish.vram, "slow": wish.slow}
+def shift(options: argparse.Namespace) -> dict[str, Any]:
+    """Decode three spans of tokens: quiet, beside a busy process, quiet again."""
+    common = {"workers": options.workers, "gpu": options.gpu, "selector": options.selector, "dtype": options.dtype}
+    if options.gpu != "none":
+        common |= {"vram_budget": options.vram, "slow": options.slow}
     with ExitStack() as stack:
         runners = []
         for name in ("balance", "static"):
-            engine = Engine.load(wish.model, say=print, policy=name, **common)
+            engine = Engine.load(options.model, say=print, policy=name, **common)
             runners.append(Runner(name, stack.enter_context(engine)))
         balance, frozen = runners
         tokens = dict.fromkeys(runners, 300)
@@ -237,19 +237,19 @@ def shift(wish: argparse.Namespace) -> dict[str, Any]:
                     for _ in range(TURN):
                         tokens[runner] = runner.step(tokens[runner])
 
-        # Balance finds its shares first, and the frozen split takes them over where it holds the groups.
-        for _ in range(wish.tokens):
+        # First balance finds its shares; the frozen split takes them over where it holds the groups.
+        for _ in range(options.tokens):
             tokens[balance] = balance.step(tokens[balance])
         held = frozen.engine.ownership.resident
         owners = balance.engine.ownership.owners()
         able = np.take_along_axis(held, owners[None].astype(np.intp), 0)[0]
         frozen.engine.ownership.hand_over(np.where(able, owners, frozen.engine.ownership.owners()))
         balance.tokens = []
-        span(wish.tokens)
+        span(options.tokens)
         with neighbour(cpu):
-            span(wish.tokens)
-        span(wish.tokens)
-        n, half = wish.tokens, wish.tokens // 2
+            span(options.tokens)
+        span(options.tokens)
+        n, half = options.tokens, options.tokens // 2
         share = [1 - each for each in balance.hits()]
         late = min(64, n)
         return {
@@ -283,12 +283,12 @@ def main() -> None:
     parser.add_argument("--gpu", default="none")
     parser.add_argument("--selector", default="auto")
     parser.add_argument("--dtype", default="auto")
-    wish = parser.parse_args()
-    if wish.what == "topics" and wish.trace is None:
+    options = parser.parse_args()
+    if options.what == "topics" and options.trace is None:
         parser.error("topics needs --trace FILE.npz of record_firing.py")
-    wish.tokens = wish.tokens or (2000 if wish.what == "topics" else 192)
-    result = topics(wish) if wish.what == "topics" else shift(wish)
-    print(json.dumps({"bench": wish.what, "model": Path(wish.model).name, "vram": wish.vram, **result}))
+    options.tokens = options.tokens or (2000 if options.what == "topics" else 192)
+    result = topics(options) if options.what == "topics" else shift(options)
+    print(json.dumps({"bench": options.what, "model": Path(options.model).name, "vram": options.vram, **result}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a layer costs beyond its bytes: posting the job, waking the worker, barriers, merging.
 
 Two measurements. First, hand-overs alone: two threads that announce and await in turn, on one core (by yielding) and
-on two. Second, whole layers: a Llama of 48 layers whose weights fit the first cache, so that a decode step is almost
-nothing but hand-overs; its time per layer is the overhead. The last line of stdout is JSON.
+on two. Second, whole layers: a Llama of 48 layers whose weights fit the first cache, so that a decode step consists
+almost only of hand-overs; its time per layer is the overhead. The last line of stdout is JSON.
 
     python scripts/bench_handoff.py [--threads 2] [--rounds 5]
 """
@@ -24,8 +24,8 @@ from warmfront.shared.machine.memory import address
 from warmfront.shared.wire.handoff import LINE, announce, await_sequence
 
 LAYERS = 48
-# Events of a layer in a trace: seven of the coordinator, one of the worker.
-PARTS = 8
+# Of a layer in a trace: seven of the coordinator, one of the worker.
+EVENTS = 8
 TURNS = 20_000
 
 
@@ -93,7 +93,7 @@ def write_model(folder: Path) -> None:
 
 
 def layer_us(folder: Path, threads: int, rounds: int) -> float:
-    """Median microseconds of a layer of the tiny model, by the timing records of single tokens."""
+    """Median microseconds of a layer of the tiny model, by the trace of single tokens."""
     with tempfile.TemporaryDirectory() as traces:
         file = Path(traces) / "trace.json"
         with Engine.load(str(folder), threads=threads, trace=str(file)) as engine:
@@ -103,7 +103,7 @@ def layer_us(folder: Path, threads: int, rounds: int) -> float:
         events = [event for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
     tokens: dict[int, list[float]] = {}
     for number, event in enumerate(event for event in events if event["args"]["tokens"] == 1):
-        tokens.setdefault(number // (LAYERS * PARTS), []).extend((event["ts"], event["ts"] + event["dur"]))
+        tokens.setdefault(number // (LAYERS * EVENTS), []).extend((event["ts"], event["ts"] + event["dur"]))
     return statistics.median((max(times) - min(times)) / LAYERS for times in tokens.values())
 
 
@@ -112,17 +112,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--rounds", type=int, default=5)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     cpus = sorted(os.sched_getaffinity(0))
     result = {"round_trip_one_core_us": round(round_trip_us((cpus[0], cpus[0])), 2)}
     if len(cpus) > 1:
         result["round_trip_two_cores_us"] = round(round_trip_us((cpus[0], cpus[1])), 2)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        result["layer_us"] = round(layer_us(Path(folder), wish.threads, wish.rounds), 2)
+        result["layer_us"] = round(layer_us(Path(folder), options.threads, options.rounds), 2)
     for name, value in result.items():
         print(f"{name:28} {value}")
-    print(json.dumps(result | {"threads": wish.threads}))
+    print(json.dumps(result | {"threads": options.threads}))
 
 
 if __name__ == "__main__":

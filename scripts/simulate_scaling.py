@@ -9,9 +9,9 @@ A layer on k sockets takes
     + merge(k)                                              every thread adds up k partial sums of the hidden size
     + rest                                                  norms and the like, which every thread repeats
 
-A barrier is a counter that all threads raise in turn: its cache line goes from core to core, near or far. `flat` is one
-counter for all; `tree` one for each socket and one above them. The team of the coordinator spans all sockets; `apart`
-keeps it on one, whose bandwidth is then all that attention has.
+A barrier is a counter that all threads increment in turn: its cache line goes from core to core, near or far. `flat` is
+one counter for all; `tree` one for each socket and one above them. The coordinator's threads span all sockets; `apart`
+keeps them on one, whose bandwidth is then all that attention has.
 
 Latencies and bandwidth are those of a two-socket server of today unless given: 300 GB/s a socket, 32 cores, 60 ns
 between cores of a socket, 200 ns between sockets. `--handoff` takes the near latency from the last line of
@@ -28,7 +28,7 @@ BARRIERS = 4  # of a layer: q, k, v; attention; output; predictor
 
 
 class Shape(NamedTuple):
-    """A model: sizes, bytes of a weight."""
+    """The sizes of a model."""
 
     layers: int
     hidden: int
@@ -45,16 +45,16 @@ SHAPES = {
 
 
 class Server(NamedTuple):
-    """What each socket is, and what a cache line's way costs, ns."""
+    """A machine of equal sockets."""
 
-    cores: int
-    gb_s: float
-    near_ns: float
-    far_ns: float
-    rest_ns: float
+    cores: int  # of a socket
+    gb_s: float  # read bandwidth of a socket
+    near_ns: float  # a cache line from core to core within a socket
+    far_ns: float  # and between sockets
+    rest_ns: float  # of a layer: what every thread repeats
 
     def barrier(self, sockets: int, tree: bool) -> float:
-        """ns from the last arrival of `sockets` x cores threads, which come together, to the last departure."""
+        """ns of a barrier of all threads of `sockets`, which arrive together, to the last departure."""
         threads = self.cores * sockets
         if sockets == 1:
             return threads * self.near_ns + self.near_ns
@@ -64,18 +64,20 @@ class Server(NamedTuple):
         return threads * (far * self.far_ns + (1 - far) * self.near_ns) + self.far_ns
 
     def hand_over(self, sockets: int, tree: bool) -> float:
-        """ns for a job's way to the workers, the end of their own barrier, and their answers' way back."""
+        """ns for a job to reach the workers, for their own barrier at its end, and for the answers to come back."""
         way = self.near_ns if sockets == 1 else self.far_ns
         return 2 * way + self.barrier(1, tree) + sockets * way
 
     def merge(self, sockets: int, hidden: int) -> float:
-        """ns to read the partial sums, of which all but one come from afar, 8 lines under way at a time."""
+        """ns to read the partial sums, all but one from other sockets, with 8 lines in flight at a time."""
         lines = 4 * hidden / 64
         return lines * (self.near_ns + (sockets - 1) * self.far_ns) / 8
 
 
-def token(shape: Shape, server: Server, sockets: int, weight: float, active: float, tree: bool, apart: bool) -> Any:
-    """ns of a token by part."""
+def token(
+    shape: Shape, server: Server, sockets: int, *, weight: float, active: float, tree: bool, apart: bool
+) -> dict[str, float]:
+    """ns of a token by part; `weight`: bytes of a weight; `active`: share of the neurons; ways as in `table`."""
     attention = (2 * shape.hidden**2 + 2 * shape.hidden * shape.kv_hidden) * weight
     neurons = 3 * shape.hidden * shape.ffn * weight * active
     head = shape.hidden * shape.vocab * weight
@@ -92,12 +94,13 @@ def token(shape: Shape, server: Server, sockets: int, weight: float, active: flo
 
 
 def table(shape: Shape, server: Server, weight: float, active: float) -> list[dict[str, Any]]:
-    """A row for each number of sockets and way of waiting."""
+    """A row for each number of sockets and way of waiting: `flat`, `tree`, `apart`, as above."""
     rows = []
     for name, tree, apart in (("flat", False, False), ("tree", True, False), ("apart", True, True)):
-        first = token(shape, server, 1, weight, active, tree, apart)["total"]
+        how = {"weight": weight, "active": active, "tree": tree, "apart": apart}
+        first = token(shape, server, 1, **how)["total"]
         for sockets in SOCKETS:
-            parts = token(shape, server, sockets, weight, active, tree, apart)
+            parts = token(shape, server, sockets, **how)
             waits = parts["barriers"] + parts["hand_over"] + parts["merge"] + parts["rest"]
             rows.append(
                 {
@@ -139,15 +142,18 @@ def main() -> None:
     parser.add_argument("--rest-us", type=float, default=4.0, help="of a layer: what every thread repeats")
     parser.add_argument("--handoff", type=Path, help="output of bench_handoff.py: the near latency measured here")
     parser.add_argument("--plot", type=Path)
-    wish = parser.parse_args()
-    if min(wish.weight_bytes, wish.cores, wish.gb_s, wish.near_ns, wish.far_ns) <= 0 or not 0 < wish.active <= 1:
+    options = parser.parse_args()
+    if (
+        min(options.weight_bytes, options.cores, options.gb_s, options.near_ns, options.far_ns) <= 0
+        or not 0 < options.active <= 1
+    ):
         parser.error("sizes, speeds and latencies must be above 0, --active up to 1")
     try:
-        near = near_of(wish.handoff) if wish.handoff is not None else wish.near_ns
+        near = near_of(options.handoff) if options.handoff is not None else options.near_ns
     except (OSError, ValueError, LookupError) as error:
-        parser.error(f"--handoff {wish.handoff} is not output of bench_handoff.py: {error}")
-    server = Server(wish.cores, wish.gb_s, near, wish.far_ns, 1e3 * wish.rest_us)
-    rows = table(SHAPES[wish.shape], server, wish.weight_bytes, wish.active)
+        parser.error(f"--handoff {options.handoff} is not output of bench_handoff.py: {error}")
+    server = Server(options.cores, options.gb_s, near, options.far_ns, 1e3 * options.rest_us)
+    rows = table(SHAPES[options.shape], server, options.weight_bytes, options.active)
     print("way    sockets    tok/s  speedup  waits   attention  feed-forward  barriers  hand-over  merge   us a token")
     for row in rows:
         us = row["us"]
@@ -159,9 +165,9 @@ def main() -> None:
     for way in ("flat", "tree", "apart"):
         best = max((row for row in rows if row["way"] == way), key=lambda row: row["tok_s"])
         print(f"{way}: most tok/s with {best['sockets']} sockets, {best['speedup']:.2f} times one")
-    if wish.plot is not None:
-        draw(rows, f"{wish.shape}, {wish.active:.0%} active", wish.plot)
-    print(json.dumps({"shape": wish.shape, "active": wish.active, "server": server._asdict(), "rows": rows}))
+    if options.plot is not None:
+        draw(rows, f"{options.shape}, {options.active:.0%} active", options.plot)
+    print(json.dumps({"shape": options.shape, "active": options.active, "server": server._asdict(), "rows": rows}))
 
 
 def near_of(path: Path) -> float:

@@ -36,7 +36,7 @@ DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
 PREDICTING = frozenset({"lowrank", "lowbit"})
-# How groups move between the workers (coordinator/balancing/balance.py).
+# How groups move between the workers; the names of coordinator/balancing/policies.py.
 POLICIES = ("balance", "static", "lru", "ema")
 # The wishes that say which threads run.
 THREADING = ("workers", "threads", "coordinator_threads", "spins", "force", "pin")

@@ -1,11 +1,11 @@
 """Every error that warmfront raises on purpose.
 
     WarmfrontError            exit code 1
-    ├── UsageError            exit code 2: the request cannot be meant (counts, sizes, options, prompt length)
+    ├── UsageError            exit code 2: the request makes no sense (counts, sizes, options, prompt length)
     ├── ModelError            the model file is missing, damaged or of an unsupported kind
-    │   └── DamagedError      a packed file in the cache is not what was written: it is made anew
+    │   └── DamagedError      a packed file in the cache is not what was written: it is made again
     ├── ResourceError         memory, disk or device cannot hold what was asked for
-    ├── ProtocolError         a message or board that the other side cannot have meant
+    ├── ProtocolError         a message or board that does not fit the protocol
     └── WorkerError           a worker process died, failed or went silent
 
 A message is one line that says what is wrong and what to do about it; the CLI prints it without a traceback.
@@ -21,8 +21,8 @@ __all__ = [
     "WorkerError",
 ]
 
-# Characters of a message; beyond them its middle is left out.
-LONGEST = 2000
+# Characters of a message; the middle of a longer one is left out.
+MAX_LENGTH = 2000
 
 
 class WarmfrontError(Exception):
@@ -33,7 +33,7 @@ class WarmfrontError(Exception):
     def __str__(self) -> str:
         """The message in one line that a terminal can show, though it may quote a hostile file."""
         text = super().__str__()
-        short = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        short = text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
         return "".join(c if c.isprintable() else "?" for c in short)
 
 

@@ -1,8 +1,8 @@
-"""How files come to be: as a whole or not at all, on the disk for good, by one process at a time.
+"""How files are written: as a whole or not at all, synced to the disk, by one process at a time.
 
 A file is written without a name (O_TMPFILE), synced, and linked into its folder when complete, so that a killed run or
-a power cut leaves nothing of it. Where there is an older one, or the file system knows no nameless files, it goes by
-the name NAME.partial until then.
+a power cut leaves nothing of it. Where it replaces an older file, or the file system has no nameless files, it is
+called NAME.partial until then.
 """
 
 import contextlib
@@ -42,16 +42,17 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the cache if it is missing: for this user alone, since what lies there is trusted."""
+    """Make a folder of the cache if it is missing; for this user alone, since what is in the cache is trusted."""
     for each in (cache_root(), folder):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None] = _quiet) -> Iterator[None]:
-    """Only one process at a time is in such a block for `path`, a file of the cache; `say` gets a line if it must wait.
+    """Let only one process at a time into such a block for `path`, a file of the cache.
 
-    A process that is killed lets go. Raises OSError where the cache cannot be written.
+    `say` gets a line if it has to wait. A killed process releases its lock. Raises OSError where the cache cannot be
+    written.
     """
     lock = _lock_of(path)
     make_folder(lock.parent)
@@ -79,7 +80,7 @@ def is_locked(path: Path) -> bool:
 
 
 def sweep_locks() -> None:
-    """Remove what killed processes have left of their locks."""
+    """Remove the lock files that killed processes have left behind."""
     for lock in _lock_of(cache_root()).parent.glob("*"):
         with contextlib.suppress(OSError):
             fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
@@ -93,12 +94,15 @@ def sweep_locks() -> None:
 
 
 def _lock_of(path: Path) -> Path:
-    name = os.path.relpath(path, cache_root())  # the same whatever way leads to the cache
+    name = os.path.relpath(path, cache_root())  # the same whatever path leads to the cache
     return cache_root() / "locks" / hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
 
 
 def _take(lock: Path, say: Callable[[str], None]) -> int:
-    """A descriptor that holds the lock; who held it before has removed the file, so it may have to be made again."""
+    """A descriptor that holds the lock.
+
+    The process that held it before has removed the file: a lock on that holds back nobody, so it is taken again.
+    """
     while True:
         fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -118,10 +122,10 @@ def _take(lock: Path, say: Callable[[str], None]) -> int:
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[int]:
-    """A file descriptor whose file appears as `target` when the block ends well, and never else.
+    """A file descriptor whose file appears as `target` when the block ends without an exception, and only then.
 
-    It takes the place of a `target` that is there; who has that open keeps it. Files that several processes write are
-    to be published within `locked`. Raises OSError, and then leaves nothing.
+    It replaces an existing `target`; processes that have the old one open keep it. Publish files that several processes
+    write within `locked`. Raises OSError, and then leaves nothing.
     """
     partial = target.with_suffix(".partial")
     try:
@@ -134,11 +138,11 @@ def published(target: Path) -> Iterator[int]:
         named = True
     try:
         yield fd
-        os.fsync(fd)  # before it has a name: after a power cut a name stands for all of the content
+        os.fsync(fd)  # before it has a name: after a power cut, a file that has its name is complete
         if not named:
             try:
                 _link(fd, target)
-            except FileExistsError:  # only a rename replaces a file, and that needs a name to begin with
+            except FileExistsError:  # only a rename replaces a file, and only a file with a name can be renamed
                 partial.unlink(missing_ok=True)
                 _link(fd, partial)
                 named = True
@@ -154,7 +158,7 @@ def published(target: Path) -> Iterator[int]:
 
 
 def _link(fd: int, name: Path) -> None:
-    """Name a nameless file. src_dir_fd only makes Python call linkat(), which follows the link to it."""
+    """Give a nameless file a name. src_dir_fd only makes Python call linkat(), which follows the link in /proc."""
     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
 
 

@@ -13,26 +13,27 @@ __all__ = ["cache_root"]
 def cache_root() -> Path:
     """The user's cache folder of warmfront; may not exist yet.
 
-    $XDG_CACHE_HOME/warmfront if that is an absolute path, else ~/.cache/warmfront. Without a home folder that can be
-    used, as in containers with a bare user id, it is a private folder below the temporary folder, which is made.
-    Raises ResourceError if there is not even that.
+    $XDG_CACHE_HOME/warmfront if that is an absolute path, else ~/.cache/warmfront. Without a usable home folder, as in
+    containers with a bare user id, a private folder below the temporary folder, which is made. Raises ResourceError if
+    that cannot be had either.
     """
-    wish = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(wish):
-        return Path(wish, "warmfront")
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(chosen):
+        return Path(chosen, "warmfront")
     home = os.path.expanduser("~")  # stays "~" without HOME and an entry in the list of users
     folder = Path(home, ".cache/warmfront")
     return folder if os.path.isabs(home) and _usable(folder) else _temporary()
 
 
 def _usable(folder: Path) -> bool:
-    """Whether the folder is there, be it read-only, or can be made."""
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    return os.path.isdir(there) and os.access(there, os.R_OK | os.X_OK if there == folder else os.W_OK | os.X_OK)
+    """Whether the folder exists, if only to be read, or can be made."""
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    mode = os.R_OK | os.X_OK if existing == folder else os.W_OK | os.X_OK
+    return os.path.isdir(existing) and os.access(existing, mode)
 
 
 def _temporary() -> Path:
-    """The same folder in every run of this user's, which others can neither make beforehand nor write to."""
+    """The same folder in every run of this user; one that another user has made, or can write to, is refused."""
     folder = Path(os.environ.get("TMPDIR") or "/tmp", f"warmfront-{os.geteuid()}").absolute()
     try:
         with contextlib.suppress(FileExistsError):

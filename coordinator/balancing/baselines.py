@@ -1,11 +1,10 @@
-"""Policies that others published, to compare with: `static`, `lru` (SparseFlow), `ema` (SparkInfer, Kairox).
+"""Policies to compare with: `static`, and two that others published, `lru` (SparseFlow) and `ema` (SparkInfer, Kairox).
 
-The last two keep no eye on the balance: what is in a slot is computed there. A slot that changes hands is given up when
-the copy into it begins.
+These two do not look at the balance: what is in a slot is computed there. A copy that is replaced is given up when the
+copy into its slot begins.
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from warmfront.coordinator.balancing.interface import (
     BalancerState,
@@ -13,62 +12,64 @@ from warmfront.coordinator.balancing.interface import (
     Floats,
     Ints,
     Owners,
+    Reals,
     Rebalance,
-    decision_of,
     home_of,
+    make_rebalance,
 )
 
 __all__ = ["Ema", "Lru", "Static"]
-
-Reals = npt.NDArray[np.floating]
 
 
 class Static:
     """Changes nothing."""
 
     name = "static"
-    every = 1 << 30
+    interval = 1 << 30
+
+    def __init__(self, long_run: Floats, group_bytes: int) -> None:
+        pass
 
     def observe(self, bytes_read: Reals, active: Reals) -> None:
         """Nothing to learn."""
 
-    def decide(self, situation: BalancerState) -> Rebalance:
+    def decide(self, state: BalancerState) -> Rebalance:
         """Everything stays."""
-        return decision_of(situation.owner.copy(), home_of(situation), [], [])
+        return make_rebalance(state.owner.copy(), home_of(state), [], [])
 
 
 class Lru:
-    """SparseFlow's neuron cache: what was used and is in no slot comes in for what was used least recently."""
+    """SparseFlow's neuron cache: groups that were used and are in no slot replace those least recently used."""
 
     name = "lru"
-    every = 1
+    interval = 1
 
-    def __init__(self, long_run: Floats) -> None:
+    def __init__(self, long_run: Floats, group_bytes: int) -> None:
         self._token = 0
-        self._used = np.full(long_run.shape, -1, np.int64)  # the token of the last use
+        self._used = np.full(long_run.shape, -1, np.int64)  # [L, G]: the token of the last use, -1 = never
         self._active = np.zeros(long_run.shape)
 
     def observe(self, bytes_read: Reals, active: Reals) -> None:
-        """Note who was used."""
+        """Note which groups were used."""
         self._token += 1
         self._active[:] = active
         self._used[self._active > 0] = self._token
 
-    def decide(self, situation: BalancerState) -> Rebalance:
-        """Of what the last token used, the most active first, as much as there are slots of older use."""
-        held = _cached(situation.resident | situation.coming, situation)
+    def decide(self, state: BalancerState) -> Rebalance:
+        """Copy what the last token used, most active first, into free slots and those of groups it did not use."""
+        held = _cached(state.resident | state.in_flight, state)
         wanted = (self._used == self._token) & ~held.any(0) & (self._active > 0)
-        incoming = np.argwhere(wanted)[np.argsort(-self._active[wanted], kind="stable")][: situation.budget]
+        incoming = np.argwhere(wanted)[np.argsort(-self._active[wanted], kind="stable")][: state.copy_budget]
         moves, drops, start = [], [], 0
-        for worker in np.flatnonzero(~situation.homes).tolist():
-            old = situation.resident[worker] & (self._used < self._token)
-            free = int(situation.free[worker])
+        for worker in np.flatnonzero(~state.is_home).tolist():
+            old = state.resident[worker] & (self._used < self._token)
+            free = int(state.free_slots[worker])
             chosen = incoming[start : start + free + int(old.sum())]
             start += len(chosen)
             oldest = np.argsort(self._used[old], kind="stable")[: max(0, len(chosen) - free)]
-            moves.append(_of(worker, chosen))
-            drops.append(_of(worker, np.argwhere(old)[oldest]))
-        return decision_of(*_all_on_caches(situation), drops, moves)
+            moves.append(_rows(worker, chosen))
+            drops.append(_rows(worker, np.argwhere(old)[oldest]))
+        return make_rebalance(*_all_on_caches(state), drops, moves)
 
 
 class Ema:
@@ -78,7 +79,7 @@ class Ema:
     """
 
     name = "ema"
-    every = 1
+    interval = 1
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
         self._score = long_run / group_bytes
@@ -89,44 +90,46 @@ class Ema:
         self._score *= self._kept
         self._score += (1 - self._kept) * active
 
-    def decide(self, situation: BalancerState) -> Rebalance:
+    def decide(self, state: BalancerState) -> Rebalance:
         """Swap what is in the slots for what should be, best first."""
-        self._kept = min(max(self._kept * (1.05 if situation.late else 0.95), 0.05), 0.95)
-        if situation.homes.all():
-            return decision_of(situation.owner.copy(), home_of(situation), [], [])
-        resident, coming = (_cached(copies, situation).any(0) for copies in (situation.resident, situation.coming))
-        slots = (resident | coming).sum(1)
+        self._kept = min(max(self._kept * (1.05 if state.copies_late else 0.95), 0.05), 0.95)
+        if state.is_home.all():
+            return make_rebalance(state.owner.copy(), home_of(state), [], [])
+        resident, in_flight = (_cached(copies, state).any(0) for copies in (state.resident, state.in_flight))
+        # Swaps are within a layer, so each keeps as many slots as it began with.
+        slots = (resident | in_flight).sum(1)
         order = np.argsort(-self._score, axis=1, kind="stable")
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(order.shape[1])[None], 1)
         best = rank < slots[:, None]
-        incoming, outgoing = best & ~resident & ~coming, resident & ~best
+        incoming, outgoing = best & ~resident & ~in_flight, resident & ~best
         # The i-th of a layer to come takes the slot of the i-th to go; copies under way may leave fewer of these.
-        goes = _in_layers(outgoing, rank)
-        comes = _in_layers(incoming & (_position(incoming, rank) < outgoing.sum(1)[:, None]), rank)
-        gain = self._score[tuple(comes.T)] - self._score[tuple(goes.T)]
-        chosen = np.argsort(-gain, kind="stable")[: situation.budget]
-        comes, goes = comes[chosen], goes[chosen]
-        worker = situation.resident[~situation.homes][:, goes[:, 0], goes[:, 1]].argmax(0) + situation.homes.sum()
-        drops, moves = (np.column_stack((worker, pairs)) for pairs in (goes, comes))
-        return decision_of(*_all_on_caches(situation), [drops], [moves])
+        leaving = _in_layers(outgoing, rank)
+        entering = _in_layers(incoming & (_position(incoming, rank) < outgoing.sum(1)[:, None]), rank)
+        gain = self._score[tuple(entering.T)] - self._score[tuple(leaving.T)]
+        chosen = np.argsort(-gain, kind="stable")[: state.copy_budget]
+        entering, leaving = entering[chosen], leaving[chosen]
+        worker = state.resident[~state.is_home][:, leaving[:, 0], leaving[:, 1]].argmax(0) + state.is_home.sum()
+        drops, moves = (np.column_stack((worker, groups)) for groups in (leaving, entering))
+        return make_rebalance(*_all_on_caches(state), [drops], [moves])
 
 
-def _cached(copies: Bools, situation: BalancerState) -> Bools:
+def _cached(copies: Bools, state: BalancerState) -> Bools:
     """`copies` [W, L, G] but those at homes."""
-    return copies & ~situation.homes[:, None, None]
+    return copies & ~state.is_home[:, None, None]
 
 
-def _of(worker: int, groups: Ints) -> Ints:
+def _rows(worker: int, groups: Ints) -> Ints:
+    """[n, 3] of (worker, layer, group)."""
     return np.column_stack((np.full(len(groups), worker), groups))
 
 
-def _all_on_caches(situation: BalancerState) -> tuple[Owners, Owners]:
+def _all_on_caches(state: BalancerState) -> tuple[Owners, Owners]:
     """Owners such that every cache computes what it holds, and the homes."""
-    home = home_of(situation)
+    home = home_of(state)
     owner = home.copy()
-    for worker in np.flatnonzero(~situation.homes):
-        owner[situation.resident[worker]] = worker
+    for worker in np.flatnonzero(~state.is_home):
+        owner[state.resident[worker]] = worker
     return owner, home
 
 

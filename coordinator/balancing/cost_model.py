@@ -2,13 +2,14 @@
 
 Every report gives a point per layer: bytes read and time taken per job. The fit is a least-squares line through the
 points of all reports, each report weighing half of the next, so that a worker that slows down is known after three or
-four. Layers that stand out from the others (the scheduler took the core) are left out, by how far they are from the
-line relative to the report's median. Layers that all read the same say nothing about how a cost divides into a and b:
-a is held by a weak prior at its first value, which decides where the bytes differ by less than about 5 %, and the more
-the times scatter the more: a is not taken to be more than a tenth of the time off without good evidence.
+four. Layers that stand out from the others (the scheduler took the core) get little or no weight (Tukey's biweight), by
+how far they are from the line relative to the report's median. Layers that all read the same say nothing about how a
+cost divides into a and b: a weak prior holds `a` at its first value. It decides where the bytes differ by less than
+about 5 %, and the more so the more the times scatter: `a` is not believed to be more than a tenth of the time off
+without good evidence. Without that, layers that read nearly the same gave lines of any slope (docs/log.md, 2026-11-22).
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +19,24 @@ __all__ = ["WorkerCosts"]
 Floats = npt.NDArray[np.float64]
 
 _KEPT = 0.5  # share of the sums that a new report leaves
-_PRIOR = 0.0025  # least weight of the first `a`: a squared coefficient of variation of the bytes of 5 %
+_PRIOR = 0.0025  # smallest weight of the first `a`, per point: 5 % squared, the bytes' coefficient of variation
 _PRIOR_SPREAD = 0.1  # of the mean time: by how much `a` may well differ from the first one
-_OUTLIER = 4.0  # in robust deviations, of which one is at least
-_SPREAD = 0.03  # of the expected time
-_ROUNDS = 3
+_OUTLIER = 4.0  # robust deviations from the line, beyond which a point has no weight
+_MIN_SPREAD = 0.03  # of the expected time: a robust deviation is at least this, or equal times would all be outliers
+_ROUNDS = 3  # of fitting and weighing: the weights depend on the line
 
 
 class WorkerCosts:
-    """A worker's costs as known by now: `job_ns` per job and `byte_ns` per byte, first as hinted."""
+    """A worker's costs as known by now: `job_ns` per job and `byte_ns` per byte; before any report, a guess."""
 
     def __init__(self, job_ns: float, byte_ns: float) -> None:
         self.job_ns = job_ns
         self.byte_ns = byte_ns
         self._prior_ns = job_ns
-        self._sums = np.zeros(6)  # weights, x, y, x * x, x * y, y * y
+        self._moments = np.zeros(6)  # as `_Moments`, of all reports so far
 
     def update(self, jobs: float, busy_ns: npt.ArrayLike, read_bytes: npt.ArrayLike) -> None:
-        """Take a load report's differences: `jobs` of every layer, [layers] time and bytes of all of them together.
+        """Take what a worker did since its last report: jobs per layer; their total time and bytes, [layers] each.
 
         Layers of which the worker read nothing do not count; with none left, nothing changes.
         """
@@ -45,38 +46,53 @@ class WorkerCosts:
             return
         x, y = read[used] / jobs, busy[used] / jobs
         for _ in range(_ROUNDS):
-            sums = _KEPT * self._sums + _moments(x, y, self._weights(x, y))
-            self.job_ns, self.byte_ns = _line(sums, self._prior_ns)
-        self._sums = sums
+            moments = _KEPT * self._moments + _moments(x, y, self._weights(x, y))
+            self.job_ns, self.byte_ns = _fit(_Moments(*moments.tolist()), self._prior_ns)
+        self._moments = moments
 
     def _weights(self, x: Floats, y: Floats) -> Floats:
-        """[points]: 1 near the line, or the line times what all points are off it; 0 far from it."""
+        """[points]: 1 near the line, 0 far from it."""
         ratio = y / (self.job_ns + self.byte_ns * x)
+        # Relative to the median: one that has slowed down is off its old line in all layers, and none is an outlier.
         off = ratio / np.median(ratio) - 1
-        spread = max(1.4826 * float(np.median(np.abs(off))), _SPREAD)
+        # 1.4826 times the median deviation is the standard deviation, for normally distributed points.
+        spread = max(1.4826 * float(np.median(np.abs(off))), _MIN_SPREAD)
         return np.maximum(1 - (off / (_OUTLIER * spread)) ** 2, 0.0) ** 2
+
+
+class _Moments(NamedTuple):
+    """Weighted sums over the points (bytes x, ns y)."""
+
+    n: float
+    x: float
+    y: float
+    xx: float
+    xy: float
+    yy: float
 
 
 def _moments(x: Floats, y: Floats, weights: Floats) -> Floats:
     return np.array([weights.sum(), weights @ x, weights @ y, weights @ (x * x), weights @ (x * y), weights @ (y * y)])
 
 
-def _line(sums: npt.NDArray[Any], first: float) -> tuple[float, float]:
-    """a >= 0 and b > 0 of the line through the points with these moments, a drawn to `first`."""
-    n, x, y, xx, xy, yy = (float(value) for value in sums)
-    a, b = _drawn(n, x, y, xx, xy, first, _PRIOR * n)
+def _fit(moments: _Moments, prior: float) -> tuple[float, float]:
+    """a >= 0 and b > 0 of the line through the points with these moments, `a` drawn to `prior`."""
+    n, x, y, xx, xy, yy = moments
+    a, b = _line(moments, prior, _PRIOR * n)
+    # Again, now that the points' scatter is known: the prior's weight is their variance over its own.
     scatter = yy - 2 * a * y - 2 * b * xy + a * a * n + 2 * a * b * x + b * b * xx
-    return _drawn(n, x, y, xx, xy, first, max(_PRIOR * n, scatter * n / (_PRIOR_SPREAD * y) ** 2))
+    return _line(moments, prior, max(_PRIOR * n, scatter * n / (_PRIOR_SPREAD * y) ** 2))
 
 
-def _drawn(n: float, x: float, y: float, xx: float, xy: float, first: float, weight: float) -> tuple[float, float]:
-    """The line, with the first `a` as a point of this weight."""
-    a = ((y + weight * first) * xx - xy * x) / ((n + weight) * xx - x * x)
+def _line(moments: _Moments, prior: float, weight: float) -> tuple[float, float]:
+    """The line, with `prior` for `a` as one more observation of this weight."""
+    n, x, y, xx, xy, _ = moments
+    a = ((y + weight * prior) * xx - xy * x) / ((n + weight) * xx - x * x)
     if a < 0:
         return 0.0, xy / xx
     b = (xy - a * x) / xx
     if b > 0:
         return a, b
-    # Time that falls with the bytes: the line is level but for what the prior leaves.
-    a = min(first, y / n / 2)
+    # Time that falls as the bytes grow: take a line that is as level as the prior, or half of the mean time, leaves it.
+    a = min(prior, y / n / 2)
     return a, (y / n - a) / (x / n)

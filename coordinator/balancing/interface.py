@@ -1,9 +1,31 @@
-"""What the balancer is told and what it answers.
+"""What a balancing policy is told and what it answers: all that is needed to write another one.
 
-L layers of G groups; W workers: the CPU workers ("homes"), then the GPU workers ("caches"). Every group has one home
-that holds its full copy; caches hold further copies in slots. The owner computes the group and holds a copy of it.
-Changing the owner among holders is free; a copy costs a transfer. A copy that comes to another home makes that one the
-group's home, and the old home's copy goes.
+The world. A model has L layers of G groups of 32 neurons. W workers compute them: first the CPU workers ("homes"), then
+the GPU workers ("caches"). Every group has exactly one home, which holds its full copy; caches hold further copies in
+their slots. The *owner* of a group computes it, and always holds a copy of it. Changing the owner to another holder is
+free: a table is written. A new copy costs a transfer of `transfer_ns`, which runs beside the computing, and takes a
+free slot. A layer takes as long as its slowest worker, each of which takes `job_ns + byte_ns * bytes read`.
+
+A policy is a state machine without I/O, threads or clock. The engine calls, from one thread:
+
+    observe(bytes_read, active)   after every decoded token (not during prefill)
+    decide(state) -> Rebalance    between two tokens, once `interval` tokens have been observed since the last call
+
+What `decide` may rely on: the arrays of `state` are its own copies, to keep or change; shapes never change in a run;
+every owner is among the holders. What may have happened since its last decision: copies that it began have come, and
+are `resident` now (and owned by their worker, which the simulator leaves to the policy); fewer than it asked for were
+begun; a GPU worker died (its copies and slots are gone, its groups are owned by their homes) or came back (its old
+copies are in flight again).
+
+What it must return: an owner for every group that holds a complete copy of it after the drops; drops of complete copies
+in caches, each once; moves of groups that are not in flight, each once, to a worker that does not hold it, and to a
+cache only what no cache holds. What it need not care about: moves beyond `copy_budget` or beyond their worker's free
+slots (those that the drops free included) are left out by the engine, the last ones first. A copy that comes to another
+home makes that worker the group's home, and the old home's copy goes.
+
+To add a policy: write the class, constructed as `PolicyClass` says, add it to `policies.py` and its name to POLICIES in
+`shared/config.py`. tests/coordinator/balancing/test_policies.py then holds it to these rules, and
+`scripts/simulate_balancing.py --policies NAME,balance` compares it.
 """
 
 from typing import NamedTuple, Protocol
@@ -19,79 +41,96 @@ __all__ = [
     "Ints",
     "Owners",
     "Policy",
+    "PolicyClass",
+    "Reals",
     "Rebalance",
-    "budget_of",
-    "decision_of",
+    "copy_budget",
     "held_by",
     "home_of",
+    "make_rebalance",
 ]
 
 Owners = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+Reals = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
-BATCH = 16  # groups that are copied at one request
-_COPYING = 0.25  # part of the time that copies may take
+# Groups that are copied at one request: enough to read neighbours of the file at once, few enough to arrive soon.
+BATCH = 16
+# Part of the time that copies may take: they share the memory's bandwidth with the decoding.
+_COPY_SHARE = 0.25
 
 
 class BalancerState(NamedTuple):
-    """What is true at a token boundary."""
+    """What is true between two tokens."""
 
-    owner: Owners  # [L, G]
+    owner: Owners  # [L, G]: the worker that computes each group
     resident: Bools  # [W, L, G]: complete copies
-    coming: Bools  # [W, L, G]: copies under way
-    free: Ints  # [W]: free slots now
-    homes: Bools  # [W]: the CPU workers
-    costs: Floats  # [W, 2]: ns per job, ns per byte, as fitted
-    transfer_ns: float  # per group copied, as measured
-    budget: int  # groups whose copying may begin now
-    late: bool  # copies begun at the last decision are not finished
+    in_flight: Bools  # [W, L, G]: copies that have begun and are not complete
+    free_slots: Ints  # [W]: slots that neither hold a copy nor await one
+    is_home: Bools  # [W]: true for CPU workers, which come first
+    costs: Floats  # [W, 2]: ns per job, ns per byte read, as fitted to the load reports
+    transfer_ns: float  # of copying one group, as measured
+    copy_budget: int  # groups whose copying may begin now
+    copies_late: bool  # copies that an earlier decision began are not complete
     decision_tokens: float = 0.0  # how many tokens' time a decision takes, as measured
 
 
 class Rebalance(NamedTuple):
-    """What is to happen at this token boundary, in this order."""
+    """What is to happen before the next token, in this order."""
 
     owner: Owners  # [L, G]: a worker with a complete copy, everywhere
-    drops: Ints  # [n, 3]: (worker, layer, group): copies in slots to give up now; their worker does not own the group
-    moves: Ints  # [m, 3]: (worker, layer, group): copies to begin, best first, as many as slots and budget allow
+    drops: Ints  # [n, 3] of (worker, layer, group): copies in caches to give up, whose worker does not own the group
+    moves: Ints  # [m, 3] of (worker, layer, group): copies to begin, best first
 
 
 class Policy(Protocol):
-    """Decides who computes what. `every`: tokens between decisions."""
+    """Decides who computes what."""
+
+    name: str  # as in `--policy`
+    interval: int  # tokens between decisions; may change with every decision
+
+    def observe(self, bytes_read: Reals, active: Reals) -> None:
+        """Learn from a token, both [L, G]: bytes read of each group; share of its neurons that were computed whole."""
+
+    def decide(self, state: BalancerState) -> Rebalance:
+        """The changes to make now."""
+
+
+class PolicyClass(Protocol):
+    """How every policy is made."""
 
     name: str
-    every: int
 
-    def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
-        """After each decoded token, both [L, G]: bytes read of each group, share of its neurons that fired (0..1)."""
-
-    def decide(self, situation: BalancerState) -> Rebalance:
-        """Every `every` tokens."""
+    def __call__(self, long_run: Floats, group_bytes: int) -> Policy:
+        """`long_run` [L, G]: bytes that a token is expected to read, by the model's profile; bytes of one copy."""
 
 
-def budget_of(until_next_ns: float, transfer_ns: float, moving: int) -> int:
-    """Groups whose copying may begin, `moving` being under way, if the next decision is `until_next_ns` away."""
-    return max(0, max(BATCH, int(_COPYING * until_next_ns / transfer_ns)) - moving)
+def copy_budget(until_next_ns: float, transfer_ns: float, in_flight: int) -> int:
+    """Groups whose copying may begin if the next decision is `until_next_ns` away, `in_flight` being under way.
+
+    A batch at least: with tokens shorter than a transfer nothing would ever move.
+    """
+    return max(0, max(BATCH, int(_COPY_SHARE * until_next_ns / transfer_ns)) - in_flight)
 
 
-def home_of(situation: BalancerState) -> Owners:
-    """uint8 [L, G]: the home of each group; of two that hold it, the owner."""
-    first = situation.resident[situation.homes].argmax(0)
-    home = np.flatnonzero(situation.homes).astype(np.uint8)[first]
-    owned = situation.homes[situation.owner] & held_by(situation.resident, situation.owner)
-    return np.where(owned, situation.owner, home)
+def home_of(state: BalancerState) -> Owners:
+    """uint8 [L, G]: the home of each group; if two CPU workers hold it, the one that owns it."""
+    first = state.resident[state.is_home].argmax(0)
+    home = np.flatnonzero(state.is_home).astype(np.uint8)[first]
+    owned = state.is_home[state.owner] & held_by(state.resident, state.owner)
+    return np.where(owned, state.owner, home)
 
 
 def held_by(held: Bools, worker: npt.NDArray[np.integer]) -> Bools:
-    """bool [L, G]: whether `worker` [L, G] is among those of `held` [W, L, G]."""
+    """bool [L, G]: whether `worker` [L, G] is among the holders `held` [W, L, G]."""
     return np.asarray(np.take_along_axis(held, worker[None].astype(np.intp), 0)[0])
 
 
-def decision_of(owner: Owners, home: Owners, drops: list[Ints], moves: list[Ints]) -> Rebalance:
-    """The decision with these drops and moves ([n, 3] each); what is dropped goes back to its `home`."""
+def make_rebalance(owner: Owners, home: Owners, drops: list[Ints], moves: list[Ints]) -> Rebalance:
+    """The decision with these drops and moves ([n, 3] each); a dropped group that its worker owned goes `home`."""
     dropped, moved = (np.concatenate([np.empty((0, 3), np.int64), *parts]) for parts in (drops, moves))
     worker, layer, group = dropped.T
-    lost = owner[layer, group] == worker
-    owner[layer[lost], group[lost]] = home[layer[lost], group[lost]]
+    orphaned = owner[layer, group] == worker
+    owner[layer[orphaned], group[orphaned]] = home[layer[orphaned], group[orphaned]]
     return Rebalance(owner, dropped, moved)

@@ -1,18 +1,18 @@
-"""The warm front: who holds each group of neurons, who computes it, and the moves between the workers.
+"""The ownership table: who holds each group of neurons, who computes it, and the moves between the workers.
 
-Three tables say it all, each [layers, groups]: *home*, the CPU worker that keeps the group's full copy; *resident*, for
+Three arrays over [layers, groups] say it all: *home*, the CPU worker that keeps the group's full copy; *resident*, for
 each worker, which groups it holds; *owner* (on the board), the worker that computes the group now and holds it.
 
-    a policy (`balancer.py`) looks at the activity of the groups and at what the workers report
-      owner  changes hands at once between workers that both hold the group: a table is written, nothing is copied
+    a policy (`interface.py`) looks at the activity of the groups and at what the workers report
+      owner  changes at once between workers that both hold the group: a table is written, nothing is copied
       drop   a GPU's slot is free for another group; the CPU has the full copy
       move   Move -> the worker reads the group from the packed file into a free slot, beside its computing -> Moved ->
-             at the next token boundary the group is resident there and owned by it; between CPU workers the old home's
+             before the next token the group is resident there and owned by it; between CPU workers the old home's
              slot becomes free
 
-The board's tables change only between two jobs, so no neuron is lost or computed twice; `verify` proves it for every
-token from what the workers say they were asked for. A GPU worker that dies owns nothing any more from the next job on;
-when it is back its slots are filled as before.
+The board's tables change only between two jobs, so no neuron is lost or computed twice; `verify` checks that for every
+token by what the workers say they were asked for. A GPU worker that dies owns nothing from the next job on; when it is
+back its slots are filled as before.
 """
 
 import collections
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.balancing.cost_model import WorkerCosts
-from warmfront.coordinator.balancing.interface import BATCH, BalancerState, Policy, Rebalance, budget_of
+from warmfront.coordinator.balancing.interface import BATCH, BalancerState, Bools, Policy, Rebalance, copy_budget
 from warmfront.coordinator.workers.events import DeliverMoved, WorkerLost, WorkerRejoined
 from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import WorkerError
@@ -35,50 +35,52 @@ from warmfront.shared.wire.messages import LoadReport, Move
 __all__ = ["Flow", "Ownership", "Transfer"]
 
 Table = npt.NDArray[np.uint8]
-Bools = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.int32]
-# Copies run at about this speed until some were measured, in bytes per ns.
+# Guesses until there are measurements: bytes per ns of a copy; ns for a job and for a byte of a worker.
 _COPY_SPEED = 4.0
-# What a worker is taken to cost until it has reported: ns for a job, ns for a byte.
 _JOB_NS, _BYTE_NS = 20_000.0, 0.05
+# Weight of a new measurement of copies and decisions, in their moving averages.
+_NEW = 0.2
 # Batches that are remembered for the trace.
-_TRANSFERS = 100_000
-_REPORT_EVERY_NS = 50_000_000
-_WAIT_S = 60.0
+_MAX_TRANSFERS = 100_000
+# A report costs each worker a message: often enough to see a load shift within some tokens.
+_REPORT_INTERVAL_NS = 50_000_000
+# After this long without a copied batch, or without word of a death, something is wrong.
+_FILL_LIMIT_S = 60.0
+_LOSS_LIMIT_S = 5.0
 
 
 class Transfer(NamedTuple):
-    """A batch of groups on their way to a worker; ns on the monotonic clock."""
+    """A batch of groups that was copied to a worker."""
 
     worker: int
     groups: int
-    began: int
+    began: int  # ns on the monotonic clock
     ended: int
 
 
 class Flow(NamedTuple):
-    """What has moved so far: groups copied, owners changed without a copy, copies that were dropped unused."""
+    """What has changed so far."""
 
-    moves: int
-    flips: int
-    unused: int
+    moves: int  # groups copied
+    flips: int  # owners changed without a copy
+    unused: int  # copies dropped before their group fired there
 
 
 class _Batch(NamedTuple):
+    """A batch that is being copied."""
+
     worker: int
-    places: Places
-    began: int
+    places: Places  # [n, 3]: layer, group, slot
+    began: int  # ns on the monotonic clock
 
 
 class Ownership:
-    """Owns the board's tables `owner` and `slot`. Used from the engine's thread; workers are numbered as on the board.
-
-    `home`: uint8 [layers, groups]; `present`: int64 [workers], cleared while a worker takes no part; `say` gets a line
-    when a worker is lost and when it is back.
-    """
+    """Owns the board's tables `owner` and `slot`. For the engine's thread; workers are numbered as on the board."""
 
     def __init__(
         self,
+        *,
         board: Board,
         layout: BundleLayout,
         home: Table,
@@ -87,21 +89,27 @@ class Ownership:
         policy: Policy,
         supervisor: Supervisor,
         present: npt.NDArray[np.int64],
-        gone: npt.NDArray[np.int64],
+        dead: npt.NDArray[np.int64],
         say: Callable[[str], None],
     ) -> None:
+        """`home`: uint8 [layers, groups]; `predicted`: the neurons are selected by the board's mask.
+
+        `present`, `dead`: int64 [workers] shared with the threads; the first is cleared here while a worker takes no
+        part, the second is set by whoever sees it die and cleared here. `say` gets a line at a loss and at a return.
+        """
         self._board, self._layout, self.names = board, layout, list(names)
         self._supervisor, self._policy, self._predicted = supervisor, policy, predicted
-        self._present, self._gone, self._say = present, gone, say
+        self._present, self._dead, self._say = present, dead, say
         self.home = home.copy()
-        self.homes: Bools = np.array([name.startswith("cpu") for name in names])
+        self.is_home: Bools = np.array([name.startswith("cpu") for name in names])
         self.resident: Bools = np.stack([home == worker for worker in range(len(names))])
-        self._coming: Bools = np.zeros_like(self.resident)
-        self._fresh: Bools = np.zeros_like(self.resident)  # copied, and not yet fired there
-        self._lost: dict[int, Bools] = {}
-        self._free = [list(range(self._held(w), supervisor.readies[name].slots)) for w, name in enumerate(names)]
+        self._in_flight: Bools = np.zeros_like(self.resident)
+        self._unfired: Bools = np.zeros_like(self.resident)  # copied to a cache, and not fired there yet
+        self._to_restore: dict[int, Bools] = {}  # of each lost worker: what it held or was about to hold
+        held = self.resident.sum((1, 2)).tolist()
+        self._free = [list(range(held[w], supervisor.readies[name].slots)) for w, name in enumerate(names)]
         self._batches: dict[int, _Batch] = {}
-        self._sent = self._since = 0
+        self._last_batch = self._tokens_since = 0
         self.costs = [WorkerCosts(_JOB_NS, _BYTE_NS) for _ in names]
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
@@ -109,29 +117,27 @@ class Ownership:
         self._token_ns, self._token_at, self.deciding_ns = 0.0, 0, 0.0
         self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
         self.flow = Flow(0, 0, 0)
-        self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_TRANSFERS)
+        self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_MAX_TRANSFERS)
         board.owner[:] = home
-        for worker in np.flatnonzero(self.homes).tolist():
-            board.slot[worker][home == worker] = np.arange(self._held(worker))
-
-    def _held(self, worker: int) -> int:
-        return int(np.count_nonzero(self.resident[worker]))
+        for worker in np.flatnonzero(self.is_home).tolist():
+            # As the CPU workers lay their groups out: by layer and group.
+            board.slot[worker][home == worker] = np.arange(held[worker])
 
     def fill(self, worker: int, wanted: Bools, progress: Callable[[int, int], None]) -> None:
         """Copy the groups `wanted` [layers, groups] to a worker and wait until it owns them."""
-        self._begin(worker, np.argwhere(wanted))
-        total = int(self._coming.sum()) * self._layout.group_bytes
-        until = time.monotonic() + _WAIT_S
+        self._start_copies(worker, np.argwhere(wanted))
+        total = int(self._in_flight.sum()) * self._layout.group_bytes
+        until = time.monotonic() + _FILL_LIMIT_S
         while self._batches:
-            left = int(self._coming.sum()) * self._layout.group_bytes
+            left = int(self._in_flight.sum()) * self._layout.group_bytes
             progress(total - left, total)
-            if self._hear(wait_s=0.05):
-                until = time.monotonic() + _WAIT_S
+            if self._take_news(wait_s=0.05):
+                until = time.monotonic() + _FILL_LIMIT_S
             self._supervisor.check()
             if time.monotonic() > until:
-                raise WorkerError(f"worker {self.names[worker]} copied no group for {_WAIT_S:.0f} s")
+                raise WorkerError(f"worker {self.names[worker]} copied no group for {_FILL_LIMIT_S:.0f} s")
         self.flow = Flow(0, 0, 0)
-        self._fresh[:] = False
+        self._unfired[:] = False
 
     def owners(self) -> Table:
         """Who computes each group now."""
@@ -145,20 +151,21 @@ class Ownership:
         """Between two jobs: take in what has arrived, and when it is time let the policy decide."""
         if len(self.names) == 1:
             return
-        self._hear()
-        if self._since >= self._policy.every:
-            self._since, began = 0, time.monotonic_ns()
+        self._take_news()
+        if self._tokens_since >= self._policy.interval:
+            self._tokens_since, began = 0, time.monotonic_ns()
             reports = self._supervisor.reported()
             if reports is not None:
-                self.take_in(reports)
-            self._follow(self._policy.decide(self._situation()))
-            self.deciding_ns += 0.2 * (time.monotonic_ns() - began - self.deciding_ns)
-        if self._since == self._policy.every - 1:  # they answer while the next token is made
-            self._inquire()
+                self.update_costs(reports)
+            self._apply(self._policy.decide(self._state()))
+            self.deciding_ns += _NEW * (time.monotonic_ns() - began - self.deciding_ns)
+        # Asked for at the decision the reports would be one interval old: so they answer while a token is made.
+        if self._tokens_since == self._policy.interval - 1:
+            self._request_reports()
         self._token_at = time.monotonic_ns()
 
     def observe(self) -> None:
-        """After a token: which neurons were computed, where. A worker that is alone has nobody to share with."""
+        """After a token: learn which neurons were computed, and where. A single worker has nobody to share with."""
         if len(self.names) == 1:
             return
         board, layout = self._board, self._layout
@@ -168,10 +175,10 @@ class Ownership:
         read = read + whole * np.float32(layout.gate_row_bytes + layout.down_row_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
         self._read = read
-        if self._fresh.any():
-            for worker in np.flatnonzero(~self.homes):
-                self._fresh[worker] &= (board.owner != worker) | (whole == 0)
-        self._since += 1
+        if self._unfired.any():
+            for worker in np.flatnonzero(~self.is_home):
+                self._unfired[worker] &= (board.owner != worker) | (whole == 0)
+        self._tokens_since += 1
         taken = time.monotonic_ns() - self._token_at
         self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
 
@@ -183,9 +190,10 @@ class Ownership:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
         board = self._board
         wanted = board.mask if self._predicted else np.full_like(board.fired, 0xFFFFFFFF)
-        every = np.stack([taken for taken, there in zip(board.taken, self._present, strict=True) if there])
-        once = np.bitwise_or.reduce(every) == wanted
-        once &= np.bitwise_count(every).sum(0) == np.bitwise_count(wanted)
+        requested = np.stack([taken for taken, present in zip(board.taken, self._present, strict=True) if present])
+        # All of it by somebody, and no bit twice.
+        once = np.bitwise_or.reduce(requested) == wanted
+        once &= np.bitwise_count(requested).sum(0) == np.bitwise_count(wanted)
         if not once.all():
             layer, group = np.argwhere(~once)[0]
             raise WorkerError(
@@ -193,138 +201,146 @@ class Ownership:
             )
 
     def layer_loads(self) -> npt.NDArray[np.float64]:
-        """[layers, workers]: bytes that the last token's active neurons took of each."""
+        """[layers, workers]: bytes that the last token read in each."""
         layers, workers = len(self._read), len(self.names)
         at = self._board.owner + workers * np.arange(layers)[:, None]
         loads = np.bincount(at.ravel(), self._read.ravel(), layers * workers)
         return np.asarray(loads, np.float64).reshape(layers, workers)
 
     def share(self) -> npt.NDArray[np.float64]:
-        """[workers]: their parts of the bytes that the last token's active neurons took."""
+        """[workers]: each one's share of the bytes that the last token read."""
         loads = self.layer_loads().sum(0)
         return np.asarray(loads / max(1.0, loads.sum()))
 
     @property
     def unused(self) -> int:
-        """Copies that were dropped, or lie there still, without having fired."""
-        return self.flow.unused + int(self._fresh.sum())
+        """Copies that were dropped, or are still there, without having fired."""
+        return self.flow.unused + int(self._unfired.sum())
 
-    def _situation(self) -> BalancerState:
-        moving = sum(len(batch.places) for batch in self._batches.values())
+    def _state(self) -> BalancerState:
         return BalancerState(
             owner=self._board.owner.copy(),
             resident=self.resident.copy(),
-            coming=self._coming.copy(),
-            free=np.array([len(free) for free in self._free]),
-            homes=self.homes,
+            in_flight=self._in_flight.copy(),
+            free_slots=np.array([len(free) for free in self._free]),
+            is_home=self.is_home.copy(),
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
             transfer_ns=self.transfer_ns,
-            budget=budget_of(self._token_ns * self._policy.every, self.transfer_ns, moving),
-            late=bool(self._batches),
+            copy_budget=self._copy_budget(),
+            copies_late=bool(self._batches),
             decision_tokens=self.deciding_ns / max(1.0, self._token_ns),
         )
 
-    def _follow(self, decision: Rebalance) -> None:
+    def _copy_budget(self) -> int:
+        in_flight = sum(len(batch.places) for batch in self._batches.values())
+        return copy_budget(self._token_ns * self._policy.interval, self.transfer_ns, in_flight)
+
+    def _apply(self, decision: Rebalance) -> None:
+        """Carry out a decision: change owners, free the slots of what is dropped, begin the copies."""
         owner = self._board.owner
         flips = int(np.count_nonzero(decision.owner != owner))
         owner[:] = decision.owner
         unused = 0
         for worker, layer, group in decision.drops.tolist():
             self.resident[worker, layer, group] = False
-            unused += bool(self._fresh[worker, layer, group])
-            self._fresh[worker, layer, group] = False
+            unused += bool(self._unfired[worker, layer, group])
+            self._unfired[worker, layer, group] = False
             self._free[worker].append(int(self._board.slot[worker][layer, group]))
         self.flow = Flow(self.flow.moves, self.flow.flips + flips, self.flow.unused + unused)
-        moves = decision.moves[: self._situation().budget]
+        moves = decision.moves[: self._copy_budget()]
         for worker in np.unique(moves[:, 0]):
-            self._begin(int(worker), moves[moves[:, 0] == worker, 1:])
+            self._start_copies(int(worker), moves[moves[:, 0] == worker, 1:])
 
-    def _begin(self, worker: int, groups: npt.NDArray[np.int64]) -> None:
+    def _start_copies(self, worker: int, groups: npt.NDArray[np.int64]) -> None:
         """Have a worker copy groups [n, (layer, group)], as many as it has slots for."""
         groups = groups[: len(self._free[worker])]
-        # Neighbours in the file are read, and in the slots written, at once.
+        # In order of the file, into the lowest slots: runs of neighbours are read and written at once.
         groups = groups[np.lexsort((groups[:, 1], groups[:, 0]))]
         slots = sorted(self._free[worker])[: len(groups)]
         self._free[worker] = sorted(self._free[worker])[len(groups) :]
-        self._coming[worker, groups[:, 0], groups[:, 1]] = True
+        self._in_flight[worker, groups[:, 0], groups[:, 1]] = True
         places = np.column_stack((groups, slots)).astype(np.int32)
         for first in range(0, len(places), BATCH):
-            some = places[first : first + BATCH]
-            self._sent += 1
-            self._batches[self._sent] = _Batch(worker, some, time.monotonic_ns())
-            self._supervisor.move(self.names[worker], Move(self._sent, some.tobytes()))
+            batch = _Batch(worker, places[first : first + BATCH], time.monotonic_ns())
+            self._last_batch += 1
+            self._batches[self._last_batch] = batch
+            self._supervisor.move(self.names[worker], Move(self._last_batch, batch.places.tobytes()))
 
-    def _hear(self, wait_s: float = 0.0) -> bool:
+    def _take_news(self, wait_s: float = 0.0) -> bool:
+        """Follow what the workers have done or suffered; waits so long for the first news. Whether there were any."""
         news = self._supervisor.news(wait_s)
         for event in news:
             match event:
                 case DeliverMoved(_, moved):
-                    if moved.batch in self._batches:
+                    if moved.batch in self._batches:  # else of a worker that has died since
                         self._arrived(self._batches.pop(moved.batch), moved.ns)
                 case WorkerLost(name, error):
                     self._say(f"{error}; the run goes on without it")
-                    self._lose(self.names.index(name))
+                    self._lost(self.names.index(name))
                 case WorkerRejoined(name, ready):
                     self._say(f"worker {name} is back")
-                    self._rejoin(self.names.index(name), ready.slots)
+                    self._rejoined(self.names.index(name), ready.slots)
         return bool(news)
 
     def _arrived(self, batch: _Batch, ns: int) -> None:
+        """The groups of a batch, which took `ns` of work, are where they were to go."""
         worker, places, board = batch.worker, batch.places, self._board
         layers, groups, slots = places.T
-        self._coming[worker, layers, groups] = False
-        self.resident[worker, layers, groups] = self._fresh[worker, layers, groups] = True
-        if self.homes[worker]:
+        self._in_flight[worker, layers, groups] = False
+        self.resident[worker, layers, groups] = self._unfired[worker, layers, groups] = True
+        if self.is_home[worker]:
             for layer, group in places[:, :2].tolist():
                 old = int(self.home[layer, group])
                 self.resident[old, layer, group] = False
                 self._free[old].append(int(board.slot[old][layer, group]))
                 self.home[layer, group] = worker
-            self._fresh[worker] = False
+            self._unfired[worker] = False
         board.slot[worker][layers, groups] = slots
         board.owner[layers, groups] = worker
-        self.transfer_ns += 0.2 * (ns / len(places) - self.transfer_ns)
+        self.transfer_ns += _NEW * (ns / len(places) - self.transfer_ns)
         self.flow = self.flow._replace(moves=self.flow.moves + len(places))
         self.transfers.append(Transfer(worker, len(places), batch.began, time.monotonic_ns()))
 
-    def lose(self) -> bool:
-        """After a job that a worker's death ended: go on without it. Returns whether there was one."""
+    def await_loss(self) -> bool:
+        """After a job that a worker's death ended: wait for word of it. Returns whether the run goes on without it."""
         before = int(self._present.sum())
-        until = time.monotonic() + 5.0
+        until = time.monotonic() + _LOSS_LIMIT_S
         while int(self._present.sum()) == before and time.monotonic() < until:
-            self._hear(wait_s=0.05)
+            self._take_news(wait_s=0.05)
             self._supervisor.check()
         return int(self._present.sum()) < before
 
-    def _lose(self, worker: int) -> None:
+    def _lost(self, worker: int) -> None:
+        """A worker without which the run goes on is dead: its groups go home, another process is started."""
         board = self._board
         owned = board.owner == worker
         board.owner[owned] = self.home[owned]
-        # One that is lost again before it has rejoined held nothing: what it is to get stays.
-        held = self.resident[worker] | self._coming[worker]
-        self._lost[worker] = self._lost.get(worker, np.zeros_like(held)) | held
-        self.resident[worker] = self._coming[worker] = self._fresh[worker] = False
+        # A worker lost again before it has rejoined holds nothing: what it had before is still what to restore.
+        held = self.resident[worker] | self._in_flight[worker]
+        self._to_restore[worker] = self._to_restore.get(worker, np.zeros_like(held)) | held
+        self.resident[worker] = self._in_flight[worker] = self._unfired[worker] = False
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
         self._present[worker] = 0
         board.taken[worker][:] = 0
-        board.leave[worker][0] = self._gone[worker] = 0
+        board.leave[worker][0] = self._dead[worker] = 0
         self._reports = {name: report for name, report in self._reports.items() if name != self.names[worker]}
         self._supervisor.restart(self.names[worker])
 
-    def _rejoin(self, worker: int, slots: int) -> None:
+    def _rejoined(self, worker: int, slots: int) -> None:
+        """A lost worker's successor serves the board, with empty slots: it gets what its predecessor had."""
         self._free[worker] = list(range(slots))
         self._present[worker] = 1
-        self._begin(worker, np.argwhere(self._lost.pop(worker)))
+        self._start_copies(worker, np.argwhere(self._to_restore.pop(worker)))
 
-    def _inquire(self) -> None:
-        """Ask the workers what they have done."""
+    def _request_reports(self) -> None:
+        """Ask the workers what they have done, unless they were asked a moment ago."""
         now = time.monotonic_ns()
-        if now - self._requested_at > _REPORT_EVERY_NS:
+        if now - self._requested_at > _REPORT_INTERVAL_NS:
             self._requested_at = now
             self._supervisor.request_reports()
 
-    def take_in(self, reports: Mapping[str, LoadReport]) -> None:
+    def update_costs(self, reports: Mapping[str, LoadReport]) -> None:
         """Fit the workers' costs to what they did since their last reports."""
         for name, report in reports.items():
             costs, last = self.costs[self.names.index(name)], self._reports.get(name)

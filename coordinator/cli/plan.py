@@ -1,6 +1,6 @@
 """`warmfront plan`: which groups of neurons the GPU is to get, for a budget of its memory, and what that is worth.
 
-Speeds are predicted from measured unit times (`unit_times.py`) and are of the feed-forward layers alone.
+Speeds are predicted from measured costs (`measured_costs.py`) and are of the feed-forward layers alone.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warmfront.coordinator.engine.engine import Engine
-from warmfront.coordinator.measure.measured_costs import key_of, load_times, measure_times, save_times
+from warmfront.coordinator.measure.measured_costs import key_of, load_costs, measure_costs, save_costs
 from warmfront.coordinator.placement.expected_load import expected_bytes, firing_of, neurons_of
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.placement.plan_file import write_plan
-from warmfront.coordinator.placement.solver import Mask, Rates, Times, layer_times, solve, solve_exact
+from warmfront.coordinator.placement.solver import DeviceCosts, Floats, Mask, layer_ns, solve, solve_exact
 from warmfront.shared.model.bundle import BundleLayout
 
 __all__ = ["PlanInputs", "figures_of", "grounds_of", "make_plan", "plan"]
@@ -29,9 +29,9 @@ class PlanInputs(NamedTuple):
     """
 
     layout: BundleLayout
-    firing: Rates
-    load: Rates
-    times: Times
+    firing: Floats
+    load: Floats
+    costs: DeviceCosts
     budget: int
     ledger: dict[str, int]
 
@@ -66,29 +66,29 @@ def plan(
 
 
 def grounds_of(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
-    """What a plan for an engine with a GPU rests on; its unit times are measured if they are not known."""
+    """What a plan for an engine with a GPU rests on; its costs are measured if they are not known."""
     key = key_of(engine)
-    times = load_times(key)
-    if times is None:
+    costs = load_costs(key)
+    if costs is None:
         say("measuring the workers (first use only)")
-        times = measure_times(engine)
-        save_times(key, times)
+        costs = measure_costs(engine)
+        save_costs(key, costs)
     model, budget = engine.model, engine.plan.config.vram_budget
     ledger = engine.statistics.device_memory()
     budget = sum(ledger.values()) if budget is None else budget
     return PlanInputs(
-        model.layout, firing_of(model), expected_bytes(model, engine.plan.selector), times, budget, ledger
+        model.layout, firing_of(model), expected_bytes(model, engine.plan.selector), costs, budget, ledger
     )
 
 
 def make_plan(grounds: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
     """The groups for the GPU, bool [layers, groups], and what is to be said of them; `exact`: the optimum too."""
-    gpu = solve(grounds.firing, grounds.load, grounds.slots, grounds.times)
+    gpu = solve(grounds.firing, grounds.load, grounds.slots, grounds.costs)
     figures = figures_of(grounds, gpu)
     if exact:
-        best, bound = solve_exact(grounds.load, grounds.slots, grounds.times)
+        best, bound = solve_exact(grounds.load, grounds.slots, grounds.costs)
         figures["exact"] = {
-            "ns": float(layer_times(grounds.load, best, grounds.times).sum()),
+            "ns": float(layer_ns(grounds.load, best, grounds.costs).sum()),
             "bound_ns": bound,
             "plan_above": figures["plan_ns"] / max(bound, 1.0) - 1,
         }
@@ -97,15 +97,15 @@ def make_plan(grounds: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
 
 def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
     """What the groups of `gpu` make of all neurons and of all firing, and how long a token takes in each case."""
-    layout, firing, load, times = grounds.layout, grounds.firing, grounds.load, grounds.times
+    layout, firing, load, costs = grounds.layout, grounds.firing, grounds.load, grounds.costs
     shares = {
         "neurons": (gpu @ neurons_of(layout), np.full(len(gpu), layout.ffn)),
         "firing": (np.sum(firing, axis=1, where=gpu), firing.sum(1)),
     }
     spent = {
-        "plan": layer_times(load, gpu, times),
-        "cpu": layer_times(load, np.zeros_like(gpu), times),
-        "uniform": layer_times(load, first_groups(layout.groups, len(gpu), grounds.slots), times),
+        "plan": layer_ns(load, gpu, costs),
+        "cpu": layer_ns(load, np.zeros_like(gpu), costs),
+        "uniform": layer_ns(load, first_groups(layout.groups, len(gpu), grounds.slots), costs),
     }
     layers = [{"groups": int(row.sum())} for row in gpu]
     columns = {name: part / np.maximum(whole, 1e-12) for name, (part, whole) in shares.items()}
@@ -121,6 +121,6 @@ def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
         "groups": int(gpu.sum()),
         **{name: float(part.sum() / max(whole.sum(), 1e-12)) for name, (part, whole) in shares.items()},
         **{f"{name}_ns": float(values.sum()) for name, values in spent.items()},
-        "times": times._asdict(),
+        "times": costs._asdict(),
         "layers": layers,
     }

@@ -18,7 +18,7 @@ from warmfront.coordinator.models.default_model import find_model
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
-from warmfront.coordinator.profile.counts import MOST_TOKENS, Profile
+from warmfront.coordinator.profile.counts import MAX_TOKENS, Profile
 from warmfront.coordinator.profile.kept import keep_profile
 from warmfront.coordinator.profile.reorder import reorder
 from warmfront.coordinator.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Sa
     ids = [tokenizer.encode(text) for text in texts]
     if not any(ids):
         raise UsageError("the texts have no token that the model knows: give others")
-    left = min(most or MOST_TOKENS, MOST_TOKENS)
+    left = min(most or MAX_TOKENS, MAX_TOKENS)
     if left != most and (have := sum(map(len, ids))) > left:
         say(f"the texts have {have:,} tokens: the first {left:,} are counted")
     cut = []

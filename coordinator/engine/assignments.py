@@ -10,7 +10,7 @@ from warmfront.coordinator.engine.resolve import RunPlan
 from warmfront.shared.config import parse_slow
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.wire.messages import Hello, Plan
+from warmfront.shared.wire.messages import Assignment, Hello
 
 __all__ = ["make_assignments"]
 
@@ -23,7 +23,7 @@ _SPARE_SHARE = 1 / 2
 
 def make_assignments(
     model: PackedModel, plan: RunPlan, home: npt.NDArray[np.uint8], hellos: Mapping[str, Hello], attention_bytes: int
-) -> dict[str, Plan]:
+) -> dict[str, Assignment]:
     """One for each worker that said Hello.
 
     `home`: uint8 [layers, groups]; `attention_bytes`: that attention will yet take on the GPU.
@@ -35,17 +35,17 @@ def make_assignments(
         index, on_gpu = plan.worker_names.index(name), name.startswith("gpu")
         movable = len(cores.workers) > 1 and not on_gpu
         memory = None if on_gpu else cores.workers[index].memory
-        assignments[name] = Plan(
+        assignments[name] = Assignment(
             index=index,
             model=os.fspath(model.path),
-            order=model.order,
+            neuron_order=model.order,
             cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
             selector=plan.selector,
             home=home.tobytes(),
-            spare=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
-            slow=slow.get(name, 1.0),
-            budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
-            memory=-1 if memory is None else memory,
+            spare_slots=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
+            slowdown=slow.get(name, 1.0),
+            vram_budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
+            memory_node=-1 if memory is None else memory,
             pinned=plan.config.pin,
             spins=cores.spins,
         )

@@ -138,7 +138,12 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
 def _plan_cores(config: EngineConfig) -> CorePlan:
     """Who runs on which cpus, but for an emulated GPU. What is not pinned takes memory from anywhere."""
     plan = plan_cores(
-        read_topology(), config.workers, config.threads, config.coordinator_threads, config.spins, config.force
+        read_topology(),
+        workers=config.workers,
+        threads=config.threads,
+        coordinator_threads=config.coordinator_threads,
+        spins=config.spins,
+        force=config.force,
     )
     if config.pin:
         return plan

@@ -28,7 +28,7 @@ from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import LANES, Board, BoardSizes
-from warmfront.shared.wire.messages import Hello, Plan
+from warmfront.shared.wire.messages import Assignment, Hello
 
 if TYPE_CHECKING:
     from warmfront.coordinator.balancing.ownership import Ownership, Transfer
@@ -90,11 +90,11 @@ class Runtime:
         self.supervisor = Supervisor(
             {name: f"warmfront.{name[:3]}_worker" for name in names},
             fd,
-            self._assign,
-            self._lose,
-            self._abort,
-            {"WARMFRONT_GPU": plan.gpu or ""},
-            [name for name in names if name.startswith("gpu")],
+            assign=self._assign,
+            on_lost=self._lose,
+            on_abort=self._abort,
+            environment={"WARMFRONT_GPU": plan.gpu or ""},
+            optional=[name for name in names if name.startswith("gpu")],
         )
         self._closing.callback(self.supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
@@ -159,30 +159,30 @@ class Runtime:
             progress(sum(done for done, _ in parts), sum(total for _, total in parts))
             time.sleep(_LOOK_S)
 
-    def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Plan]:
+    def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Assignment]:
         """What each worker is to do; called by the supervisor once they have said Hello."""
         return make_assignments(self.model, self.plan, self._home, hellos, self._attention_bytes)
 
     def _open_ownership(self, say: Say, progress: Callable[[int, int], None]) -> None:
         """Give the GPU what it begins with."""
-        from warmfront.coordinator.balancing.balance import make_policy
         from warmfront.coordinator.balancing.ownership import Ownership
+        from warmfront.coordinator.balancing.policies import make_policy
 
         # Attention has its memory by now: a GPU worker that starts again finds what is left.
         self._attention_bytes = 0
         layout, names = self.model.layout, list(self.supervisor.hellos)
         expected = expected_bytes(self.model, self.plan.selector)
         self.ownership = Ownership(
-            self.board,
-            layout,
-            self._home,
-            names,
-            self.plan.predicts,
-            make_policy(self.plan.config.policy, expected, layout.group_bytes),
-            self.supervisor,
-            self.team.present,
-            self._gone,
-            say,
+            board=self.board,
+            layout=layout,
+            home=self._home,
+            names=names,
+            predicted=self.plan.predicts,
+            policy=make_policy(self.plan.config.policy, expected, layout.group_bytes),
+            supervisor=self.supervisor,
+            present=self.team.present,
+            dead=self._gone,
+            say=say,
         )
         for worker, name in enumerate(names):
             if name.startswith("gpu"):
@@ -230,7 +230,7 @@ class Runtime:
         self.supervisor.check()
         self.ownership.boundary()
         while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
-            if result != LOST or not self.ownership.lose():
+            if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
         if len(tokens) == 1:
             self.ownership.observe()

@@ -134,12 +134,12 @@ class Statistics:
 
     def selection(self) -> Selection | None:
         """How the selected neurons compare with those that fire; None if nothing was predicted and compared."""
-        measured = np.array([report.measured for report in self.reports().values()])
+        compared = np.array([report.compared for report in self.reports().values()])
         model = self._session.model
-        if not self._runtime.plan.predicts or not model.spec.sparse or not measured[0, 0]:
+        if not self._runtime.plan.predicts or not model.spec.sparse or not compared[0, 0]:
             return None
-        neurons = int(measured[0, 0]) * model.layout.groups * GROUP
-        selected, fired, hit = (int(column) for column in measured[:, 1:].sum(0))
+        neurons = int(compared[0, 0]) * model.layout.groups * GROUP
+        selected, fired, hit = (int(column) for column in compared[:, 1:].sum(0))
         return Selection(fired / neurons, selected / neurons, hit / max(fired, 1), hit / max(selected, 1))
 
     def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:

@@ -1,7 +1,7 @@
-"""Read bandwidth of the memory, as the decoding threads see it: the ceiling of every tok/s.
+"""Read bandwidth of the memory, as the decoding threads see it: the upper bound of every tok/s.
 
-Each thread, pinned to a core of its own, sums its share of a block that no cache holds. Machines are shared and their
-bandwidth moves within seconds: measure it beside what it is to explain.
+Each thread, pinned to a core of its own, sums its share of a block that fits no cache. On a shared machine the
+bandwidth changes within seconds: measure it next to the speed that it is to explain.
 """
 
 import threading
@@ -34,10 +34,10 @@ def _total(values: Values) -> int:
 
 
 class Bandwidth:
-    """Measures with one thread on each of `cpus`; keeps a block of 1 GiB meanwhile, less where little is free.
+    """Measures with one thread on each of `cpus`; holds a block of 1 GiB meanwhile, less where little is free.
 
-    `node`: whose memory is read, None = what the threads have touched first. Raises ResourceError, here and in
-    `measure`, if one of the cpus may not be used any more.
+    `node`: the node whose memory is read, None = wherever the threads' first touch puts it. Raises ResourceError, here
+    and in `measure`, if one of the cpus may not be used any more.
     """
 
     def __init__(self, cpus: Sequence[int], node: int | None = None) -> None:
@@ -47,14 +47,14 @@ class Bandwidth:
         if node is not None:
             bind(self._block, node)
         self._each(lambda values: values.fill(1))
-        _total(self._block[:8].view(np.int64))
+        _total(self._block[:8].view(np.int64))  # compiles
 
     def measure(self) -> float:
         """GB/s of reading the block once."""
         return self._block.nbytes / self._each(_total) / 1e9
 
     def _each(self, act: Callable[[Values], object]) -> float:
-        """Have every thread `act` on its share of the block; returns the seconds until all have."""
+        """Have every thread `act` on its share of the block; returns the seconds until all are done."""
         shares = np.array_split(self._block.view(np.int64), len(self._cpus))
         gate = threading.Barrier(len(shares) + 1)
         errors: list[ResourceError] = []

@@ -1,4 +1,4 @@
-"""How fast each CPU worker reads its memory: by that its neurons are dealt out before any load is reported."""
+"""How fast each CPU worker reads its memory: neurons are dealt out by that until there are load reports."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,10 @@ _ROUNDS = 3
 
 
 def worker_speeds(cores: CorePlan) -> list[float]:
-    """How fast each worker reads its memory, in any unit: by its threads, or as measured where their nodes differ.
+    """How fast each worker reads its memory, relative to the others.
 
-    Measured once for a plan of cores, and kept. Where memory cannot be bound there is nothing to measure.
+    By its number of threads; where the workers take the memory of several nodes, as measured, once for a plan of cores.
+    Where memory cannot be bound, its node is not known and nothing is measured.
     """
     threads = [float(len(worker.cpus)) for worker in cores.workers]
     if len(cores.memory_nodes) < 2 or not bindable(cores.memory_nodes):

@@ -1,4 +1,4 @@
-"""What `warmfront tune` found for this machine, a model and its weight type: kept in one file, taken by default.
+"""What `warmfront tune` found for this machine, a model and its weight type: kept in one file and used by default.
 
 {"<key>": {"workers": 1, "threads": 2, "coordinator_threads": 2, "spins": 100, "tok_s": 123.4}, ...}
 """
@@ -22,12 +22,12 @@ __all__ = ["Setting", "keep_setting", "kept_setting", "tuned", "tuning_file"]
 
 
 class Setting(NamedTuple):
-    """What is tuned: worker processes, their threads in all, the coordinator's threads, spins at a barrier."""
+    """What is tuned; the names are those of `EngineConfig`."""
 
-    workers: int
-    threads: int
+    workers: int  # processes
+    threads: int  # of all workers together
     coordinator_threads: int
-    spins: int
+    spins: int  # rounds at a barrier
 
     def __str__(self) -> str:
         each = self.threads / self.workers
@@ -35,12 +35,12 @@ class Setting(NamedTuple):
 
 
 def tuning_file() -> Path:
-    """Where settings are kept."""
+    """The file of the settings."""
     return cache_root() / "tuning.json"
 
 
 def _key(model: Path, topology: Topology) -> str:
-    """Of this machine, as far as this process may use it, and a packed model, whose name says its weight type."""
+    """The key of a packed model (by its name, which includes the weight type) and of the machine that we may use."""
     nodes = [(node.id, node.cores, node.total_bytes >> 28) for node in topology.nodes]
     digest = hashlib.sha256(repr((nodes, topology.quota)).encode()).hexdigest()[:12]
     return f"{model.stem}@{digest}"
@@ -55,7 +55,7 @@ def _kept() -> dict[str, dict[str, float]]:
 
 
 def kept_setting(model: Path) -> Setting | None:
-    """What was found for the packed model at `model`; None if nothing was, or it is damaged."""
+    """The setting for the packed model at `model`; None if there is none, or the file is damaged."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         kept = _kept()[_key(model, read_topology())]
         setting = Setting(*(int(kept[name]) for name in Setting._fields))
@@ -65,14 +65,14 @@ def kept_setting(model: Path) -> Setting | None:
 
 
 def keep_setting(model: Path, setting: Setting, tok_s: float) -> None:
-    """Keep it for `tuned`. Raises OSError if the cache cannot be written."""
+    """Keep a setting for `tuned`. Raises OSError if the cache cannot be written."""
     found = {_key(model, read_topology()): {**setting._asdict(), "tok_s": round(tok_s, 2)}}
     with locked(tuning_file()):
         write_whole(tuning_file(), (json.dumps(_kept() | found, indent=1) + "\n").encode())
 
 
 def tuned(config: EngineConfig, model: Path, gpu: str | None, say: Callable[[str], None]) -> EngineConfig:
-    """`config` with what was found for `model`, unless the user chose threads, wants no tuning, or uses a GPU."""
+    """`config` with the setting for `model`, unless the user chose threads, wants no tuning, or uses a GPU."""
     chosen = (config.workers, config.threads, config.coordinator_threads, config.spins) != (None,) * 4
     if not config.tuning or chosen or config.force or gpu is not None:
         return config
@@ -80,7 +80,7 @@ def tuned(config: EngineConfig, model: Path, gpu: str | None, say: Callable[[str
     if setting is None:
         return config
     try:
-        plan_cores(read_topology(), *setting)
+        plan_cores(read_topology(), **setting._asdict())
     except UsageError:
         say(f"what was tuned ({setting}) does not fit the cores of now: run `warmfront tune` again")
         return config

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.placement.solver import Times
+from warmfront.coordinator.placement.solver import DeviceCosts
 from warmfront.shared.errors import ResourceError, WorkerError
 from warmfront.shared.files import locked, make_folder, write_whole
 from warmfront.shared.paths import cache_root
@@ -22,7 +22,7 @@ from warmfront.shared.paths import cache_root
 if TYPE_CHECKING:
     from warmfront.coordinator.engine.engine import Engine
 
-__all__ = ["TimesKey", "fit_line", "key_of", "load_times", "measure_times", "save_times"]
+__all__ = ["CostsKey", "fit_line", "key_of", "load_costs", "measure_costs", "save_costs"]
 
 # Parts of what the GPU holds of a layer that it is given in turn.
 _SHARES = (1.0, 0.6, 0.3, 0.1)
@@ -32,8 +32,8 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class TimesKey:
-    """What unit times depend on: the packed model's file (its stem), selector, each worker's device and threads."""
+class CostsKey:
+    """What costs depend on: the packed model's file (its stem), selector, each worker's device and threads."""
 
     model: str
     selector: str
@@ -46,16 +46,16 @@ class TimesKey:
 
     @property
     def path(self) -> Path:
-        """Where its times are kept."""
+        """Where its costs are kept."""
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         return cache_root() / "times" / f"{digest[:20]}.json"
 
 
-def key_of(engine: "Engine") -> TimesKey:
+def key_of(engine: "Engine") -> CostsKey:
     """The key of an engine's workers."""
     cores = engine.plan.cores
     threads = (*(len(worker.cpus) for worker in cores.workers), len(cores.gpu))
-    return TimesKey(
+    return CostsKey(
         engine.model.path.stem,
         engine.plan.selector,
         tuple(worker.device for worker in engine.statistics.workers()),
@@ -63,27 +63,27 @@ def key_of(engine: "Engine") -> TimesKey:
     )
 
 
-def load_times(key: TimesKey) -> Times | None:
-    """The times measured earlier; None if there are none, or what is there is damaged."""
+def load_costs(key: CostsKey) -> DeviceCosts | None:
+    """The costs measured earlier; None if there are none, or what is there is damaged."""
     try:
         kept = json.loads(key.path.read_bytes())
-        times = Times(**{name: float(value) for name, value in kept["times"].items()})
+        costs = DeviceCosts(**{name: float(value) for name, value in kept["times"].items()})
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    sound = all(np.isfinite(times)) and min(times) >= 0
-    return times if sound and kept.get("key") == json.loads(key.to_json()) else None
+    sound = all(np.isfinite(costs)) and min(costs) >= 0
+    return costs if sound and kept.get("key") == json.loads(key.to_json()) else None
 
 
-def save_times(key: TimesKey, times: Times) -> None:
-    """Keep times for `load_times`; where the cache cannot be written, they are measured again next time."""
-    kept = {"key": json.loads(key.to_json()), "times": times._asdict()}
+def save_costs(key: CostsKey, costs: DeviceCosts) -> None:
+    """Keep costs for `load_costs`; where the cache cannot be written, they are measured again next time."""
+    kept = {"key": json.loads(key.to_json()), "times": costs._asdict()}
     with contextlib.suppress(OSError):
         make_folder(key.path.parent)
         with locked(key.path):
             write_whole(key.path, json.dumps(kept).encode())
 
 
-def measure_times(engine: "Engine") -> Times:
+def measure_costs(engine: "Engine") -> DeviceCosts:
     """Decode some tokens with an engine that has a GPU, which keeps its groups but computes changing shares of them.
 
     Who owns what is in the end as before. Raises ResourceError if the GPU had nothing to compute.
@@ -109,7 +109,7 @@ def measure_times(engine: "Engine") -> Times:
         engine.reset()
     # [rounds, workers, shares x layers]
     busy, read = (np.array([np.concatenate([some[i] for some in each], axis=1) for each in rounds]) for i in (0, 1))
-    return Times(
+    return DeviceCosts(
         *fit_line(busy[:, ~on_gpu].max(1), read[:, ~on_gpu].sum(1)),
         *fit_line(busy[:, on_gpu].max(1), read[:, on_gpu].sum(1)),
     )

@@ -1,1 +1,1 @@
-"""Where neurons begin: homes, expected load, the solver and its plan files. Moves nothing while a model runs."""
+"""Where neurons start: homes, expected load, the solver and its plan files. Nothing here runs while a model decodes."""

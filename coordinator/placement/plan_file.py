@@ -2,12 +2,12 @@
 
     format       "warmfront-plan-1"
     model        name of the model, as in its own file
-    order        the order of its neurons that the group numbers are about; empty: the makers'
+    order        the name of the neurons' order to which the group numbers refer; empty: that of the original model
     vram_budget  bytes of GPU memory that it was made for
     gpu          for each layer a list of group numbers
-    figures      what was predicted for it, for people: read by nobody
+    figures      what was predicted for it, for people: no program reads it
 
-A plan is of a model, not of a weight type: groups are the same neurons in all of them.
+A plan is for a model, not for a weight type: a group is the same neurons in all of them.
 """
 
 import json
@@ -30,7 +30,7 @@ FORMAT = "warmfront-plan-1"
 def write_plan(path: Path, model: PackedModel, vram_budget: int, gpu: Mask, figures: Mapping[str, Any]) -> None:
     """Write the plan that gives the groups of `gpu`, bool [layers, groups], to the GPU.
 
-    A file at `path` is replaced as a whole or not at all. Raises ResourceError if it cannot be written.
+    A file at `path` is replaced completely or not at all. Raises ResourceError if it cannot be written.
     """
     plan = {
         "format": FORMAT,
@@ -49,13 +49,13 @@ def write_plan(path: Path, model: PackedModel, vram_budget: int, gpu: Mask, figu
 def read_plan(path: Path, model: PackedModel) -> Mask:
     """The groups that the plan at `path` gives to the GPU: bool [layers, groups].
 
-    Raises UsageError if there is none, or if it is not for `model` as it is now.
+    Raises UsageError if it cannot be read, or is not for `model` as it is now.
     """
     try:
         plan = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, lists in lists in lists
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         raise UsageError(f"{path} is not a plan: it is not JSON; make one with `warmfront plan`") from None
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise UsageError(f"{path} is not a plan of the format {FORMAT}: make one with `warmfront plan`")
@@ -67,7 +67,7 @@ def read_plan(path: Path, model: PackedModel) -> Mask:
 
 
 def _mask(lists: object, path: Path, model: PackedModel) -> Mask:
-    """The lists of a plan, checked."""
+    """The lists of a plan as a mask, checked."""
     gpu = np.zeros((model.spec.layers, model.layout.groups), np.bool_)
     again = "run `warmfront plan` again"
     if not isinstance(lists, list) or len(lists) != len(gpu):

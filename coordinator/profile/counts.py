@@ -1,8 +1,8 @@
-"""How often each neuron fired on text, by segment of the text: what the order of the neurons and their places rest on.
+"""How often each neuron fired on text, by segment of the text: the basis of the neurons' order and placement.
 
-A profile lies in the packed model itself, as tensor and metadata `profile`, so that it always matches the order of
-the neurons there. Segments keep apart what fires together: a text has at most 64 of them, of 32 tokens to begin with;
-for each further one the two neighbours with the fewest tokens become one.
+A profile is stored in the packed model itself, as tensor and metadata `profile`, so that it always matches the order of
+the neurons there. Segments show what fires together: there are at most 64, of 32 tokens at first; for each further one
+the two neighbours with the fewest tokens are merged.
 """
 
 import json
@@ -15,25 +15,25 @@ import numpy.typing as npt
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["MOST_TOKENS", "SEGMENTS", "SEGMENT_TOKENS", "Profile"]
+__all__ = ["MAX_TOKENS", "SEGMENTS", "SEGMENT_TOKENS", "Profile"]
 
 SEGMENTS = 64
 SEGMENT_TOKENS = 32
-# The smallest pair of 64 segments holds at most 2 / 63 of the tokens: it stays below 65,536, which counts are kept in.
-MOST_TOKENS = 2_000_000
+# Counts are 16 bits. The smallest pair of neighbours of 64 segments holds at most 2 / 63 of the tokens: below 65,536.
+MAX_TOKENS = 2_000_000
 
 Counts = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float64]
 
 
 class Profile:
-    """Counts of a model with `ffn` neurons a layer, padded to `neurons`; made empty, filled with `add`."""
+    """The counts of a model with `ffn` neurons a layer, padded to `neurons`; empty at first, filled by `add`."""
 
     def __init__(self, layers: int, neurons: int, ffn: int, texts: Sequence[str] = ()) -> None:
         self.ffn = ffn
         self.texts = list(texts)
         self.tokens: list[int] = []
-        # Segments lie in any order; the row of each, in the order of the text.
+        # Rows are reused when segments are merged: the row of each segment, in the order of the text.
         self._rows: list[int] = []
         self._counts: Counts = np.zeros((layers, SEGMENTS, neurons), np.uint16)
 
@@ -48,7 +48,7 @@ class Profile:
 
     @classmethod
     def restored(cls, counts: Counts, ffn: int, facts: dict[str, Any]) -> Self:
-        """The inverse of `counts` and `facts`."""
+        """The profile whose `counts` and `facts` these are."""
         layers, segments, neurons = counts.shape
         profile = cls(layers, neurons, ffn, facts["texts"])
         profile._counts[:, :segments] = counts
@@ -63,7 +63,7 @@ class Profile:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the packed model keeps beside the counts: tokens of each segment, names of the texts."""
+        """What is stored beside the counts: the tokens of each segment, the names of the texts."""
         return {"tokens": self.tokens, "texts": self.texts}
 
     def to_json(self) -> str:
@@ -77,13 +77,13 @@ class Profile:
             if fresh or not self.tokens or self.tokens[-1] >= SEGMENT_TOKENS:
                 self._begin()
                 fresh = False
-            some = fired[:, at : at + SEGMENT_TOKENS - self.tokens[-1]]
-            self._counts[:, self._rows[-1]] += some.sum(1, dtype=np.uint16)
-            self.tokens[-1] += some.shape[1]
-            at += some.shape[1]
+            chunk = fired[:, at : at + SEGMENT_TOKENS - self.tokens[-1]]
+            self._counts[:, self._rows[-1]] += chunk.sum(1, dtype=np.uint16)
+            self.tokens[-1] += chunk.shape[1]
+            at += chunk.shape[1]
 
     def _begin(self) -> None:
-        """An empty segment; where all are taken, of the neighbours with the fewest tokens the second makes room."""
+        """Begin a segment; if there are 64 already, merge the two neighbours with the fewest tokens first."""
         row = len(self._rows)
         if row == SEGMENTS:
             first = int(np.argmin(np.add(self.tokens[:-1], self.tokens[1:])))
@@ -95,7 +95,7 @@ class Profile:
         self.tokens.append(0)
 
     def reordered(self, permutation: npt.NDArray[np.int64]) -> "Profile":
-        """The same with neuron `permutation[layer, i]` in place i of each layer."""
+        """The profile of the model with neuron `permutation[layer, i]` in place i of each layer."""
         counts = np.take_along_axis(self.counts, permutation[:, None], axis=2)
         return self.restored(counts, self.ffn, self.facts)
 
@@ -114,7 +114,7 @@ class Profile:
         return np.asarray(self.rates().sum(1) / self.ffn, np.float64)
 
     def hot_share(self, part: float = 0.8) -> Floats:
-        """float64 [layers]: the smallest share of the neurons that make `part` of all firing."""
+        """float64 [layers]: the share of the neurons, hottest first, that make `part` of all firing."""
         fired = -np.sort(-self.counts.sum(1, dtype=np.int64), axis=1)
         made = np.cumsum(fired, axis=1)
         short = (made < part * made[:, -1:]).sum(1) + (made[:, -1] > 0)

@@ -1,8 +1,8 @@
 """Profiles of the user's own texts, kept apart from the packed models that they were made for.
 
-A packed model can be made again from the model, a profile cannot: so `warmfront profile` keeps it in `profiles/` in
-the cache too, by content (`content.py`) and weight type of the model: counts, places of the neurons, name of the order
-(`store.py`). When the model is packed anew it gets the same order again, so that plans made for that still fit.
+A packed model can be made again from the model, a profile cannot. So `warmfront profile` also keeps it in `profiles/`
+in the cache, by the model's content (`content.py`) and weight type: counts, places of the neurons, name of the order
+(`store.py`). When the model is packed again it gets the same order, so that plans made for that still fit.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ __all__ = ["KeptProfile", "keep_profile", "kept_profile"]
 
 
 class KeptProfile(NamedTuple):
-    """`profile` in the order of that name, in which the makers' neuron `places[layer, i]` comes i-th."""
+    """A profile and the order of the neurons in which it was kept."""
 
     profile: Profile
-    places: npt.NDArray[np.int64]
-    order: str
+    places: npt.NDArray[np.int64]  # [layers, neurons]: the original model's neuron that comes to each place
+    order: str  # the name of that order
 
 
 def _file_of(packed: Path) -> Path:
-    """By weight type and content, which the name of the packed file ends with."""
+    """Named by weight type and content, with which the packed file's name ends."""
     return cache_root() / "profiles" / f"{'-'.join(packed.stem.rsplit('-', 2)[1:])}.npz"
 
 
 def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
-    """Keep the profile of `model`, which has one; `say` gets a line if the cache cannot be written."""
+    """Keep the profile that `model` has; `say` gets a line if the cache cannot be written."""
     counted, file = Profile.of(model), _file_of(model.path)
     assert counted is not None
     facts = counted.facts | {"order": model.order, "model": model.spec.name}
@@ -47,10 +47,10 @@ def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
 
 
 def kept_profile(model: PackedModel) -> KeptProfile | None:
-    """What was kept for a model with the content and weight type of `model`; None without, or for a damaged one."""
+    """The profile kept for the content and weight type of `model`; None if there is none, or it is damaged."""
     neurons = np.arange(model.places().shape[1])
     kept = load_arrays(_file_of(model.path))
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # no file, or not one of ours
         facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
         profile = Profile.restored(counts, model.spec.ffn, facts)
         sound = counts.shape == (model.spec.layers, len(profile.tokens), len(neurons)) and counts.dtype == np.uint16

@@ -1,10 +1,11 @@
 """Which neurons share a group: those that fire together, and among them those that fire equally often.
 
-A group of 32 is owned, stored and moved as one, so a hot neuron among cold ones takes 31 places for nothing. Neurons
-that fire in the same segments of a text are found by k-means: each is the vector of the square roots of the shares of
-its firing that fall into the segments (so that Hellinger's distance is compared, and frequent and rare neurons alike
-lie on the unit sphere). A cluster is cut into groups from its hottest neuron on; what remains of all clusters fills
-groups of its own. The hottest groups come first.
+A group of 32 is owned, stored and moved as one, so a hot neuron among cold ones wastes 31 places. Neurons that fire in
+the same segments of a text are found by k-means. A neuron's vector is the square roots of the shares of its firing that
+fall into each segment: distances are then Hellinger's, and frequent and rare neurons alike lie on the unit sphere. Each
+cluster is cut into groups from its hottest neuron on; the remainders of all clusters form further groups, by hotness.
+The hottest groups come first. A quarter of the groups then makes 0.88 of a topic's firing, by hotness alone 0.85, in
+the original order 0.36 (docs/log.md).
 """
 
 import numpy as np
@@ -14,15 +15,15 @@ from warmfront.shared.model.bundle import GROUP
 
 __all__ = ["order_groups", "order_neurons"]
 
-_CLUSTERS = 8
-_ROUNDS = 20
+_CLUSTERS = 8  # or as many as there are segments
+_ROUNDS = 20  # at most: assignments settle sooner
 
 Counts = npt.NDArray[np.uint16]
 Permutation = npt.NDArray[np.int64]
 
 
 def order_neurons(counts: Counts, ffn: int) -> Permutation:
-    """int64 [neurons]: which neuron of a layer comes where; places from `ffn` on are padding and stay.
+    """int64 [neurons]: the neuron that comes to each place of a layer; places from `ffn` on are padding and stay.
 
     `counts`: [segments, neurons], how often each fired.
     """
@@ -32,8 +33,8 @@ def order_neurons(counts: Counts, ffn: int) -> Permutation:
     by_hotness = by_hotness[hotness[by_hotness] > 0]
     groups, taken = [], np.zeros(ffn, bool)
     for cluster in range(clusters.max(initial=0) + 1):
-        members = by_hotness[clusters[by_hotness] == cluster]
-        whole = members[: len(members) // GROUP * GROUP]
+        neurons = by_hotness[clusters[by_hotness] == cluster]
+        whole = neurons[: len(neurons) // GROUP * GROUP]
         taken[whole] = True
         groups += list(whole.reshape(-1, GROUP))
     rest = np.flatnonzero(~taken)
@@ -46,7 +47,7 @@ def order_neurons(counts: Counts, ffn: int) -> Permutation:
 
 
 def order_groups(counts: Counts, ffn: int) -> Permutation:
-    """As `order_neurons`, where neurons cannot leave their groups: int64 [neurons], whole groups moved."""
+    """As `order_neurons`, for neurons that cannot leave their groups: int64 [neurons], whole groups moved."""
     groups = counts.shape[1] // GROUP
     hotness = counts.sum(0, dtype=np.int64).reshape(groups, GROUP).sum(1)
     order = np.arange(groups)
@@ -56,10 +57,10 @@ def order_groups(counts: Counts, ffn: int) -> Permutation:
 
 
 def _clusters(counts: Counts, weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """int64 [neurons]: k-means over the columns of `counts`, each weighing as much as it fired.
+    """int64 [neurons], the cluster of each: k-means over the columns of `counts`, each weighted by how often it fired.
 
-    It begins from the heaviest neuron, then whichever is heaviest and farthest from those before: no chance is
-    involved, and no cluster is spent on a neuron that fired once.
+    The first centre is the heaviest neuron, each further one that with the largest weight times distance from those
+    before. That is deterministic, and wastes no cluster on a neuron that fired once.
     """
     vectors = np.sqrt(counts / np.maximum(weights, 1)).T
     chosen = [int(np.argmax(weights))]
@@ -72,8 +73,9 @@ def _clusters(counts: Counts, weights: npt.NDArray[np.int64]) -> npt.NDArray[np.
         before, clusters = clusters, np.argmax(vectors @ centres.T, axis=1)
         if np.array_equal(before, clusters):
             break
-        member = clusters[:, None] == np.arange(len(centres))
-        sums = (member * weights[:, None]).T @ vectors
+        is_in = clusters[:, None] == np.arange(len(centres))
+        sums = (is_in * weights[:, None]).T @ vectors
+        # Back to the unit sphere, where the largest dot product is the smallest distance; an empty cluster stays.
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         centres = np.where(lengths > 0, sums / np.maximum(lengths, 1e-300), centres)
     return clusters

@@ -1,7 +1,7 @@
-"""Puts the neurons of a packed model into the order that a profile suggests, and the profile beside them.
+"""Puts the neurons of a packed model into the order that a profile suggests, and stores the profile with them.
 
-The file is written anew and takes the place of the old one at once; who has the old one open goes on with it. With down
-rows of type Q4C, whose scales lie in the group's tail for 32 neurons together, groups move as they are.
+The file is written again and replaces the old one at once; a process that has the old one open goes on with it. With
+down rows of type Q4C, whose scales belong to 32 neurons together, whole groups are moved.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ Permutation = npt.NDArray[np.int64]
 def reorder(
     path: Path, profile: Profile, order: str, say: Callable[[str], None], progress: Callable[[int, int], None]
 ) -> bool:
-    """Order the packed model at `path` by `profile`, which was counted when its order was `order`, and keep that in it.
+    """Order the packed model at `path` by `profile`, which was counted in its order `order`, and store that in it.
 
-    Returns whether the order changed: then what was made from the old one (`lowbit.py`) is gone. Raises ResourceError
+    Returns whether the order changed: then files made for the old one (`lowbit.py`) are removed. Raises ResourceError
     when there is no room, or when another process was faster.
     """
     with _rewriting(path, order, say) as (fd, model):
@@ -52,7 +52,7 @@ def reorder(
 
 
 def restore(path: Path, kept: KeptProfile, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
-    """Bring the packed model at `path`, in its makers' order, into that of a kept profile, and that into it.
+    """Bring the packed model at `path` from its original order into that of a kept profile, and store that in it.
 
     Raises ResourceError as `reorder` does.
     """
@@ -62,7 +62,7 @@ def restore(path: Path, kept: KeptProfile, say: Callable[[str], None], progress:
 
 @contextlib.contextmanager
 def _rewriting(path: Path, order: str, say: Callable[[str], None]) -> Iterator[tuple[int, PackedModel]]:
-    """The file that takes the place of the packed model at `path`, and the model, which has to be in that `order`."""
+    """The file that is to replace the packed model at `path`, and that model, which has to be in the given `order`."""
     try:
         with locked(path, say), PackedModel(path) as model:
             if model.order != order:
@@ -76,7 +76,7 @@ def _rewriting(path: Path, order: str, say: Callable[[str], None]) -> Iterator[t
 
 
 def _permutation(model: PackedModel, profile: Profile) -> Permutation:
-    """int64 [layers, neurons]."""
+    """int64 [layers, neurons]: the neuron that comes to each place."""
     arrange = order_groups if model.layout.down_kind == Kind.Q4C else order_neurons
     return np.stack([arrange(counts, model.spec.ffn) for counts in profile.counts])
 
@@ -104,7 +104,7 @@ def _write(
 
 
 def _reordered(model: PackedModel, name: str, permutation: Permutation) -> Bytes:
-    """The bytes of tensor `name`, those of neurons in their new places."""
+    """The bytes of tensor `name`, with those of neurons in their new places."""
     data = model.bytes_of(name)
     _, _, role = name.rpartition(".")
     if role not in ("ffn", "fc2"):

@@ -1,10 +1,10 @@
-"""What goes into the lifecycle of the workers, and what comes out: plain data, no behaviour."""
+"""What goes into the state machine of the workers (`lifecycle.py`) and what comes out: plain data, no behaviour."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from warmfront.shared.errors import WarmfrontError
-from warmfront.shared.wire.messages import Hello, LoadReport, Message, Moved, Plan, Ready
+from warmfront.shared.wire.messages import Assignment, Hello, LoadReport, Message, Moved, Ready
 
 # Events: what happened.
 
@@ -18,28 +18,28 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """The plans asked for by `MakePlans`, one per worker."""
+class Assigned:
+    """The assignments asked for by `MakeAssignments`, one per worker."""
 
-    plans: Mapping[str, Plan]
+    assignments: Mapping[str, Assignment]
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A worker's process ended; `returncode` is minus the signal that killed it."""
+    """A worker's process ended."""
 
     worker: str
-    returncode: int
+    returncode: int  # minus the signal that killed it
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """The user or the engine wants to stop."""
+    """The engine is to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestartRequested:
-    """The engine gets along without `worker`, which was lost: another may take its place."""
+    """The engine runs without `worker`, which was lost: another process may take its place."""
 
     worker: str
 
@@ -49,7 +49,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Received | Planned | Exited | StopRequested | RestartRequested | Tick
+Event = Received | Assigned | Exited | StopRequested | RestartRequested | Tick
 
 
 # Instructions: what to do.
@@ -64,30 +64,30 @@ class SendMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class MakePlans:
-    """Place the neurons on the workers, now that their memory is known; answer with `Planned`."""
+class MakeAssignments:
+    """Place the neurons on the workers, now that their memory is known; answer with `Assigned`."""
 
     hellos: Mapping[str, Hello]
 
 
 @dataclass(frozen=True, slots=True)
 class ReportProgress:
-    """Bytes loaded by all workers, of how many; those that have not begun are not in the total yet."""
+    """How far all workers together have loaded."""
 
-    done: int
-    total: int
+    done: int  # bytes
+    total: int  # without the workers that have not begun
 
 
 @dataclass(frozen=True, slots=True)
 class AnnounceReady:
-    """Every worker serves the board; what each said then."""
+    """Every worker serves the board."""
 
     readies: Mapping[str, Ready]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """`worker`, which the run can do without, will answer no more; its process is gone or will be killed."""
+    """`worker`, an optional one, has ended: its process can write nothing any more."""
 
     worker: str
     error: WarmfrontError
@@ -147,14 +147,14 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """No worker is left; `error` is why, None after a requested stop."""
+    """No worker is left."""
 
-    error: WarmfrontError | None
+    error: WarmfrontError | None  # why; None after a requested stop
 
 
 Instruction = (
     SendMessage
-    | MakePlans
+    | MakeAssignments
     | ReportProgress
     | AnnounceReady
     | DeliverReport

@@ -1,19 +1,18 @@
 """The life of the workers, as a state machine without I/O: events and the time in, instructions out.
 
-    STARTING --every Hello--> PLANNING --Planned--> LOADING --every Ready--> READY --StopRequested--> STOPPING
+    STARTING --every Hello--> ASSIGNING --Assigned--> LOADING --every Ready--> READY --StopRequested--> STOPPING
         any of them --a worker exits, fails, is silent or talks nonsense--> Abort, STOPPING
-    READY --the same of a worker that the run can do without--> WorkerLost; then --RestartRequested, once it has
-        exited--> Start --Hello, Planned, Ready--> WorkerRejoined; after RESTARTS attempts without a Ready between it
-        stays away
+    READY --the same of an optional worker--> Kill --it has exited--> WorkerLost --RestartRequested--> Start --Hello,
+        Assigned, Ready--> WorkerRejoined; after RESTARTS starts in a row without a Ready it stays away
     STOPPING --every worker has exited--> STOPPED, or FAILED if there was an error
 
-Each worker may be quiet only so long: until its Hello, between two messages, between two steps of loading. While it
-loads, heartbeats do not count. The shutdown ladder is Shutdown, 1 s of grace, SIGTERM, 0.5 s, SIGKILL; it begins with
-SIGTERM for a worker that is not ready.
+Each worker may be silent only for a limited time: until its Hello, between two messages, between two steps of loading.
+While it loads, heartbeats do not count: a worker that hangs in a read still sends them. The shutdown ladder is
+Shutdown, 1 s, SIGTERM, 0.5 s, SIGKILL; it begins with SIGTERM for a worker that is not ready, which hears no message.
 
-Who drives it (`supervisor.py`) calls `handle(Tick(), now)` at least every half second and hands over the messages of a
-poll before the exits: a worker's last words say more than its exit code. A step longer than `MAX_STEP_S` counts as
-that: a coordinator that was itself stopped (Ctrl-Z stops the whole group) must not blame its workers for the silence.
+The driver (`supervisor.py`) calls `handle(Tick(), now)` at least every half second and hands over the messages of a
+poll before the exits: a worker's last words say more than its exit code. A longer step than `MAX_STEP_S` counts as that
+long: a coordinator that was itself stopped (Ctrl-Z stops the whole group) must not blame its workers for the silence.
 """
 
 import math
@@ -26,6 +25,7 @@ from typing import assert_never
 from warmfront.coordinator.workers.events import (
     Abort,
     AnnounceReady,
+    Assigned,
     DeliverMoved,
     DeliverReport,
     Event,
@@ -33,8 +33,7 @@ from warmfront.coordinator.workers.events import (
     Finished,
     Instruction,
     Kill,
-    MakePlans,
-    Planned,
+    MakeAssignments,
     Received,
     ReportProgress,
     RestartRequested,
@@ -49,13 +48,13 @@ from warmfront.coordinator.workers.events import (
 from warmfront.shared.errors import ProtocolError, WarmfrontError, WorkerError
 from warmfront.shared.wire.messages import (
     PROTOCOL,
+    Assignment,
     Failure,
     Heartbeat,
     Hello,
     LoadReport,
     Message,
     Moved,
-    Plan,
     Progress,
     Ready,
     Shutdown,
@@ -63,20 +62,20 @@ from warmfront.shared.wire.messages import (
 
 MAX_STEP_S = 1.0
 START_LIMIT_S = 30.0
-# Compiling kernels on a slow or busy machine is such a step.
+# Between two steps of loading; the longest is compiling kernels on a slow or busy machine.
 LOAD_LIMIT_S = 240.0
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
 KILL_AFTER_S = 1.5
-# Times that a lost worker is started in a row without getting ready.
+# Starts of a lost worker in a row that may fail: what kills it each time, such as a full GPU, has not gone away.
 RESTARTS = 3
 
 
 class Phase(Enum):
-    """Where all workers together are; the value says what a worker was doing, for error messages."""
+    """Where all workers together are; the value says in error messages what they were doing."""
 
     STARTING = "while starting"
-    PLANNING = "while waiting for its plan"
+    ASSIGNING = "while waiting for its assignment"
     LOADING = "while loading the model"
     READY = "while generating"
     STOPPING = "while stopping"
@@ -92,7 +91,7 @@ class _Stage(Enum):
     READY = auto()
 
 
-# How long a worker may give no sign, and what to say of it then.
+# For how many seconds a worker may give no sign of life, and what to say then.
 _LIMITS = {
     _Stage.LOST: (math.inf, ""),
     _Stage.STARTING: (START_LIMIT_S, f"did not start within {START_LIMIT_S:.0f} s"),
@@ -105,30 +104,30 @@ _LIMITS = {
 @dataclass(slots=True)
 class _Worker:
     stage: _Stage = _Stage.STARTING
-    sign_at: float = 0.0
+    sign_at: float = 0.0  # of the last sign of life, on the lifecycle's clock
     hello: Hello | None = None
-    done: int = -1
+    done: int = -1  # bytes loaded; -1: none reported, so that a report of 0 is progress
     total: int = 0
     ready: Ready | None = None
-    starts: int = 0
-    restart: bool = False
-    error: WarmfrontError | None = None
+    starts: int = 0  # in a row, without a Ready
+    restart: bool = False  # requested
+    error: WarmfrontError | None = None  # why it is lost
 
 
 class Lifecycle:
     """The state machine for `workers` (names), whose processes were started at `now` (seconds, any origin).
 
-    `spare`: those that the run can do without once all are ready.
+    `optional`: those that the run can do without once all are ready.
     """
 
-    def __init__(self, workers: Sequence[str], now: float, spare: Collection[str] = ()) -> None:
+    def __init__(self, workers: Sequence[str], now: float, optional: Collection[str] = ()) -> None:
         self.phase = Phase.STARTING
         self.error: WarmfrontError | None = None
         self._workers = {name: _Worker() for name in workers}
         self._alive = list(workers)
-        self._spare = frozenset(spare)
+        self._optional = frozenset(optional)
         self._now = now
-        self._clock = 0.0  # time since the start, less what the coordinator slept through
+        self._clock = 0.0  # seconds since the start, without those that the coordinator was stopped
         self._stopping_since = math.inf
         self._ladder: list[tuple[float, type[Terminate | Kill]]] = [
             (TERMINATE_AFTER_S, Terminate),
@@ -136,7 +135,7 @@ class Lifecycle:
         ]
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Take one event at time `now`; the instructions are to be followed in order."""
+        """Take one event at time `now`; the instructions are to be carried out in order."""
         self._clock += min(max(now - self._now, 0.0), MAX_STEP_S)
         self._now = now
         if isinstance(event, Exited):
@@ -150,8 +149,8 @@ class Lifecycle:
         if isinstance(event, RestartRequested):
             self._workers[event.worker].restart = True
             return self._restart(event.worker)
-        if isinstance(event, Planned):
-            return self._planned(event.plans)
+        if isinstance(event, Assigned):
+            return self._assigned(event.assignments)
         if isinstance(event, Received):
             return self._received(event.worker, event.message)
         assert_never(event)
@@ -171,12 +170,12 @@ class Lifecycle:
         if worker.stage is _Stage.LOST:
             return []
         if isinstance(message, Failure):
-            return self._fail_of(name, message.error(name))
+            return self._worker_failed(name, message.error(name))
         if worker.stage is not _Stage.LOADING:
             worker.sign_at = self._clock
         match message, worker.stage:
             case Hello(protocol=protocol), _ if protocol != PROTOCOL:
-                return self._fail_of(
+                return self._worker_failed(
                     name,
                     ProtocolError(f"worker {name} speaks protocol {protocol}, not {PROTOCOL}: reinstall warmfront"),
                 )
@@ -193,24 +192,26 @@ class Lifecycle:
             case Heartbeat(), _:
                 return []
         what = type(message).__name__
-        return self._fail_of(name, ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there"))
+        return self._worker_failed(
+            name, ProtocolError(f"worker {name} sent {what} {self.phase.value}: not expected there")
+        )
 
     def _welcome(self, name: str, worker: _Worker, hello: Hello) -> list[Instruction]:
         worker.hello, worker.stage = hello, _Stage.WAITING
         if self.phase is Phase.READY:
-            return [MakePlans({name: hello})]
+            return [MakeAssignments({name: hello})]
         hellos = {name: each.hello for name, each in self._workers.items() if each.hello}
         if len(hellos) < len(self._workers):
             return []
-        self.phase = Phase.PLANNING
-        return [MakePlans(hellos)]
+        self.phase = Phase.ASSIGNING
+        return [MakeAssignments(hellos)]
 
-    def _planned(self, plans: Mapping[str, Plan]) -> list[Instruction]:
-        if self.phase is Phase.PLANNING:
+    def _assigned(self, assignments: Mapping[str, Assignment]) -> list[Instruction]:
+        if self.phase is Phase.ASSIGNING:
             self.phase = Phase.LOADING
-        for name in plans:
+        for name in assignments:
             self._workers[name].stage, self._workers[name].sign_at = _Stage.LOADING, self._clock
-        return [SendMessage(name, plan) for name, plan in plans.items()]
+        return [SendMessage(name, assignment) for name, assignment in assignments.items()]
 
     def _progressed(self, worker: _Worker, done: int, total: int) -> list[Instruction]:
         if done > worker.done:
@@ -236,20 +237,24 @@ class Lifecycle:
             return [WorkerLost(name, error), *self._restart(name)]
         how = f"was killed by signal {-returncode}" if returncode < 0 else f"exited with code {returncode}"
         hint = "the machine may be out of memory (see dmesg)" if returncode == -SIGKILL else "see its output above"
-        return self._fail_of(name, WorkerError(f"worker {name} {how} {self.phase.value}: {hint}"))
+        return self._worker_failed(name, WorkerError(f"worker {name} {how} {self.phase.value}: {hint}"))
 
     def _ticked(self) -> list[Instruction]:
         if self._stopping:
-            return self._climb()
+            return self._escalate()
         for name, worker in self._workers.items():
             limit, complaint = _LIMITS[worker.stage]
             if self._clock - worker.sign_at >= limit:
-                return self._fail_of(name, WorkerError(f"worker {name} {complaint}"))
+                return self._worker_failed(name, WorkerError(f"worker {name} {complaint}"))
         return []
 
-    def _fail_of(self, name: str, error: WarmfrontError) -> list[Instruction]:
-        """A worker can do no more: the end of it, or of all. It is lost once its process can write nothing any more."""
-        if self.phase is not Phase.READY or name not in self._spare:
+    def _worker_failed(self, name: str, error: WarmfrontError) -> list[Instruction]:
+        """A worker has failed: the end of all, or of it alone if it is optional.
+
+        It is not lost before its process can write nothing any more: a late answer on the board would be taken for one
+        of its successor, or for that of a job that has been run again.
+        """
+        if self.phase is not Phase.READY or name not in self._optional:
             return self._fail(error)
         worker = self._workers[name]
         worker.stage, worker.hello, worker.restart, worker.error = _Stage.LOST, None, False, error
@@ -268,15 +273,15 @@ class Lifecycle:
         return [Abort(error), *self._stop()]
 
     def _stop(self) -> list[Instruction]:
-        """Ask every worker to leave; one that is not ready does not listen yet and has nothing to end in order."""
+        """Ask every worker to quit; one that is not ready does not listen yet, and has nothing to end in order."""
         self.phase, self._stopping_since = Phase.STOPPING, self._clock
         ready = self.serving()
-        ask: list[Instruction] = [
+        requests: list[Instruction] = [
             SendMessage(name, Shutdown()) if name in ready else Terminate(name) for name in self._alive
         ]
-        return ask + self._finish_if_empty()
+        return requests + self._finish_if_empty()
 
-    def _climb(self) -> list[Instruction]:
+    def _escalate(self) -> list[Instruction]:
         if not self._ladder or self._clock - self._stopping_since < self._ladder[0][0]:
             return []
         _, signal = self._ladder.pop(0)

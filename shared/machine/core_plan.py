@@ -1,8 +1,8 @@
-"""The core plan: which cpus run the workers' threads and the coordinator's, and whose memory they take.
+"""The core plan: which cpus run the workers' threads and the coordinator's, and which node's memory they take.
 
-A pure function of the machine (`topology.py`) and of wishes. One thread per physical core, hyper-threads and the slower
-cores of a hybrid processor unused unless asked for; no more threads than cores, or than the cgroup's quota gives time
-for, unless forced.
+A pure function of the machine (`topology.py`) and of what the user asked for. One thread per physical core;
+hyper-threads and the slower cores of a hybrid processor stay unused unless asked for; no more threads than cores, or
+than the cgroup's quota gives time for, unless forced.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,28 @@ from warmfront.shared.machine.topology import Node, Topology
 
 __all__ = ["CorePlan", "WorkerCores", "plan_cores"]
 
-# Rounds that a thread spins at a barrier, about 2 us, where every thread has a core of its own: the others come soon.
-# A thread that shares its core keeps those it waits for from coming.
+# Rounds that a thread spins at a barrier, about 2 us, where every thread has its own core and the others come soon.
+# Where threads share cores it is 0: a thread that spins keeps those it waits for from running.
 _SPINS = 100
 
 
 class WorkerCores(NamedTuple):
-    """Where one worker runs: `node` is None if its threads span several nodes; `cpus` has one cpu per thread.
+    """Where one worker runs."""
 
-    `memory`: the node whose memory it takes, None if the machine has but one or its threads span several.
-    """
-
-    node: int | None
-    cpus: tuple[int, ...]
-    memory: int | None = None
+    node: int | None  # None if its threads span several nodes
+    cpus: tuple[int, ...]  # one per thread
+    memory: int | None = None  # the node whose memory it takes; None if there is only one, or its threads span several
 
 
 @dataclass(frozen=True, slots=True)
 class CorePlan:
-    """Cpus of each worker and of the coordinator's team, which shares them: attention and feed-forward alternate.
-
-    `gpu`: where an emulated GPU runs; empty without one, or where every worker has but one cpu. `team`: cpus of the
-    coordinator's threads if they are fewer. `spins`: rounds of spinning at a barrier. `notes`: for the user.
-    """
+    """Cpus of each worker, and of the coordinator's threads on the same ones: attention and feed-forward alternate."""
 
     workers: tuple[WorkerCores, ...]
-    gpu: tuple[int, ...] = ()
-    team: tuple[int, ...] = ()
-    spins: int = _SPINS
-    notes: tuple[str, ...] = ()
+    gpu: tuple[int, ...] = ()  # of an emulated GPU; empty without one, or where every worker has only one cpu
+    team: tuple[int, ...] = ()  # of the coordinator's threads, where they are fewer than all cpus
+    spins: int = _SPINS  # rounds of spinning at a barrier
+    notes: tuple[str, ...] = ()  # for the user
 
     @property
     def cpus(self) -> tuple[int, ...]:
@@ -52,7 +45,7 @@ class CorePlan:
 
     @property
     def coordinator(self) -> tuple[int, ...]:
-        """The team's cpus."""
+        """The cpus of the coordinator's threads."""
         return self.team or self.cpus
 
     @property
@@ -65,7 +58,7 @@ class CorePlan:
         return next((worker.memory for worker in self.workers if cpu in worker.cpus), None)
 
     def with_emulated_gpu(self) -> "CorePlan":
-        """The same threads, of which the last that a worker can spare is an emulated GPU's."""
+        """The same plan with the last cpu of the largest worker given to an emulated GPU, if it has more than one."""
         workers = list(self.workers)
         index = max(range(len(workers)), key=lambda i: (len(workers[i].cpus), i))
         worker = workers[index]
@@ -77,56 +70,57 @@ class CorePlan:
 
 def plan_cores(
     topology: Topology,
+    *,
     workers: int | None = None,
     threads: int | None = None,
-    team: int | None = None,
+    coordinator_threads: int | None = None,
     spins: int | None = None,
     force: bool = False,
 ) -> CorePlan:
     """Give each worker its cores: `threads` in all, one per physical core, none shared between workers.
 
     By default one worker per node and a thread on every core. A worker stays on one node, unless it is the only one
-    and its threads exceed the first node. `team`: threads of the coordinator, dealt to the nodes in turns; `force`:
-    more threads than cores are wanted, and share them. Raises UsageError, naming the largest count that fits.
+    and its threads exceed the first node. The coordinator's threads are dealt to the nodes in turns. `force`: more
+    threads than cores are meant, and share them. Raises UsageError, naming the largest count that fits.
     """
     for count, name, option in (
         (threads, "threads", "--threads"),
         (workers, "workers", "--workers"),
-        (team, "threads of the coordinator", "--coordinator-threads"),
+        (coordinator_threads, "threads of the coordinator", "--coordinator-threads"),
     ):
         if count is not None and count < 1:
             raise UsageError(f"asked for {count} {name}: pass {option} 1 or more")
-    limit, usual = _limits(topology)
-    most = threads or (max(usual, workers or 0) if force else usual)
-    nodes = _nodes(topology, most)
+    limit, default = _limits(topology)
+    total = threads or (max(default, workers or 0) if force else default)
+    nodes = _nodes(topology, total)
     if threads is not None and not force:
         _check_threads(topology, nodes, threads, limit, workers)
-    workers = workers or min(len(nodes), most)
-    if workers > most:
+    workers = workers or min(len(nodes), total)
+    if workers > total:
         raise UsageError(
-            f"asked for {workers} workers of {_some(most, 'thread')} in all: pass --workers {most} or fewer"
+            f"asked for {workers} workers of {_count(total, 'thread')} in all: pass --workers {total} or fewer"
         )
 
-    places = _places(nodes, workers, most, force)
+    places = _places(nodes, workers, total, force)
     room = [len(place.cpus) for place in places]
-    counts = _deal(min(most, sum(room)), room)
+    counts = _deal(min(total, sum(room)), room)
     several = len(topology.nodes) + len(topology.memory_nodes) > 1
     planned = [
         WorkerCores(node, cpus[:count], _memory(topology, node) if several else None)
         for (node, cpus, _), count in zip(places, counts, strict=True)
     ]
-    every = [cpu for worker in planned for cpu in worker.cpus]
-    if team is not None and team > len(every):
+    cpus = [cpu for worker in planned for cpu in worker.cpus]
+    if coordinator_threads is not None and coordinator_threads > len(cpus):
         raise UsageError(
-            f"asked for {team} threads of the coordinator, but the workers have {_some(len(every), 'cpu')}: "
-            f"pass --coordinator-threads {len(every)} or fewer"
+            f"asked for {coordinator_threads} threads of the coordinator, but the workers have "
+            f"{_count(len(cpus), 'cpu')}: pass --coordinator-threads {len(cpus)} or fewer"
         )
-    used = {core for node in topology.nodes for core in node.cores if not {*core}.isdisjoint(every)}
-    most_at_once = min(len(used), limit)
+    used_cores = {core for node in topology.nodes for core in node.cores if not {*core}.isdisjoint(cpus)}
+    crowded = len(cpus) > min(len(used_cores), limit)
     if spins is None:
-        spins = 0 if len(every) > most_at_once else _SPINS
-    notes = _notes(topology, planned, len(every) > most_at_once)
-    return CorePlan(tuple(planned), (), _team(topology, every, team), spins, notes)
+        spins = 0 if crowded else _SPINS
+    team = _team(topology, cpus, coordinator_threads)
+    return CorePlan(tuple(planned), (), team, spins, _notes(topology, planned, crowded))
 
 
 def _limits(topology: Topology) -> tuple[int, int]:
@@ -152,7 +146,7 @@ def _check_threads(topology: Topology, nodes: Sequence[Node], threads: int, limi
         fits = min(limit, sum(len(node.cores) for node in nodes[:workers]))
     if threads > limit:
         time = f"{topology.quota or 0:g} cpus' worth of time (the cgroup's quota)"
-        what = time if limit < cores else _some(cores, "core")
+        what = time if limit < cores else _count(cores, "core")
         raise UsageError(
             f"asked for {threads} threads, but this process may use {what}: pass --threads {fits} or fewer"
         )
@@ -163,7 +157,7 @@ def _check_threads(topology: Topology, nodes: Sequence[Node], threads: int, limi
         )
 
 
-def _some(count: int, what: str) -> str:
+def _count(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
@@ -202,28 +196,28 @@ def _places(nodes: Sequence[Node], workers: int, threads: int, force: bool) -> l
     """The cpus that each worker may be given, one per core; forced, as many as it takes."""
     if workers == 1 and threads > len(nodes[0].cores) and len(nodes) > 1:
         together = tuple(core for node in nodes for core in node.cores)
-        return [WorkerCores(None, tuple(_seats(together, max(threads if force else 0, len(together)))))]
+        return [WorkerCores(None, tuple(_choose_cpus(together, max(threads if force else 0, len(together)))))]
     used = nodes[:workers]
     room = [len(node.cores) for node in used]
     if force and threads > sum(room):
-        every = [sum(map(len, node.cores)) for node in used]
-        rounds = -(-threads // sum(every))
-        room = _deal(threads, [rounds * cpus for cpus in every])
+        cpu_counts = [sum(map(len, node.cores)) for node in used]
+        rounds = -(-threads // sum(cpu_counts))
+        room = _deal(threads, [rounds * count for count in cpu_counts])
     places = []
-    for node, seats, parts in zip(used, room, _deal(workers, room), strict=True):
-        cpus = _seats(node.cores, seats)
+    for node, count, parts in zip(used, room, _deal(workers, room), strict=True):
+        cpus = _choose_cpus(node.cores, count)
         bounds = [len(cpus) * part // parts for part in range(parts + 1)]
         places += [WorkerCores(node.id, tuple(cpus[bounds[i] : bounds[i + 1]])) for i in range(parts)]
     return places
 
 
-def _seats(cores: Sequence[tuple[int, ...]], count: int) -> list[int]:
+def _choose_cpus(cores: Sequence[tuple[int, ...]], count: int) -> list[int]:
     """`count` cpus: one of each core first, then their hyper-threads too, and then all again."""
     return list(islice(cycle(cpu for rank in zip_longest(*cores) for cpu in rank if cpu is not None), count))
 
 
 def _deal(count: int, room: Sequence[int]) -> list[int]:
-    """Deal `count` in turns, skipping who is full: each gets one before any gets two."""
+    """Deal `count` in turns, skipping those that are full: each gets one before any gets two."""
     dealt = [0] * len(room)
     while count:
         for i, limit in enumerate(room):

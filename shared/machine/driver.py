@@ -1,6 +1,6 @@
-"""The NVIDIA driver, asked by ctypes: no GPU package need be installed.
+"""What the NVIDIA driver says, through ctypes: no GPU package need be installed.
 
-A broken driver may hang or crash whoever calls it. So `find_driver` calls nothing in it, and the others are for
+A broken driver may hang or crash its caller. So `find_driver` calls nothing in it, and the other functions are for
 processes that may be lost: the GPU worker, and the children that check a card (`answer`).
 """
 
@@ -28,7 +28,7 @@ class _LinkMap(ctypes.Structure):
 
 
 def find_driver() -> Path | None:
-    """The driver's library, None where none is installed."""
+    """The driver's library; None where no driver is installed."""
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError:
@@ -39,7 +39,7 @@ def find_driver() -> Path | None:
 
 
 def _driver_version() -> int:
-    """The newest CUDA that the driver runs, such as 12040 for 12.4; 0 if it does not say."""
+    """The newest CUDA version that the driver runs, such as 12040 for 12.4; 0 if it does not say."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL(_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
@@ -58,7 +58,7 @@ def count_devices() -> int:
 
 
 def cupy_extra() -> str:
-    """What to do for a CuPy that fits the driver."""
+    """Advice on how to get a CuPy that fits the driver."""
     if find_driver() is None:
         return "there is no NVIDIA driver here; --gpu host emulates a GPU"
     version = _driver_version()
@@ -72,12 +72,12 @@ def cupy_extra() -> str:
 def answer(against: Callable[[int], str | None]) -> None:
     """Be a child that checks a card: `python -m MODULE INDEX PARENT`, see coordinator/engine/devices.py.
 
-    Prints one line of JSON. "against": what speaks against using the device, as `against` says or raises; null if
-    nothing does, "" where there is no card. "lasts": whether the next start may take it for granted.
+    Prints one line of JSON. "against": the reason not to use the device, as `against` returns or raises it; null if
+    there is none, "" where there is no card. "lasts": whether the answer may be remembered for the next start.
     """
     die_with_parent(int(sys.argv[2]))
     out = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print to stdout is not the answer
     try:
         found, lasts = against(int(sys.argv[1])), True
     except Exception as error:

@@ -1,9 +1,9 @@
 """Memory of the hot path: anonymous for weights, memfd for what processes share.
 
-A memfd has no name: nothing is left behind after SIGKILL, and a container's 64 MB /dev/shm does not bound it.
-Weights are asked for in huge pages before first touch: 3 GB are filled in 0.3 s, in small pages that are gathered
-afterwards in 6 to 10; and random rows of 3 KB read at 22 instead of 17 GB/s (docs/log.md). What came in small pages
-all the same, `collapse` gathers once it holds its data.
+A memfd has no name: nothing is left behind after SIGKILL, and a container's 64 MB /dev/shm does not limit it.
+Weights ask for huge pages before first touch: 3 GB are then filled in 0.3 s instead of the 6 to 10 s of small pages
+that are gathered afterwards, and random rows of 3 KB are read at 22 instead of 17 GB/s (docs/log.md). `collapse`
+gathers what came in small pages all the same, once it holds its data.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def address(array: npt.NDArray[Any]) -> int:
 def anonymous(size: int, *, huge: bool = False) -> Bytes:
     """`size` zero bytes of private memory, aligned to a huge page, backed only where touched.
 
-    `huge`: in huge pages, where the kernel has them; for what will be filled anyway.
+    `huge`: ask for huge pages, where the kernel has them; for memory that will be filled anyway.
     """
     try:
         region = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -49,7 +49,7 @@ def anonymous(size: int, *, huge: bool = False) -> Bytes:
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """As numpy's, but on a boundary of a page: vectors of the kernels then never straddle two cache lines.
+    """As numpy's, but aligned to a page: the kernels' vectors then never straddle two cache lines.
 
     A straddling store costs a third of an axpy's speed (docs/log.md).
     """
@@ -60,7 +60,7 @@ def zeros(shape: int | tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
 
 
 def collapse(array: npt.NDArray[Any]) -> None:
-    """Ask the kernel to gather what are small pages in the filled `array`; a refusal costs speed only."""
+    """Ask the kernel to merge the small pages of the filled `array` into huge ones; a refusal costs speed only."""
     first = -(-address(array) // _HUGE) * _HUGE
     last = (address(array) + array.nbytes) // _HUGE * _HUGE
     if first < last:
@@ -68,7 +68,7 @@ def collapse(array: npt.NDArray[Any]) -> None:
 
 
 def create_shared(name: str, size: int) -> int:
-    """A new memfd of `size` bytes, really allocated, as a file descriptor; raises ResourceError if there is no room."""
+    """A file descriptor of a new memfd of `size` bytes, all allocated. Raises ResourceError if there is no room."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(fd, 0, size)

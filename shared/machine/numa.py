@@ -1,11 +1,11 @@
-"""Whose memory pages are: bind them to a node before they are touched, and ask the kernel where they lie.
+"""Which NUMA node pages lie on: bind them to a node before they are touched, and ask the kernel where they are.
 
     bind(weights, 1)            from now on their pages come from node 1, whoever touches them first
     pages_by_node(weights)      {1: 4096}, of a sample of the pages that were touched
 
-`mbind` and `move_pages` of Linux, by number: libnuma need not be installed. A policy holds for pages that are not there
-yet; those that are stay (the kernel moves only what the caller alone has mapped, and leaves the rest in silence).
-Binding beyond what a node has free ends in the OOM killer, not in an error: check first.
+Linux's `mbind` and `move_pages`, by number: libnuma need not be installed. A policy holds for pages that do not exist
+yet; those that do stay (the kernel would move only pages that nobody else has mapped, and skip the rest silently).
+Binding more than a node has free ends in the OOM killer, not in an error: check first.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bind(array: npt.NDArray[Any], node: int) -> bool:
-    """Have the pages of `array` that are touched from now on lie on `node`; those that it shares with others too.
+    """Have the pages of `array` that are touched from now on lie on `node`, including pages shared with other arrays.
 
     Returns False where this is not allowed, as in some containers: then first touch decides. Raises ResourceError if
     there is no such node.
@@ -54,7 +54,7 @@ def bind(array: npt.NDArray[Any], node: int) -> bool:
         ctypes.c_ulong(last - first),
         ctypes.c_int(_MPOL_BIND),
         ctypes.c_void_p(address(mask)),
-        # The kernel counts one bit less than it is told.
+        # The kernel reads one bit less than it is told.
         ctypes.c_ulong(len(mask) * _BITS + 1),
         ctypes.c_uint(0),
     )
@@ -71,16 +71,16 @@ def bindable(nodes: Iterable[int]) -> bool:
     return all(bind(zeros(1, np.uint8), node) for node in nodes)
 
 
-def pages_by_node(array: npt.NDArray[Any], most: int = 4096) -> dict[int, int]:
-    """How many of up to `most` pages, evenly over `array`, lie on which node; those that were never touched on none.
+def pages_by_node(array: npt.NDArray[Any], max_pages: int = 4096) -> dict[int, int]:
+    """How many pages lie on each node, of up to `max_pages` spread evenly over `array`; untouched ones do not count.
 
-    Empty where the kernel does not tell.
+    Empty where the kernel does not say.
     """
     numbers = _NUMBERS.get(platform.machine())
     if numbers is None or array.nbytes == 0:
         return {}
     first, last = address(array) // _PAGE, (address(array) + array.nbytes - 1) // _PAGE
-    pages = np.unique(np.linspace(first, last, min(most, last - first + 1)).astype(np.uint64)) * np.uint64(_PAGE)
+    pages = np.unique(np.linspace(first, last, min(max_pages, last - first + 1)).astype(np.uint64)) * np.uint64(_PAGE)
     status = np.full(len(pages), -1, np.int32)
     result = _libc.syscall(
         ctypes.c_long(numbers[1]),
@@ -107,7 +107,7 @@ def ensure_free(node: int, need: int) -> None:
 
 
 def free_on(node: int) -> int:
-    """Bytes that this process may still take of a node's memory; 0 if there is no such node."""
+    """Bytes of a node's memory that this process may still take; 0 if there is no such node."""
     topology = read_topology()
     free = [each.available_bytes for each in (*topology.nodes, *topology.memory_nodes) if each.id == node]
     return min([*free, topology.available_bytes]) if free else 0

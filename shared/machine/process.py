@@ -1,4 +1,4 @@
-"""How a process of warmfront lives: it dies with its parent, leaves Ctrl-C to it, stays on its cores, has a name.
+"""How warmfront's processes live: they die with their parent, leave Ctrl-C to it, stay on their cores, have names.
 
 Linux only. `open_standard_files` is called first thing in every process, `die_with_parent` and `ignore_interrupts` in a
 worker's main thread.
@@ -32,7 +32,7 @@ __all__ = [
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-# By machine: the number of the system call, which glibc wraps since 2.41 only; the least slice that Linux gives.
+# The system call's number by machine, since glibc wraps it from 2.41 on only; the shortest slice that Linux gives.
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SLICE_NS = 100_000
 
@@ -49,7 +49,7 @@ def die_with_parent(parent_pid: int) -> None:
     The kernel watches the *thread* that started this process: start workers from a thread that lives as long as they.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it was gone before the line above
+    if os.getppid() != parent_pid:  # it ended before the line above
         os._exit(1)
 
 
@@ -60,9 +60,9 @@ def ignore_interrupts() -> None:
 
 
 def open_standard_files() -> None:
-    """Put /dev/null in the place of those of stdin, stdout, stderr that are closed.
+    """Open /dev/null in the place of stdin, stdout and stderr where they are closed.
 
-    The next file that is opened would get their numbers, and what is printed would be written into it.
+    The next file that is opened would get that number, and what is printed would be written into it.
     """
     for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
@@ -74,7 +74,7 @@ def open_standard_files() -> None:
 
 
 def ensure_files(count: int) -> None:
-    """Let this process open `count` files beside those that are open; its children inherit that.
+    """Let this process open `count` files beside those that are open; its children inherit the limit.
 
     Raises the soft limit where it is lower, and ResourceError if the hard limit does not allow it.
     """
@@ -86,7 +86,7 @@ def ensure_files(count: int) -> None:
 
 
 def ensure_address_space(megabytes: int) -> None:
-    """The same for the addresses that libraries reserve: OpenBLAS tries for ever where it gets none."""
+    """The same for the addresses that libraries reserve: without them OpenBLAS retries for ever."""
     needs = "only {} bytes of addresses may be used, warmfront needs {}"
     _ensure(resource.RLIMIT_AS, megabytes << 20, needs, f"ulimit -v {megabytes << 10}")
 
@@ -101,7 +101,7 @@ def _ensure(limit: int, count: int, needs: str, command: str) -> None:
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends. An import may lose it: what its weakref callbacks raise is dropped."""
+    """Hold Ctrl-C back until the block ends. During an import it may be lost: weakref callbacks drop exceptions."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,15 +122,16 @@ def pin(cpus: Collection[int]) -> None:
         os.sched_setaffinity(0, wanted)
     except (OSError, OverflowError, ValueError) as error:
         raise ResourceError(f"cannot run on cpus {wanted}: {error}; check taskset and cpusets") from error
-    if got := sorted(set(wanted) - os.sched_getaffinity(0)):  # the kernel drops cpus outside the cpuset in silence
-        raise ResourceError(f"cannot run on cpus {got} of {wanted}: not allowed; check taskset and cpusets")
+    if missing := sorted(set(wanted) - os.sched_getaffinity(0)):  # the kernel silently drops cpus outside the cpuset
+        raise ResourceError(f"cannot run on cpus {missing} of {wanted}: not allowed; check taskset and cpusets")
 
 
 def take_short_turns() -> None:
-    """Ask the scheduler to let the calling thread in as soon as it is woken, for a short turn, beside busy neighbours.
+    """Ask the scheduler to run the calling thread as soon as it is woken, for a short slice, beside busy neighbours.
 
-    Its share of the core stays what it was. Linux 6.12 or later honours this: a thread with a short slice need not wait
-    for the end of its neighbour's, 3 ms. Elsewhere nothing happens.
+    Its share of the core stays the same. Linux 6.12 and later honour this: a thread with a short slice need not wait
+    for the end of its neighbour's, 3 ms. Beside a busy process 20 ms of waiting a token became 6 (docs/log.md).
+    Elsewhere nothing happens.
     """
     number = _SCHED_SETATTR.get(platform.machine())
     if number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:

@@ -4,7 +4,7 @@ Covers: /sys and /proc, the affinity mask, cpusets and cgroup quotas (node ids n
 be missing, as in containers). Does not cover: who runs where (`core_plan.py`), pages (`numa.py`), pinning
 (`process.py`), how fast the memory is (`coordinator/hardware/bandwidth.py`).
 
-A thread of ours saturates a physical core, so hyper-threads are grouped and one cpu of each group is used.
+A compute thread saturates a physical core, so hyper-threads are grouped by core and one cpu of each is used.
 """
 
 import contextlib
@@ -23,47 +23,37 @@ _FILE_PAGES = ("inactive_file", "active_file")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NUMA node. `cores`: the allowed cpus of each physical core, the fastest kind first; memory in bytes.
-
-    `distances`: of its memory from other nodes' cpus by node id, 10 = its own. A node whose memory this process may not
-    use (`cpuset.mems`) has 0 bytes.
-    """
+    """A NUMA node."""
 
     id: int
-    cores: tuple[tuple[int, ...], ...]
-    total_bytes: int
+    cores: tuple[tuple[int, ...], ...]  # the allowed cpus of each physical core, the fastest kind first
+    total_bytes: int  # of memory; 0 where this process may not use it (cpuset.mems)
     available_bytes: int
-    distances: Mapping[int, int] = field(default_factory=dict)
+    distances: Mapping[int, int] = field(default_factory=dict)  # from each node's cpus to its memory, 10 = its own
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """A data cache: its level, bytes, and how many of them there are."""
+    """The data caches of one level and size."""
 
     level: int
-    bytes: int
+    bytes: int  # of each
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`nodes`: those on which this process may compute, by rising id; `memory_nodes`: those that only hold memory.
+    """What this process may use of the machine."""
 
-    `efficient`: cpus of the slower kind of a hybrid processor; `offline`: cpus that are switched off; `quota`: cpus'
-    worth of time that the cgroup allows, None = no limit; `memory_limit`: bytes that the cgroup still allows;
-    `balancing`: the kernel moves pages between nodes by itself; `huge_pages`: its setting of transparent huge pages,
-    empty if it has none; `gpus`: PCI address and node (-1: unknown) of each.
-    """
-
-    nodes: tuple[Node, ...]
-    memory_nodes: tuple[Node, ...] = ()
-    efficient: frozenset[int] = frozenset()
-    offline: tuple[int, ...] = ()
-    quota: float | None = None
-    memory_limit: int | None = None
-    balancing: bool = False
-    huge_pages: str = ""
-    gpus: tuple[tuple[str, int], ...] = ()
+    nodes: tuple[Node, ...]  # those on which it may compute, by rising id
+    memory_nodes: tuple[Node, ...] = ()  # those that only hold memory
+    efficient: frozenset[int] = frozenset()  # cpus of the slower kind of a hybrid processor
+    offline: tuple[int, ...] = ()  # cpus that are switched off
+    quota: float | None = None  # cpus' worth of time that the cgroup allows, None = no limit
+    memory_limit: int | None = None  # bytes that the cgroup still allows, None = no limit
+    balancing: bool = False  # the kernel moves pages between nodes by itself
+    huge_pages: str = ""  # the kernel's setting of transparent huge pages, empty if it has none
+    gpus: tuple[tuple[str, int], ...] = ()  # PCI address and node (-1: unknown) of each
 
     @property
     def available_bytes(self) -> int:
@@ -77,13 +67,13 @@ class Topology:
         own = next(node for node in self.nodes if node.id == node_id)
         if own.total_bytes:
             return own
-        # A node that computes is preferred to one that only holds memory, which mostly is a slower kind.
+        # A node with cpus comes before one that only holds memory: that is mostly of a slower kind.
         rank = {id(node): (own.distances.get(node.id, 255), not node.cores, node.id) for node in with_memory}
         return min(with_memory, key=lambda node: rank[id(node)], default=None)
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """Read the kernel's list format: "0-2,8" is (0, 1, 2, 8). Raises ValueError if it is not one."""
+    """Read the kernel's list format: "0-2,8" is (0, 1, 2, 8). Raises ValueError for other text."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
         first, dash, last = part.partition("-")
@@ -124,7 +114,7 @@ def read_topology(root: Path = Path("/"), allowed: Collection[int] | None = None
 
 
 def _text(path: Path) -> str:
-    """The stripped text of a file of the kernel's; empty if it is missing or may not be read."""
+    """The stripped text of one of the kernel's files; empty if it is missing or may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -150,7 +140,7 @@ def _cores(system: Path, cpus: set[int], efficient: Collection[int]) -> tuple[tu
 
 
 def _offline(system: Path) -> tuple[int, ...]:
-    """A virtual machine calls the cpus offline that it might be given one day: those are not present."""
+    """The cpus that are switched off. Not those that a virtual machine may be given one day, which are not present."""
     offline, present = _cpus(system / "cpu/offline"), _cpus(system / "cpu/present")
     return tuple(cpu for cpu in offline if cpu in present or not present)
 
@@ -160,7 +150,7 @@ def _efficient(root: Path, mask: set[int]) -> frozenset[int]:
     if not atoms:
         capacities = {cpu: _text(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in mask}
         known = {cpu: int(text) for cpu, text in capacities.items() if text}
-        # Equal cores differ by some percent where a few may clock higher; big ones beside a "prime" core by 15.
+        # Equal cores differ by some percent where a few may clock higher, big ones from a "prime" core by 15 %.
         atoms = tuple(cpu for cpu, capacity in known.items() if 3 * capacity < 2 * max(known.values()))
     small = mask.intersection(atoms)
     return frozenset(small if small != mask else ())
@@ -173,7 +163,7 @@ def _distances(folder: Path, folders: Collection[Path]) -> dict[int, int]:
 
 
 def _memory(meminfo: Path) -> tuple[int, int]:
-    """(total, available) bytes. A node's file lacks MemAvailable: what is free or a droppable file page stands in."""
+    """(total, available) bytes. A node's file lacks MemAvailable: free memory and droppable file pages stand in."""
     sizes = {}
     for line in _text(meminfo).splitlines():
         name, _, value = line.partition(":")
@@ -215,13 +205,13 @@ def _quota(root: Path) -> float | None:
 
 
 def _memory_limit(root: Path) -> int | None:
-    """What the tightest cgroup leaves; pages of files that it can drop count as free."""
+    """Bytes that the tightest cgroup still allows; file pages that can be dropped count as free."""
     left = []
     for folder in _groups(root, "memory"):
         limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
         stat: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE))
-        # Version 1 counts the groups below in the totals only; `used` is always with them.
+        # Version 1 includes the groups below in its total_* figures only; `used` always includes them.
         droppable = sum(int(stat.get(f"total_{kind}") or stat.get(kind) or 0) for kind in _FILE_PAGES)
         if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as a huge number
             left.append(max(0, min(int(limit), int(limit) - int(used or 0) + droppable)))
@@ -229,7 +219,7 @@ def _memory_limit(root: Path) -> int | None:
 
 
 def read_caches(root: Path = Path("/"), allowed: Collection[int] | None = None) -> tuple[Cache, ...]:
-    """Data caches of the allowed cpus, by level. Apart from the topology: their files are most of all files."""
+    """Data caches of the allowed cpus, by level. Not part of the topology: their files outnumber all others."""
     found: dict[tuple[int, int], set[tuple[int, ...]]] = {}
     for cpu in os.sched_getaffinity(0) if allowed is None else allowed:
         for folder in (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*"):

@@ -1,7 +1,7 @@
 """How messages travel: ZeroMQ over an abstract Unix socket, one ROUTER for all workers, a DEALER in each.
 
 An abstract socket has no file: nothing is left behind after SIGKILL. Its name is random, the kernel lets only this
-user's processes in, and a peer is ignored until its `Hello` (or the `Failure` of one that could not even say that)
+user's processes connect, and a peer is ignored until its `Hello` (or the `Failure` of one that could not say even that)
 carries the coordinator's token. Address and token reach a worker through its environment, which only the same user can
 read; a command line is public.
 
@@ -29,7 +29,7 @@ TOKEN_VARIABLE = "WARMFRONT_TOKEN"
 PARENT_VARIABLE = "WARMFRONT_PARENT"
 
 _MAX_MESSAGE_BYTES = 64 << 20
-# Messages taken in one poll: a flood cannot keep the coordinator from looking at its processes.
+# Messages taken in one poll: a flood of them must not keep the coordinator from watching its processes.
 _MAX_BATCH = 1000
 
 
@@ -55,7 +55,7 @@ class _Channel:
 
 
 class WorkerChannel(_Channel):
-    """A worker's end. `token` goes into its `Hello`."""
+    """A worker's end of the channel. `token` goes into its `Hello`."""
 
     def __init__(self, address: str, token: str, parent_pid: int) -> None:
         super().__init__(zmq.DEALER)
@@ -69,14 +69,14 @@ class WorkerChannel(_Channel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Connect to the coordinator that started this process. Raises UsageError if none did."""
+        """Connect to the coordinator that started this process. Raises UsageError if it was started by hand."""
         try:
             return cls(os.environ[ADDRESS_VARIABLE], os.environ[TOKEN_VARIABLE], int(os.environ[PARENT_VARIABLE]))
         except (KeyError, ValueError) as error:
             raise UsageError("a worker is started by the coordinator: run `warmfront` instead") from error
 
     def send(self, message: Message) -> None:
-        """Send, waiting while the coordinator is stopped or behind; a message to a dead one is dropped."""
+        """Send; waits while the coordinator is stopped or behind. A message to a dead one is dropped."""
         if not self._wait(zmq.POLLOUT, None):
             self._socket.send(encode(message))
 
@@ -89,14 +89,14 @@ class WorkerChannel(_Channel):
         return decode(b"".join(self._socket.recv_multipart()))
 
     def close(self) -> None:
-        """Close, giving the last message a second to leave if there is someone to read it."""
+        """Close, giving the last message a second to get out if the coordinator lives."""
         if not self._socket.closed:
             self._socket.linger = 0 if self._wait(0, 0.0) else 1000
             os.close(self._parent)
         super().close()
 
     def _wait(self, events: int, timeout_s: float | None) -> bool:
-        """Wait for `events` of the socket, or the coordinator's death: whether it has died."""
+        """Wait for `events` of the socket or the coordinator's death; returns whether it has died."""
         poller = zmq.Poller()
         poller.register(self._parent, zmq.POLLIN)
         if events:
@@ -105,15 +105,15 @@ class WorkerChannel(_Channel):
 
 
 def _milliseconds(timeout_s: float | None) -> int | None:
-    """For a poller, which takes a negative number for "for ever"."""
+    """For a poller, to which a negative number means "for ever"."""
     return None if timeout_s is None else max(0, math.ceil(timeout_s * 1000))
 
 
 class Polled(NamedTuple):
-    """What a poll found: messages by worker name, in order, and which of the extra descriptors are readable."""
+    """What a poll found."""
 
-    messages: list[tuple[str, Message]]
-    readable: list[int]
+    messages: list[tuple[str, Message]]  # (worker, message), in order
+    readable: list[int]  # of the extra descriptors
 
 
 class CoordinatorChannel(_Channel):
@@ -137,11 +137,11 @@ class CoordinatorChannel(_Channel):
         }
 
     def send(self, worker: str, message: Message) -> None:
-        """Send to the process that last said `Hello` as `worker` (KeyError if none did); dropped if it has gone."""
+        """Send to the process that last said `Hello` as `worker` (KeyError if none did); dropped if that has ended."""
         self._socket.send_multipart([self._routes[worker], encode(message)])
 
     def forget(self, worker: str) -> None:
-        """Let what the last process called `worker` has sent be a stranger's: another takes its place."""
+        """Ignore what the last process called `worker` may still send: another takes its place."""
         if worker in self._routes:
             del self._names[self._routes.pop(worker)]
 
@@ -162,7 +162,7 @@ class CoordinatorChannel(_Channel):
         return Polled(messages, readable)
 
     def _admit(self, route: bytes, data: bytes) -> list[tuple[str, Message]]:
-        """The message with its sender's name; none if the sender is a stranger."""
+        """The message with its sender's name; nothing if the sender has not shown the token."""
         name = self._names.get(route)
         try:
             message = decode(data)

@@ -2,7 +2,7 @@
 
     worker                    coordinator
       Hello          ->                      once, before anything else
-                     <-       Plan           what to load and where to run
+                     <-       Assignment     what to load and where to run
       Progress       ->                      while loading
       Ready          ->                      the worker serves the board from now on
                      <-       ReportRequest  every few tokens
@@ -14,11 +14,11 @@
                      <-       Shutdown
 
 On the wire a message is the array [class name, field, field, ...] in the order of the fields. A decoder accepts only
-exactly that: the known names, the right number of fields, each of exactly its type. Nothing is ever unpickled.
+exactly that: a known name, the right number of fields, each of exactly its type. Nothing is ever unpickled.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Self, cast, get_type_hints
+from typing import Any, Self, cast, get_args, get_type_hints
 
 import msgpack
 
@@ -27,6 +27,7 @@ from warmfront.shared.errors import ProtocolError, WarmfrontError, WorkerError
 
 __all__ = [
     "PROTOCOL",
+    "Assignment",
     "Failure",
     "Heartbeat",
     "Hello",
@@ -34,7 +35,6 @@ __all__ = [
     "Message",
     "Move",
     "Moved",
-    "Plan",
     "Progress",
     "Ready",
     "ReportRequest",
@@ -43,83 +43,68 @@ __all__ = [
     "encode",
 ]
 
-# Raise it with any change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 4
+# Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
+PROTOCOL = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A worker has started. `token` proves that the coordinator started it; `free_bytes` of its device."""
+    """A worker has started."""
 
-    token: str
-    name: str
+    token: str  # proves that the coordinator started it
+    name: str  # as on its command line: "cpu0", "gpu0"
     pid: int
-    device: str
-    free_bytes: int
+    device: str  # for people, such as "cpu" or "cuda:0 NVIDIA H100"
+    free_bytes: int  # of the device's memory
     protocol: int
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a worker is to do.
+class Assignment:
+    """What a worker is to do. A CPU worker reads its groups at once; a GPU worker starts with empty slots."""
 
-    `index`: its number on the board; `model`: path of the packed file, `order`: of its neurons; `cpus`: one per thread.
-    A CPU worker reads the groups that `home`, uint8 [layers * groups], gives it, and has `spare` slots more; `slow`:
-    how many times slower than it is it is to seem. A GPU worker reads nothing yet and makes as many slots as `budget`
-    bytes of device memory hold. `memory`: the NUMA node whose memory to take, -1 = any; `pinned`: whether threads stay
-    on their cpus; `spins`: rounds of spinning at a barrier.
-    """
-
-    index: int
-    model: str
-    order: str
-    cpus: list[int]
+    index: int  # its number on the board
+    model: str  # path of the packed file
+    neuron_order: str  # of the packed file when the assignment was made (PackedModel.order)
+    cpus: list[int]  # one per thread
     selector: str
-    home: bytes
-    spare: int
-    slow: float
-    budget: int
-    memory: int = -1
-    pinned: bool = True
-    spins: int = 0
+    home: bytes  # uint8 [layers * groups]: the number of the worker that keeps each group
+    spare_slots: int  # of a CPU worker: for groups that move to it, beyond its own
+    slowdown: float  # emulation: how many times slower than it is the worker pretends to be
+    vram_budget: int  # of a GPU worker: bytes of device memory for slots and all else
+    memory_node: int = -1  # the NUMA node whose memory to take, -1 = any
+    pinned: bool = True  # threads stay on their cpus
+    spins: int = 0  # rounds of spinning at a barrier
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes loaded so far, of how many."""
+    """How far a worker has loaded."""
 
-    done: int
+    done: int  # bytes
     total: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker serves the board, holds this many bytes of weights and has this many slots.
+    """The worker serves the board."""
 
-    `ledger`: bytes of device memory by purpose, of a GPU worker; of memory by NUMA node ("node0"), as the kernel says,
-    of a CPU worker.
-    """
-
-    bytes_resident: int
-    slots: int
-    ledger: dict[str, int]
+    bytes_resident: int  # of weights
+    slots: int  # for groups, in all
+    ledger: dict[str, int]  # bytes: of device memory by purpose (GPU); of memory by NUMA node, "node0" (CPU)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A worker's work since it became ready: jobs in all; time, neurons and bytes read per layer.
+    """A worker's work on single tokens since it became ready."""
 
-    A job's time is that from its announcement: what the worker waits for its core or device counts.
-
-    `measured`: of the jobs whose selection was compared with the truth: their number, the neurons selected, those of
-    all owned that fired, and those that were selected and fired.
-    """
-
-    jobs: int
-    busy_ns: list[int]
-    neurons: list[int]
-    bytes: list[int]
-    measured: list[int]
+    jobs: int  # of all layers
+    busy_ns: list[int]  # by layer, from a job's announcement on: waiting for the core or the device counts
+    neurons: list[int]  # by layer: computed
+    bytes: list[int]  # by layer: of weights, read
+    # Of the jobs whose selection was compared with the truth: how many, neurons selected, owned neurons that fired,
+    # neurons that were selected and fired.
+    compared: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +114,18 @@ class ReportRequest:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Copy groups into slots that nobody computes with; `places`: int32 [n, 3] of layer, group, slot."""
+    """Copy groups into slots with which nobody computes."""
 
-    batch: int
-    places: bytes
+    batch: int  # a number that is never used again
+    places: bytes  # int32 [n, 3]: layer, group, slot
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The groups of a `Move` lie in their slots; it took this many ns of work: waiting for a core is none."""
+    """The groups of a `Move` are in their slots."""
 
     batch: int
-    ns: int
+    ns: int  # of work: waiting for a core does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,37 +135,36 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The worker's last words. `kind` names a class of `errors.py`; `token` and `name` as in `Hello`, if before it."""
+    """The worker's last words."""
 
-    kind: str
+    kind: str  # the name of a class of `errors.py`
     message: str
-    token: str = ""
+    token: str = ""  # as in `Hello`, of a worker that could not even say that
     name: str = ""
 
     @classmethod
     def of(cls, error: Exception, token: str = "", name: str = "") -> Self:
-        """What to send about `error`; what was not raised on purpose becomes a WorkerError that names its class."""
+        """What to send about `error`; one not raised on purpose becomes a WorkerError that names its class."""
         if isinstance(error, WarmfrontError):
             return cls(type(error).__name__, str(error), token, name)
         return cls(WorkerError.__name__, f"{type(error).__name__}: {error}", token, name)
 
     def error(self, worker: str) -> WarmfrontError:
-        """The error to raise in the coordinator, of the class that `worker` raised."""
+        """The error to raise in the coordinator, of the class that was raised in `worker`."""
         kind = getattr(errors, self.kind) if self.kind in errors.__all__ else WorkerError
         return cast(WarmfrontError, kind(f"worker {worker}: {self.message}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Leave in order, now."""
+    """End the process now, in order."""
 
 
-Message = Hello | Plan | Progress | Ready | LoadReport | ReportRequest | Move | Moved | Heartbeat | Failure | Shutdown
+Message = (
+    Hello | Assignment | Progress | Ready | LoadReport | ReportRequest | Move | Moved | Heartbeat | Failure | Shutdown
+)
 
-_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (Hello, Plan, Progress, Ready, LoadReport, ReportRequest, Move, Moved, Heartbeat, Failure, Shutdown)
-}
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 _TYPES: dict[str, tuple[Any, ...]] = {name: tuple(get_type_hints(kind).values()) for name, kind in _KINDS.items()}
 
 
@@ -204,7 +188,7 @@ def decode(data: bytes) -> Message:
 
 
 def _is(value: object, kind: Any) -> bool:
-    """Exact types: True is no int."""
+    """Exact types: True is not an int."""
     if kind == list[int]:
         return type(value) is list and all(type(item) is int for item in value)
     if kind == dict[str, int]:

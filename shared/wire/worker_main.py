@@ -1,10 +1,11 @@
 """The life of a worker process, the same for every kind of worker.
 
-    Hello -> wait for Plan -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest and Move -> Shutdown
+    Hello -> wait for Assignment -> load, reporting Progress -> Ready -> heartbeat, answer ReportRequest and Move ->
+    Shutdown
 
 The main thread talks to the coordinator; a `Service` does the work in threads of its own. Whatever goes wrong is sent
-as a `Failure` before the process leaves with exit code 1. Before it is ready, SIGTERM is what ends it: an import or a
-compilation hears no message.
+as a `Failure` before the process exits with code 1. A worker that is not ready is ended by SIGTERM: during an import or
+a compilation it hears no message.
 """
 
 import os
@@ -24,20 +25,20 @@ from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.channel import PARENT_VARIABLE, WorkerChannel
 from warmfront.shared.wire.messages import (
     PROTOCOL,
+    Assignment,
     Failure,
     Heartbeat,
     Hello,
     LoadReport,
     Move,
     Moved,
-    Plan,
     Progress,
     Ready,
     ReportRequest,
     Shutdown,
 )
 
-__all__ = ["Places", "Service", "open_planned", "run"]
+__all__ = ["Places", "Service", "open_assigned", "run"]
 
 # [n, 3]: layer, group, slot.
 Places = npt.NDArray[np.int32]
@@ -50,37 +51,37 @@ class Service(Protocol):
     """What a kind of worker does. Its constructor starts loading in threads of its own."""
 
     def progress(self) -> tuple[int, int]:
-        """Bytes loaded, of how many."""
+        """Bytes loaded, and how many there are to load."""
 
     def ready(self) -> bool:
-        """Whether it serves the board; raises the error of a thread that failed, now or later."""
+        """Whether it serves the board. Raises the error of a thread that failed, then or later."""
 
     def capacity(self) -> tuple[int, dict[str, int]]:
-        """Slots, and bytes of device memory by purpose; once it is ready."""
+        """Slots and ledger, as in `Ready`; once it is ready."""
 
     def report(self) -> LoadReport:
         """Its work so far."""
 
     def move(self, places: Places) -> int:
-        """Copy groups into slots that nobody computes with, while serving; returns the ns of work that it took."""
+        """Copy groups into slots with which nobody computes, while serving; returns the ns of work that it took."""
 
     def stop(self) -> None:
-        """End and join its threads; its `leave` word on the board is set."""
+        """End and join its threads; its word on the board that ends their waiting is set."""
 
 
-def open_planned(plan: Plan) -> PackedModel:
-    """The packed model of a plan. Raises ModelError if it was put in another order since the plan was made."""
-    model = PackedModel(Path(plan.model))
-    if model.order != plan.order:
+def open_assigned(assignment: Assignment) -> PackedModel:
+    """The packed model to run. Raises ModelError if its neurons were reordered since the assignment was made."""
+    model, path = PackedModel(Path(assignment.model)), assignment.model
+    if model.order != assignment.neuron_order:
         model.close()
-        raise ModelError(f"another warmfront has put the neurons of {plan.model} in a new order: load the model again")
+        raise ModelError(f"another warmfront has put the neurons of {path} in a new order: load the model again")
     return model
 
 
-def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], Service]) -> int:
-    """Be a worker until told to leave: `python -m warmfront.SOME_worker NAME BOARD_FD`. Returns the exit code.
+def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Board], Service]) -> int:
+    """Be a worker until told to stop: `python -m warmfront.cpu_worker NAME BOARD_FD`. Returns the exit code.
 
-    `describe` gives the device's name and free bytes; `make` builds the service.
+    `describe`: returns the device's name and its free bytes; `make`: builds the service.
     """
     open_standard_files()
     parent = os.environ.get(PARENT_VARIABLE)
@@ -95,21 +96,23 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Plan, Board], S
         try:
             device, free = describe()
             channel.send(Hello(channel.token, name, os.getpid(), device, free, PROTOCOL))
-            _serve(channel, make, _plan(channel), Board.attach(map_shared(fd)))
+            _serve(channel, make, _await_assignment(channel), Board.attach(map_shared(fd)))
         except Exception as error:
             channel.send(Failure.of(error, channel.token, name))
             return 1
     return 0
 
 
-def _plan(channel: WorkerChannel) -> Plan:
-    while not isinstance(message := channel.receive(_HEARTBEAT_S), Plan):
+def _await_assignment(channel: WorkerChannel) -> Assignment:
+    while not isinstance(message := channel.receive(_HEARTBEAT_S), Assignment):
         channel.send(Heartbeat())
     return message
 
 
-def _serve(channel: WorkerChannel, make: Callable[[Plan, Board], Service], plan: Plan, board: Board) -> None:
-    service = make(plan, board)
+def _serve(
+    channel: WorkerChannel, make: Callable[[Assignment, Board], Service], assignment: Assignment, board: Board
+) -> None:
+    service = make(assignment, board)
     try:
         while not service.ready():
             channel.receive(_PROGRESS_S)
@@ -124,5 +127,5 @@ def _serve(channel: WorkerChannel, make: Callable[[Plan, Board], Service], plan:
             else:
                 channel.send(service.report() if isinstance(message, ReportRequest) else Heartbeat())
     finally:
-        board.leave[plan.index][0] = 1
+        board.leave[assignment.index][0] = 1
         service.stop()

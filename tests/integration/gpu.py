@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.tables import assert_tables_hold
-from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, decision_of, home_of
+from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, home_of, make_rebalance
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.shared.model.bundle import BundleLayout
@@ -25,35 +25,35 @@ class Restless:
 
     name = "restless"
 
-    def __init__(self, seed: int = 0, *, every: int = 1, some: float = 0.1) -> None:
-        self.every, self._some = every, some
+    def __init__(self, seed: int = 0, *, interval: int = 1, some: float = 0.1) -> None:
+        self.interval, self._some = interval, some
         self._rng = np.random.default_rng(seed)
 
     def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
         """Nothing is learnt."""
 
-    def decide(self, situation: BalancerState) -> Rebalance:
+    def decide(self, state: BalancerState) -> Rebalance:
         """Whatever the tables allow."""
-        chance = self._rng.random(situation.resident.shape)
-        home, owner = home_of(situation), situation.owner.copy()
-        caches = ~situation.homes
-        drops = np.argwhere(situation.resident & caches[:, None, None] & (chance < self._some))
+        chance = self._rng.random(state.resident.shape)
+        home, owner = home_of(state), state.owner.copy()
+        caches = ~state.is_home
+        drops = np.argwhere(state.resident & caches[:, None, None] & (chance < self._some))
         for worker in np.flatnonzero(caches):
-            here = situation.resident[worker]
+            here = state.resident[worker]
             owner[here] = np.where(chance[worker][here] > 0.2, worker, home[here])
-        wanted = ~situation.resident & ~situation.coming & (chance < self._some)
+        wanted = ~state.resident & ~state.in_flight & (chance < self._some)
         # A group changes its home once at a time.
-        wanted[situation.homes] &= ~situation.coming[situation.homes].any(0)
-        wanted[situation.homes] &= wanted[situation.homes].cumsum(0) == 1
+        wanted[state.is_home] &= ~state.in_flight[state.is_home].any(0)
+        wanted[state.is_home] &= wanted[state.is_home].cumsum(0) == 1
         moves = self._rng.permutation(np.argwhere(wanted))
-        return decision_of(owner, home, [drops], [moves])
+        return make_rebalance(owner, home, [drops], [moves])
 
 
 class Still(Restless):
     """Nothing ever moves."""
 
     def __init__(self) -> None:
-        super().__init__(every=1 << 60)
+        super().__init__(interval=1 << 60)
 
 
 def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tests.integration.command import needs_two_cores
 from tests.integration.gpu import Restless, Still, budget_for, watch
 from tests.integration.reference import choices, llama_from_folder
 from warmfront.coordinator.engine.engine import Engine
+from warmfront.shared.config import POLICIES
 from warmfront.shared.errors import WorkerError
 
 MAKER = Path(__file__).parents[2] / "scripts" / "make_synthetic_model.py"
@@ -159,7 +160,7 @@ def test_nothing_is_said_of_what_is_right(engine: Engine) -> None:
     assert len(engine.decode_ids(PROMPT, 20)) == 20
 
 
-@pytest.mark.parametrize("policy", ["balance", "static", "lru", "ema"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_leaves_the_tokens_as_they_are(
     made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from tests.integration.command import assert_refused, prepack, run
 from warmfront.coordinator import Engine
-from warmfront.coordinator.measure.measured_costs import key_of, load_times, measure_times, save_times
+from warmfront.coordinator.measure.measured_costs import key_of, load_costs, measure_costs, save_costs
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.placement.plan_file import read_plan
-from warmfront.coordinator.placement.solver import Times
+from warmfront.coordinator.placement.solver import DeviceCosts
 from warmfront.shared.model.store import PackedModel
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -31,10 +31,10 @@ def model(compiled: None, tiny_llama: Callable[..., Path]) -> Path:
     return path
 
 
-def keep_times(model: Path, times: Times) -> None:
+def keep_costs(model: Path, costs: DeviceCosts) -> None:
     """Have this machine's workers known to take so long."""
     with Engine.load(str(model), gpu="host", vram_budget=2_000_000) as engine:
-        save_times(key_of(engine), times)
+        save_costs(key_of(engine), costs)
 
 
 def groups_of(path: Path, model: Path) -> np.ndarray:
@@ -47,23 +47,23 @@ def test_the_workers_are_measured_once(model: Path, tmp_path: Path) -> None:
     with Engine.load(str(model), gpu="host", vram_budget=2_000_000, policy="static") as engine:
         key, before = key_of(engine), engine.ownership.owners()
         assert (before == 1).any()
-        times = measure_times(engine)
+        costs = measure_costs(engine)
         np.testing.assert_array_equal(engine.ownership.owners(), before)
-    assert all(np.isfinite(times))
-    assert min(times) >= 0
-    assert times.cpu_job_ns + times.cpu_byte_ns > 0
+    assert all(np.isfinite(costs))
+    assert min(costs) >= 0
+    assert costs.cpu_job_ns + costs.cpu_byte_ns > 0
     key.path.unlink(missing_ok=True)
     for said in (True, False):
         outcome = run("plan", model, *HOST, "-o", "some.json", cwd=tmp_path)
         assert outcome.code == 0, outcome
         assert ("measuring the workers" in outcome.err) == said
         assert outcome.err.endswith("the plan is in some.json\n")
-    assert load_times(key) is not None
+    assert load_costs(key) is not None
 
 
 def test_a_plan_and_a_run_by_it(model: Path, tmp_path: Path) -> None:
-    """Times that make the GPU worth the while for a part of the neurons: the run gives it just these."""
-    keep_times(model, Times(1000, 0.1, 3000, 0.05))
+    """Costs with which the GPU pays for a part of the neurons: the run gives it just these."""
+    keep_costs(model, DeviceCosts(1000, 0.1, 3000, 0.05))
     outcome = run("plan", model, *HOST, "--json", "--exact", "--plot", "plan.png", cwd=tmp_path)
     assert outcome.code == 0, outcome
     figures = json.loads(outcome.out)
@@ -86,7 +86,7 @@ def test_a_plan_and_a_run_by_it(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_does_not_pay(model: Path, tmp_path: Path) -> None:
-    keep_times(model, Times(1000, 0.1, 1e9, 0.05))
+    keep_costs(model, DeviceCosts(1000, 0.1, 1e9, 0.05))
     outcome = run("plan", model, *HOST, cwd=tmp_path)
     assert outcome.code == 0, outcome
     assert "nothing pays on this GPU" in outcome.out

@@ -5,46 +5,59 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+from warmfront.coordinator.balancing.interface import Rebalance
+from warmfront.coordinator.balancing.policies import POLICIES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "simulate_balancing.py"
 SMALL = {"layers": 3, "groups": 64, "hidden": 1024}
 TOPIC = 160  # tokens of one
 
 
+class Simulator(NamedTuple):
+    """The script and the modules behind it."""
+
+    script: ModuleType
+    devices: ModuleType
+    replay: ModuleType
+    traces: ModuleType
+
+
 @pytest.fixture(scope="module")
-def sim() -> ModuleType:
-    """The script as a module."""
+def sim() -> Simulator:
+    """All of it, imported as the script does."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         import simulate_balancing
+        from balancing_simulator import devices, replay, traces
     finally:
         sys.path.pop(0)
-    return simulate_balancing
+    return Simulator(simulate_balancing, devices, replay, traces)
 
 
 @pytest.fixture(scope="module")
-def topics(sim: ModuleType) -> Any:
+def topics(sim: Simulator) -> Any:
     """A trace of four topics."""
-    return sim.synthesize(topics=4, tokens=4 * TOPIC, **SMALL)
+    return sim.traces.synthesize(topics=4, tokens=4 * TOPIC, **SMALL)
 
 
 @pytest.fixture(scope="module")
-def steady(sim: ModuleType) -> Any:
+def steady(sim: Simulator) -> Any:
     """A trace of one topic."""
-    return sim.synthesize(topics=1, tokens=480, **SMALL)
+    return sim.traces.synthesize(topics=1, tokens=480, **SMALL)
 
 
-def device(sim: ModuleType, **changes: Any) -> Any:
+def device(sim: Simulator, **changes: Any) -> Any:
     """CPU and GPU 4 to 1, where feed-forward is most of the time."""
     fields = {"cpus": [[2e3, 0.2]], "gpu": [5e3, 0.05], "coordinator_ns": 1e5, "link_gbs": 20.0, "stolen_ns": 0.02}
-    return sim.Device(**{**fields, **changes})
+    return sim.devices.Device(**{**fields, **changes})
 
 
-def test_synthetic_neurons_fire_as_often_as_the_profile_says(sim: ModuleType, topics: Any) -> None:
+def test_synthetic_neurons_fire_as_often_as_the_profile_says(sim: Simulator, topics: Any) -> None:
     assert topics.counts.shape == (4 * TOPIC, 3, 64)
     assert topics.counts.dtype == np.uint8
     assert topics.switches == [TOPIC, 2 * TOPIC, 3 * TOPIC]
@@ -56,21 +69,21 @@ def test_synthetic_neurons_fire_as_often_as_the_profile_says(sim: ModuleType, to
     assert (by_topic.max(0) > 3 * by_topic.min(0) + 1).mean() > 0.2
 
 
-def test_a_steady_trace_is_as_the_power_law_wants(sim: ModuleType, steady: Any) -> None:
+def test_a_steady_trace_is_as_the_power_law_wants(sim: Simulator, steady: Any) -> None:
     rates = np.sort(steady.profile, axis=1)[:, ::-1]
     assert rates[:, :13].sum() / rates.sum() == pytest.approx(0.8, abs=0.02)
 
 
-def test_popcounts(sim: ModuleType) -> None:
+def test_popcounts(sim: Simulator) -> None:
     words = np.random.default_rng(0).integers(0, 1 << 32, (3, 4, 5), np.uint32)
     expected = [[[int(word).bit_count() for word in row] for row in layer] for layer in words]
-    np.testing.assert_array_equal(sim.popcounts(words), expected)
+    np.testing.assert_array_equal(sim.traces.popcounts(words), expected)
 
 
-def test_static_time_is_the_slowest_worker_of_each_layer(sim: ModuleType, steady: Any) -> None:
+def test_static_time_is_the_slowest_worker_of_each_layer(sim: Simulator, steady: Any) -> None:
     machine = device(sim)
-    result = sim.simulate("static", steady, machine, 0.2)
-    replay = sim.Replay(steady, machine, [int(0.2 * 192)], ())
+    result = sim.replay.simulate("static", steady, machine, 0.2)
+    replay = sim.replay.Replay(steady, machine, [int(0.2 * 192)], ())
     replay.start(steady.profile, steady.profile)
     for token in (0, 17, 479):
         total = 1e5
@@ -83,62 +96,63 @@ def test_static_time_is_the_slowest_worker_of_each_layer(sim: ModuleType, steady
     assert result.moves == result.flips == result.stall_s == 0
 
 
-def test_no_split_of_the_slots_by_frequency_beats_the_oracle(sim: ModuleType, topics: Any) -> None:
+def test_no_split_of_the_slots_by_frequency_beats_the_oracle(sim: Simulator, topics: Any) -> None:
     machine = device(sim)
-    speed = {name: -sum(sim.simulate(name, topics, machine, 0.15).seconds) for name in ("static", "random")}
-    oracle = -sum(sim.simulate("oracle static", topics, machine, 0.15).seconds)
+    speed = {name: -sum(sim.replay.simulate(name, topics, machine, 0.15).seconds) for name in ("static", "random")}
+    oracle = -sum(sim.replay.simulate("oracle static", topics, machine, 0.15).seconds)
     assert oracle >= 1.001 * speed["static"] > 1.2 * speed["random"]
 
 
-def test_copies_count_once_they_have_come(sim: ModuleType, steady: Any) -> None:
-    replay = sim.Replay(steady, device(sim), [10], ())
+def test_copies_count_once_they_have_come(sim: Simulator, steady: Any) -> None:
+    replay = sim.replay.Replay(steady, device(sim), [10], ())
     replay.start(steady.profile, steady.profile)
     empty = np.empty((0, 3), np.int64)
     replay.resident[1], replay.owner[:] = False, 0
     moves = np.array([[1, 0, group] for group in range(12)])
-    decision = sim.Rebalance(replay.owner, empty, moves)
-    assert replay.begin(decision, 11, 0.0) == 10
+    decision = Rebalance(replay.owner, empty, moves)
+    replay.begin(decision, 11, 0.0)
+    assert replay.moves == 10
     done = 17_000 + 10 * 32 * 3 * 2048 / 20
     replay.land(done - 1)
-    assert replay.coming.sum() == 10
+    assert replay.in_flight.sum() == 10
     assert not replay.resident[1].any()
     replay.land(done)
     assert replay.resident[1, 0, :10].all()
-    assert not replay.coming.any()
+    assert not replay.in_flight.any()
 
 
 @pytest.mark.parametrize("vram", [0.1, 0.6])
 @pytest.mark.parametrize("name", ["topics", "steady"])
 def test_balance_is_never_behind_the_best_static_split(
-    sim: ModuleType, name: str, vram: float, request: pytest.FixtureRequest
+    sim: Simulator, name: str, vram: float, request: pytest.FixtureRequest
 ) -> None:
     trace, machine = request.getfixturevalue(name), device(sim)
     speed = {
-        policy: 1 / sum(sim.simulate(policy, trace, machine, vram).seconds)
+        policy: 1 / sum(sim.replay.simulate(policy, trace, machine, vram).seconds)
         for policy in ("balance", "oracle static", "ema", "random")
     }
     assert speed["balance"] > 0.985 * max(speed.values())
 
 
-def test_balance_recovers_from_a_change_of_topic(sim: ModuleType, topics: Any) -> None:
-    result = sim.simulate("balance", topics, device(sim), 0.15)
-    assert max(sim.recoveries(result.hits, topics.switches)) <= 64
+def test_balance_recovers_from_a_change_of_topic(sim: Simulator, topics: Any) -> None:
+    result = sim.replay.simulate("balance", topics, device(sim), 0.15)
+    assert max(sim.script.recoveries(result.hits, topics.switches)) <= 64
     assert result.unused <= 0.1 * result.moves
-    assert np.mean(result.hits) > 1.03 * np.mean(sim.simulate("oracle static", topics, device(sim), 0.15).hits)
+    assert np.mean(result.hits) > 1.03 * np.mean(sim.replay.simulate("oracle static", topics, device(sim), 0.15).hits)
 
 
-def test_balance_rests_while_nothing_changes(sim: ModuleType, steady: Any) -> None:
+def test_balance_rests_while_nothing_changes(sim: Simulator, steady: Any) -> None:
     settling = steady._replace(counts=steady.counts[:160])
     for vram in (0.1, 0.6):
         # The margin is learned at first; the same draws, so that the rest is what comes after.
-        first, result = (sim.simulate("balance", trace, device(sim), vram) for trace in (settling, steady))
+        first, result = (sim.replay.simulate("balance", trace, device(sim), vram) for trace in (settling, steady))
         assert result.moves + result.flips - first.moves - first.flips < 0.01 * 3.2 * 192
     # In windows of 8 tokens, of which so small a model reads unevenly.
     assert np.mean(result.imbalance[8:]) < 1.2
 
 
-def test_balance_follows_a_shift_of_the_load_and_back(sim: ModuleType, steady: Any) -> None:
-    result = sim.simulate("balance", steady, device(sim), 0.9, shifts=[(160, 0, 2.0), (320, 0, 1.0)])
+def test_balance_follows_a_shift_of_the_load_and_back(sim: Simulator, steady: Any) -> None:
+    result = sim.replay.simulate("balance", steady, device(sim), 0.9, shifts=[(160, 0, 2.0), (320, 0, 1.0)])
     before, during, after = (np.mean(result.hits[token - 60 : token]) for token in (160, 320, 480))
     assert during > before + 0.04
     assert after == pytest.approx(before, abs=0.04)
@@ -146,9 +160,12 @@ def test_balance_follows_a_shift_of_the_load_and_back(sim: ModuleType, steady: A
         assert np.mean(result.hits[token + 48 : token + 64]) == pytest.approx(level, abs=0.025)
 
 
-def test_homes_and_several_gpus(sim: ModuleType, topics: Any) -> None:
+def test_homes_and_several_gpus(sim: Simulator, topics: Any) -> None:
     machine = device(sim, cpus=[[2e3, 0.2], [2e3, 0.4]])
-    rates = {name: 1 / sum(sim.simulate(name, topics, machine, 0.15, gpus=3).seconds) for name in ("balance", "static")}
+    rates = {
+        name: 1 / sum(sim.replay.simulate(name, topics, machine, 0.15, gpus=3).seconds)
+        for name in ("balance", "static")
+    }
     assert rates["balance"] > 1.05 * rates["static"]
 
 
@@ -157,16 +174,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_recorded_trace(sim: ModuleType, tmp_path: Path) -> None:
+def test_a_recorded_trace(sim: Simulator, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     fired = rng.integers(0, 1 << 32, (100, 2, 8), np.uint32)
     about = json.dumps({"name": "tiny", "hidden": 64, "ffn": 256, "row_bytes": 128, "switches": [5, 60]})
     np.savez(tmp_path / "a.npz", fired=fired, about=about)
-    trace = sim.load_trace(tmp_path / "a.npz", None)
+    trace = sim.traces.load_trace(tmp_path / "a.npz", None)
     assert (trace.name, trace.row_bytes, trace.switches) == ("tiny", 128, [50])
-    np.testing.assert_allclose(trace.profile, sim.popcounts(fired[:10]).mean(0))
+    np.testing.assert_allclose(trace.profile, sim.traces.popcounts(fired[:10]).mean(0))
     assert len(trace.counts) == 90
-    assert len(sim.load_trace(tmp_path / "a.npz", tmp_path / "a.npz").counts) == 100
+    assert len(sim.traces.load_trace(tmp_path / "a.npz", tmp_path / "a.npz").counts) == 100
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -178,7 +195,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout.splitlines()[-1])
     assert [entry["vram"] for entry in report["runs"]] == [0.2, 0.5]
-    assert list(report["runs"][0]["policies"]) == ["balance", "static", "lru", "ema", "random", "oracle static"]
+    assert list(report["runs"][0]["policies"]) == [*POLICIES, "random", "oracle static"]
     assert all(row["tokens_per_s"] > 0 for row in report["runs"][0]["policies"].values())
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""Files that come to be as a whole, and locks that leave nothing.  pytest tests/shared/test_files.py"""
+"""Files that appear complete or not at all, and locks that leave nothing behind.  pytest tests/shared/test_files.py"""
 
 import contextlib
 import os
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_half_way(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_disk_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What may not outlive a power cut gets no name."""
+    """What could be lost in a power cut gets no name."""
 
     def fail(_fd: int) -> None:
         raise OSError(5, os.strerror(5))
@@ -115,7 +115,7 @@ def test_one_at_a_time_and_only_for_the_same(cache: Path) -> None:
 
 
 def test_who_has_waited_keeps_others_out(cache: Path) -> None:
-    """The one before takes the lock's file away, so that who comes next needs a new one."""
+    """The holder before removes the lock's file, so that the next one needs a new one."""
     waiting, inside, leave = threading.Event(), threading.Event(), threading.Event()
 
     def enter() -> None:

@@ -14,7 +14,7 @@ from warmfront.shared.paths import cache_root
 
 @pytest.fixture(autouse=True)
 def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No home, nobody in the list of users, and a temporary folder for this test."""
+    """No home, no entry in the list of users, and a temporary folder for this test."""
 
     def unknown(_uid: int) -> None:
         raise KeyError
@@ -37,7 +37,7 @@ def test_what_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("wish", ["", "relative", "./here", "~/.cache"])
 def test_a_relative_wish_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
-    """As the XDG base directory specification has it."""
+    """As the XDG base directory specification demands."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", wish)
     assert cache_root() == tmp_path / ".cache/warmfront"

@@ -1,4 +1,4 @@
-"""Expected activity and the homes' margin.  pytest tests/coordinator/balancing/test_activity.py"""
+"""The estimate of activity and the homes' margin.  pytest tests/coordinator/balancing/test_activity.py"""
 
 import numpy as np
 import pytest
@@ -19,27 +19,27 @@ def error(found: np.ndarray, true: np.ndarray) -> float:
 
 def test_while_nothing_changes_the_long_run_is_expected() -> None:
     rng, true = np.random.default_rng(0), rates(1)
-    expectation = ActivityEstimate(true, 512, 20, 16)
+    estimate = ActivityEstimate(true, 512, 20, 16)
     errors = []
     for _ in range(300):
-        expectation.observe(true * rng.exponential(1.0, SHAPE))
-        errors.append(error(expectation.bytes, true))
+        estimate.observe(true * rng.exponential(1.0, SHAPE))
+        errors.append(error(estimate.expected_load, true))
     # An average over 20 tokens alone would be off by 1 / sqrt(40).
     assert np.mean(errors) < 0.5 / np.sqrt(40)
 
 
 def test_after_a_change_the_last_tokens_are() -> None:
     rng, true = np.random.default_rng(0), rates(2)
-    expectation = ActivityEstimate(rates(1), 512, 20, 16)
+    estimate = ActivityEstimate(rates(1), 512, 20, 16)
     for token in range(64):
-        expectation.observe(true * rng.exponential(1.0, SHAPE))
+        estimate.observe(true * rng.exponential(1.0, SHAPE))
         if token == 31:
             # The last tokens know all but exp(-32 / 20), and are trusted.
-            assert error(expectation.bytes, true) < 0.4 * error(rates(1), true)
-    assert error(expectation.bytes, true) < 0.3
+            assert error(estimate.expected_load, true) < 0.4 * error(rates(1), true)
+    assert error(estimate.expected_load, true) < 0.3
 
 
-def situation(costs: list[tuple[float, float]], homes: int) -> BalancerState:
+def state(costs: list[tuple[float, float]], homes: int) -> BalancerState:
     held = np.ones((len(costs), *SHAPE), bool)
     none = np.zeros(len(costs), np.int64)
     is_home = np.arange(len(costs)) < homes
@@ -53,7 +53,7 @@ def test_no_other_margin_makes_the_mean_layer_faster(ratio: float) -> None:
     owner = np.zeros(SHAPE, np.uint8)
     owner[:, 25:] = 1
     margin = Margin(SHAPE[0], 1000)
-    margin.watch(situation(costs, 1), owner)
+    margin.watch(state(costs, 1), owner)
     bytes_read = rng.normal(1000, 300, (2000, *SHAPE))
     for read in bytes_read:
         margin.observe(read)
@@ -74,7 +74,7 @@ def test_workers_alone_need_no_margin() -> None:
     for token in range(20):
         margin.observe(rates(token))
     assert not margin.ns.any()
-    margin.watch(situation([(0.0, 0.2), (0.0, 0.1)], 2), np.zeros(SHAPE, np.uint8))
+    margin.watch(state([(0.0, 0.2), (0.0, 0.1)], 2), np.zeros(SHAPE, np.uint8))
     for token in range(20):
         margin.observe(rates(token))
     assert not margin.ns.any()

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from warmfront.coordinator.balancing.water_filling import fill, level, times
+from warmfront.coordinator.balancing.water_filling import even_loads, job_ns, select_heaviest
 
 
 def poured(costs: np.ndarray, total: float, caps: np.ndarray) -> np.ndarray:
-    """The loads of one layer, by halving the height."""
+    """The loads of one layer, by bisection of the level."""
     low, high = 0.0, float((costs[:, 0] + costs[:, 1] * total).max()) + 1
     for _ in range(200):
         middle = (low + high) / 2
@@ -18,7 +18,7 @@ def poured(costs: np.ndarray, total: float, caps: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("capped", [False, True])
-def test_level_is_what_halving_finds(workers: int, capped: bool) -> None:
+def test_even_loads_are_what_halving_finds(workers: int, capped: bool) -> None:
     rng = np.random.default_rng(workers)
     costs = np.column_stack((rng.uniform(0, 1e5, workers), rng.uniform(0.01, 0.3, workers)))
     total = np.concatenate(([0.0, 1.0], rng.uniform(0, 3e6, 30)))
@@ -26,7 +26,7 @@ def test_level_is_what_halving_finds(workers: int, capped: bool) -> None:
     if capped:
         caps[1:] = rng.uniform(0, 1e6, (workers - 1, len(total)))
         caps[1:, ::3] = 0
-    loads = level(costs, total, caps if capped else None)
+    loads = even_loads(costs, total, caps if capped else None)
     for column, amount in enumerate(total):
         np.testing.assert_allclose(loads[:, column], poured(costs, amount, caps[:, column]), atol=1e-3)
     np.testing.assert_allclose(loads.sum(0), total, atol=1e-3)
@@ -35,36 +35,36 @@ def test_level_is_what_halving_finds(workers: int, capped: bool) -> None:
 def test_no_other_split_is_faster() -> None:
     rng = np.random.default_rng(7)
     costs = np.array([[10e3, 0.2], [60e3, 0.05], [5e3, 0.4]])
-    best = times(costs, level(costs, np.array([1e6])))[:, 0].max()
+    best = job_ns(costs, even_loads(costs, np.array([1e6])))[:, 0].max()
     for split in rng.dirichlet(np.ones(3), 2000):
-        assert times(costs, split[:, None] * 1e6)[:, 0].max() >= best - 1e-6
+        assert job_ns(costs, split[:, None] * 1e6)[:, 0].max() >= best - 1e-6
 
 
 def test_time_added_to_a_worker_counts() -> None:
     costs, total = np.array([[10.0, 0.2], [60.0, 0.05]]), np.array([1e3, 1e4])
-    more = np.array([[5.0, 50.0], [0.0, 0.0]])
+    extra = np.array([[5.0, 50.0], [0.0, 0.0]])
     for layer in range(2):
-        dearer = costs + np.array([[more[0, layer], 0.0], [0.0, 0.0]])
-        np.testing.assert_allclose(level(costs, total, None, more)[:, layer], level(dearer, total)[:, layer])
+        dearer = costs + np.array([[extra[0, layer], 0.0], [0.0, 0.0]])
+        np.testing.assert_allclose(even_loads(costs, total, None, extra)[:, layer], even_loads(dearer, total)[:, layer])
 
 
 def test_a_worker_whose_job_takes_longer_than_all_gets_nothing() -> None:
-    loads = level(np.array([[0.0, 0.1], [1e6, 0.001]]), np.array([1e6, 1e8]))
+    loads = even_loads(np.array([[0.0, 0.1], [1e6, 0.001]]), np.array([1e6, 1e8]))
     assert loads[1, 0] == 0
     assert loads[1, 1] > 8e7
 
 
 def test_what_the_caps_do_not_hold_is_left_out() -> None:
-    loads = level(np.array([[0.0, 0.1], [0.0, 0.2]]), np.array([100.0]), np.array([[30.0], [20.0]]))
+    loads = even_loads(np.array([[0.0, 0.1], [0.0, 0.2]]), np.array([100.0]), np.array([[30.0], [20.0]]))
     np.testing.assert_allclose(loads, [[30.0], [20.0]])
 
 
-def test_fill_takes_the_heaviest_up_to_the_limit() -> None:
+def test_select_heaviest_takes_the_heaviest_up_to_the_limit() -> None:
     rng = np.random.default_rng(8)
     weights = rng.exponential(1.0, (50, 12))
     allowed = rng.random(weights.shape) < 0.7
     limit = rng.uniform(-1, 8, 50)
-    taken = fill(weights, np.argsort(-weights, axis=1), limit, allowed)
+    taken = select_heaviest(weights, np.argsort(-weights, axis=1), limit, allowed)
     assert not (taken & ~allowed).any()
     for layer in range(50):
         heaviest = sorted(weights[layer][allowed[layer]], reverse=True)

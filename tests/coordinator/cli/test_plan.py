@@ -11,7 +11,7 @@ from warmfront.coordinator.cli.plan import PlanInputs, figures_of, make_plan
 from warmfront.coordinator.cli.plan_chart import draw, render
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.placement.expected_load import firing_of, load_of, neurons_of
-from warmfront.coordinator.placement.solver import Times
+from warmfront.coordinator.placement.solver import DeviceCosts
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
@@ -21,10 +21,10 @@ LAYOUT = BundleLayout(hidden=64, ffn=104, gate_kind=Kind.F32, down_kind=Kind.F32
 FIRING = np.array([[20.0, 4.0, 2.0, 1.0], [8.0, 8.0, 0.5, 0.0]])
 
 
-def grounds(slots: int, times: Times | None = None) -> PlanInputs:
+def grounds(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
     ledger = {"slots": slots * LAYOUT.group_bytes + 5, "activations": 700, "partials": 30}
     load = load_of(LAYOUT, "lowrank", FIRING)
-    return PlanInputs(LAYOUT, FIRING, load, times or Times(100, 0.5, 0, 0.001), 10**6, ledger)
+    return PlanInputs(LAYOUT, FIRING, load, costs or DeviceCosts(100, 0.5, 0, 0.001), 10**6, ledger)
 
 
 def test_neurons_without_padding() -> None:
@@ -82,8 +82,8 @@ def test_a_plan_takes_the_best_groups_and_says_how_good_it_is() -> None:
     assert "exact" not in make_plan(grounds(3), exact=False)[1]
 
 
-def shown(slots: int, width: int = 80, times: Times | None = None, exact: bool = False) -> list[str]:
-    _, figures = make_plan(grounds(slots, times), exact)
+def shown(slots: int, width: int = 80, costs: DeviceCosts | None = None, exact: bool = False) -> list[str]:
+    _, figures = make_plan(grounds(slots, costs), exact)
     return list(render({"model": "m", "selector": "lowrank", "device": "host"} | figures, width))
 
 
@@ -110,8 +110,8 @@ def test_bars_keep_to_the_width(width: int) -> None:
 
 
 def test_what_is_said_of_a_plan_that_uses_not_all() -> None:
-    for times, why in ((Times(0, 0.5, 1e9, 0.001), "its job"), (Times(0, 0.5, 0, 0.6), "a byte")):
-        (line,) = (line for line in shown(3, times=times) if line.startswith("nothing pays"))
+    for costs, why in ((DeviceCosts(0, 0.5, 1e9, 0.001), "its job"), (DeviceCosts(0, 0.5, 0, 0.6), "a byte")):
+        (line,) = (line for line in shown(3, costs=costs) if line.startswith("nothing pays"))
         assert why in line
     full = shown(8)
     assert any("1 slots stay empty" in line for line in full), full

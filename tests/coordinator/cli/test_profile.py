@@ -181,7 +181,7 @@ def test_so_many_tokens(run: Run, texts: list[Path]) -> None:
 def test_no_more_than_can_be_counted(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    monkeypatch.setattr(profile, "MOST_TOKENS", 400)
+    monkeypatch.setattr(profile, "MAX_TOKENS", 400)
     for wish in (None, 401):
         assert run(texts, tokens=wish)["tokens"] == 400
     assert run(texts, tokens=399)["tokens"] == 399

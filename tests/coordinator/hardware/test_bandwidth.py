@@ -1,4 +1,4 @@
-"""Read bandwidth, with little memory and cpus that go away.  pytest tests/coordinator/hardware/test_bandwidth.py"""
+"""Read bandwidth, with little memory, and cpus taken away.  pytest tests/coordinator/hardware/test_bandwidth.py"""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Speeds: measured where it matters, kept, measured anew if damaged.
+"""Speeds: measured where it matters, kept, measured again if damaged.
 
 Run: pytest tests/coordinator/hardware/test_node_bandwidth.py
 """
@@ -49,7 +49,7 @@ def test_measured_once(measured: list[Any]) -> None:
     "text",
     ["", "{", "null", "7", "[1.0]", "[1, 0]", "[1, NaN]", "[Infinity, 1]", '["a", 1]', "[null, 1]", "\xff", "{}"],
 )
-def test_a_damaged_file_is_measured_anew(text: str, measured: list[Any], tmp_path: Path) -> None:
+def test_a_damaged_file_is_measured_again(text: str, measured: list[Any], tmp_path: Path) -> None:
     worker_speeds(TWO_NODES)
     (file,) = tmp_path.rglob("bandwidth/*.json")
     file.write_text(text, "latin-1")

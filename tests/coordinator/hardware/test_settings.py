@@ -49,7 +49,7 @@ def test_another_machine_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", "null", '{"KEY": 3}', '{"KEY": {"workers": "x"}}'])
-def test_a_damaged_file_is_none_and_is_replaced(damage: str) -> None:
+def test_a_damaged_file_is_ignored_and_replaced(damage: str) -> None:
     keep_setting(MODEL, FOUND, 1)
     (key,) = json.loads(tuning_file().read_text())
     tuning_file().write_text(damage.replace("KEY", key))

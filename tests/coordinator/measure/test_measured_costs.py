@@ -1,4 +1,4 @@
-"""Unit times: the line through what workers report, and the cache.
+"""Measured costs: the line through what workers report, and the cache.
 
 Run: pytest tests/coordinator/measure/test_measured_costs.py
 """
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator.measure.measured_costs import TimesKey, fit_line, load_times, measure_times, save_times
-from warmfront.coordinator.placement.solver import Times
+from warmfront.coordinator.measure.measured_costs import CostsKey, fit_line, load_costs, measure_costs, save_costs
+from warmfront.coordinator.placement.solver import DeviceCosts
 from warmfront.shared.errors import ResourceError, WorkerError
 from warmfront.shared.wire.messages import LoadReport
 
-KEY = TimesKey("tiny-auto-0123", "exact", ("cpu", "host (emulated GPU)"), (1, 1))
-TIMES = Times(12_000.5, 0.03125, 41_000.25, 0.0009765625)
+KEY = CostsKey("tiny-auto-0123", "exact", ("cpu", "host (emulated GPU)"), (1, 1))
+COSTS = DeviceCosts(12_000.5, 0.03125, 41_000.25, 0.0009765625)
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +84,18 @@ def test_never_a_negative_time(read: list[float], busy: list[float], expected: t
 
 
 def test_kept_for_the_same_key_only() -> None:
-    assert load_times(KEY) is None
-    save_times(KEY, TIMES)
-    assert load_times(KEY) == TIMES
+    assert load_costs(KEY) is None
+    save_costs(KEY, COSTS)
+    assert load_costs(KEY) == COSTS
     others = [
         replace(KEY, model="tiny-q4-0123"),
         replace(KEY, selector="all"),
         replace(KEY, devices=("cpu", "cuda:0 NVIDIA H200")),
         replace(KEY, threads=(2, 1)),
     ]
-    assert [load_times(other) for other in others] == [None] * 4
-    save_times(KEY, TIMES._replace(cpu_job_ns=1.0))
-    assert load_times(KEY) == TIMES._replace(cpu_job_ns=1.0)
+    assert [load_costs(other) for other in others] == [None] * 4
+    save_costs(KEY, COSTS._replace(cpu_job_ns=1.0))
+    assert load_costs(KEY) == COSTS._replace(cpu_job_ns=1.0)
 
 
 @pytest.mark.parametrize(
@@ -107,38 +107,38 @@ def test_kept_for_the_same_key_only() -> None:
         "null",
         "{}",
         '{"key": {}, "times": {}}',
-        json.dumps({"times": TIMES._asdict()}),
-        json.dumps({"key": {}, "times": TIMES._asdict()}),
-        json.dumps({"key": json.loads(KEY.to_json()), "times": TIMES._asdict() | {"gpu_byte_ns": -1.0}}),
-        json.dumps({"key": json.loads(KEY.to_json()), "times": TIMES._asdict() | {"gpu_byte_ns": float("nan")}}),
-        json.dumps({"key": json.loads(KEY.to_json()), "times": TIMES._asdict() | {"gpu_byte_ns": "fast"}}),
-        json.dumps({"key": json.loads(KEY.to_json()), "times": TIMES._asdict() | {"surplus": 1.0}}),
+        json.dumps({"times": COSTS._asdict()}),
+        json.dumps({"key": {}, "times": COSTS._asdict()}),
+        json.dumps({"key": json.loads(KEY.to_json()), "times": COSTS._asdict() | {"gpu_byte_ns": -1.0}}),
+        json.dumps({"key": json.loads(KEY.to_json()), "times": COSTS._asdict() | {"gpu_byte_ns": float("nan")}}),
+        json.dumps({"key": json.loads(KEY.to_json()), "times": COSTS._asdict() | {"gpu_byte_ns": "fast"}}),
+        json.dumps({"key": json.loads(KEY.to_json()), "times": COSTS._asdict() | {"surplus": 1.0}}),
         json.dumps({"key": json.loads(KEY.to_json()), "times": 3}),
     ],
 )
 def test_a_damaged_cache_is_none(damage: str) -> None:
-    save_times(KEY, TIMES)
+    save_costs(KEY, COSTS)
     KEY.path.write_text(damage)
-    assert load_times(KEY) is None
+    assert load_costs(KEY) is None
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")
-    save_times(KEY, TIMES)
-    assert load_times(KEY) is None
+    save_costs(KEY, COSTS)
+    assert load_costs(KEY) is None
 
 
 def test_nothing_is_left_beside_it(cache: Path) -> None:
-    save_times(KEY, TIMES)
-    save_times(KEY, TIMES)
+    save_costs(KEY, COSTS)
+    save_costs(KEY, COSTS)
     assert [path for path in cache.rglob("*") if path.is_file()] == [KEY.path]
 
 
 class Hall:
-    """In an engine's stead: two CPU workers, one GPU worker, and what they would report by the times they are given."""
+    """In an engine's stead: two CPU workers, one GPU worker, and what they would report by the costs they are given."""
 
-    def __init__(self, times: Times, noise: float = 0.0) -> None:
-        self.times, self.noise = times, noise
+    def __init__(self, costs: DeviceCosts, noise: float = 0.0) -> None:
+        self.costs, self.noise = costs, noise
         self.rng = np.random.default_rng(0)
         layers, groups = 6, 40
         self.load = self.rng.uniform(1e4, 2e5, (layers, groups))
@@ -170,8 +170,8 @@ class Hall:
         for _ in range(count):
             read = np.array([np.sum(self.load, axis=1, where=self.owner == worker) for worker in range(3)])
             # Each CPU worker does half of the bytes in the time that both together take for all of them.
-            job, byte = self.times.cpu_job_ns, self.times.cpu_byte_ns
-            busy = [job + byte * read[:2].sum(0)] * 2 + [self.times.gpu_job_ns + self.times.gpu_byte_ns * read[2]]
+            job, byte = self.costs.cpu_job_ns, self.costs.cpu_byte_ns
+            busy = [job + byte * read[:2].sum(0)] * 2 + [self.costs.gpu_job_ns + self.costs.gpu_byte_ns * read[2]]
             self.busy += (np.array(busy) * self.rng.uniform(1, 1 + self.noise, (3, 6))).astype(np.int64)
             self.read += read.astype(np.int64)
             self.jobs += 6
@@ -180,38 +180,38 @@ class Hall:
         self.resets += 1
 
 
-def test_measuring_finds_the_times_and_leaves_the_owners() -> None:
-    hall = Hall(TIMES)
+def test_measuring_finds_the_costs_and_leaves_the_owners() -> None:
+    hall = Hall(COSTS)
     before = hall.owner.copy()
-    assert measure_times(hall) == pytest.approx(TIMES, rel=1e-3)
+    assert measure_costs(hall) == pytest.approx(COSTS, rel=1e-3)
     np.testing.assert_array_equal(hall.owner, before)
     assert hall.resets
 
 
 def test_measuring_with_noise() -> None:
-    times = measure_times(Hall(TIMES, noise=0.1))
-    assert times.cpu_byte_ns == pytest.approx(TIMES.cpu_byte_ns, rel=0.1)
-    assert times.gpu_job_ns == pytest.approx(TIMES.gpu_job_ns, rel=0.1)
+    costs = measure_costs(Hall(COSTS, noise=0.1))
+    assert costs.cpu_byte_ns == pytest.approx(COSTS.cpu_byte_ns, rel=0.1)
+    assert costs.gpu_job_ns == pytest.approx(COSTS.gpu_job_ns, rel=0.1)
 
 
 def test_measuring_that_is_interrupted_leaves_the_owners() -> None:
-    hall = Hall(TIMES)
+    hall = Hall(COSTS)
     before, hall.fails = hall.owner.copy(), True
     with pytest.raises(KeyboardInterrupt):
-        measure_times(hall)
+        measure_costs(hall)
     np.testing.assert_array_equal(hall.owner, before)
 
 
 def test_measuring_without_a_group_on_the_gpu() -> None:
-    hall = Hall(TIMES)
+    hall = Hall(COSTS)
     hall.owner = hall.ownership.home.copy()
     hall.ownership.owners = hall.owner.copy
     with pytest.raises(ResourceError, match="nothing to compute"):
-        measure_times(hall)
+        measure_costs(hall)
 
 
 def test_measuring_when_a_worker_is_lost() -> None:
-    hall = Hall(TIMES)
+    hall = Hall(COSTS)
     hall.statistics.reports = lambda: {"cpu0": LoadReport(0, [], [], [], [])}
     with pytest.raises(WorkerError, match=r"a worker was lost .* run it again"):
-        measure_times(hall)
+        measure_costs(hall)

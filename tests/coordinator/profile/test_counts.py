@@ -1,11 +1,11 @@
-"""Counts by segment, and what is made of them.  pytest tests/coordinator/profile/test_counts.py"""
+"""Counts by segment, and the figures made from them.  pytest tests/coordinator/profile/test_counts.py"""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from warmfront.coordinator.profile.counts import MOST_TOKENS, SEGMENT_TOKENS, SEGMENTS, Profile
+from warmfront.coordinator.profile.counts import MAX_TOKENS, SEGMENT_TOKENS, SEGMENTS, Profile
 
 LAYERS, NEURONS, FFN = 3, 96, 80
 RATES = np.random.default_rng(1).uniform(0, 0.5, (LAYERS, 1, NEURONS)) * (np.arange(NEURONS) < FFN)
@@ -66,15 +66,15 @@ def test_a_text_begins_a_segment() -> None:
 
 
 def test_counts_cannot_overflow() -> None:
-    """The most tokens, all of which fire, however they come: a long text and many short ones after it."""
+    """As many tokens as there may be, each firing everything: a long text and many short ones after it."""
     always = np.ones((1, 20_000, 32), bool)
     for many in (0, 1, 40):
         profile = Profile(1, 32, 32)
-        for _ in range((MOST_TOKENS - many * 20_000) // 20_000):
+        for _ in range((MAX_TOKENS - many * 20_000) // 20_000):
             profile.add(always)
         for _ in range(many * 500):
             profile.add(always[:, :40], fresh=True)
-        assert sum(profile.tokens) == MOST_TOKENS
+        assert sum(profile.tokens) == MAX_TOKENS
         np.testing.assert_array_equal(profile.counts, np.broadcast_to(np.array(profile.tokens)[:, None], (1, 64, 32)))
 
 

@@ -1,4 +1,4 @@
-"""Packed models written anew in another order of neurons.  pytest tests/coordinator/profile/test_reorder.py"""
+"""Packed models written again in another order of neurons.  pytest tests/coordinator/profile/test_reorder.py"""
 
 import json
 import resource
@@ -58,7 +58,7 @@ def predicting(tiny_llama: Make, tmp_path: Path) -> Path:
 
 
 def profile_of(layers: int, neurons: int, ffn: int, *, seed: int = 0, tokens: int = 200) -> Profile:
-    """Of random firing, of the neurons' own rates."""
+    """Random firing, at rates of the neurons' own."""
     rng = np.random.default_rng(seed)
     profile = Profile(layers, neurons, ffn, ["text"])
     profile.add(rng.random((layers, tokens, neurons)) < rng.random((layers, 1, neurons)) * (np.arange(neurons) < ffn))

@@ -2,113 +2,56 @@
 
 import pytest
 
+from tests.coordinator.workers.lifecycle_bench import (
+    ASSIGNMENTS,
+    HELLOS,
+    NAMES,
+    READY,
+    REPORT,
+    Machine,
+    both_beat,
+    failed,
+)
 from warmfront.coordinator.workers.events import (
     Abort,
     AnnounceReady,
+    Assigned,
     DeliverMoved,
     DeliverReport,
-    Event,
     Exited,
     Finished,
-    Instruction,
     Kill,
-    MakePlans,
-    Planned,
-    Received,
+    MakeAssignments,
     ReportProgress,
-    RestartRequested,
     SendMessage,
-    Start,
     StopRequested,
     Terminate,
     Tick,
-    WorkerLost,
-    WorkerRejoined,
 )
-from warmfront.coordinator.workers.lifecycle import RESTARTS, Lifecycle, Phase
-from warmfront.shared.errors import ModelError, ProtocolError, WarmfrontError, WorkerError
+from warmfront.coordinator.workers.lifecycle import Lifecycle, Phase
+from warmfront.shared.errors import ModelError, ProtocolError, WorkerError
 from warmfront.shared.wire.messages import (
     PROTOCOL,
     Failure,
     Heartbeat,
     Hello,
-    LoadReport,
     Message,
     Move,
     Moved,
-    Plan,
     Progress,
     Ready,
     ReportRequest,
     Shutdown,
 )
 
-NAMES = ("cpu0", "gpu0")
-PLANS = {name: Plan(index, "m", "", [index], "all", b"", 0, 1.0, 0) for index, name in enumerate(NAMES)}
-HELLOS = {name: Hello("token", name, 100, "cpu", 1 << 30, PROTOCOL) for name in NAMES}
-READY = Ready(10, 2, {"slots": 8})
-REPORT = LoadReport(1, [2], [3], [4], [])
-
-
-class Machine:
-    """A lifecycle with a clock that starts at an odd origin and ticks every quarter of a second."""
-
-    def __init__(self, phase: Phase = Phase.STARTING, spare: tuple[str, ...] = ()) -> None:
-        self.now = 1234.5
-        self.lifecycle = Lifecycle(NAMES, self.now, spare)
-        if phase is Phase.STARTING:
-            return
-        for name in NAMES:
-            self.hear(name, HELLOS[name])
-        if phase is not Phase.PLANNING:
-            self.take(Planned(PLANS))
-        if phase not in (Phase.PLANNING, Phase.LOADING):
-            for name in NAMES:
-                self.hear(name, READY)
-        if phase is Phase.STOPPING:
-            self.take(StopRequested())
-        assert self.phase() is phase
-
-    def phase(self) -> Phase:
-        return self.lifecycle.phase
-
-    def take(self, event: Event) -> list[Instruction]:
-        return self.lifecycle.handle(event, self.now)
-
-    def hear(self, worker: str, message: Message) -> list[Instruction]:
-        return self.take(Received(worker, message))
-
-    def wait(self, seconds: float, *heard: tuple[str, Message]) -> list[Instruction]:
-        """Let time pass; `heard` is received before every tick."""
-        instructions = []
-        for _ in range(round(seconds * 4)):
-            self.now += 0.25
-            for worker, message in heard:
-                instructions += self.hear(worker, message)
-            instructions += self.take(Tick())
-        return instructions
-
-
-def failed(instructions: list[Instruction]) -> WarmfrontError:
-    """The error of a failure that asks both workers to leave (each as it can be asked)."""
-    abort, *rest = instructions
-    assert isinstance(abort, Abort)
-    for each in rest:
-        assert isinstance(each, Terminate) or (isinstance(each, SendMessage) and each.message == Shutdown())
-    return abort.error
-
-
-def both_beat() -> list[tuple[str, Message]]:
-    return [(name, Heartbeat()) for name in NAMES]
-
 
 def test_a_whole_life() -> None:
     machine = Machine()
     assert machine.hear("gpu0", HELLOS["gpu0"]) == []
     assert machine.phase() is Phase.STARTING
-    assert machine.hear("cpu0", HELLOS["cpu0"]) == [MakePlans(HELLOS)]
-    assert machine.phase() is Phase.PLANNING
-    assert machine.take(Planned(PLANS)) == [SendMessage(name, PLANS[name]) for name in NAMES]
+    assert machine.hear("cpu0", HELLOS["cpu0"]) == [MakeAssignments(HELLOS)]
+    assert machine.phase() is Phase.ASSIGNING
+    assert machine.take(Assigned(ASSIGNMENTS)) == [SendMessage(name, ASSIGNMENTS[name]) for name in NAMES]
     assert machine.phase() is Phase.LOADING
     assert machine.hear("cpu0", Progress(0, 100)) == [ReportProgress(0, 100)]
     assert machine.hear("gpu0", Progress(5, 50)) == [ReportProgress(5, 150)]
@@ -138,7 +81,7 @@ def test_a_whole_life() -> None:
     ("phase", "returncode", "line"),
     [
         (Phase.STARTING, 1, "worker cpu0 exited with code 1 while starting: see its output above"),
-        (Phase.PLANNING, 0, "worker cpu0 exited with code 0 while waiting for its plan: see its output above"),
+        (Phase.ASSIGNING, 0, "worker cpu0 exited with code 0 while waiting for its assignment: see its output above"),
         (
             Phase.LOADING,
             -9,
@@ -169,7 +112,7 @@ def test_the_last_worker_exits_by_itself() -> None:
     assert lifecycle.phase is Phase.FAILED
 
 
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.PLANNING, Phase.LOADING, Phase.READY])
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.ASSIGNING, Phase.LOADING, Phase.READY])
 def test_a_failure_message_keeps_its_class(phase: Phase) -> None:
     machine = Machine(phase)
     error = failed(machine.hear("gpu0", Failure("ModelError", "no such tensor")))
@@ -212,10 +155,10 @@ def test_stop_before_every_worker_has_started() -> None:
     assert machine.take(Exited("gpu0", 0)) == [Finished(None)]
 
 
-def test_plans_that_come_too_late_are_dropped() -> None:
-    machine = Machine(Phase.PLANNING)
+def test_assignments_that_come_too_late_are_dropped() -> None:
+    machine = Machine(Phase.ASSIGNING)
     machine.take(StopRequested())
-    assert machine.take(Planned(PLANS)) == []
+    assert machine.take(Assigned(ASSIGNMENTS)) == []
     assert machine.phase() is Phase.STOPPING
 
 
@@ -250,7 +193,7 @@ def test_no_progress_for_240_seconds_though_the_heart_beats() -> None:
     assert str(error) == "worker gpu0 made no progress for 240 s while loading the model"
 
 
-def test_the_same_progress_again_is_none() -> None:
+def test_the_same_progress_again_does_not_count() -> None:
     machine = Machine(Phase.LOADING)
     machine.hear("gpu0", READY)
     machine.hear("cpu0", Progress(3, 9))
@@ -260,7 +203,7 @@ def test_the_same_progress_again_is_none() -> None:
     assert "cpu0 made no progress" in str(failed(instructions))
 
 
-@pytest.mark.parametrize("phase", [Phase.PLANNING, Phase.READY])
+@pytest.mark.parametrize("phase", [Phase.ASSIGNING, Phase.READY])
 def test_silence_for_20_seconds(phase: Phase) -> None:
     machine = Machine(phase)
     machine.wait(40, *both_beat())
@@ -271,9 +214,9 @@ def test_silence_for_20_seconds(phase: Phase) -> None:
 
 
 def test_each_stage_has_its_time_anew() -> None:
-    machine = Machine(Phase.PLANNING)
+    machine = Machine(Phase.ASSIGNING)
     assert machine.wait(15) == []
-    machine.take(Planned(PLANS))
+    machine.take(Assigned(ASSIGNMENTS))
     assert machine.wait(59) == []
     machine.hear("cpu0", READY)
     machine.hear("gpu0", READY)
@@ -302,7 +245,7 @@ def test_a_coordinator_that_slept_does_not_blame_its_workers() -> None:
     assert "stopped answering" in str(failed(machine.wait(0.25)))
 
 
-def test_time_that_runs_backwards_is_no_time() -> None:
+def test_time_that_runs_backwards_does_not_count() -> None:
     machine = Machine(Phase.READY)
     machine.now -= 1000
     assert machine.take(Tick()) == []
@@ -337,16 +280,16 @@ def test_hello_of_a_worker_that_was_not_started() -> None:
     [
         (Phase.STARTING, Progress(0, 1)),
         (Phase.STARTING, READY),
-        (Phase.PLANNING, READY),
-        (Phase.PLANNING, REPORT),
+        (Phase.ASSIGNING, READY),
+        (Phase.ASSIGNING, REPORT),
         (Phase.LOADING, HELLOS["cpu0"]),
         (Phase.LOADING, REPORT),
-        (Phase.PLANNING, Moved(1, 1)),
+        (Phase.ASSIGNING, Moved(1, 1)),
         (Phase.LOADING, Moved(1, 1)),
         (Phase.READY, HELLOS["cpu0"]),
         (Phase.READY, READY),
         (Phase.READY, Progress(1, 1)),
-        (Phase.READY, PLANS["cpu0"]),
+        (Phase.READY, ASSIGNMENTS["cpu0"]),
         (Phase.READY, Shutdown()),
         (Phase.READY, ReportRequest()),
         (Phase.READY, Move(1, b"")),
@@ -357,201 +300,3 @@ def test_a_message_out_of_turn(phase: Phase, message: Message) -> None:
     error = failed(machine.hear("cpu0", message))
     assert type(error) is ProtocolError
     assert str(error) == f"worker cpu0 sent {type(message).__name__} {phase.value}: not expected there"
-
-
-SPARE = ("gpu0",)
-ENDS: dict[str, Event] = {
-    "exits": Exited("gpu0", 1),
-    "is killed": Exited("gpu0", -9),
-    "fails": Received("gpu0", Failure("ResourceError", "out of memory")),
-    "talks nonsense": Received("gpu0", Shutdown()),
-}
-LINES = {
-    "exits": "worker gpu0 exited with code 1 while generating: see its output above",
-    "is killed": "worker gpu0 was killed by signal 9 while generating: the machine may be out of memory (see dmesg)",
-    "fails": "worker gpu0: out of memory",
-    "talks nonsense": "worker gpu0 sent Shutdown while generating: not expected there",
-}
-
-
-def lose(machine: Machine, returncode: int = -9) -> None:
-    """Let the spare worker's process end, whatever stage it is in, while the others serve."""
-    (lost,) = machine.take(Exited("gpu0", returncode))
-    assert isinstance(lost, WorkerLost)
-    assert lost.worker == "gpu0"
-    assert machine.phase() is Phase.READY
-
-
-def come_back(machine: Machine) -> None:
-    """Let the spare worker, which has been started again, get ready."""
-    assert machine.hear("gpu0", HELLOS["gpu0"]) == [MakePlans({"gpu0": HELLOS["gpu0"]})]
-    assert machine.take(Planned({"gpu0": PLANS["gpu0"]})) == [SendMessage("gpu0", PLANS["gpu0"])]
-    assert machine.hear("gpu0", Progress(0, 0)) == [ReportProgress(0, 0)]
-    assert machine.hear("gpu0", READY) == [WorkerRejoined("gpu0", READY)]
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_a_spare_worker_is_lost_once_its_process_is_gone(end: str) -> None:
-    machine = Machine(Phase.READY, SPARE)
-    instructions = machine.take(ENDS[end])
-    if not isinstance(ENDS[end], Exited):
-        assert instructions == [Kill("gpu0")]
-        assert machine.lifecycle.serving() == ["cpu0"]
-        assert machine.wait(30, ("cpu0", Heartbeat())) == [], "nobody expects a sign of it"
-        instructions = machine.take(Exited("gpu0", -9))
-    (lost,) = instructions
-    assert isinstance(lost, WorkerLost)
-    assert lost.worker == "gpu0"
-    assert str(lost.error) == LINES[end]
-    assert machine.lifecycle.serving() == ["cpu0"]
-    assert machine.phase() is Phase.READY
-    assert machine.lifecycle.error is None
-    assert machine.wait(100, ("cpu0", Heartbeat())) == []
-
-
-def test_a_silent_spare_worker_is_killed_and_lost() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    assert machine.wait(19.75, ("cpu0", Heartbeat())) == []
-    assert machine.wait(0.25, ("cpu0", Heartbeat())) == [Kill("gpu0")]
-    (lost,) = machine.take(Exited("gpu0", -9))
-    assert isinstance(lost, WorkerLost)
-    assert str(lost.error) == "worker gpu0 stopped answering"
-
-
-def test_nothing_that_a_lost_worker_says_counts() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    machine.hear("gpu0", Failure("ResourceError", "out of memory"))
-    for message in (Moved(1, 1), REPORT, Heartbeat(), READY, HELLOS["gpu0"], Failure("ModelError", "me too")):
-        assert machine.hear("gpu0", message) == []
-    assert machine.hear("cpu0", Moved(2, 1)) == [DeliverMoved("cpu0", Moved(2, 1))]
-
-
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.PLANNING, Phase.LOADING])
-def test_nobody_is_spare_while_loading(phase: Phase) -> None:
-    machine = Machine(phase, SPARE)
-    error = failed(machine.take(Exited("gpu0", -9)))
-    assert str(error).startswith(f"worker gpu0 was killed by signal 9 {phase.value}: ")
-    assert machine.phase() is Phase.STOPPING
-
-
-def test_a_spare_worker_that_is_ready_before_the_others_is_not_spare_yet() -> None:
-    machine = Machine(Phase.LOADING, SPARE)
-    machine.hear("gpu0", READY)
-    assert "killed by signal 9" in str(failed(machine.take(Exited("gpu0", -9))))
-
-
-@pytest.mark.parametrize("end", ENDS.values())
-def test_a_worker_that_is_not_spare_is_still_the_end(end: Event) -> None:
-    machine = Machine(Phase.READY, ("cpu0",))
-    failed(machine.take(end))
-    assert machine.phase() is Phase.STOPPING
-
-
-def test_a_lost_worker_is_started_again_only_when_asked_for() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    assert machine.wait(10, ("cpu0", Heartbeat())) == []
-    assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")]
-    assert machine.lifecycle.serving() == ["cpu0"]
-    assert machine.take(RestartRequested("gpu0")) == [], "there is one already"
-    come_back(machine)
-    assert machine.lifecycle.serving() == ["cpu0", "gpu0"]
-    assert machine.hear("gpu0", Moved(1, 1)) == [DeliverMoved("gpu0", Moved(1, 1))]
-    assert machine.wait(100, *both_beat()) == []
-
-
-def test_a_restart_waits_for_the_old_process_to_exit() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    assert machine.hear("gpu0", Failure("ResourceError", "out of memory")) == [Kill("gpu0")]
-    assert machine.take(RestartRequested("gpu0")) == []
-    lost, start = machine.take(Exited("gpu0", 1))
-    assert isinstance(lost, WorkerLost)
-    assert start == Start("gpu0")
-
-
-def test_a_worker_is_started_again_only_so_often_in_a_row() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    for _ in range(RESTARTS):
-        assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")]
-        machine.hear("gpu0", HELLOS["gpu0"])
-        lose(machine, 1)
-    assert machine.take(RestartRequested("gpu0")) == []
-    assert machine.wait(100, ("cpu0", Heartbeat())) == []
-    assert machine.hear("cpu0", REPORT) == [DeliverReport("cpu0", REPORT)]
-
-
-def test_one_that_was_ready_between_may_be_started_as_often_again() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    for _ in range(3):
-        for _ in range(RESTARTS):
-            lose(machine)
-            assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")]
-        come_back(machine)
-
-
-@pytest.mark.parametrize(
-    ("limit", "heard", "line"),
-    [
-        (30, [], "worker gpu0 did not start within 30 s"),
-        (20, [HELLOS["gpu0"]], "worker gpu0 stopped answering"),
-    ],
-)
-def test_a_restarted_worker_has_the_same_limits(limit: int, heard: list[Message], line: str) -> None:
-    machine = Machine(Phase.READY, SPARE)
-    machine.wait(7, *both_beat())
-    lose(machine)
-    machine.take(RestartRequested("gpu0"))
-    for message in heard:
-        machine.hear("gpu0", message)
-    assert machine.wait(limit - 0.25, ("cpu0", Heartbeat())) == []
-    assert machine.wait(0.25, ("cpu0", Heartbeat())) == [Kill("gpu0")]
-    (lost,) = machine.take(Exited("gpu0", -9))
-    assert isinstance(lost, WorkerLost)
-    assert str(lost.error) == line
-
-
-def test_a_restarted_worker_of_another_protocol_is_lost() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    machine.take(RestartRequested("gpu0"))
-    assert machine.hear("gpu0", Hello("token", "gpu0", 1, "cpu", 1, PROTOCOL + 1)) == [Kill("gpu0")]
-    (lost,) = machine.take(Exited("gpu0", -9))
-    assert isinstance(lost, WorkerLost)
-    assert "reinstall warmfront" in str(lost.error)
-
-
-def test_stop_while_a_worker_is_lost() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    assert machine.take(StopRequested()) == [SendMessage("cpu0", Shutdown())]
-    assert machine.take(RestartRequested("gpu0")) == []
-    assert machine.take(Exited("cpu0", 0)) == [Finished(None)]
-
-
-def test_stop_while_a_worker_starts_again() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    machine.take(RestartRequested("gpu0"))
-    assert machine.take(StopRequested()) == [SendMessage("cpu0", Shutdown()), Terminate("gpu0")]
-    assert machine.take(Exited("cpu0", 0)) == []
-    assert machine.take(Exited("gpu0", -15)) == [Finished(None)]
-
-
-def test_stop_while_a_failed_worker_has_not_gone_yet() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    machine.hear("gpu0", Failure("ResourceError", "out of memory"))
-    assert machine.take(StopRequested()) == [SendMessage("cpu0", Shutdown()), Terminate("gpu0")]
-    assert machine.take(Exited("gpu0", -9)) == []
-    assert machine.take(Exited("cpu0", 0)) == [Finished(None)]
-    assert machine.phase() is Phase.STOPPED
-
-
-def test_another_worker_dies_while_one_is_lost() -> None:
-    machine = Machine(Phase.READY, SPARE)
-    lose(machine)
-    machine.take(RestartRequested("gpu0"))
-    abort, terminate = machine.take(Exited("cpu0", -9))
-    assert isinstance(abort, Abort)
-    assert terminate == Terminate("gpu0")
-    assert machine.take(Exited("gpu0", -15)) == [Finished(abort.error)]

@@ -16,7 +16,7 @@ from warmfront.coordinator.workers.events import DeliverMoved, WorkerLost, Worke
 from warmfront.coordinator.workers.supervisor import News, Supervisor
 from warmfront.shared.errors import ModelError, ProtocolError, WorkerError
 from warmfront.shared.machine.memory import create_shared
-from warmfront.shared.wire.messages import Hello, Move, Moved, Plan, Ready
+from warmfront.shared.wire.messages import Assignment, Hello, Move, Moved, Ready
 
 HELLO = """
 import os, sys, time
@@ -25,14 +25,14 @@ from warmfront.shared.wire.messages import *
 channel = WorkerChannel.from_environment()
 channel.send(Hello(channel.token, sys.argv[1], os.getpid(), "cpu", 1, PROTOCOL))
 """
-# After its plan it serves until told to leave.
+# After its assignment it serves until told to stop.
 GOOD = f"""{HELLO}
-plan = channel.receive(20)
-channel.send(Progress(plan.index, 7))
+assignment = channel.receive(20)
+channel.send(Progress(assignment.index, 7))
 channel.send(Ready(7, 3, {{}}))
 while not isinstance(message := channel.receive(1), Shutdown):
     if isinstance(message, ReportRequest):
-        channel.send(LoadReport(plan.index, [1], [2], [3], []))
+        channel.send(LoadReport(assignment.index, [1], [2], [3], []))
     else:
         channel.send(Moved(message.batch, len(message.places)) if isinstance(message, Move) else Heartbeat())
 channel.close()
@@ -49,19 +49,27 @@ class Bench:
         self.refusal: ModelError | None = None
         self.supervisors: list[Supervisor] = []
 
-    def start(self, spare: Sequence[str] = (), **codes: str) -> Supervisor:
+    def start(self, optional: Sequence[str] = (), **codes: str) -> Supervisor:
         for name, code in codes.items():
             self.rewrite(name, code)
         modules = {name: f"worker_{name}" for name in codes}
         environment = {"PYTHONPATH": str(self._folder), "FOLDER": str(self._folder)}
-        supervisor = Supervisor(modules, self._fd, self._plans, self.lost.append, self._abort, environment, spare)
+        supervisor = Supervisor(
+            modules,
+            self._fd,
+            assign=self._assign,
+            on_lost=self.lost.append,
+            on_abort=self._abort,
+            environment=environment,
+            optional=optional,
+        )
         self.supervisors.append(supervisor)
         return supervisor
 
-    def _plans(self, hellos: Mapping[str, Hello]) -> Mapping[str, Plan]:
+    def _assign(self, hellos: Mapping[str, Hello]) -> Mapping[str, Assignment]:
         if self.refusal is not None:
             raise self.refusal
-        return {name: Plan(int(name[-1]), "model", "", [0], "all", b"", 0, 1.0, 0) for name in hellos}
+        return {name: Assignment(int(name[-1]), "model", "", [0], "all", b"", 0, 1.0, 0) for name in hellos}
 
     def _abort(self) -> None:
         self.aborts += 1
@@ -125,13 +133,15 @@ def test_a_worker_that_exits_at_once(bench: Bench) -> None:
 
 
 def test_a_module_that_is_not_there(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-    missing = Supervisor({"cpu0": "no_such_module"}, 0, lambda hellos: {}, print, lambda: None, {})
+    missing = Supervisor(
+        {"cpu0": "no_such_module"}, 0, assign=lambda hellos: {}, on_lost=print, on_abort=lambda: None, environment={}
+    )
     bench.supervisors.append(missing)
     assert "worker cpu0 exited with code 1 while starting" in error_of(missing, WorkerError)
     assert "no_such_module" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("phase", ["before its plan", "when ready"])
+@pytest.mark.parametrize("phase", ["before its assignment", "when ready"])
 def test_a_worker_that_is_killed(bench: Bench, phase: str) -> None:
     supervisor = bench.start(cpu0=GOOD if phase == "when ready" else HELLO + "time.sleep(60)", cpu1=GOOD)
     wait_for(supervisor.ready if phase == "when ready" else lambda: len(supervisor.hellos) == 2)
@@ -159,7 +169,7 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 @pytest.mark.parametrize("deaf", [False, True])
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, ready: bool, deaf: bool) -> None:
-    """One that is not ready is terminated at once, one that is after a second; one deaf to that is killed."""
+    """A worker that is not ready is terminated at once, a ready one after a second; one that ignores that is killed."""
     code = (
         f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO}\nchannel.receive(20)\n"
         f"{'channel.send(Ready(7, 3, {}))' if ready else ''}\n"
@@ -228,7 +238,7 @@ def test_moves_are_delivered_in_order(bench: Bench) -> None:
     assert time.monotonic() - started >= 0.3
 
 
-def test_a_spare_worker_that_is_killed_is_started_again_when_asked_for(bench: Bench) -> None:
+def test_an_optional_worker_that_is_killed_is_started_again_when_asked_for(bench: Bench) -> None:
     supervisor = bench.start(["gpu1"], cpu0=GOOD, gpu1=GOOD)
     wait_for(supervisor.ready)
     for turn in range(2):
@@ -252,7 +262,7 @@ def test_a_spare_worker_that_is_killed_is_started_again_when_asked_for(bench: Be
 
 
 def test_a_restarted_worker_without_a_plan_is_lost_again(bench: Bench) -> None:
-    """A GPU whose memory somebody else has taken meanwhile, say."""
+    """For example, a GPU whose memory another process has taken meanwhile."""
     supervisor = bench.start(["gpu1"], cpu0=GOOD, gpu1=GOOD)
     wait_for(supervisor.ready)
     kill(supervisor, "gpu1")
@@ -312,9 +322,9 @@ def test_a_lost_worker_takes_its_report_with_it(bench: Bench) -> None:
 
 
 def test_reports_are_those_asked_for_last(bench: Bench) -> None:
-    """However many were asked for before and not waited for."""
+    """However many rounds were requested before and not awaited."""
     counting = GOOD.replace("while not", "count = 0\nwhile not").replace(
-        "LoadReport(plan.index,", "LoadReport((count := count + 1),"
+        "LoadReport(assignment.index,", "LoadReport((count := count + 1),"
     )
     supervisor = bench.start(cpu0=counting, cpu1=counting)
     wait_for(supervisor.ready)

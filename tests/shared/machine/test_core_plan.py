@@ -82,7 +82,7 @@ def test_default_plan(name: str, tmp_path: Path) -> None:
 def test_wishes(
     name: str, workers: int | None, threads: int | None, cpus: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
-    plan = plan_cores(machine(name, tmp_path), workers, threads)
+    plan = plan_cores(machine(name, tmp_path), workers=workers, threads=threads)
     assert [worker.cpus for worker in plan.workers] == cpus
     assert plan.spins == 100
 
@@ -108,7 +108,7 @@ def test_wishes(
 def test_counts(
     cores: tuple[int, ...], workers: int | None, threads: int | None, expected: list[tuple[int | None, int]]
 ) -> None:
-    plan = plan_cores(made(*cores), workers, threads)
+    plan = plan_cores(made(*cores), workers=workers, threads=threads)
     assert [(worker.node, len(worker.cpus)) for worker in plan.workers] == expected
 
 
@@ -133,12 +133,12 @@ def test_counts(
 def test_forced(
     topology: Topology, workers: int | None, threads: int | None, cpus: list[tuple[int, ...]], crowded: bool
 ) -> None:
-    """Hyper-threads first, then cores are shared; without need neither is."""
-    plan = plan_cores(topology, workers, threads, force=True)
+    """Hyper-threads come first, then cores are shared; neither without need."""
+    plan = plan_cores(topology, workers=workers, threads=threads, force=True)
     assert [worker.cpus for worker in plan.workers] == cpus
     assert plan.spins == (0 if crowded else 100)
     assert plan.notes == ((CROWDED,) if crowded else ())
-    assert plan_cores(topology, workers, threads, spins=7, force=True).spins == 7
+    assert plan_cores(topology, workers=workers, threads=threads, spins=7, force=True).spins == 7
 
 
 def test_forced_past_the_quota(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_forced_past_the_quota(tmp_path: Path) -> None:
 def test_the_coordinator_takes_cpus_of_all_nodes_in_turns(
     cores: tuple[int, ...], workers: int | None, team: int, expected: tuple[int, ...]
 ) -> None:
-    plan = plan_cores(made(*cores), workers, team=team)
+    plan = plan_cores(made(*cores), workers=workers, coordinator_threads=team)
     assert plan.coordinator == expected
     assert plan.with_emulated_gpu().coordinator == expected
 
@@ -192,7 +192,7 @@ def test_an_emulated_gpu_takes_a_thread_that_can_be_spared(
 def test_memory_of_a_cpu() -> None:
     plan = plan_cores(made(2, 2))
     assert [plan.memory_of(cpu) for cpu in (1, 100, 7)] == [0, 1, None]
-    assert plan_cores(made(2, 2), 1).memory_nodes == (), "one worker over both: first touch decides"
+    assert plan_cores(made(2, 2), workers=1).memory_nodes == (), "one worker over both: first touch decides"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,11 @@ def test_memory_of_a_cpu() -> None:
         ((2,), {"threads": 0}, "asked for 0 threads: pass --threads 1 or more"),
         ((2,), {"threads": -3, "force": True}, "asked for -3 threads: pass --threads 1 or more"),
         ((2,), {"workers": -1}, "asked for -1 workers: pass --workers 1 or more"),
-        ((2,), {"team": 0}, "asked for 0 threads of the coordinator: pass --coordinator-threads 1 or more"),
+        (
+            (2,),
+            {"coordinator_threads": 0},
+            "asked for 0 threads of the coordinator: pass --coordinator-threads 1 or more",
+        ),
         ((2,), {"workers": 3}, "asked for 3 workers of 2 threads in all: pass --workers 2 or fewer"),
         ((1,), {"workers": 2}, "asked for 2 workers of 1 thread in all: pass --workers 1 or fewer"),
         ((2, 2), {"workers": 3, "threads": 2}, "asked for 3 workers of 2 threads in all: pass --workers 2 or fewer"),
@@ -225,7 +229,7 @@ def test_memory_of_a_cpu() -> None:
         ),
         (
             (2, 1),
-            {"team": 4},
+            {"coordinator_threads": 4},
             "asked for 4 threads of the coordinator, but the workers have 3 cpus: "
             "pass --coordinator-threads 3 or fewer",
         ),
@@ -247,7 +251,7 @@ def test_the_quota_refuses(tmp_path: Path) -> None:
 
 
 def random_machine(rng: random.Random) -> Topology:
-    """Nodes with gaps, some without memory, some of memory only; hyper-threads; slow cores; a quota."""
+    """Nodes with gaps in their ids, some without memory, some with memory only; hyper-threads; slow cores; a quota."""
     nodes, cpu = [], 0
     ids = sorted(rng.sample(range(40), rng.randint(1, 6)))
     for id_ in ids:
@@ -277,12 +281,12 @@ def random_wishes(rng: random.Random) -> dict[str, int | bool | None]:
     return {
         "workers": rng.choice([None, rng.randint(1, 9)]),
         "threads": rng.choice([None, rng.randint(1, 24)]),
-        "team": rng.choice([None, None, rng.randint(1, 8)]),
+        "coordinator_threads": rng.choice([None, None, rng.randint(1, 8)]),
         "force": rng.random() < 0.3,
     }
 
 
-OPTIONS = {"--threads": "threads", "--workers": "workers", "--coordinator-threads": "team"}
+OPTIONS = {"--threads": "threads", "--workers": "workers", "--coordinator-threads": "coordinator_threads"}
 
 
 def attempt(topology: Topology, wishes: dict[str, int | bool | None]) -> CorePlan | tuple[str, int]:
@@ -328,7 +332,7 @@ def check(plan: CorePlan, topology: Topology, wishes: dict[str, int | bool | Non
         if worker.memory is not None:
             assert any(n.id == worker.memory and n.total_bytes for n in (*topology.nodes, *topology.memory_nodes))
     team = plan.coordinator
-    assert wishes["team"] in (None, len(team))
+    assert wishes["coordinator_threads"] in (None, len(team))
     assert set(team) <= set(every)
     if not shared:
         assert len(set(team)) == len(team)

@@ -67,7 +67,7 @@ def test_huge_pages_hold_what_is_written() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 4096])
 def test_collapse_changes_nothing(offset: int) -> None:
-    """Whatever the kernel says to it, also where no whole huge page lies within."""
+    """Whatever the kernel answers, also where the array contains no whole huge page."""
     memory = anonymous(7 * MB)
     memory[:] = np.arange(7 * MB) % 251
     before = memory.copy()
@@ -112,7 +112,7 @@ def test_shared_memory_is_shared_with_a_process_and_survives_its_descriptor() ->
 
 
 def test_no_room_for_shared_memory() -> None:
-    """Refused in words, and no descriptor stays open (`no_leaks` would see it)."""
+    """Refused with a message, and no descriptor stays open (`no_leaks` would see it)."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = os.listdir("/proc/self/fd")
     resource.setrlimit(resource.RLIMIT_FSIZE, (MB, limits[1]))

@@ -116,7 +116,7 @@ def test_pin_refuses_what_is_not_allowed(cpus: list[int]) -> None:
 
 
 def test_short_turns_are_asked_of_the_scheduler() -> None:
-    """The slice is to be seen where the kernel has custom slices; the thread's nice value stays."""
+    """The slice shows where the kernel has custom slices; the thread's nice value stays."""
     seen: list[tuple[int, int, str]] = []
 
     def work() -> None:

@@ -13,7 +13,17 @@ import zmq
 
 from warmfront.shared.errors import ProtocolError, UsageError, WorkerError
 from warmfront.shared.wire.channel import CoordinatorChannel, WorkerChannel
-from warmfront.shared.wire.messages import Failure, Heartbeat, Hello, Message, Plan, Progress, Ready, Shutdown, encode
+from warmfront.shared.wire.messages import (
+    Assignment,
+    Failure,
+    Heartbeat,
+    Hello,
+    Message,
+    Progress,
+    Ready,
+    Shutdown,
+    encode,
+)
 
 WORKER = """
 import os, sys
@@ -80,7 +90,7 @@ def test_two_workers_in_processes_of_their_own(coordinator: CoordinatorChannel) 
             "cpu1": second.pid,
         }
         for index, name in enumerate(("cpu0", "cpu1")):
-            coordinator.send(name, Plan(index, "m", "", [0], "all", bytes(1 << 20), 0, 1.0, 0))
+            coordinator.send(name, Assignment(index, "m", "", [0], "all", bytes(1 << 20), 0, 1.0, 0))
         progress = [(name, m) for name, m in next_messages(coordinator, 2) if isinstance(m, Progress)]
         assert sorted(progress, key=lambda each: each[0]) == [
             ("cpu0", Progress(1 << 20, 0)),
@@ -103,7 +113,7 @@ with CoordinatorChannel() as channel:
     worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}, "cpu0"], env={{**os.environ, **channel.environment()}})
     while not channel.poll(1).messages:
         pass
-    channel.send("cpu0", Plan(0, "m", "", [], "all", b"", 0, 1.0, 0))
+    channel.send("cpu0", Assignment(0, "m", "", [], "all", b"", 0, 1.0, 0))
     while not channel.poll(1).messages:
         pass
     os.kill(os.getpid(), 9)

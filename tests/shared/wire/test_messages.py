@@ -9,6 +9,7 @@ import pytest
 
 from warmfront.shared.errors import ModelError, ProtocolError, UsageError, WorkerError
 from warmfront.shared.wire.messages import (
+    Assignment,
     Failure,
     Heartbeat,
     Hello,
@@ -16,7 +17,6 @@ from warmfront.shared.wire.messages import (
     Message,
     Move,
     Moved,
-    Plan,
     Progress,
     Ready,
     ReportRequest,
@@ -27,7 +27,7 @@ from warmfront.shared.wire.messages import (
 
 MESSAGES: list[Message] = [
     Hello("00ff", "cpu0", 4711, "cpu", 1 << 40, 1),
-    Plan(2, "/models/größe.warm", "1f", [0, 2, 5], "exact", bytes(range(256)), 3, 1.5, 1 << 40, 1, False, 100),
+    Assignment(2, "/models/größe.warm", "1f", [0, 2, 5], "exact", bytes(range(256)), 3, 1.5, 1 << 40, 1, False, 100),
     Progress(0, 1 << 63),
     Ready(12345, 7, {"slots": 1 << 33, "größe": 0}),
     LoadReport(3, [1, 2], [-3, 4], [], [1, 2, 3, 4]),
@@ -47,9 +47,12 @@ def test_round_trip(message: Message) -> None:
 
 def test_exact_bytes() -> None:
     assert encode(Progress(1, 300)) == b"\x93\xa8Progress\x01\xcd\x01\x2c"
-    plan = Plan(1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100)
+    assignment = Assignment(1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100)
     slow = b"\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00"
-    assert encode(plan) == b"\x9d\xa4Plan\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02" + slow + b"\x00\xff\xc3\x64"
+    assert (
+        encode(assignment)
+        == b"\x9d\xaaAssignment\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02" + slow + b"\x00\xff\xc3\x64"
+    )
     assert encode(Ready(5, 6, {"a": 7})) == b"\x94\xa5Ready\x05\x06\x81\xa1a\x07"
     assert encode(Move(3, b"\x01\x02")) == b"\x93\xa4Move\x03\xc4\x02\x01\x02"
     assert encode(Moved(3, 255)) == b"\x93\xa5Moved\x03\xcc\xff"
@@ -57,8 +60,8 @@ def test_exact_bytes() -> None:
 
 def test_path_that_is_not_utf8_survives() -> None:
     path = os.fsdecode(b"/models/\xff\xfe")
-    received = decode(encode(Plan(0, path, "", [], "all", b"", 0, 1.0, 0)))
-    assert isinstance(received, Plan)
+    received = decode(encode(Assignment(0, path, "", [], "all", b"", 0, 1.0, 0)))
+    assert isinstance(received, Assignment)
     assert os.fsencode(received.model) == b"/models/\xff\xfe"
 
 
@@ -84,8 +87,8 @@ def test_path_that_is_not_utf8_survives() -> None:
         ["LoadReport", 1, [1], [1], [1, None], [1]],
         ["LoadReport", 1, [1], [1], [True], [1]],
         ["LoadReport", 1, [1], [1], 1, [1]],
-        ["Plan", 0, "m", "", [0], "all", "text", 0, 1.0, 0],
-        ["Plan", 0, "m", "", [0], "all", b"", 0, 1, 0],
+        ["Assignment", 0, "m", "", [0], "all", "text", 0, 1.0, 0],
+        ["Assignment", 0, "m", "", [0], "all", b"", 0, 1, 0],
         ["Ready", 1, 2, {"a": 1.0}],
         ["Ready", 1, 2, {"a": True}],
         ["Ready", 1, 2, {"a": None}],
@@ -101,7 +104,7 @@ def test_path_that_is_not_utf8_survives() -> None:
         [msgpack.Timestamp(0)],
     ],
 )
-def test_what_is_no_message_is_refused(parts: Any) -> None:
+def test_what_is_not_a_message_is_refused(parts: Any) -> None:
     with pytest.raises(ProtocolError):
         decode(msgpack.packb(parts))
 
@@ -131,7 +134,7 @@ def test_random_bytes_never_raise_anything_else() -> None:
             message = decode(bytes(data))
         except ProtocolError:
             refused += 1
-        else:  # a changed value is still a message; a number that is none is not equal to itself
+        else:  # a changed value is still a message; NaN is not equal to itself
             assert encode(decode(encode(message))) == encode(message)
     assert refused > 10_000
 

@@ -1,0 +1,47 @@
+"""Policies to compare with.  pytest tests/coordinator/balancing/test_baselines.py"""
+
+import numpy as np
+
+from tests.coordinator.balancing.world import GROUP_BYTES, GROUPS, LAYERS, World, policy_for, skewed
+from warmfront.coordinator.balancing.policies import make_policy
+
+
+def test_static_changes_nothing() -> None:
+    world = World(skewed(), 1, 20)
+    world.rates = skewed(1)
+    decision = policy_for("static", world).decide(world.state())
+    np.testing.assert_array_equal(decision.owner, world.owner)
+    assert decision.drops.shape == decision.moves.shape == (0, 3)
+
+
+def test_lru_takes_in_what_was_used_for_what_was_used_longest_ago() -> None:
+    world = World(skewed(), 1, 3)
+    world.rates = np.zeros((LAYERS, GROUPS))
+    world.rates[0, :3] = world.rates[1, 5] = 1.0
+    world.resident[1], world.owner[:] = False, 0
+    for place in ((2, 0), (2, 1), (0, 1)):
+        world.resident[1][place], world.owner[place] = True, 1
+    policy = make_policy("lru", np.zeros((LAYERS, GROUPS)), GROUP_BYTES)
+    used = np.zeros((LAYERS, GROUPS))
+    used[2, 1] = 0.5
+    policy.observe(used, used)
+    policy.observe(*world.draw())
+    decision = policy.decide(world.state())
+    # Three are wanted, (0, 1) is there and in use: two places, the one never used first.
+    assert decision.drops.tolist() == [[1, 2, 0], [1, 2, 1]]
+    assert {tuple(move) for move in decision.moves.tolist()} <= {(1, 0, 0), (1, 0, 2), (1, 1, 5)}
+    assert len(decision.moves) == 2
+    assert decision.owner[0, 1] == 1
+
+
+def test_ema_holds_the_best_of_each_layer() -> None:
+    world = World(skewed(), 1, 40)
+    world.rates = skewed(1)
+    slots = world.resident[1].sum(1)
+    policy = policy_for("ema", world)
+    world.noisy = False
+    world.run(policy, 60)
+    for layer in range(LAYERS):
+        best = np.sort(np.rint(32 * world.rates[layer]))[::-1][: slots[layer]]
+        held = np.sort(np.rint(32 * world.rates[layer][world.resident[1, layer]]))[::-1]
+        np.testing.assert_array_equal(held, best)
