@@ -1,4 +1,4 @@
-"""What a model is, read from its own files; nothing is packed or started."""
+"""`warmfront info`: what a model is, read from its own files; nothing is packed or started."""
 
 from collections import Counter
 from collections.abc import Callable
