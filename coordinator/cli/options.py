@@ -20,6 +20,7 @@ __all__ = [
     "run_options",
     "sampling_options",
     "selector_option",
+    "split_options",
 ]
 
 _ENGINE, _SAMPLING = EngineConfig(), Sampling()
@@ -68,6 +69,14 @@ class Names(_NamesType):
         if wrong := [name for name in chosen if name not in self._names]:
             self.fail(f"{wrong[0]!r} is not one of {', '.join(self._names)}", param, ctx)
         return chosen
+
+
+def split_options(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sampling, tuple[str, ...]]:
+    """Values of `engine_options` and `sampling_options`: the model, fields of EngineConfig, sampling, stop strings."""
+    overrides = dict(options)
+    model, stop = overrides.pop("model"), overrides.pop("stop")
+    sampling = Sampling(**{name: overrides.pop(name) for name in Sampling.__dataclass_fields__})
+    return model, overrides, sampling, stop
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
