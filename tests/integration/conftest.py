@@ -15,7 +15,7 @@ from tests.integration.reference import llama_from_gguf
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Packed models go to a folder that the tests remove; compiled kernels and downloads are the user's."""
+    """Packed models go to a folder that the tests remove; compiled kernels and downloads are in the user's cache."""
     home = tmp_path_factory.mktemp("cache")
     link_cache(home)
     with pytest.MonkeyPatch.context() as patch:

@@ -51,7 +51,7 @@ def assert_same_logits(engine: Engine, model: Any, ids: Sequence[int], prefill: 
 
 
 def assert_gpu_has_a_third(engine: Engine) -> None:
-    """The budget gives so many slots, and they were used."""
+    """The budget gives this many slots, and they were used."""
     workers = engine.statistics.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0

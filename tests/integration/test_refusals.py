@@ -1,4 +1,4 @@
-"""What is wrong is said in one line, with the right exit code; nothing is left.
+"""Errors are one line, with the right exit code, and leave nothing behind.
 
 pytest tests/integration/test_refusals.py
 """
@@ -83,7 +83,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
     ],
 )
 def test_wrong_requests(args: str, words: list[str]) -> None:
-    """Nothing of these needs the model: they are refused at once."""
+    """These are refused at once, without the model."""
     assert_refused(run(*args.split()), 2, *words)
 
 
@@ -121,7 +121,7 @@ def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
 @pytest.mark.skipif(find_driver() is not None, reason="there may be a GPU to take it")
 @pytest.mark.parametrize("option", ["--vram-budget", "--plan"])
 def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
-    """A plan need not be read to be refused; that it is there is all."""
+    """The plan only has to exist: the request is refused without reading it."""
     wish = "1GB" if option == "--vram-budget" else relu / "config.json"
     outcome = run("generate", "-m", relu, "-p", "x", option, wish)
     assert_refused(outcome, 2, option, "no CUDA device", "--gpu host")
@@ -130,7 +130,7 @@ def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
 
 @pytest.mark.parametrize("gpu", ["auto", "host"])
 def test_a_plan_that_is_not_there(gpu: str) -> None:
-    """Said before the model is looked for."""
+    """It is refused before the model is looked for."""
     outcome = run("generate", "-m", "no/such/model", "-p", "x", "--plan", "no/such/plan.json", "--gpu", gpu)
     assert_refused(outcome, 2, "--plan no/such/plan.json", "no such file", "warmfront plan")
 

@@ -1,4 +1,4 @@
-"""Predicting selectors against transformers: the same numbers, fewer neurons, and what the statistics say of them.
+"""Predicting selectors against transformers: the same numbers, fewer neurons, true statistics.
 
 Run: pytest tests/integration/test_selectors.py
 """
@@ -84,7 +84,7 @@ def test_greedy_tokens(made: Path, reference: Any, dtype: str) -> None:
 
 
 def test_statistics(made: Path) -> None:
-    """An exact predictor has perfect recall; `lowbit` selects more, and misses little."""
+    """An exact predictor has perfect recall; `lowbit` selects more neurons, and misses few."""
     ids = PROMPT + [int(token) for token in np.random.default_rng(1).integers(259, 512, 60)]
     seen = {}
     for selector in ("lowrank", "lowbit", "exact"):
@@ -115,7 +115,7 @@ def test_recall_by_mass(made: Path, bits: int, most: float) -> None:
 
 
 def test_calibration_in_a_small_context(made: Path, reference: Any) -> None:
-    """The sample is longer than the KV cache: it is taken in pieces, and the numbers stay right."""
+    """The sample is longer than the KV cache: it is computed in pieces, and the numbers are the same."""
     wishes = {"selector": "lowbit", "recall": 0.9998, "bits": 4, "dtype": "f32", "context": 20}
     ids = PROMPT + [int(token) for token in np.random.default_rng(5).integers(259, 512, 12)]
     got, engine = decoded(made / "hf", wishes, ids)

@@ -26,7 +26,7 @@ def model(tiny_llama: Callable[..., Path], compiled: None) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[int]:
-    """What transformers says, token by token."""
+    """The tokens of transformers."""
     reference, answer = llama_from_folder(model), list[int]()
     for _ in range(COUNT + 1):
         answer.append(choices(reference, IDS, answer)[-1])
@@ -54,7 +54,7 @@ def test_tokens_are_those_of_transformers(model: Path, expected: list[int], wish
 
 
 def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
-    """However the rows are divided: none is left out, none computed differently."""
+    """However the rows are divided, none is left out and none computed differently."""
     random = np.random.default_rng(3)
     with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
         even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]

@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 class Meter:
-    """In place of measuring the memory."""
+    """A memory bandwidth without measuring."""
 
     def __init__(self, _cpus: list[int]) -> None:
         pass
@@ -24,7 +24,7 @@ class Meter:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module that waits for nobody."""
+    """The script as a module, without waiting for a quiet machine."""
     monkeypatch.syspath_prepend(SCRIPTS)
     module = importlib.import_module("compare_peers")
     monkeypatch.setattr(module, "PATIENCE_S", 0.0)

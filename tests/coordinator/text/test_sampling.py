@@ -160,7 +160,7 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("draw", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize("wish", [{}, {"top_p": 0.999999}, {"min_p": 1e-12}, {"top_k": 9000}])
 def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> None:
-    """The sum of many weights depends on the order of adding: the last draw must not fall behind the last token."""
+    """The sum of many weights depends on the order of adding: the last draw must not fall beyond the last token."""
 
     class Fixed:
         def random(self) -> float:
@@ -190,7 +190,7 @@ def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> No
 )
 @pytest.mark.parametrize("spread", [1.5, 4])
 def test_what_the_filters_leave_of_large_vocabularies(wish: dict[str, Any], size: int, spread: float) -> None:
-    """Draws spread evenly over their range fall on each token as often as its probability says, by float64."""
+    """Evenly spread draws give each token as often as its probability in float64 says."""
     count = 1000
     logits = (np.random.default_rng(size).normal(0, spread, size)).astype(np.float32)
     seen, sampling = [0, size // 2, size - 1], Sampling(temperature=0.8, **wish)
@@ -268,7 +268,7 @@ def test_logits_that_are_not_finite(wish: dict[str, Any], wrong: float, at: int)
 
 
 def test_a_growing_answer_is_penalised_as_a_whole_one() -> None:
-    """What was counted is kept; another list, or one that has shrunk, is counted anew."""
+    """Counts of a growing list are kept; another list, or one that has shrunk, is counted from the start."""
     kept, seen = Sampler(Sampling(repetition_penalty=3)), [5, 5]
     for seed in range(60):
         logits = logits_of(seed)
