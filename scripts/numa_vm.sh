@@ -7,9 +7,9 @@
 #     memory-only   and a third, of memory alone
 #     4             four nodes of a cpu each, the second without memory
 #
-# Prints what the command prints and exits as it does; 77 where there can be no such machine, 124 if time is up. Needs
+# Prints what the command prints and exits with its code; 77 where no such machine can be made, 124 if time is up. Needs
 # root, on Debian; installs what is missing. The machine's disk is kept in the cache folder. Warmfront's kernels are
-# compiled here, by the machine's Python and for its cpu: there it would take ten times as long.
+# compiled outside it, by the machine's Python and for its cpu: inside it would take ten times as long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,7 +29,7 @@ unable() {
     exit 77
 }
 
-# Of what `-cpu max` emulates, what compiled code may use: also here, where it is compiled.
+# The features of `-cpu max` that compiled code may use, since it is also compiled outside the machine.
 features=64bit,avx,avx2,bmi,bmi2,cmov,cx16,cx8,f16c,fma,fxsr,lzcnt,mmx,movbe,pclmul,popcnt,sse,sse2,sse3,sse4.1,sse4.2
 features+=,ssse3,xsave
 inside=(NUMBA_CPU_NAME=haswell "NUMBA_CPU_FEATURES=+${features//,/,+}" PYTHONPATH=/site:/work/build/tree TERM=dumb
@@ -103,7 +103,7 @@ print(*(each for each in project["dependencies"] if not each.startswith("torch")
     mke2fs -q -t ext4 -d "$1/root" "$1/root.ext4" $(($(du -sm "$1/root" | cut -f1) * 3 / 2))M >/dev/null
 }
 
-# The repository as it is, with the links through which its packages are imported, unless it is there already.
+# Copy the repository, with links through which its packages are imported, unless it is there unchanged.
 copy_repository() {
     git ls-files -z --cached --others --exclude-standard |
         tar --create --null --ignore-failed-read --sort=name --files-from=- >"$scratch/repository.tar" 2>/dev/null
@@ -120,7 +120,7 @@ copy_repository() {
     echo "$stamp" >"$1/stamp"
 }
 
-# By the machine's own Python, on the processor of this one.
+# With the machine's own Python, on this processor.
 compile_kernels() {
     unshare --mount bash -c 'cd "$0" && mount -t proc proc proc && mount --rbind /dev dev &&
         exec chroot . env -i "$@" bash -c "cd /work && exec python3 -m tests.numa.model"' "$1" "${inside[@]}"
