@@ -107,11 +107,11 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Safetensors]
     model: dict[str, tuple[str, tuple[int, ...]]] = {}
     predictor: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, size in shape.tensors():
-        front, _, part = name.rpartition(".")
+        layer, _, part = name.rpartition(".")
         if part in PREDICTOR:
             predictor[name] = (f"{name}.weight", size)
         else:
-            model[name] = (f"model.{front}.{NAMES[part]}.weight" if front else f"{NAMES[part]}.weight", size)
+            model[name] = (f"model.{layer}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight", size)
     how = {"input": "residual", "activation": "relu", "threshold": "0"}
     return [
         Safetensors(folder / "model.safetensors", model, dtype, {"format": "pt"}),

@@ -77,11 +77,11 @@ def make(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[str, Path] = {}
 
     def factory(*, fresh: bool = False, **options: Any) -> Path:
-        wish = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
-        key = json.dumps(wish)
+        flags = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
+        key = json.dumps(flags)
         if key not in made or fresh:
             out = tmp_path_factory.mktemp("synthetic") / "model"
-            assert script.main([str(out), *(f"--{name}={value}" for name, value in wish.items())]) == 0
+            assert script.main([str(out), *(f"--{name}={value}" for name, value in flags.items())]) == 0
             made[key] = out
         return made[key]
 
@@ -290,7 +290,7 @@ def test_warmfront_reads_it(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "flags",
     [
         ["--hidden", "100"],
         ["--hidden", "many"],
@@ -310,8 +310,8 @@ def test_warmfront_reads_it(make: Make) -> None:
         ["--unknown"],
     ],
 )
-def test_bad_flag(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], wish: list[str]) -> None:
-    refused(script, [str(tmp_path / "model"), *wish], capsys)
+def test_bad_flag(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    refused(script, [str(tmp_path / "model"), *flags], capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -25,12 +25,12 @@ RATES = np.random.default_rng(0).random((LAYERS, 1, NEURONS))
 
 
 class Fake:
-    """An engine whose firing depends on the tokens alone; interrupted after `most` jobs."""
+    """An engine whose firing depends on the tokens alone; interrupted after `max_jobs` jobs."""
 
     plan = SimpleNamespace(context=512)
 
-    def __init__(self, most: int) -> None:
-        self.left, self.seen = most, 0
+    def __init__(self, max_jobs: int) -> None:
+        self.left, self.seen = max_jobs, 0
 
     def firing(self, ids: Sequence[int]) -> np.ndarray:
         if self.left == 0:
@@ -73,14 +73,14 @@ def texts(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def run(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Run:
-    """Profile a tiny model, interrupted after `most` jobs; `fakes` are the engines that were made."""
+    """Profile a tiny model, interrupted after `max_jobs` jobs; `fakes` are the engines that were made."""
     model = str(tiny_llama(hidden_act="relu"))
 
-    def run_profile(texts: list[Path], most: int = -1, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
+    def run_profile(texts: list[Path], max_jobs: int = -1, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
         fakes: list[Fake] = []
 
         def make(*_: Any, **__: Any) -> Fake:
-            fakes.append(Fake(most))
+            fakes.append(Fake(max_jobs))
             return fakes[-1]
 
         monkeypatch.setattr(profile, "open_for_profiling", make)
@@ -104,9 +104,9 @@ def stored(path: str) -> tuple[np.ndarray, list[int], str]:
 
 def test_resumed_is_as_uninterrupted(run: Run, texts: list[Path], models: Path, said: list[str]) -> None:
     whole = run(texts, dtype="f32")
-    for most in (3, 0, 2):
+    for max_jobs in (3, 0, 2):
         with pytest.raises(KeyboardInterrupt):
-            run(texts, most)
+            run(texts, max_jobs)
         assert len(kept(models)) == 1
     facts = run(texts)
     assert kept(models) == []
@@ -182,8 +182,8 @@ def test_no_more_than_can_be_counted(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setattr(profile, "MOST_TOKENS", 400)
-    for wish in (None, 401):
-        assert run(texts, tokens=wish)["tokens"] == 400
+    for tokens in (None, 401):
+        assert run(texts, tokens=tokens)["tokens"] == 400
     assert run(texts, tokens=399)["tokens"] == 399
     assert len(said) == 2
     assert all(line.endswith("the first 400 are counted") for line in said)

@@ -21,8 +21,8 @@ def random_case(rng: random.Random) -> tuple[list[str], list[str]]:
     """Pieces of a text and stop strings, of so few letters that partial matches are everywhere."""
     letters = rng.choice(["a", "ab", "abc", "é\n€"])
 
-    def word(least: int, most: int) -> str:
-        return "".join(rng.choice(letters) for _ in range(rng.randint(least, most)))
+    def word(shortest: int, longest: int) -> str:
+        return "".join(rng.choice(letters) for _ in range(rng.randint(shortest, longest)))
 
     return [word(0, 4) for _ in range(rng.randint(0, 12))], [word(1, 6) for _ in range(rng.randint(0, 3))]
 
