@@ -202,7 +202,7 @@ def device(job: Job) -> Figures:
 
 
 def _kernels(job: Job, kind: int, down: int) -> Figures:
-    """A layer of these weight types: compiling, copying, a call of one group, one token, a job of JOB tokens."""
+    """A layer of these weight types: compiling, copying, a call of one group, one token, a job of the most tokens."""
     from warmfront.shared.model.bundle import GROUP, BundleLayout
     from warmfront.shared.model.spec import ACTIVATIONS
 

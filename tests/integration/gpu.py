@@ -15,7 +15,7 @@ from warmfront.shared.model.formats import Kind
 
 
 def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512) -> int:
-    """Bytes of device memory for `slots` float32 groups and everything else that the worker puts there."""
+    """Bytes of device memory for so many float32 groups, with all else that the worker puts there."""
     layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=Kind.F32, down_kind=Kind.F32)
     return sum(HostDevice().ledger(layout, slots, min(288, -(-context // 16) * 16)).values())
 
@@ -30,10 +30,10 @@ class Restless:
         self._rng = np.random.default_rng(seed)
 
     def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
-        """Ignored."""
+        """Nothing is learnt."""
 
     def decide(self, situation: BalancerState) -> Rebalance:
-        """Random changes that the tables allow."""
+        """Whatever the tables allow."""
         chance = self._rng.random(situation.resident.shape)
         home, owner = home_of(situation), situation.owner.copy()
         caches = ~situation.homes
