@@ -51,7 +51,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
 
 
 def _predictor(source: Source) -> dict[str, Any] | None:
-    """The predictors' settings and the smallest and largest rank of a layer; None without predictors."""
+    """The settings of the predictors, and the smallest and largest rank of a layer; None without predictors."""
     spec = source.spec
     if spec.predictor is None:
         return None
@@ -70,7 +70,7 @@ def _part(name: str) -> str:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts as lines for people."""
+    """The object of `describe` as lines for people."""
     total = sum(facts["bytes"].values())
     sparse = "zero for most neurons: sparse selectors apply" if facts["sparse"] else "never zero: selector all only"
     lines = [

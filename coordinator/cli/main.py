@@ -94,7 +94,7 @@ def chat(max_new_tokens: int | None, system: str | None, stats: bool, **options:
 
     with Bars() as bars, Engine.load(model, **overrides, say=say, progress=bars.show) as engine:
         bars.close()
-        converse(engine, sampling, stop, system, max_new_tokens, stats)
+        converse(engine, sampling, stop, system=system, max_new_tokens=max_new_tokens, stats=stats)
 
 
 @cli.command()

@@ -71,7 +71,7 @@ class Victim:
         self.kill()
 
     def back(self) -> bool:
-        """Whether another process is in its place and holds groups; a killed one seems to until its death is noticed."""
+        """Whether another process is in its place and holds groups; a killed one seems to until that is noticed."""
         ownership, pid = self._engine.ownership, self._engine.session.runtime.supervisor.hellos["gpu0"].pid
         there = bool(ownership._present[-1]) and pid not in self.killed
         return there and bool(ownership.resident[-1].any()) and not ownership._batches

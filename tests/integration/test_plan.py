@@ -1,4 +1,4 @@
-"""`warmfront plan` from end to end on the emulated GPU, and a run with its plan.
+"""`warmfront plan` from end to end on the emulated GPU, and a run by its plan.
 
 pytest tests/integration/test_plan.py
 """
@@ -32,7 +32,7 @@ def model(compiled: None, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def keep_times(model: Path, times: Times) -> None:
-    """Store these times as those measured for this machine's workers."""
+    """Have this machine's workers known to take so long."""
     with Engine.load(str(model), gpu="host", vram_budget=2_000_000) as engine:
         save_times(key_of(engine), times)
 
@@ -62,7 +62,7 @@ def test_the_workers_are_measured_once(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_and_a_run_by_it(model: Path, tmp_path: Path) -> None:
-    """With times that make the GPU pay for a part of the neurons, the run gives it exactly these."""
+    """Times that make the GPU worth the while for a part of the neurons: the run gives it just these."""
     keep_times(model, Times(1000, 0.1, 3000, 0.05))
     outcome = run("plan", model, *HOST, "--json", "--exact", "--plot", "plan.png", cwd=tmp_path)
     assert outcome.code == 0, outcome

@@ -167,7 +167,7 @@ def test_kept_every_few_seconds(run: Run, texts: list[Path], monkeypatch: pytest
         saved.append(partial.done)
 
     monkeypatch.setattr(profile.Partial, "save", save)
-    monkeypatch.setattr(profile, "_KEEP_S", -1.0)
+    monkeypatch.setattr(profile, "_SAVE_EVERY_S", -1.0)
     tokens = run(texts)["tokens"]
     assert saved[: tokens // 288] == list(range(1, tokens // 288 + 1))
 
@@ -182,8 +182,8 @@ def test_no_more_than_can_be_counted(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setattr(profile, "MOST_TOKENS", 400)
-    for tokens in (None, 401):
-        assert run(texts, tokens=tokens)["tokens"] == 400
+    for wish in (None, 401):
+        assert run(texts, tokens=wish)["tokens"] == 400
     assert run(texts, tokens=399)["tokens"] == 399
     assert len(said) == 2
     assert all(line.endswith("the first 400 are counted") for line in said)
