@@ -337,10 +337,10 @@ def test_an_engine_that_is_dropped_is_closed(tiny_llama: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "override",
     [{"context": True}, {"context": "64"}, {"threads": "2"}, {"threads": 1.5}, {"dtype": None}, {"pin": 1}],
     ids=str,
 )
-def test_wishes_of_another_type_are_refused(tiny_llama: Callable[..., Path], wish: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"{next(iter(wish))}=.*: it must be of type"):
-        Engine.load(str(tiny_llama()), **wish)
+def test_values_of_another_type_are_refused(tiny_llama: Callable[..., Path], override: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(override))}=.*: it must be of type"):
+        Engine.load(str(tiny_llama()), **override)

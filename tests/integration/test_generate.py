@@ -57,7 +57,7 @@ class TestEnd:
     """How an answer ends, and that nothing of it is lost."""
 
     @pytest.mark.parametrize(
-        ("wish", "text", "reason"),
+        ("options", "text", "reason"),
         [
             ({}, "abc", "stop"),
             ({"max_new_tokens": 2}, "ab", "length"),
@@ -72,8 +72,8 @@ class TestEnd:
             ({"ignore_eos": True}, "abcabcabca", "length"),  # the context of 16 is full
         ],
     )
-    def test_reason(self, abc: Engine, wish: dict[str, Any], text: str, reason: str) -> None:
-        assert "".join(token.text for token in abc.generate("xyz", **wish)) == text
+    def test_reason(self, abc: Engine, options: dict[str, Any], text: str, reason: str) -> None:
+        assert "".join(token.text for token in abc.generate("xyz", **options)) == text
         assert abc.stats.finish_reason == reason
 
     def test_there_is_no_reason_yet(self, abc: Engine) -> None:

@@ -139,7 +139,7 @@ def test_counts_are_those_of_transformers(model: Path, texts: list[Path]) -> Non
 
 @pytest.mark.parametrize("selector", ["all", "exact", "lowrank", "lowbit"])
 def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
-    wishes = {"dtype": "f32", "selector": selector, "bits": 4, "recall": 0.9999}
+    overrides = {"dtype": "f32", "selector": selector, "bits": 4, "recall": 0.9999}
     path = packed_of(made, "f32")
     prompt = [300, 301, 302, 400, 333]
     ids = prompt + [int(token) for token in np.random.default_rng(0).integers(259, 512, 12)]
@@ -148,8 +148,8 @@ def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
     if not unordered.exists():
         shutil.copy(path, unordered)
     for engine in (
-        Engine(open_for_profiling(unordered, EngineConfig(**wishes), print, no_progress)),
-        Engine.load(str(made), **wishes),
+        Engine(open_for_profiling(unordered, EngineConfig(**overrides), print, no_progress)),
+        Engine.load(str(made), **overrides),
     ):
         with engine:
             logits.append(np.array(list(engine.forced_logits(ids, len(prompt)))))

@@ -122,10 +122,10 @@ def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("option", ["--vram-budget", "--plan"])
 def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
     """The plan only has to exist: the request is refused without reading it."""
-    wish = "1GB" if option == "--vram-budget" else relu / "config.json"
-    outcome = run("generate", "-m", relu, "-p", "x", option, wish)
+    value = "1GB" if option == "--vram-budget" else relu / "config.json"
+    outcome = run("generate", "-m", relu, "-p", "x", option, value)
     assert_refused(outcome, 2, option, "no CUDA device", "--gpu host")
-    assert_refused(run("generate", "-m", relu, "-p", "x", option, wish, "--gpu", "none"), 2, option, "--gpu none")
+    assert_refused(run("generate", "-m", relu, "-p", "x", option, value, "--gpu", "none"), 2, option, "--gpu none")
 
 
 @pytest.mark.parametrize("gpu", ["auto", "host"])
@@ -248,14 +248,14 @@ class TestCache:
         self.assert_mended(home, relu, packed, whole)
 
     def test_copies_of_the_gates_are_damaged(self, relu: Path, home: Path, packed: Path) -> None:
-        wishes = ("--selector", "lowbit", "--bits", "4")
-        first = self.generate(home, relu, *wishes)
+        options = ("--selector", "lowbit", "--bits", "4")
+        first = self.generate(home, relu, *options)
         assert first.code == 0, first
         (copies,) = packed.parent.glob(f"{packed.stem}-lowbit4*.safetensors")
         data = bytearray(copies.read_bytes())
         data[-3000:-2000] = bytes(1000)
         copies.write_bytes(data)
-        again = self.generate(home, relu, *wishes)
+        again = self.generate(home, relu, *options)
         assert again == first._replace(err=again.err), again
         assert again.err.splitlines()[0].endswith("packing it anew")
 
@@ -273,10 +273,10 @@ class TestCache:
         """Nothing is written, and nothing is said; what it lacks, and cannot get, is one line."""
         shutil.copytree(cache_root() / "sources", home / "warmfront" / "sources")
         before = sorted((path, path.lstat().st_mtime_ns) for path in home.rglob("*"))
-        wishes = {"env": os.environ | {"XDG_CACHE_HOME": os.fspath(home)}, "executable": READ_ONLY[0]}
+        options = {"env": os.environ | {"XDG_CACHE_HOME": os.fspath(home)}, "executable": READ_ONLY[0]}
 
         def generate(*args: str) -> Any:
-            return run(*READ_ONLY[1:], home, WARMFRONT, "generate", "-m", relu, "-p", "x", "-n", "2", *args, **wishes)
+            return run(*READ_ONLY[1:], home, WARMFRONT, "generate", "-m", relu, "-p", "x", "-n", "2", *args, **options)
 
         outcome = generate()
         assert (outcome.code, outcome.err) == (0, ""), outcome

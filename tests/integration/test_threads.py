@@ -34,7 +34,7 @@ def expected(model: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "overrides",
     [
         pytest.param({"coordinator_threads": 1}, marks=needs_two_cores),
         pytest.param({"workers": 2, "coordinator_threads": 1}, marks=needs_two_cores),
@@ -48,8 +48,8 @@ def expected(model: Path) -> list[int]:
     ],
     ids=str,
 )
-def test_tokens_are_those_of_transformers(model: Path, expected: list[int], wishes: dict[str, Any]) -> None:
-    with Engine.load(str(model), dtype="f32", tuning=False, **wishes) as engine:
+def test_tokens_are_those_of_transformers(model: Path, expected: list[int], overrides: dict[str, Any]) -> None:
+    with Engine.load(str(model), dtype="f32", tuning=False, **overrides) as engine:
         assert engine.decode_ids(IDS, len(expected)) == expected
 
 

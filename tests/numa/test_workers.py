@@ -27,8 +27,8 @@ LOCAL = 0.99
 pytestmark = pytest.mark.numa
 
 
-def load(model: Path, **wishes: Any) -> Engine:
-    return Engine.load(str(model), gpu="none", context=64, verify=True, tuning=False, **wishes)
+def load(model: Path, **overrides: Any) -> Engine:
+    return Engine.load(str(model), gpu="none", context=64, verify=True, tuning=False, **overrides)
 
 
 def assert_memory_is_local(engine: Engine) -> None:
