@@ -95,7 +95,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 
 def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Say) -> list[list[int]]:
-    """Token ids of the texts, as many as are wished for."""
+    """Token ids of the texts, `most` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.sparse:
         raise UsageError(

@@ -120,7 +120,7 @@ def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
 
 @pytest.mark.skipif(find_driver() is not None, reason="there may be a GPU to take it")
 @pytest.mark.parametrize("option", ["--vram-budget", "--plan"])
-def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
+def test_options_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
     """The plan only has to exist: the request is refused without reading it."""
     value = "1GB" if option == "--vram-budget" else relu / "config.json"
     outcome = run("generate", "-m", relu, "-p", "x", option, value)
