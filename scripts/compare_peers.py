@@ -3,8 +3,9 @@
 For each token decode reads every weight that it needs once, so tok/s <= read bandwidth / bytes a token: an engine gains
 by needing fewer bytes (neurons skipped, narrower weights) or by coming closer to the bandwidth. Prefill uses a weight
 for many tokens and is bound by arithmetic. Machines are shared and their bandwidth moves, so only neighbours in time
-compare: a turn is bandwidth, ours, a peer; a ratio is the median of the turns' ratios. Other programs distort more than
-that: peers' threads spin at barriers, and a busy core costs them most of their speed. A turn waits for quiet for 20 s.
+can be compared: a turn is bandwidth, ours, a peer; a ratio is the median of the turns' ratios. Other programs distort
+more than that: peers' threads spin at barriers, and a busy core costs them most of their speed. A turn waits up to
+20 s until others are quiet.
 
 MODEL is a folder made by make_synthetic_model.py, or one GGUF file (default: SmolLM2-135M): row `gguf`.
 
@@ -15,10 +16,10 @@ MODEL is a folder made by make_synthetic_model.py, or one GGUF file (default: Sm
     q4     q4, lowrank     llama.cpp (q4_0.gguf)
     gguf   auto            llama.cpp
 
-What is missing is skipped with a line. The peers: `pip install llama-cpp-python transformers`; PowerInfer is built from
-its source, WARMFRONT_POWERINFER is the path of its `main`. All answer the same prompts greedily and go on after an end
-token; loading and a warm-up are not timed. Different answers of an engine are counted. PowerInfer may have several: its
-threads add to one sum without a lock. The last line of stdout is JSON.
+A peer that is missing is skipped with a line. The peers: `pip install llama-cpp-python transformers`; PowerInfer is
+built from its source, WARMFRONT_POWERINFER is the path of its `main`. All answer the same prompts greedily and go on
+after an end token; loading and a warm-up are not timed. Different answers of an engine are counted. PowerInfer may have
+several: its threads add to one sum without a lock. The last line of stdout is JSON.
 
     python scripts/compare_peers.py [MODEL] [--threads 2] [--rounds 5] [--tokens 64] [--prompt-tokens 16]
                                     [--prefill 512] [--only f16,powerinfer,...] [--transformers]
@@ -82,24 +83,24 @@ class Sample(NamedTuple):
 
 
 Measure = Callable[[], Sample]
-# Takes tokens, having forgotten all before them if told so; returns the likeliest next one.
+# Takes tokens, first forgetting all before them if the flag is set; returns the most probable next one.
 Feed = Callable[[list[int], bool], int]
 
 
 @dataclass
 class Contender:
-    """An engine on a file. `open` loads it and yields what takes a turn."""
+    """An engine on a file."""
 
     name: str
     path: Path
-    open: Callable[[], AbstractContextManager[Measure]]
+    load: Callable[[], AbstractContextManager[Measure]]  # yields what takes a turn
     samples: list[Sample] = field(default_factory=list)
     ratios: list[tuple[float, float]] = field(default_factory=list)  # ours over this one: decode, prefill
     facts: dict[str, int] = field(default_factory=dict)
 
 
 def others_share() -> float:
-    """Share of all cores that others use, asked while nothing is measured."""
+    """Share of all cores that other programs use; to be asked while nothing is measured."""
 
     def ticks() -> tuple[int, int]:
         cells = [int(cell) for cell in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
@@ -113,7 +114,7 @@ def others_share() -> float:
 
 @contextlib.contextmanager
 def warmfront(path: Path, dtype: str, selector: str, task: Task, facts: dict[str, int]) -> Iterator[Measure]:
-    """Ours; `facts` gets the bytes of weights that a token reads."""
+    """Our engine; the bytes of weights that a token reads are added to `facts`."""
     load = partial(Engine.load, str(path), threads=task.threads, context=task.context, gpu="none")
     try:
         engine = load(dtype=dtype, selector=selector)
@@ -145,7 +146,7 @@ def powerinfer(path: Path, task: Task) -> Iterator[Measure]:
     options = f"-t {task.threads} -c {task.context} --temp 0 --repeat-penalty 1.0 --ignore-eos --verbose-prompt"
 
     def run(ids: list[int], tokens: int, phase: str) -> tuple[float, str]:
-        # It wants text, puts BOS before it and finds the synthetic models' words as they are in the vocabulary.
+        # It takes text, puts BOS before it and finds the words of the synthetic models in their vocabulary.
         text = "".join(f"▁w{token}" for token in ids[1:])
         command = [os.path.abspath(main), "-m", str(path.resolve()), "-n", str(tokens), "-p", text, *options.split()]
         with tempfile.TemporaryDirectory() as folder:  # where it leaves a log
@@ -226,7 +227,7 @@ def feed_turn(task: Task) -> Sample:
 
 @contextlib.contextmanager
 def child(load: Callable[[str, Task], Feed], path: Path, task: Task) -> Iterator[Measure]:
-    """A peer that runs in Python, in a process of its own, with which its threads and memory go."""
+    """A peer that runs in Python, in a process of its own: its threads and memory end with it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
         def ask(what: Callable[..., Any], *arguments: Any) -> Any:
@@ -239,13 +240,13 @@ def child(load: Callable[[str, Task], Feed], path: Path, task: Task) -> Iterator
         yield partial(ask, feed_turn, task)
 
 
-def rows_of(model: Path, task: Task, wish: argparse.Namespace) -> dict[str, list[Contender]]:
-    """The contenders of each row, ours first."""
+def rows_of(model: Path, task: Task, options: argparse.Namespace) -> dict[str, list[Contender]]:
+    """The contenders by row, ours first."""
 
     def ours(path: Path, dtype: str, selector: str) -> Contender:
-        opened = Contender("", path, lambda: warmfront(path, dtype, selector, task, opened.facts))
-        opened.name = f"warmfront {dtype} {selector}"
-        return opened
+        contender = Contender("", path, lambda: warmfront(path, dtype, selector, task, contender.facts))
+        contender.name = f"warmfront {dtype} {selector}"
+        return contender
 
     def theirs(name: str, file: str, load: Callable[[str, Task], Feed] = llama_cpp_feed) -> Contender:
         return Contender(name, model / file, lambda: child(load, model / file, task))
@@ -256,7 +257,7 @@ def rows_of(model: Path, task: Task, wish: argparse.Namespace) -> dict[str, list
     source = sparse if sparse.is_file() else model / "hf"
     f16 = [ours(source, "f16", "lowrank"), Contender("PowerInfer f16", sparse, lambda: powerinfer(sparse, task))]
     f16 += [theirs("llama.cpp f16", "f16.gguf"), ours(source, "f16", "exact")]
-    if wish.transformers:
+    if options.transformers:
         f16.append(theirs("transformers bf16", "hf", transformers_feed))
     q8 = [ours(source, "q8", "lowrank"), theirs("llama.cpp q8_0", "q8_0.gguf")]
     q4 = [ours(source, "q4", "lowrank"), theirs("llama.cpp q4_0", "q4_0.gguf")]
@@ -264,7 +265,7 @@ def rows_of(model: Path, task: Task, wish: argparse.Namespace) -> dict[str, list
 
 
 def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Take turns with one peer after the other; returns what was seen of the machine meanwhile."""
+    """Take turns with one peer after the other; returns what was measured of the machine meanwhile."""
     ours, *peers = contenders
     bandwidth = Bandwidth(sorted(os.sched_getaffinity(0)))
     seen: dict[str, list[float]] = {"bandwidth": [], "others": []}
@@ -286,10 +287,10 @@ def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
                 peer.ratios.append((mine_decode / decode, mine_prefill / prefill))
         look()
 
-    with ours.open(encoding="utf-8") as mine:
+    with ours.load() as mine:
         for peer in peers:
             try:
-                with peer.open(encoding="utf-8") as theirs:
+                with peer.load() as theirs:
                     turns(mine, peer, theirs)
             except Skip as skip:
                 print(f"{peer.name} skipped: {skip}", flush=True)
@@ -343,19 +344,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", help="rows, or first words of peers' names, with commas between them")
     parser.add_argument("--transformers", action="store_true")
-    wish = parser.parse_args()
-    counts = (wish.threads, wish.rounds, wish.tokens, wish.prompt_tokens, wish.prefill)
+    options = parser.parse_args()
+    counts = (options.threads, options.rounds, options.tokens, options.prompt_tokens, options.prefill)
     if min(counts) < 1:
         sys.exit("all counts must be 1 or more")
     try:
-        model = find_model(wish.model, print)
+        model = find_model(options.model, print)
     except WarmfrontError as error:
         sys.exit(str(error))
     prompts = [[BOS, *(FIRST_ID + at % IDS for at in range(count - 1))] for count in counts[3:]]
-    rows = rows_of(model, Task(wish.threads, wish.tokens, *prompts), wish)
-    result: dict[str, Any] = {"wish": vars(wish), "rows": {}}
+    rows = rows_of(model, Task(options.threads, options.tokens, *prompts), options)
+    result: dict[str, Any] = {"wish": vars(options), "rows": {}}
     for row, (ours, *peers) in rows.items():
-        names = (wish.only or row).lower().split(",")
+        names = (options.only or row).lower().split(",")
         peers = [peer for peer in peers if row in names or peer.name.lower().split()[0] in names]
         if row not in names and not peers:
             continue
@@ -363,7 +364,7 @@ def main() -> None:
             for peer in [peer for peer in peers if not peer.path.exists()]:
                 print(f"{peer.name} skipped: no {peer.path}")
                 peers.remove(peer)
-            seen = compare([ours, *peers], wish.rounds)
+            seen = compare([ours, *peers], options.rounds)
         except Skip as skip:
             print(f"row {row} skipped: {skip}", flush=True)
         else:

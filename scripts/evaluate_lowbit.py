@@ -1,8 +1,8 @@
-"""How well the selector `lowbit` meets the neurons that fire, on text that its thresholds were not calibrated on.
+"""How well the selector `lowbit` finds the neurons that fire, on text that its thresholds were not calibrated on.
 
-By mass: of sum |h_i| * ||down_i|| over all firing neurons, the part of the selected ones; and how many neurons are
-selected for each that fires. The text: what the model writes itself, greedily, from random tokens. The last line of
-stdout is JSON.
+Recall by mass is the part that the selected neurons have in the sum of |h_i| * ||down_i|| over all that fire; the cost
+is how many neurons are selected for each that fires. The model writes the text itself, greedily, from random tokens.
+The last line of stdout is JSON.
 
     python scripts/evaluate_lowbit.py MODEL [--bits 1,2,4] [--recall 0.995] [--tokens 192] [--dtype auto]
 """
@@ -49,13 +49,13 @@ def main() -> None:
     parser.add_argument("--recall", type=float, default=0.995)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--dtype", default="auto")
-    wish = parser.parse_args()
-    result: dict[str, Any] = {"model": wish.model, "recall": wish.recall}
-    for bits in map(int, wish.bits.split(",")):
+    options = parser.parse_args()
+    result: dict[str, Any] = {"model": options.model, "recall": options.recall}
+    for bits in map(int, options.bits.split(",")):
         with Engine.load(
-            wish.model, selector="lowbit", bits=bits, recall=wish.recall, dtype=wish.dtype, say=print
+            options.model, selector="lowbit", bits=bits, recall=options.recall, dtype=options.dtype, say=print
         ) as engine:
-            result[f"{bits} bits"] = evaluate(engine, wish.tokens)
+            result[f"{bits} bits"] = evaluate(engine, options.tokens)
         print(f"{bits} bits: {result[f'{bits} bits']}")
     print(json.dumps(result))
 

@@ -7,9 +7,9 @@
 #     memory-only   and a third, of memory alone
 #     4             four nodes of a cpu each, the second without memory
 #
-# Prints what the command prints and exits as it does; 77 where there can be no such machine, 124 if time is up. Needs
+# Prints what the command prints and exits with its code; 77 where no such machine can be made, 124 if time is up. Needs
 # root, on Debian; installs what is missing. The machine's disk is kept in the cache folder. Warmfront's kernels are
-# compiled here, by the machine's Python and for its cpu: there it would take ten times as long.
+# compiled outside it, by the machine's Python and for its cpu: inside it would take ten times as long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,10 +29,10 @@ unable() {
     exit 77
 }
 
-# Of what `-cpu max` emulates, what compiled code may use: also here, where it is compiled.
+# The features of `-cpu max` that compiled code may use, since it is also compiled outside the machine.
 features=64bit,avx,avx2,bmi,bmi2,cmov,cx16,cx8,f16c,fma,fxsr,lzcnt,mmx,movbe,pclmul,popcnt,sse,sse2,sse3,sse4.1,sse4.2
 features+=,ssse3,xsave
-inside=(NUMBA_CPU_NAME=haswell "NUMBA_CPU_FEATURES=+${features//,/,+}" PYTHONPATH=/site:/work/.mypy_tree TERM=dumb
+inside=(NUMBA_CPU_NAME=haswell "NUMBA_CPU_FEATURES=+${features//,/,+}" PYTHONPATH=/site:/work/build/tree TERM=dumb
     PATH=/usr/local/bin:/usr/bin:/bin HOME=/root XDG_CACHE_HOME=/cache OPENBLAS_NUM_THREADS=1)
 python=${PYTHON:-python3}
 packages=base-files,bash,busybox,coreutils,dash,grep,libgomp1,libstdc++6,mount,numactl,python3,tar
@@ -49,8 +49,8 @@ install_tools() {
         unable "apt-get cannot install qemu-system-x86 and mmdebstrap"
 }
 
-# The first process of the machine: tells the second serial line the exit code, and switches off. The kernel talks to
-# the third.
+# The first process of the machine: writes the exit code to the second serial line and switches off. The kernel writes
+# to the third.
 write_init() {
     cat >"$1" <<'INIT'
 #!/bin/busybox sh
@@ -98,12 +98,12 @@ print(*(each for each in project["dependencies"] if not each.startswith("torch")
         write_init init
         chmod +x init
     )
-    # What this imports leaves its bytecode on the disk: that halves the start of every process there.
+    # Compiling imports everything and leaves bytecode on the disk, which halves the start of every process there.
     copy_repository "$1"
     mke2fs -q -t ext4 -d "$1/root" "$1/root.ext4" $(($(du -sm "$1/root" | cut -f1) * 3 / 2))M >/dev/null
 }
 
-# The repository as it is, with the links through which its packages are imported, unless it is there already.
+# Copy the repository, with links through which its packages are imported, unless it is there unchanged.
 copy_repository() {
     git ls-files -z --cached --others --exclude-standard |
         tar --create --null --ignore-failed-read --sort=name --files-from=- >"$scratch/repository.tar" 2>/dev/null
@@ -111,16 +111,16 @@ copy_repository() {
     stamp=$(sha256sum <"$scratch/repository.tar")
     [ "$(cat "$1/stamp" 2>/dev/null)" != "$stamp" ] || return 0
     rm -rf "$1/stamp" "$1/root/work"
-    mkdir -p "$1/root/work/.mypy_tree/warmfront"
+    mkdir -p "$1/root/work/build/tree/warmfront"
     tar --extract --no-same-owner --directory "$1/root/work" --file "$scratch/repository.tar"
     for package in shared coordinator cpu_worker gpu_worker; do
-        ln -s ../../$package "$1/root/work/.mypy_tree/warmfront/$package"
+        ln -s ../../../$package "$1/root/work/build/tree/warmfront/$package"
     done
     compile_kernels "$1/root"
     echo "$stamp" >"$1/stamp"
 }
 
-# By the machine's own Python, on the processor of this one.
+# With the machine's own Python, on this processor.
 compile_kernels() {
     unshare --mount bash -c 'cd "$0" && mount -t proc proc proc && mount --rbind /dev dev &&
         exec chroot . env -i "$@" bash -c "cd /work && exec python3 -m tests.numa.model"' "$1" "${inside[@]}"

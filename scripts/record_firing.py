@@ -2,7 +2,7 @@
 
     python scripts/record_firing.py MODEL OUT.npz [--topics 4] [--tokens 2000] [--dtype auto] [--seed 0]
 
-The model writes greedily; the topic changes evenly, each time by a word of the next one put in its mouth
+The model writes greedily. The topic changes at even intervals, by a word of the next topic in place of the model's own
 (`make_synthetic_model.py --topics`: word w belongs to topic (w - 259) % topics). OUT has `fired`, uint32 [tokens,
 layers, groups], bit i = neuron i of the group, `ids`, int64 [tokens], and `about`, JSON. The last line of stdout is
 JSON.
@@ -28,7 +28,7 @@ def starts(topics: int, vocab: int, seed: int) -> list[int]:
 
 
 def record(engine: Engine, topics: int, tokens: int, seed: int) -> tuple[npt.NDArray[np.uint32], list[int]]:
-    """What each token fires, and the ids that were written or put in."""
+    """Masks of the neurons that each token fires, and the ids of the tokens."""
     words = starts(topics, engine.model.spec.vocab, seed)
     fired, ids, token = [], [], 0
     engine.reset()
@@ -51,24 +51,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    wish = parser.parse_args()
-    with Engine.load(wish.model, dtype=wish.dtype, gpu="none", context=wish.tokens, say=print) as engine:
+    options = parser.parse_args()
+    with Engine.load(options.model, dtype=options.dtype, gpu="none", context=options.tokens, say=print) as engine:
         spec, layout = engine.model.spec, engine.model.layout
         started = time.perf_counter()
-        fired, ids = record(engine, wish.topics, wish.tokens, wish.seed)
-        rate = wish.tokens / (time.perf_counter() - started)
+        fired, ids = record(engine, options.topics, options.tokens, options.seed)
+        rate = options.tokens / (time.perf_counter() - started)
     about = {
-        "name": f"{spec.name}, {wish.topics} topics",
+        "name": f"{spec.name}, {options.topics} topics",
         "hidden": spec.hidden,
         "ffn": spec.ffn,
         "row_bytes": layout.gate_row_bytes,
-        "switches": [wish.tokens * topic // wish.topics for topic in range(1, wish.topics)],
+        "switches": [options.tokens * topic // options.topics for topic in range(1, options.topics)],
     }
-    np.savez_compressed(wish.out, fired=fired, ids=np.array(ids), about=json.dumps(about))
+    np.savez_compressed(options.out, fired=fired, ids=np.array(ids), about=json.dumps(about))
     active = float(np.bitwise_count(fired).mean() / 32)
     print(
         json.dumps(
-            {"file": str(wish.out), "tokens": len(ids), "active": round(active, 4), "tok_s": round(rate, 1), **about}
+            {"file": str(options.out), "tokens": len(ids), "active": round(active, 4), "tok_s": round(rate, 1), **about}
         )
     )
 

@@ -1,1 +1,1 @@
-"""The commands of `warmfront`: options, output, advice. Nothing here that another program could want to call."""
+"""The commands of `warmfront`: options, output, advice. Nothing here is for other programs to call."""

@@ -1,4 +1,4 @@
-"""`warmfront cache ls`, `rm`, `prune`: what is kept on the disk, and how to get rid of it."""
+"""`warmfront cache ls`, `rm`, `prune`: list and remove what is kept on the disk."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def cache() -> None:
 @cache.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def ls(as_json: bool) -> None:
-    """What there is, how large, when last used, and what it was made from."""
+    """List what is kept: size, when last used, and what it was made from."""
     from warmfront.coordinator.packing.cache import listed
 
     items = listed()
@@ -46,10 +46,10 @@ def _total(items: "list[Item]") -> int:
 
 def _lines(items: "list[Item]") -> Iterator[str]:
     for part in ("models", "downloads", "kernels", "profiles", ""):
-        some = [item for item in items if item.part == part]
-        if some:
-            yield f"{part or 'other'}: {_total(some) / 1e6:.1f} MB"
-        for item in some:
+        of_part = [item for item in items if item.part == part]
+        if of_part:
+            yield f"{part or 'other'}: {_total(of_part) / 1e6:.1f} MB"
+        for item in of_part:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.used))
             source = f"  {item.source or ''} [{item.state}]" if item.state else ""
             yield f"  {item.label:<48} {item.nbytes / 1e6:10.1f} MB  {used}{source}"
@@ -58,9 +58,9 @@ def _lines(items: "list[Item]") -> Iterator[str]:
 
 @cache.command()
 @click.argument("names", nargs=-1)
-@click.option("--all", "all_", is_flag=True, help="Everything but profiles and what `tune` found.")
+@click.option("--all", "all_", is_flag=True, help="Everything except profiles and what `tune` found.")
 def rm(names: tuple[str, ...], all_: bool) -> None:
-    """Remove what is called NAMES: names or ids as `ls` shows them, or models, downloads, kernels, profiles."""
+    """Remove NAMES: names or ids as `ls` shows them, or models, downloads, kernels, profiles."""
     from warmfront.coordinator.packing.cache import chosen, everything, listed
 
     if bool(names) == all_:
@@ -70,10 +70,14 @@ def rm(names: tuple[str, ...], all_: bool) -> None:
 
 
 @cache.command()
-@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Also what was not used for DAYS days.")
-@click.option("--keep-size", type=Size(), help="Also the least recently used, until this much is left, such as 20GB.")
+@click.option(
+    "--older-than", type=click.FloatRange(0), metavar="DAYS", help="Also what has not been used for DAYS days."
+)
+@click.option(
+    "--keep-size", type=Size(), help="Also the least recently used, until no more than this is left, such as 20GB."
+)
 def prune(older_than: float | None, keep_size: int | None) -> None:
-    """Remove what is of no use any more: packed from models gone or changed, left by killed runs, old kernels."""
+    """Remove what is no longer of use: packed from models gone or changed, left by killed runs, old kernels."""
     from warmfront.coordinator.packing.cache import listed, refresh, stale, tidy
 
     if older_than is not None and not math.isfinite(older_than):

@@ -1,4 +1,4 @@
-"""The chat loop: reads a line, renders the conversation by the model's template, streams the answer."""
+"""`warmfront chat`: reads a line, renders the conversation with the model's template, streams the answer."""
 
 import io
 import sys
@@ -21,11 +21,17 @@ def opening(system: str | None) -> Messages:
 
 
 def converse(
-    engine: Engine, sampling: Sampling, stop: tuple[str, ...], system: str | None, most: int | None, stats: bool
+    engine: Engine,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    *,
+    system: str | None,
+    max_new_tokens: int | None,
+    stats: bool,
 ) -> None:
-    """Talk until end of input, at most `most` tokens an answer. Ctrl-C stops an answer, or drops the line being typed.
+    """Talk until the end of input; an answer has at most `max_new_tokens`. Ctrl-C stops it, or drops a typed line.
 
-    The KV cache keeps the conversation: of each turn only what is new is computed.
+    The KV cache keeps the conversation: only the new tokens of each turn are computed.
     """
     messages = opening(system)
     engine.tokenizer.render_chat([*messages, {"role": "user", "content": ""}])  # fails now if there is no template
@@ -42,8 +48,8 @@ def converse(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = _answer(engine, messages, sampling, stop, most or engine.plan.context)
-        except UsageError as error:  # the conversation has outgrown the context
+            answer = _answer(engine, messages, sampling, stop, max_new_tokens or engine.plan.context)
+        except UsageError as error:  # the conversation no longer fits the context
             click.echo(f"warmfront: {error}", err=True)
             messages.pop()
             continue
@@ -53,7 +59,7 @@ def converse(
 
 
 def _read() -> str | None:
-    """The next line; None at the end of the input, or if it is closed."""
+    """The next line; None at the end of the input, or if stdin is closed."""
     if sys.stdin is None:
         return None
     if not sys.stdin.isatty() or sys.stdout is None or sys.stderr is None:
@@ -66,11 +72,12 @@ def _read() -> str | None:
         return None
 
 
-def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[str, ...], most: int) -> str:
+def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[str, ...], max_new_tokens: int) -> str:
+    """Print the answer as it comes; returns it, or what there is of it after Ctrl-C."""
     pieces: list[str] = []
     try:
         prompt = engine.tokenizer.chat_ids(messages)
-        for token in engine.generate(prompt, max_new_tokens=most, sampling=sampling, stop=stop):
+        for token in engine.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
             pieces.append(token.text)
             click.echo(token.text, nl=False)
     except KeyboardInterrupt:
@@ -80,7 +87,7 @@ def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[
 
 
 def _prepare_input() -> None:
-    """Editing on a terminal; bytes that are no text must not end the talk."""
+    """Line editing on a terminal; bytes that are not text must not end the chat."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin is not None and sys.stdin.isatty():

@@ -1,4 +1,4 @@
-"""What a model is, read from its own files; nothing is packed or started."""
+"""`warmfront info`: what a model is, read from its own files; nothing is packed or started."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
 
 
 def _predictor(source: Source) -> dict[str, Any] | None:
-    """The predictors' settings and the smallest and largest rank of a layer; None without predictors."""
+    """The settings of the predictors, and the smallest and largest rank of a layer; None without predictors."""
     spec = source.spec
     if spec.predictor is None:
         return None
@@ -71,7 +71,7 @@ def _part(name: str) -> str:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts as lines for people."""
+    """The object of `describe` as lines for people."""
     total = sum(facts["bytes"].values())
     sparse = "zero for most neurons: sparse selectors apply" if facts["sparse"] else "never zero: selector all only"
     lines = [

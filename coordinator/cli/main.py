@@ -1,10 +1,10 @@
 """The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `cache`.
 
-Text goes to stdout as it is made; progress, notes and statistics go to stderr. Exit code 2 for a wrong request, 1 for
-what went wrong at run time, 130 after Ctrl-C; an error is one line. Heavy imports wait until a command runs.
+Text goes to stdout as it is made; progress, notes and statistics go to stderr. The exit code is 2 for a wrong request,
+1 for a failure at run time, 130 after Ctrl-C; an error is one line. Here are the declarations; what a command does is
+in the module of its name, or in `measure`. Those are imported when the command runs: the help must come at once.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -26,11 +26,11 @@ from warmfront.coordinator.cli.options import (
     run_options,
     sampling_options,
     selector_option,
+    split_options,
 )
-from warmfront.coordinator.cli.prompt import read_prompt
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
 from warmfront.coordinator.extras import require
-from warmfront.shared.config import SELECTORS, EngineConfig, Sampling
+from warmfront.shared.config import SELECTORS, EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
 from warmfront.shared.machine.process import ensure_address_space, ensure_files, hold_interrupts, open_standard_files
@@ -38,19 +38,9 @@ from warmfront.shared.machine.process import ensure_address_space, ensure_files,
 __all__ = ["cli", "main"]
 
 DEFAULT_NEW_TOKENS = 128
-# Open at once, without those of the workers.
-FILES = 48
-# Columns of what is not a terminal.
-_WIDE = 1000
-# What Python, numba and numpy take before a model is loaded.
-ADDRESS_SPACE_MB = 1000
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], Sampling, tuple[str, ...]]:
-    """Engine wishes, sampling and stop strings out of a command's options."""
-    stop = options.pop("stop")
-    sampling = Sampling(**{name: options.pop(name) for name in Sampling.__dataclass_fields__})
-    return options, sampling, stop
+FILES = 48  # that this process has open at once, without those of the workers
+ADDRESS_SPACE_MB = 1000  # of Python, numba and numpy before a model is loaded
+_WIDE = 1000  # columns where stdout is not a terminal
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
@@ -74,71 +64,15 @@ def cli() -> None:
 @click.option("--stats", is_flag=True, help="Times, rates and each worker's share, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--logprobs", type=click.IntRange(0), help="With --json: the N most probable tokens at each step.")
-@click.option("--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of the processes by layers.")
-@click.option("--watch", is_flag=True, help="Draw who computes what while it changes.")
-def generate(
-    prompt: str | None,
-    prompt_ids: list[int] | None,
-    file: Path | None,
-    as_chat: bool,
-    system: str | None,
-    max_new_tokens: int,
-    ignore_eos: bool,
-    stats: bool,
-    as_json: bool,
-    logprobs: int | None,
-    trace: str | None,
-    watch: bool,
-    **options: Any,
-) -> None:
+@click.option(
+    "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of what each process did, by layers."
+)
+@click.option("--watch", is_flag=True, help="Draw which worker computes what, as it changes.")
+def generate(**options: Any) -> None:
     """Continue a prompt."""
-    if watch and (sys.stderr is None or not sys.stderr.isatty()):
-        raise UsageError("--watch draws on a terminal, and stderr is not one: leave it out")
-    if logprobs is not None and not as_json:
-        raise UsageError("--logprobs adds to the JSON object: pass --json too")
-    if as_chat and prompt_ids is not None:
-        raise UsageError("--chat makes a turn of a text: give -p TEXT instead of --prompt-ids")
-    if system is not None and not as_chat:
-        raise UsageError("--system is for a chat: pass --chat too")
-    wishes, sampling, stop = _split(options)
-    wishes |= {"measure": stats, "trace": trace}
-    EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
-    given = read_prompt(prompt, prompt_ids, file)
+    from warmfront.coordinator.cli.generate import generate
 
-    with hold_interrupts():
-        from warmfront.coordinator.cli.chat import opening
-        from warmfront.coordinator.cli.report import as_object, as_text
-        from warmfront.coordinator.cli.watch import Watch
-        from warmfront.coordinator.engine.engine import Engine
-
-    with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
-        bars.close()
-        if as_chat and isinstance(given, str):
-            turn = {"role": "user", "content": given.removesuffix("\n")}
-            given = engine.tokenizer.chat_ids([*opening(system), turn])
-        ids = engine.prompt_ids(given)
-        answer = engine.generate(
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-        )
-        tokens = []
-        with Watch(engine) if watch else contextlib.nullcontext() as board:
-            for token in answer:
-                tokens.append(token)
-                if board is not None:
-                    board.show(token.text)
-                elif not as_json:
-                    click.echo(token.text, nl=False)
-        if as_json:
-            click.echo(json.dumps(as_object(engine, wishes["model"], ids, tokens)))
-        else:
-            click.echo("".join(token.text for token in tokens) if watch else "")
-        if stats:
-            click.echo(as_text(engine), err=True)
+    generate(**options)
 
 
 @cli.command()
@@ -151,16 +85,16 @@ def generate(
 @click.option("--stats", is_flag=True, help="Times and rates after each answer, on stderr.")
 def chat(max_new_tokens: int | None, system: str | None, stats: bool, **options: Any) -> None:
     """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
-    wishes, sampling, stop = _split(options)
-    EngineConfig(**{name: wish for name, wish in wishes.items() if name != "model"})
+    model, overrides, sampling, stop = split_options(options)
+    EngineConfig(**overrides)
 
     with hold_interrupts():
         from warmfront.coordinator.cli.chat import converse
         from warmfront.coordinator.engine.engine import Engine
 
-    with Bars() as bars, Engine.load(**wishes, say=say, progress=bars.show) as engine:
+    with Bars() as bars, Engine.load(model, **overrides, say=say, progress=bars.show) as engine:
         bars.close()
-        converse(engine, sampling, stop, system, max_new_tokens, stats)
+        converse(engine, sampling, stop, system=system, max_new_tokens=max_new_tokens, stats=stats)
 
 
 @cli.command()
@@ -172,9 +106,9 @@ def chat(max_new_tokens: int | None, system: str | None, stats: bool, **options:
 @click.option("-n", "--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to decode.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @run_options
-def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, rounds: int, **wishes: Any) -> None:
+def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, rounds: int, **overrides: Any) -> None:
     """Prefill and decode speed of MODEL against what memory bandwidth allows; the last line is JSON."""
-    EngineConfig(**wishes)
+    EngineConfig(**overrides)
     if min(contexts) < 2:
         raise UsageError(f"a prompt of {min(contexts)} tokens: give 2 or more")
 
@@ -182,7 +116,7 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
         from warmfront.coordinator.measure.bench import measure, render
 
     with Bars() as bars:
-        result = measure(model, wishes, selectors, contexts, tokens, rounds, say, bars.show)
+        result = measure(model, overrides, selectors, contexts, tokens, rounds, say, bars.show)
         bars.close()
     for line in render(result, shutil.get_terminal_size((_WIDE, 0)).columns):
         click.echo(line)
@@ -203,7 +137,7 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
 @click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
-    """Count which neurons of MODEL fire on your texts, and order them by it."""
+    """Count which neurons of MODEL fire on your texts, and order them accordingly."""
     with hold_interrupts():
         from warmfront.coordinator.cli.profile import profile, render
 
@@ -220,13 +154,13 @@ def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None,
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME.plan.json]")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the plan too, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **wishes: Any) -> None:
-    """Choose the neurons of MODEL for a GPU with --vram-budget, by how often they fire and how fast both sides are."""
-    if wishes["gpu"] == "none":
+def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **overrides: Any) -> None:
+    """Choose the neurons of MODEL for a GPU with --vram-budget, by how often they fire and how fast GPU and CPU are."""
+    if overrides["gpu"] == "none":
         raise UsageError("a plan is for a GPU: leave --gpu none out, or pass --gpu host to emulate one")
-    if wishes["vram_budget"] is None:
+    if overrides["vram_budget"] is None:
         raise UsageError("a plan for how much GPU memory? pass --vram-budget, such as 6GB")
-    EngineConfig(**wishes)
+    EngineConfig(**overrides)
     for path in (out or Path("plan.json"), *([plot] if plot else [])):
         check_writable(path)
     if exact:
@@ -239,7 +173,7 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
         from warmfront.coordinator.cli.plan_chart import draw, render
 
     with Bars() as bars:
-        figures = plan(model, wishes, exact, out, say, bars.show)
+        figures = plan(model, overrides, exact, out, say, bars.show)
     if plot:
         draw(figures, plot)
     if as_json:
@@ -265,7 +199,7 @@ def info(model: str, dtype: str, as_json: bool) -> None:
 @click.argument("model", default="smollm2-135m")
 @dtype_option
 @selector_option
-@click.option("--exhaustive", is_flag=True, help="Measure every setting to the end, instead of dropping slow ones.")
+@click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | None, as_json: bool) -> None:
@@ -297,7 +231,7 @@ def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | N
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the memory's read bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def topology(measure: bool, as_json: bool) -> None:
-    """NUMA nodes, cores, memory and limits of this machine, and who would run where."""
+    """NUMA nodes, cores, memory and limits of this machine, and what would run where."""
     with hold_interrupts():
         from warmfront.coordinator.cli.topology import describe, render
 
@@ -309,12 +243,13 @@ cli.add_command(cache)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line and exit: the entry point of the console script."""
     open_standard_files()
     sys.exit(_run())
 
 
 def _run() -> int:
+    """Run the command line; returns the exit code, having said what went wrong."""
     prepare_output()
     try:
         code = cli.main(standalone_mode=False)

@@ -1,4 +1,4 @@
-"""The options that commands of the CLI share, and the kinds of their values."""
+"""The options that several commands share, and the types of their values."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ __all__ = [
     "run_options",
     "sampling_options",
     "selector_option",
+    "split_options",
 ]
 
 _ENGINE, _SAMPLING = EngineConfig(), Sampling()
@@ -70,7 +71,17 @@ class Names(_NamesType):
         return chosen
 
 
+def split_options(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sampling, tuple[str, ...]]:
+    """Values of `engine_options` and `sampling_options`: the model, fields of EngineConfig, sampling, stop strings."""
+    overrides = dict(options)
+    model, stop = overrides.pop("model"), overrides.pop("stop")
+    sampling = Sampling(**{name: overrides.pop(name) for name in Sampling.__dataclass_fields__})
+    return model, overrides, sampling, stop
+
+
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator for all `options`, listed in the help in this order."""
+
     def apply(function: Any) -> Any:
         for option in reversed(options):
             function = option(function)
@@ -84,7 +95,7 @@ selector_option = click.option(
     type=click.Choice(SELECTORS),
     default=_ENGINE.selector,
     show_default=True,
-    help="Which neurons are computed; auto: lowrank with predictors, else exact where it is lossless, else all.",
+    help="Which neurons are computed; auto: lowrank with predictors, else exact where it loses nothing, else all.",
 )
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
@@ -127,10 +138,10 @@ run_options = _together(
         show_default=True,
         help="How neurons move between the workers.",
     ),
-    click.option("--plan", type=click.Path(dir_okay=False), help="A plan of `warmfront plan` to begin with."),
+    click.option("--plan", type=click.Path(dir_okay=False), help="Begin with this plan, from `warmfront plan`."),
     click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
-    click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers seem slower, such as cpu0:4."),
+    click.option("--slow", metavar="cpuN:FACTOR", help="Emulation: make CPU workers slower, such as cpu0:4."),
 )
 engine_options = _together(
     click.option(
@@ -146,7 +157,7 @@ engine_options = _together(
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
 prompt_options = _together(
-    click.option("-p", "--prompt", help="Text to continue; - takes it from stdin, as does a pipe without -p."),
+    click.option("-p", "--prompt", help="Text to continue; - reads it from stdin, as does a pipe without -p."),
     click.option("--prompt-ids", type=Numbers(), help="Exact token ids instead of text: 1,2,3."),
     click.option("-f", "--file", type=click.Path(path_type=Path), help="A file with the text, in UTF-8."),
     click.option("--chat", "as_chat", is_flag=True, help="The text is a user's turn in the model's chat template."),

@@ -43,7 +43,7 @@ class PlanInputs(NamedTuple):
 
 def plan(
     model: str,
-    wishes: dict[str, Any],
+    overrides: dict[str, Any],
     exact: bool,
     out: Path | None,
     say: Callable[[str], None],
@@ -51,9 +51,9 @@ def plan(
 ) -> dict[str, Any]:
     """Make the plan for `model`, write it to `out`, by default to MODEL-name.plan.json here; returns what to say of it.
 
-    `wishes`: as of `Engine.load`, with a vram_budget.
+    `overrides`: those of `Engine.load`, with a vram_budget.
     """
-    with Engine.load(model, say=say, progress=progress, policy="static", **wishes) as engine:
+    with Engine.load(model, say=say, progress=progress, policy="static", **overrides) as engine:
         grounds = grounds_of(engine, say)
         name = engine.model.spec.name
         path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")

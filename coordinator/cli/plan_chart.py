@@ -1,4 +1,4 @@
-"""A plan for people: lines of text with bars, and a picture."""
+"""A GPU plan as lines of text with bars, and as a picture."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 __all__ = ["draw", "render"]
 
-_LEAST_BAR, _MOST_BAR = 4, 40
+_MIN_BAR, _MAX_BAR = 4, 40
 
 
 def render(figures: dict[str, Any], width: int) -> Iterator[str]:
-    """The lines for a terminal of `width` columns."""
+    """The figures of `cli.plan` as lines for a terminal of `width` columns."""
     yield f"{figures['model']} · {figures['selector']} · {figures['device']}"
     yield f"  {'GPU memory':<14} {_mb(figures['vram_budget'])}"
     for purpose, size in figures["ledger"].items():
@@ -47,8 +47,8 @@ def _ms(ns: float) -> str:
 
 
 def _bars(figures: dict[str, Any], width: int) -> Iterator[str]:
-    """A line for each layer: its share of the neurons on the GPU, and of the firing."""
-    bar = min(max((width - len("layer   100.0%   100.0%")) // 2, _LEAST_BAR), _MOST_BAR)
+    """A line for each layer: the share of its neurons that is on the GPU, and of its firing."""
+    bar = min(max((width - len("layer   100.0%   100.0%")) // 2, _MIN_BAR), _MAX_BAR)
     heads = [f"{name:<{bar + 7}}"[: bar + 7] for name in ("neurons on the GPU", "firing on the GPU")]
     yield f"layer  {heads[0]}  {heads[1]}".rstrip()
     for number, layer in enumerate(figures["layers"]):

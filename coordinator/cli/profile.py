@@ -1,7 +1,7 @@
-"""`warmfront profile`: counts which neurons fire on the user's texts, and orders the model's neurons by it.
+"""`warmfront profile`: counts which neurons fire on the user's texts, and orders the model's neurons accordingly.
 
-What was counted is kept in a file beside the packed model every few seconds and when the run is interrupted; the next
-run on the same texts goes on from there.
+The counts are saved beside the packed model every few seconds and when the run is interrupted; the next run on the
+same texts continues from there.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from warmfront.shared.model.store import PackedModel
 
 __all__ = ["Partial", "profile", "read_texts", "render"]
 
-_KEEP_S = 5.0
+_SAVE_EVERY_S = 5.0
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
@@ -95,7 +95,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 
 def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Say) -> list[list[int]]:
-    """Token ids of the texts, as many as are wished for."""
+    """Token ids of the texts, `most` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.sparse:
         raise UsageError(
@@ -119,21 +119,21 @@ def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Sa
 
 @dataclass(slots=True)
 class Partial:
-    """A count that may be interrupted: the profile so far, and how many jobs it has seen. `key`: of what, exactly."""
+    """A count that may be interrupted."""
 
     path: Path
-    key: str
-    profile: Profile
-    done: int = 0
+    key: str  # a digest of the jobs and of the order of the neurons
+    profile: Profile  # so far
+    done: int = 0  # jobs that it has counted
 
     @classmethod
     def open(cls, model: PackedModel, jobs: Sequence[Job], names: Sequence[str]) -> "Partial":
-        """What an earlier run has kept, if it counted the same jobs on the same order of neurons; else an empty one."""
+        """The count of an earlier run, if it was of the same jobs with the same order of neurons; else an empty one."""
         key = json.dumps([model.order, [[job.fresh, *job.ids] for job in jobs]])
         digest = hashlib.sha256(key.encode()).hexdigest()
         partial = cls(model.path.with_name(f"{model.path.stem}-counted.npz"), digest, empty_profile(model, names))
         kept = load_arrays(partial.path)
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or not of ours
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # there is no file, or it is not one of ours
             facts = json.loads(str(kept["facts"]))
             if facts["key"] == digest:
                 partial.profile = Profile.restored(kept["counts"], model.spec.ffn, facts)
@@ -142,7 +142,7 @@ class Partial:
         return partial
 
     def save(self) -> None:
-        """Replace the file by what is known now; raises ResourceError where there is no room."""
+        """Write the count to its file; raises ResourceError if there is no space."""
         facts = self.profile.facts | {"key": self.key, "done": self.done}
         try:
             with hold_interrupts():
@@ -151,7 +151,7 @@ class Partial:
             raise ResourceError(f"cannot keep what was counted in {self.path}: {error.strerror}") from error
 
     def keep(self, say: Say) -> None:
-        """Save what there is when a run ends early."""
+        """Save what was counted when a run ends early; a note says if that fails."""
         if self.done:
             try:
                 self.save()
@@ -167,15 +167,15 @@ def _count(
         say(f"going on after {sum(partial.profile.tokens):,} of {total:,} tokens, which an earlier run has counted")
     if first == len(jobs):
         return
-    kept_at = time.monotonic()
+    saved_at = time.monotonic()
 
     def after(done: int) -> None:
-        nonlocal kept_at
+        nonlocal saved_at
         partial.done = first + done
         counted("profiling", sum(partial.profile.tokens), total)
-        if time.monotonic() - kept_at > _KEEP_S:
+        if time.monotonic() - saved_at > _SAVE_EVERY_S:
             partial.save()
-            kept_at = time.monotonic()
+            saved_at = time.monotonic()
 
     # A job of one token is run as two (`Session.firing`).
     context = max(2, *(len(job.ids) for job in jobs))

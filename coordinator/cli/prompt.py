@@ -1,4 +1,4 @@
-"""Where the prompt of `generate` comes from: the command line, a file, or what is piped in."""
+"""The prompt of `generate`: from the command line, a file, or stdin."""
 
 import sys
 from collections.abc import Sequence
@@ -9,12 +9,15 @@ from warmfront.shared.errors import UsageError
 
 __all__ = ["read_prompt"]
 
-# Far more than any context holds; an endless file must not fill the memory.
-_LARGEST = 1 << 28
+# Bytes: far more than any context holds; an endless file must not fill the memory.
+_MAX_BYTES = 1 << 28
 
 
 def read_prompt(text: str | None, ids: Sequence[int] | None, file: Path | None) -> str | Sequence[int]:
-    """The one that is given; without any, or with "-" as the text or file, all of stdin. Raises UsageError."""
+    """The one that is given; without any, or with "-" as text or file, all of stdin.
+
+    Raises UsageError for more than one, for none, and for what cannot be read or is not UTF-8.
+    """
     if sum(given is not None for given in (text, ids, file)) > 1:
         raise UsageError("give either -p TEXT or --prompt-ids 1,2,3 or -f FILE, one of them")
     if ids is not None:
@@ -37,9 +40,9 @@ def read_prompt(text: str | None, ids: Sequence[int] | None, file: Path | None) 
 
 
 def _decoded(source: BinaryIO, name: str) -> str:
-    data = source.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-        raise UsageError(f"the prompt in {name} is larger than {_LARGEST >> 20} MiB: shorten it")
+    data = source.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"the prompt in {name} is larger than {_MAX_BYTES >> 20} MiB: shorten it")
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What a generation cost, as a JSON object and as lines for people."""
+"""What `generate --json` and `--stats` say of an answer."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ __all__ = ["as_object", "as_text", "rates"]
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
     workers, stats, selection = engine.statistics.workers(), engine.stats, engine.statistics.selection()
-    found = {
+    facts = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
         "prompt_ids": list(prompt_ids),
@@ -29,14 +29,14 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "model": model,
     }
     if any(token.logprob is not None for token in tokens):
-        found["logprobs"] = [
-            _chance(engine, token.id, token.logprob) | {"top": [_chance(engine, *top) for top in token.top]}
+        facts["logprobs"] = [
+            _logprob(engine, token.id, token.logprob) | {"top": [_logprob(engine, *top) for top in token.top]}
             for token in tokens
         ]
-    return found
+    return facts
 
 
-def _chance(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
+def _logprob(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
     return {"id": token, "text": engine.tokenizer.decode([token]), "logprob": logprob}
 
 
@@ -73,7 +73,7 @@ def as_text(engine: Engine) -> str:
 
 
 def _places(worker: WorkerStats) -> str:
-    """Where a worker's weights lie."""
+    """The NUMA nodes that hold a worker's weights."""
     total = sum(worker.nodes.values())
     if not total:
         return ""

@@ -1,4 +1,4 @@
-"""`warmfront topology`: what the machine offers, what is left of it to this process, and who would run where."""
+"""`warmfront topology`: what the machine has, what of it this process may use, and what would run where."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,9 +15,9 @@ _ROUNDS = 3
 
 
 def describe(measure: bool) -> dict[str, Any]:
-    """The machine as an object; sizes in bytes. `measure`: GB/s from every node's cpus to every node's memory too.
+    """The machine as an object; sizes in bytes. `measure`: also GB/s from the cpus of each node to the memory of each.
 
-    Where memory cannot be bound to one of several nodes, nothing is measured.
+    Nothing is measured where memory cannot be bound to one of several nodes.
     """
     topology = read_topology()
     plan = plan_cores(topology)
@@ -56,7 +56,7 @@ def _node(node: Node, topology: Topology) -> dict[str, Any]:
 
 
 def _bandwidth(topology: Topology) -> list[dict[str, Any]]:
-    """GB/s, the best of some rounds, from the cores of each node to the memory of each."""
+    """GB/s, the best of three rounds, from the cores of each node to the memory of each."""
     memories = [node for node in (*topology.nodes, *topology.memory_nodes) if node.total_bytes]
     rows = []
     for node in topology.nodes:
@@ -69,7 +69,7 @@ def _bandwidth(topology: Topology) -> list[dict[str, Any]]:
 
 
 def render(facts: dict[str, Any]) -> Iterator[str]:
-    """The lines for people."""
+    """The object of `describe` as lines for people."""
     for node in facts["nodes"]:
         cores, cpus = len(node["cores"]), sum(len(core) for core in node["cores"])
         kinds = f", {node['efficient']} of them efficient ones" if node["efficient"] else ""

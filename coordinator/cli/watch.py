@@ -1,8 +1,8 @@
-"""`generate --watch`: the warm front as it moves, drawn in the terminal with rich, ten times a second.
+"""`generate --watch`: which worker computes what, drawn in the terminal with rich, ten times a second.
 
-One line for each layer: how the bytes of the last token's active neurons were divided over the workers, by width.
-Below, for each worker, how much of the token's time it computed; above, tokens and moves a second. The answer runs
-beneath.
+A line for each layer shows how the bytes of the last token's active neurons were divided over the workers. Below, a
+line for each worker shows how much of the token's time it computed; above are tokens and moves a second. The answer
+is at the bottom.
 """
 
 import time
@@ -22,15 +22,13 @@ __all__ = ["Watch"]
 
 Floats = npt.NDArray[np.float64]
 _COLOURS = ("blue", "red", "cyan", "magenta", "green", "yellow")
-# The workers' marks where there are no colours.
-_MARKS = "#=+*%@"
+_MARKS = "#=+*%@"  # of the workers, where there are no colours
 _PERIOD_S = 0.1
-# Part of what is shown that a new token makes.
-_NEW = 0.2
+_NEW = 0.2  # weight of a new token in the moving averages that are shown
 
 
 class Watch:
-    """Draws while the block lasts; `show` it every token."""
+    """Draws while its with block lasts; `show` is to be called for every token."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -46,7 +44,7 @@ class Watch:
         self._busy: Floats | None = None
 
     def show(self, text: str) -> None:
-        """A token has come, with this text."""
+        """Take account of a token with this text, and draw if it is time."""
         engine, now = self._engine, time.monotonic()
         token_s, self._token_at = now - self._token_at, now
         loads = engine.ownership.layer_loads()
@@ -66,23 +64,23 @@ class Watch:
             self._live.update(self._frame(), refresh=True)
 
     def _frame(self) -> RenderableType:
-        front, width = self._engine.ownership, self._console.width
+        ownership, width = self._engine.ownership, self._console.width
         head = Text(
-            f"{1 / max(self._token_s, 1e-9):.1f} tok/s · {self._moves_ps:.0f} moves/s · {front.flow.moves} moves, "
-            f"{front.flow.flips} changes of owner without a copy · policy {self._engine.plan.config.policy}",
+            f"{1 / max(self._token_s, 1e-9):.1f} tok/s · {self._moves_ps:.0f} moves/s · {ownership.flow.moves} moves, "
+            f"{ownership.flow.flips} changes of owner without a copy · policy {self._engine.plan.config.policy}",
             style="bold",
         )
         table = Table.grid(padding=(0, 1))
-        room = max(10, width - 12)
+        columns = max(10, width - 12)
         assert self._shares is not None
         assert self._busy is not None
-        # The lowest layers where the terminal has no room for all.
-        rest = -(-len(head) // width) + len(front.names) + 5
-        for layer, shares in enumerate(self._shares[: max(1, self._console.height - rest)]):
-            table.add_row(f"layer {layer:3}", self._parts(shares, room))
-        for worker, (name, busy) in enumerate(zip(front.names, self._busy, strict=True)):
-            filled = round(min(1.0, busy) * room)
-            bar = self._bar(worker, filled) + Text(self._rest * (room - filled), style="dim")
+        # Where the terminal is too low for all layers, the first ones are shown.
+        other_lines = -(-len(head) // width) + len(ownership.names) + 5
+        for layer, shares in enumerate(self._shares[: max(1, self._console.height - other_lines)]):
+            table.add_row(f"layer {layer:3}", self._parts(shares, columns))
+        for worker, (name, busy) in enumerate(zip(ownership.names, self._busy, strict=True)):
+            filled = round(min(1.0, busy) * columns)
+            bar = self._bar(worker, filled) + Text(self._rest * (columns - filled), style="dim")
             table.add_row(f"{name} {min(busy, 1):4.0%}", bar)
         tail = self._text[-2 * width :]
         return Group(head, table, Text(tail))
@@ -90,11 +88,11 @@ class Watch:
     def _bar(self, worker: int, length: int) -> Text:
         return Text(self._marks[worker % len(self._marks)] * length, style=_COLOURS[worker % len(_COLOURS)])
 
-    def _parts(self, shares: Floats, room: int) -> Text:
+    def _parts(self, shares: Floats, columns: int) -> Text:
         line, at, end = Text(), 0, 0.0
         for worker, share in enumerate(shares):
             end += share
-            upto = round(end * room)
+            upto = round(end * columns)
             line += self._bar(worker, upto - at)
             at = upto
         return line
@@ -107,6 +105,6 @@ class Watch:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._shares is not None:
-            self._text = ""  # it is printed whole
+            self._text = ""  # the caller prints it whole
             self._live.update(self._frame(), refresh=True)
         self._live.__exit__(kind, value, traceback)

@@ -10,14 +10,14 @@ from warmfront.shared.machine.process import python_module_command
 
 __all__ = ["render"]
 
-# Of computing, and for a machine that does not let it compute.
-CPU_S, _TIMEOUT_S = 1, 30.0
+CPU_S = 1  # of computing: no real template takes a hundredth of it
+_TIMEOUT_S = 30.0  # of waiting, on a machine that gives it no time to compute
 
 
 def render(name: str, template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
-    """The text for the next answer to `messages`. `tokens`: texts of special tokens, such as bos_token.
+    """The prompt for the next answer to `messages`. `tokens`: texts of special tokens, such as bos_token.
 
-    Raises ModelError, naming the model `name`, for a template that fails or never ends.
+    Raises ModelError, naming the model `name`, for a template that fails or does not end in time.
     """
     variables = {
         "messages": [dict(message) for message in messages],
@@ -37,7 +37,7 @@ def render(name: str, template: str, messages: Sequence[Mapping[str, str]], toke
             raise ModelError(f"the chat template of {name} does not end within {_TIMEOUT_S:.0f} s") from None
         finally:
             process.kill()
-            process.wait()  # which the block's end leaves out after Ctrl-C
+            process.wait()  # Popen's own exit skips it after Ctrl-C, and would leave a zombie
     if process.returncode < 0:
         raise ModelError(f"the chat template of {name} does not end within {CPU_S} s")
     if process.returncode:

@@ -1,4 +1,5 @@
-"""The passes of the sampler over the whole vocabulary, compiled: numpy's take five times as long between two tokens.
+"""The passes of the sampler over the whole vocabulary, compiled: numpy's calls take longer between two tokens, where
+their code and data have left the caches (docs/log.md).
 
 The vocabulary is divided into groups of 64 logits, padded with -inf: a group's maximum tells whether to look into it.
 """
@@ -16,8 +17,7 @@ __all__ = ["GROUP", "LARGEST", "gather", "prepare", "weigh"]
 
 GROUP = 64
 LARGEST = np.finfo(np.float32).max
-# All ones in infinities and NaN.
-_EXPONENT = 0x7F800000
+_EXPONENT = 0x7F800000  # of a float32; all ones in infinities and NaN
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
 
@@ -26,13 +26,13 @@ Longs = npt.NDArray[np.int64]
 def prepare(logits: Floats, work: Floats, maxima: Floats, tokens: Longs, count: int, penalty: Any) -> int:
     """Copy the logits to `work` [groups * 64], with the repetition penalty on the first `count` of `tokens`.
 
-    Fills in the groups' `maxima`. Returns the first of the largest, or -1 where a logit is not finite.
+    Fills in the `maxima` of the groups. Returns the first index of the largest logit, -1 if a logit is not finite.
     """
-    size, bits, odd = logits.size, logits.view(np.int32), 0
+    size, bits, not_finite = logits.size, logits.view(np.int32), 0
     for i in range(size):
         work[i] = logits[i]
-        odd |= bits[i] & _EXPONENT == _EXPONENT
-    if odd:
+        not_finite |= bits[i] & _EXPONENT == _EXPONENT
+    if not_finite:
         return -1
     for i in range(size, work.size):
         work[i] = -np.inf
@@ -54,7 +54,7 @@ def prepare(logits: Floats, work: Floats, maxima: Floats, tokens: Longs, count: 
 
 @kernel
 def gather(work: Floats, maxima: Floats, bound: Any, ids: Longs, values: Floats) -> int:
-    """List the logits that are at least `bound`, which is finite, in rising order of their ids; returns how many."""
+    """List the logits that are at least `bound`, which is finite, in ascending order of ids; returns how many."""
     count = 0
     for group in range(maxima.size):
         if maxima[group] >= bound:
@@ -67,10 +67,10 @@ def gather(work: Floats, maxima: Floats, bound: Any, ids: Longs, values: Floats)
 
 @kernel
 def weigh(work: Floats, weights: Floats, size: int, high: Any, inverse: Any, sums: npt.NDArray[np.float64]) -> None:
-    """weights = exp((work - high) * inverse) of the first `size`, 0 of the padding; and the groups' sums of them."""
+    """weights = exp((work - high) * inverse) for the first `size`, 0 for the padding; and the `sums` of the groups."""
     for group in range(sums.size):
         for i in range(group * GROUP, (group + 1) * GROUP):
-            weights[i] = max(work[i] - high, -LARGEST) * inverse  # 0 times infinity would be NaN
+            weights[i] = max(work[i] - high, -LARGEST) * inverse  # finite: infinity times 0 would be NaN
         sums[group] = exponentials(address_of(weights) + group * GROUP * 4, GROUP, np.float32(0))
     if size < weights.size:
         last, total = sums.size - 1, np.float64(0)

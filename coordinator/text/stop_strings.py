@@ -1,4 +1,4 @@
-"""Stop strings in a stream of text pieces: nothing of a stop string, or of what may become one, is let through."""
+"""Stop strings in a stream of text pieces: a stop string, or what may still become one, is not shown."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ class StopText:
     """Holds back the longest tail that could still grow into one of `stops`."""
 
     def __init__(self, stops: str | Sequence[str]) -> None:
-        """A text is one stop string; an empty one stops nothing. Raises UsageError for what is not text."""
+        """A single text is one stop string; empty ones are ignored. Raises UsageError for what is not text."""
         if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
             raise UsageError(f"stop is {stops!r}: give texts")
         self._stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
@@ -19,7 +19,7 @@ class StopText:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What may be shown after `piece`; sets `found` when a stop string is complete, and then nothing more."""
+        """The text that may be shown after `piece`; none once a stop string is complete, which sets `found`."""
         if self.found:
             return ""
         text = self._held + piece
@@ -32,11 +32,11 @@ class StopText:
         return text[: len(text) - keep]
 
     def rest(self) -> str:
-        """What was held back when the answer ended without a stop string."""
+        """The text that was held back, for an answer that ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that is a beginning of `stop`."""
+        """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,16 +1,16 @@
-"""The text of an answer while its tokens come: what a token adds is found once, not by decoding all of them again.
+"""The text of an answer while its tokens come: each token is decoded once, not all of them again with every token.
 
-A tokenizer's decoder is a chain of steps over the tokens' texts. Those in use fit one form:
+A tokenizer's decoder is a chain of steps over the texts of the tokens. Those in use fit one form:
 
     steps that look at one token, and whether it is the first    Replace, Strip, Metaspace, WordPiece
     its bytes: ByteLevel's alphabet, or tokens like <0x0A>       ByteLevel, ByteFallback
     after Fuse, steps on the whole text                          Strip at its beginning
 
-So a token is some bytes, known by its id; the bytes go through a decoder of UTF-8 that waits for the rest of a
-character and writes U+FFFD for what is not one: ByteLevel once for the beginning of a character, ByteFallback for every
-byte. (At a wrong byte ByteFallback gives up the whole run of byte tokens, even letters that were shown; only then the
-stream differs from `Tokenizer.decode`.) For any other chain the tokens are decoded anew with each, and what has been
-added is shown.
+So each token id stands for some bytes. They go through a UTF-8 decoder that waits for the rest of a character and
+writes U+FFFD for bytes that are not one: ByteLevel once for the beginning of a character, ByteFallback for every byte.
+(At a wrong byte ByteFallback replaces the whole run of byte tokens, even letters that were already shown; only there
+does the stream differ from `Tokenizer.decode`.) For any other chain all tokens are decoded anew with each, and what has
+been added is shown.
 """
 
 import codecs
@@ -37,7 +37,7 @@ codecs.register_error(_EVERY_BYTE, _replace_every_byte)
 
 
 def _alphabet() -> dict[str, int]:
-    """The byte that each letter of ByteLevel stands for: printable ones for themselves, the others from U+0100 on."""
+    """The byte of each letter in ByteLevel's alphabet: printable ones are themselves, others follow from U+0100."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -48,10 +48,10 @@ assert _ALPHABET.keys() == set(ByteLevel.alphabet())
 
 
 class TextStream:
-    """Text of a growing answer to `prompt`; a character that spans tokens comes out whole, a broken one as U+FFFD."""
+    """The text of a growing answer to `prompt`; a character of several tokens comes whole, a broken one as U+FFFD."""
 
     def __init__(self, fast: Any, prompt: Sequence[int] = ()) -> None:
-        self._decoder = _Nothing() if fast is None else _by_token(fast) or _Again(fast)
+        self._decoder = _NoText() if fast is None else _by_token(fast) or _Redecoder(fast)
         self._decoder.skip(prompt)
 
     def push(self, token: int) -> str:
@@ -59,11 +59,11 @@ class TextStream:
         return self._decoder.push(token)
 
     def rest(self) -> str:
-        """What is left of an incomplete character when the answer has ended."""
+        """What is left of an incomplete character at the end of the answer."""
         return self._decoder.rest()
 
 
-class _Nothing:
+class _NoText:
     """Without a tokenizer there is no text."""
 
     def skip(self, _ids: Sequence[int]) -> None:
@@ -76,18 +76,18 @@ class _Nothing:
         return ""
 
 
-class _ByToken:
-    """Adds up the tokens' bytes."""
+class _TokenDecoder:
+    """Decodes the bytes of one token after the other."""
 
     def __init__(
-        self, spell: Callable[[int, bool], bytes | None], errors: str = "replace", strip: str = "", most: int = 0
+        self, spell: Callable[[int, bool], bytes | None], errors: str = "replace", strip: str = "", max_strip: int = 0
     ) -> None:
-        """`spell`: bytes of a token, the first or a later one; up to `most` letters `strip` are left out in front."""
+        """`spell`: bytes of a token, the first or a later one; up to `max_strip` letters `strip` in front are cut."""
         self._spell = spell
         self._known: dict[int, bytes | None] = {}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-        self._begun = False
-        self._strip, self._most = strip, most
+        self._started = False
+        self._strip, self._max_strip = strip, max_strip
 
     def skip(self, ids: Sequence[int]) -> None:
         for token in ids:
@@ -95,9 +95,9 @@ class _ByToken:
         self.rest()
 
     def push(self, token: int) -> str:
-        if not self._begun:
+        if not self._started:
             spelled = self._spell(token, True)
-            self._begun = spelled is not None
+            self._started = spelled is not None
         elif token in self._known:
             spelled = self._known[token]
         else:
@@ -110,16 +110,16 @@ class _ByToken:
         return text
 
     def _stripped(self, text: str) -> str:
-        while self._most and text:
+        while self._max_strip and text:
             if text[0] != self._strip:
-                self._most = 0
+                self._max_strip = 0
             else:
-                text, self._most = text[1:], self._most - 1
+                text, self._max_strip = text[1:], self._max_strip - 1
         return text
 
 
-class _Again:
-    """Decodes all tokens with each: right for any decoder, and slower the longer the answer is."""
+class _Redecoder:
+    """Decodes all tokens with each new one: right for any decoder, and slower the longer the answer is."""
 
     def __init__(self, fast: Any) -> None:
         self._fast = fast
@@ -137,42 +137,42 @@ class _Again:
     def rest(self) -> str:
         return self._new("")
 
-    def _new(self, unripe: str) -> str:
-        """What has been added to the text, without letters `unripe` at its end."""
-        text = str(self._fast.decode(self._ids)).rstrip(unripe)
+    def _new(self, incomplete: str) -> str:
+        """What has been added to the text, without letters `incomplete` at its end."""
+        text = str(self._fast.decode(self._ids)).rstrip(incomplete)
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
 
 
-def _by_token(fast: Any) -> _ByToken | None:
-    """The tokens' bytes by the tokenizer's own decoder; None if its steps are not of the form above."""
-    if fast.decoder is None:  # the library puts spaces between the tokens
-        return _ByToken(_speller(fast, lambda text, first: text.encode() if first else b" " + text.encode()))
+def _by_token(fast: Any) -> _TokenDecoder | None:
+    """The stream for a decoder of the form above; None for any other."""
+    if fast.decoder is None:  # then the library joins the tokens with spaces
+        return _TokenDecoder(_speller(fast, lambda text, first: text.encode() if first else b" " + text.encode()))
     steps = _flat(json.loads(fast.decoder.__getstate__()))
     kinds = [step["type"] for step in steps]
     count = next((i for i, step in enumerate(steps) if not _is_by_token(step)), len(steps))
     by_token, kinds = _decoder(steps[:count]), kinds[count:]
     to_bytes: Callable[[str], bytes] = str.encode
-    errors, strip, most = "replace", "", 0
+    errors, strip, max_strip = "replace", "", 0
     if kinds == ["ByteLevel"]:
         to_bytes, kinds = _byte_level, []
     elif kinds[:1] == ["ByteFallback"]:
         to_bytes, errors, kinds = _byte_fallback, _EVERY_BYTE, kinds[1:]
     if kinds == ["Fuse", "Strip"] and not steps[-1]["stop"]:
-        strip, most = steps[-1]["content"], steps[-1]["start"]
+        strip, max_strip = steps[-1]["content"], steps[-1]["start"]
     elif kinds not in ([], ["Fuse"]):
         return None
 
     def spell(text: str, first: bool) -> bytes:
-        # After an empty token, which adds nothing, it is not the first.
+        # An empty token in front adds nothing, and makes this one a later one.
         return to_bytes(text if by_token is None else by_token.decode([text] if first else ["", text]))
 
-    return _ByToken(_speller(fast, spell), errors, strip, most)
+    return _TokenDecoder(_speller(fast, spell), errors, strip, max_strip)
 
 
 def _speller(fast: Any, spell: Callable[[str, bool], bytes]) -> Callable[[int, bool], bytes | None]:
-    """Bytes of a token by its id; None for special and unknown ones, which are left out of a text."""
+    """The bytes of a token by its id; None for special and unknown ones, which are not text."""
     special = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
 
     def of_id(token: int, first: bool) -> bytes | None:
@@ -183,16 +183,17 @@ def _speller(fast: Any, spell: Callable[[str, bool], bytes]) -> Callable[[int, b
 
 
 def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of nested sequences in one list."""
     return [s for inner in step["decoders"] for s in _flat(inner)] if step["type"] == "Sequence" else [step]
 
 
 def _is_by_token(step: dict[str, Any]) -> bool:
-    """Whether it looks at one token, and whether that is the first. (Strip at the end panics at an empty token.)"""
+    """Whether the step needs one token only, and whether it is the first. (Strip at the end panics on empty tokens.)"""
     return step["type"] in ("Replace", "Metaspace", "WordPiece") or (step["type"] == "Strip" and not step["stop"])
 
 
 def _decoder(steps: list[dict[str, Any]]) -> Any:
-    """The library's decoder with these steps; None for none."""
+    """The library's decoder with these steps; None without steps."""
     if not steps:
         return None
     empty = {"type": "BPE", "vocab": {}, "merges": []}
@@ -201,7 +202,7 @@ def _decoder(steps: list[dict[str, Any]]) -> Any:
 
 
 def _byte_level(text: str) -> bytes:
-    """Text with a letter outside the alphabet stands for itself."""
+    """The bytes of a text in ByteLevel's alphabet; a text with any other letter stands for itself."""
     try:
         return bytes(_ALPHABET[letter] for letter in text)
     except KeyError:

@@ -2,9 +2,9 @@
 
 Run as `python -m warmfront.coordinator.text.template_process`.
 
-A template is a program from strangers: Jinja's sandbox keeps it from everything but its input, and the kernel bounds
-what it may use, be it in one endless loop or one enormous string. stdin is a JSON object {template, variables, now,
-cpu_s}, stdout {text} or {error}.
+A template is a program from strangers: Jinja's sandbox keeps it from everything but its input, and the kernel limits
+its time and memory, whether it spends them in an endless loop or on an enormous string. stdin is a JSON object
+{template, variables, now, cpu_s}, stdout is {text} or {error}.
 """
 
 import json
@@ -21,13 +21,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 __all__: list[str] = []
 
-MEMORY = 1 << 30
-# Characters of a prompt: far more than any context holds.
-LONGEST = 1 << 26
+MEMORY = 1 << 30  # bytes of address space
+MAX_CHARACTERS = 1 << 26  # of a prompt: far more than any context holds
 
 
 class Generation(Extension):
-    """{% generation %} marks what the model is to learn in training; in a prompt it is only its content."""
+    """{% generation %} marks what the model learns in training; in a prompt only its content matters."""
 
     tags = {"generation"}  # noqa: RUF012  as Jinja declares it
 
@@ -52,7 +51,7 @@ def refuse(message: str) -> None:
 
 
 def render(template: str, variables: dict[str, Any], now: datetime) -> str:
-    """The text that the template makes of the variables. It raises whatever it likes."""
+    """The text that the template makes of the variables. A template may raise any exception."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
@@ -60,7 +59,7 @@ def render(template: str, variables: dict[str, Any], now: datetime) -> str:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = now.strftime
     text = environment.from_string(template).render(**variables)
-    if len(text) > LONGEST:
+    if len(text) > MAX_CHARACTERS:
         raise TemplateError(f"it writes {len(text):,} characters")
     return text
 

@@ -9,9 +9,9 @@ from warmfront.coordinator.text.stream import TextStream
 from warmfront.shared.errors import ModelError, UsageError
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["Tokenizer"]
 
-# Not a character: no text has it.
+# A noncharacter of Unicode, which no text contains.
 _MARK = "\ufdd0"
 
 
@@ -36,10 +36,10 @@ class Tokenizer:
         return frozenset(self._text.get("eos_ids", ()))
 
     def encode(self, text: str, *, with_start: bool = True) -> list[int]:
-        """Token ids of `text`, after the beginning-of-text token if the model wants one."""
+        """Token ids of `text`, after the beginning-of-text token if the model has one and `with_start`."""
         if self._fast is None:
             raise ModelError(f"{self._name} came without a tokenizer.json: give the prompt as --prompt-ids 1,2,3")
-        try:  # a command line keeps bytes that are not text in its locale
+        try:  # Python keeps bytes of the command line that are not text in its locale as surrogates
             text = text.encode(errors="surrogateescape").decode()
         except UnicodeError:
             raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
@@ -51,7 +51,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         return "" if self._fast is None else str(self._fast.decode(list(ids)))
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
@@ -67,9 +67,9 @@ class Tokenizer:
         return render(self._name, template, messages, {name: text for name, text in tokens.items() if text is not None})
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of that prompt, in which control tokens that a user or a system prompt spells out are plain text.
+        """Token ids of that prompt, in which a control token that a user or system prompt spells out is plain text.
 
-        Such a token is cut in two by a mark, which the template carries along, and the parts are encoded by themselves.
+        Such a token is cut in two by a mark, which the template copies, and the parts are encoded separately.
         """
         control = self._control_tokens()
         plain = [{**message, "content": message["content"].replace(_MARK, "")} for message in messages]
@@ -87,7 +87,7 @@ class Tokenizer:
         return ids
 
     def _control_tokens(self) -> list[str]:
-        """Texts of the tokens that mean something else than what they spell, the longest first."""
+        """Texts of the tokens that mean something other than what they spell, the longest first."""
         if self._fast is None:
             return []
         texts = {token.content for token in self._fast.get_added_tokens_decoder().values() if token.special}
@@ -95,13 +95,13 @@ class Tokenizer:
         return sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
 
     def _text_of(self, role: str) -> str | None:
-        """The text of the token with that role."""
+        """The text of the token with this role, such as bos_id; None without it."""
         token = self._text.get(role)
         return None if self._fast is None or token is None else self._fast.id_to_token(token)
 
 
 def _cut(text: str, tokens: Iterable[str]) -> str:
-    """`text` with the mark behind the first letter of each of `tokens` in it."""
+    """`text` with the mark after the first letter of each occurrence of `tokens`."""
     for token in tokens:
         text = text.replace(token, token[0] + _MARK + token[1:])
     return text

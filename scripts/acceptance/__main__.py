@@ -4,11 +4,12 @@
 
 Checks driver, CuPy and torch; runs the tests that need a card; compares greedy float32 tokens with the CPU's, also
 while groups move and after the GPU worker was killed; measures calls, copies, kernels, decode and prefill. Each step is
-a process with its own time limit, ended with all that it started; one that fails does not stop the others. The last
-line is JSON, the exit code 1 if a step failed. What a card did is added to docs/gpu-measurements.md.
+a process with its own time limit, which is killed with all that it started; one that fails does not stop the others.
+The last line is JSON, the exit code 1 if a step failed. What was measured on a card is added to
+docs/gpu-measurements.md.
 
-`--gpu host` does the same on the device emulated on the CPU, and says so in each line: its figures are not those of a
-card and are written nowhere.
+`--gpu host` does the same on the device emulated on the CPU, and says so in each line: its figures are not a card's,
+and are not written down.
 """
 
 import argparse
@@ -31,7 +32,7 @@ MEASUREMENTS = ROOT / "docs" / "gpu-measurements.md"
 
 
 def child(name: str, job: Job) -> None:
-    """Be a step: the last line says what it found."""
+    """Run a step in this process; the last line of stdout is its result."""
     try:
         found = {"state": "ok", "figures": STEPS[name].run(job)}
     except Skipped as reason:
@@ -42,7 +43,7 @@ def child(name: str, job: Job) -> None:
 
 
 def run(name: str, job: Job, left_s: float) -> dict[str, Any]:
-    """Run a step in a process group of its own: its state, reason or figures, and seconds."""
+    """Run a step in a process group of its own; returns its state, its reason or figures, and seconds."""
     if job.emulated and STEPS[name].on_card:
         return {"state": "skipped", "reason": "needs a CUDA card", "seconds": 0.0}
     limit = min(STEPS[name].limit_s, left_s)
@@ -65,7 +66,7 @@ def run(name: str, job: Job, left_s: float) -> dict[str, Any]:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may outlive its killing
+            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may outlive SIGKILL
                 process.wait(5)
         out.seek(0)
         lines = out.read().decode(errors="replace").strip().splitlines()
@@ -77,7 +78,7 @@ def run(name: str, job: Job, left_s: float) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A figure, with four digits."""
+    """A figure with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -90,7 +91,7 @@ def table(name: str, found: dict[str, Any], emulated: bool) -> str:
 
 
 def note(results: dict[str, dict[str, Any]], command: str) -> None:
-    """Add a row to the measurements, of what ran on a card."""
+    """Add a row to the measurements of runs on a card."""
     figures = {key: value for found in results.values() for key, value in found.get("figures", {}).items()}
     failed = [name for name, found in results.items() if found["state"] == "failed"]
     commit = subprocess.run(
@@ -117,22 +118,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8, help="for all steps together")
     parser.add_argument("--child", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    wish = parser.parse_args()
-    if wish.child:
-        child(wish.child, Job(wish.gpu, wish.folder))
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, Job(options.gpu, options.folder))
         return 0
-    names = wish.steps.split(",")
+    names = options.steps.split(",")
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"no step {unknown[0]!r}: there are {', '.join(STEPS)}")
-    if wish.gpu != "host" and not wish.gpu.startswith("cuda:"):
-        parser.error(f"no device {wish.gpu!r}: use cuda:N or host")
-    names.append("environment")  # which names the card
+    if options.gpu != "host" and not options.gpu.startswith("cuda:"):
+        parser.error(f"no device {options.gpu!r}: use cuda:N or host")
+    names.append("environment")  # it names the card
     if any(STEPS[name].needs_models for name in names):
         names.append("models")
-    deadline, results = time.monotonic() + 60 * wish.minutes, dict[str, dict[str, Any]]()
+    deadline, results = time.monotonic() + 60 * options.minutes, dict[str, dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="warmfront-acceptance-") as folder:
         os.environ["XDG_CACHE_HOME"] = cache(Path(folder))
-        job = Job(wish.gpu, Path(folder))
+        job = Job(options.gpu, Path(folder))
         for name in (name for name in STEPS if name in names):
             if STEPS[name].needs_models and results["models"]["state"] != "ok":
                 results[name] = {"state": "failed", "reason": "there are no models", "seconds": 0.0}
@@ -141,12 +142,12 @@ def main() -> int:
             print(table(name, results[name], job.emulated), flush=True)
     if not job.emulated and any("figures" in found for found in results.values()):
         note(results, " ".join(["scripts/gpu_acceptance", *sys.argv[1:]]))
-    print(json.dumps({"gpu": wish.gpu, "emulated": job.emulated, "steps": results}))
+    print(json.dumps({"gpu": options.gpu, "emulated": job.emulated, "steps": results}))
     return int(any(found["state"] == "failed" for found in results.values()))
 
 
 def cache(folder: Path) -> str:
-    """A cache for the models that goes with the folder; compiled kernels stay where the user has them."""
+    """A cache for the models in the folder, which is removed; the compiled kernels stay in the user's cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warmfront" / "kernels"
     home.mkdir(parents=True, exist_ok=True)
     (folder / "cache" / "warmfront").mkdir(parents=True)

@@ -1,8 +1,8 @@
 """A random ReLU Llama as a Hugging Face folder, with hot and cold neurons that change with the text's topic.
 
 Channel 0 of the residual is the same for every token and channel 1 tells its topic; no layer writes them. A gate's
-weights of them are its bias, so that a fifth of the neurons fires often, the rest rarely, a tenth on average, and which
-they are depends on the topic. Words of a topic are followed by words of the same.
+weights of these two are its bias: a fifth of the neurons fires often, the others rarely, all together a tenth of the
+time, and which ones fire depends on the topic. Words of a topic are followed by words of the same topic.
 """
 
 import json
@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 __all__ = ["Shape", "prompt", "write_model"]
 
-_BIAS = 4.0  # value of the two channels, beside a deviation of 1 in the others
-_LEAN = 1.0  # how far a topic moves a threshold
+_BIAS = 4.0  # value of the two channels; the others have a standard deviation of 1
+_LEAN = 1.0  # how far a topic moves the threshold of a neuron, in standard deviations
 _HOT, _HOT_RATE, _COLD_RATE = 0.2, 0.4, 0.025
 
 

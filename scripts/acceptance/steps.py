@@ -1,6 +1,7 @@
 """The steps of the acceptance: each runs in a process of its own and returns its figures, or raises what is wrong.
 
-A step may raise `Skipped`. What it compares with is the CPU alone; what it measures is told by its figures' names.
+A step may raise `Skipped`. Tokens are compared with those of the CPU alone. The names of the figures say what is
+measured (docs/gpu-measurements.md).
 """
 
 import importlib.util
@@ -23,25 +24,24 @@ __all__ = ["STEPS", "Job", "Skipped", "Step"]
 
 Figures = dict[str, Any]
 
-# Compared token by token, in float32, and measured, in float16; an emulated card gets less to do.
+# The first is compared token by token in float32, the second measured in float16 (a smaller one on an emulated card).
 SMALL = Shape(hidden=256, layers=4, ffn=1024, vocab=512)
 LARGE = Shape(hidden=2048, layers=8, ffn=8192, vocab=4096)
 TOKENS = 96
-# What the product imports to load a Hugging Face folder, beside torch and CuPy; pytest for the tests.
+# What the product imports to load a Hugging Face folder.
 NEEDED = ("numpy", "numba", "msgpack", "click", "zmq", "tokenizers", "safetensors", "gguf", "torch")
-# The most tokens of a prefill job.
-JOB = 288
+JOB = 288  # tokens of the largest prefill job
 
 
 class Skipped(Exception):
-    """This step says nothing here; why."""
+    """Why this step cannot say anything here."""
 
 
 class Job(NamedTuple):
-    """What a step works with: the device's name, and a folder that all steps share."""
+    """What a step works with."""
 
-    gpu: str
-    folder: Path
+    gpu: str  # cuda:N, or host
+    folder: Path  # shared by all steps
 
     @property
     def emulated(self) -> bool:
@@ -53,16 +53,16 @@ class Job(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step, ended after `limit_s`; `on_card`: nothing of it can be emulated; `needs_models`: those of `models`."""
+    """A step of the acceptance."""
 
     run: Callable[[Job], Figures]
-    limit_s: float
-    on_card: bool = False
-    needs_models: bool = False
+    limit_s: float  # after which it is killed
+    on_card: bool = False  # nothing of it can be emulated
+    needs_models: bool = False  # those that `models` writes
 
 
 def environment(job: Job) -> Figures:
-    """Versions; what cannot be imported is an error."""
+    """Versions of all that is needed; raises RuntimeError for what cannot be imported."""
     versions, missing = {"python": sys.version.split()[0]}, []
     for name in (*NEEDED, *(() if job.emulated else ("cupy", "pytest"))):
         try:
@@ -91,7 +91,7 @@ def choice(job: Job) -> Figures:
     from warmfront.shared.config import EngineConfig
 
     if job.gpu != "cuda:0":
-        raise Skipped("auto takes no card but cuda:0")
+        raise Skipped("auto only takes cuda:0")
     said: list[str] = []
     chosen = resolve_devices(EngineConfig(), said.append)
     if (chosen.gpu, chosen.attention) != ("cuda:0", "cuda:0"):
@@ -106,7 +106,7 @@ def choice(job: Job) -> Figures:
 def tests(job: Job) -> Figures:
     """The tests that need a card."""
     root, files = Path(__file__).parents[2], ["tests/gpu_worker"]
-    if importlib.util.find_spec("transformers") is not None:  # which makes their models
+    if importlib.util.find_spec("transformers") is not None:  # it makes their models
         files += ["tests/coordinator/decode/test_torch_team.py", "tests/integration/test_card.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
@@ -149,9 +149,9 @@ def _compare(job: Job, attention: str) -> Figures:
 
 
 def moves(job: Job) -> Figures:
-    """A load that shifts from topic to topic: groups move, each neuron is computed once, the tokens stay.
+    """A load that shifts from topic to topic: groups move, each neuron is computed once, the tokens are the same.
 
-    The CPU worker seems slower than it is, so that moving pays with a small model too.
+    The CPU worker is slowed down, so that moving pays with a small model too.
     """
     figures = {}
     for policy in ("balance", "ema"):
@@ -165,7 +165,7 @@ def moves(job: Job) -> Figures:
 
 
 def killed(job: Job) -> Figures:
-    """The GPU worker dies within an answer: the tokens stay, and it comes back."""
+    """The GPU worker is killed within an answer: the tokens are the same, and another worker is started."""
     expected = json.loads((job.folder / "expected.json").read_text(encoding="utf-8"))[1]
     said: list[str] = []
     with _engine(job, "small", 0.5, say=said.append) as engine:
@@ -188,7 +188,7 @@ def killed(job: Job) -> Figures:
 
 
 def device(job: Job) -> Figures:
-    """The device alone: a call, copies to slots, kernels against what its memory gives."""
+    """The device alone: a call, copies to slots, kernels against the bandwidth of its memory."""
     from warmfront.shared.model.formats import Kind
 
     memory = None if job.emulated else _memory_gb_s()
@@ -212,10 +212,10 @@ def _kernels(job: Job, kind: int, down: int) -> Figures:
     compiled = _wall(lambda: card.reserve(layout, ACTIVATIONS.index("relu"), groups, JOB))
     copied = []
     for at in range(0, groups, card.batch):
-        some = slots[at : at + card.batch]
-        # A small positive weight in all types: every gate is open, everything is read.
-        card.staging(len(some))[:] = 0x22
-        copied.append(len(some) * layout.group_bytes / card.fill(some, card.staging(len(some))))
+        chunk = slots[at : at + card.batch]
+        # These bytes are a small positive weight in all types: every gate is open, everything is read.
+        card.staging(len(chunk))[:] = 0x22
+        copied.append(len(chunk) * layout.group_bytes / card.fill(chunk, card.staging(len(chunk))))
     x = np.abs(np.random.default_rng(1).standard_normal((JOB, hidden), np.float32))
     out, one = np.empty_like(x), np.empty_like(x[:1])
     x_panels, out_panels = (vectors.reshape(-1, hidden, 16) for vectors in (x, out))
@@ -250,8 +250,8 @@ def speed(job: Job) -> Figures:
     ways |= {policy: {"policy": policy, "attention": "cpu"} for policy in ("static", "balance", "ema")}
     ways["balance_attention"] = {"policy": "balance", "attention": job.gpu}
     figures: Figures = {}
-    for name, wishes in ways.items():
-        with _engine(job, "large", None if name == "cpu" else 0.5, **wishes) as engine:
+    for name, overrides in ways.items():
+        with _engine(job, "large", None if name == "cpu" else 0.5, **overrides) as engine:
             engine.decode_ids(prompt(job.large, 16), 64)
             engine.reset()
             rates = []
@@ -286,7 +286,7 @@ def _device(job: Job) -> Any:
 
 @contextmanager
 def _engine(
-    job: Job, name: str, share: float | None = None, *, say: Callable[[str], None] = print, **wishes: Any
+    job: Job, name: str, share: float | None = None, *, say: Callable[[str], None] = print, **overrides: Any
 ) -> Iterator[Any]:
     """An engine of a model, the GPU holding `share` of its groups, at least one."""
     from warmfront.coordinator import Engine
@@ -294,12 +294,12 @@ def _engine(
     from warmfront.shared.model.formats import Kind
 
     shape, kind, dtype = (SMALL, Kind.F32, "f32") if name == "small" else (job.large, Kind.F16, "f16")
-    wishes = {"gpu": job.gpu, "attention": "cpu", "dtype": dtype, "context": shape.context} | wishes
+    overrides = {"gpu": job.gpu, "attention": "cpu", "dtype": dtype, "context": shape.context} | overrides
     if share is not None:
         layout = BundleLayout(hidden=shape.hidden, ffn=shape.ffn, gate_kind=kind, down_kind=kind)
         slots = max(1, math.ceil(share * shape.layers * layout.groups))
-        wishes["vram_budget"] = sum(_device(job).ledger(layout, slots, JOB).values())
-    with Engine.load(str(job.folder / name), say=say, **wishes) as engine:
+        overrides["vram_budget"] = sum(_device(job).ledger(layout, slots, JOB).values())
+    with Engine.load(str(job.folder / name), say=say, **overrides) as engine:
         yield engine
 
 
@@ -318,12 +318,12 @@ def _wall(call: Callable[[], object]) -> int:
 
 
 def _median(measure: Callable[[], int], rounds: int = 20) -> float:
-    """Of some rounds after two to warm up, in ns."""
+    """The median of `rounds` calls after two to warm up, in ns."""
     return float(np.median([measure() for _ in range(rounds + 2)][2:]))
 
 
 def _memory_gb_s() -> float:
-    """What the card's memory gives: a copy within it reads and writes each byte."""
+    """Bandwidth of the card's memory: a copy within it reads and writes each byte."""
     import cupy
 
     size, cuda = 1 << 30, cupy.cuda

@@ -1,4 +1,4 @@
-"""The `warmfront` command as the tests run it, and how they find what a run has left."""
+"""Running the `warmfront` command in tests, and finding what a run has left behind."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ needs_two_cores = pytest.mark.skipif(CORES < 2, reason="two workers need two cor
 
 
 class Outcome(NamedTuple):
-    """What a command ended with."""
+    """How a command ended."""
 
     code: int
     out: str
@@ -66,7 +66,7 @@ def marked(mark: str) -> dict[int, dict[str, str]]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             text = (entry / "environ").read_bytes().decode(errors="replace")
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # it has ended meanwhile, or is another user's
             continue
         environment = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
         if environment.get(MARK) == mark:

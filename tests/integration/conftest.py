@@ -11,11 +11,12 @@ import pytest
 
 from tests.integration.command import link_cache, prepack, run
 from tests.integration.reference import llama_from_gguf
+from warmfront.coordinator.engine.engine import Engine
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Packed models go to a folder that the tests remove; compiled kernels and downloads are the user's."""
+    """Packed models go to a folder that the tests remove; compiled kernels and downloads are in the user's cache."""
     home = tmp_path_factory.mktemp("cache")
     link_cache(home)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,3 +69,13 @@ def scripted(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         return prepack(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def endless(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, compiled: None) -> Path:
+    """A tiny ReLU model of 26 groups with a long context, already packed; without a tokenizer its answers never end."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    original = tiny_llama(hidden_act="relu", intermediate_size=400, max_position_embeddings=100_000)
+    shutil.copytree(original, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    Engine.load(str(folder)).close()
+    return folder

@@ -15,7 +15,7 @@ _ATTACH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);
 
 
 class Terminal:
-    """Types and reads; a context manager that ends the command if it still runs. `text` is all that was shown."""
+    """A command to type to and read from; a context manager that ends it. `text` is all that was shown."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._master, slave = pty.openpty()
@@ -34,7 +34,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def read_until(self, wanted: str, timeout: float = 30) -> str:
-        """Read on until the new text holds `wanted`; returns it. Fails after `timeout` seconds."""
+        """Read until the new text contains `wanted`; returns the new text. Fails after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         fresh = ""
         while wanted not in fresh:
@@ -43,7 +43,7 @@ class Terminal:
         return fresh
 
     def _read(self, deadline: float, wanted: str) -> str:
-        """What is shown next; nothing if the other side is closed."""
+        """The text that is shown next; empty if the other side is closed."""
         ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
         assert ready, f"{wanted} did not come in time after {self.text!r}"
         try:
@@ -54,7 +54,7 @@ class Terminal:
         return piece
 
     def wait(self, timeout: float = 10) -> int:
-        """The exit code; what is still shown is read."""
+        """The exit code, after reading what is still shown."""
         deadline = time.monotonic() + timeout
         while self._read(deadline, "the end"):
             pass

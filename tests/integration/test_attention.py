@@ -19,14 +19,16 @@ TOKENS = 24
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "overrides",
     [{}, {"gpu": "host", "vram_budget": 900_000, "selector": "exact"}],
     ids=["cpu workers", "emulated gpu worker"],
 )
-def test_tokens_and_logits_are_those_of_transformers(tiny_llama: Callable[..., Path], wishes: dict[str, Any]) -> None:
+def test_tokens_and_logits_are_those_of_transformers(
+    tiny_llama: Callable[..., Path], overrides: dict[str, Any]
+) -> None:
     folder = tiny_llama(hidden_act="relu", intermediate_size=400, attention_bias=True)
     model = llama_from_folder(folder)
-    with Engine.load(str(folder), dtype="f32", attention="host", verify=True, **wishes) as engine:
+    with Engine.load(str(folder), dtype="f32", attention="host", verify=True, **overrides) as engine:
         answer = [token.id for token in engine.generate(PROMPT, max_new_tokens=TOKENS)]
         assert answer == choices(model, PROMPT, answer)[:-1]
         ids = [*PROMPT, 5, 6, 7, 8]

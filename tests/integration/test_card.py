@@ -58,11 +58,11 @@ def test_tokens_are_those_of_transformers(
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8", "q4"])
 @pytest.mark.parametrize("tokens", [2, 17, 300])
 def test_prefill_is_the_cpus(made: Path, dtype: str, tokens: int) -> None:
-    """Of whole jobs and of what is left over, in every weight type; the CPU rounds inputs of all but float32."""
+    """Whole jobs and a remainder, in every weight type; the CPU rounds the inputs of all types but float32."""
     ids = [259 + (7 * i) % 250 for i in range(tokens)]
     logits = []
-    for wishes in (CARD, {"gpu": "none", "context": 512}):
-        with Engine.load(str(made), dtype=dtype, attention="cpu", **wishes) as engine:
+    for overrides in (CARD, {"gpu": "none", "context": 512}):
+        with Engine.load(str(made), dtype=dtype, attention="cpu", **overrides) as engine:
             logits.append(next(engine.forced_logits(ids, tokens)))
     tolerance = 1e-4 if dtype == "f32" else 5e-2
     np.testing.assert_allclose(logits[0], logits[1], rtol=tolerance, atol=tolerance * np.abs(logits[1]).max())

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 @pytest.fixture(scope="module")
 def talker(compiled: None, tiny_llama: Callable[..., Path]) -> Path:
-    """A random model, which says something else to everything."""
+    """A random model, whose answer depends on every token of the prompt."""
     return prepack(tiny_llama(hidden_act="relu", seed=4))
 
 
 def answers_of(model: Path, *questions: str, most: int, system: str | None = None) -> tuple[list[str], int]:
-    """What the model answers in turn, without the command, and how many tokens its last prompt added."""
+    """The answers of the model, turn by turn, without the command; and how many tokens the last prompt added."""
     messages, answers = [{"role": "system", "content": system}] if system else [], []
     with Engine.load(str(model)) as engine:
         for question in questions:
@@ -51,7 +51,7 @@ def test_two_turns_through_a_pipe(talker: Path) -> None:
 
 
 def test_an_answer_that_ends_is_remembered(scripted: Callable[..., Path]) -> None:
-    """What the model said goes into the next prompt, its end from the template; only what is new is computed."""
+    """The answer goes into the next prompt, with the end that the template gives it; only new tokens are computed."""
     model = scripted("a", "b", "c", "<|im_end|>")
     outcome = run("chat", "-m", model, "--stats", stdin=None, input="hi\nhi\nhi\n")
     assert (outcome.code, outcome.out) == (0, "abc\n" * 3)
@@ -81,7 +81,7 @@ def test_the_system_prompt_and_stop_strings_count(talker: Path) -> None:
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_standard_stream_is_closed(scripted: Callable[..., Path], closed: int) -> None:
-    """Closed stdin is an empty one; without the others the answer is given all the same."""
+    """A closed stdin is taken as empty; without stdout or stderr the answer is given all the same."""
     args = [WARMFRONT, "chat", "-m", os.fspath(scripted("a", "b", "c", "<|im_end|>"))]
     code = f"import os; os.close({closed}); os.execv({WARMFRONT!r}, {args!r})"
     command = [sys.executable, "-c", code]
@@ -112,7 +112,7 @@ def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
 
 
 def test_conversation_that_outgrows_the_context(tiny_llama: Callable[..., Path]) -> None:
-    """Too long a line is refused and forgotten; the chat goes on."""
+    """A line that is too long is refused and forgotten; the chat goes on."""
     lines = ["word " * 40, "hi"]
     outcome = run(
         "chat", "-m", prepack(tiny_llama(hidden_act="relu")), "--ctx", "60", stdin=None, input="\n".join(lines)
@@ -124,7 +124,7 @@ def test_conversation_that_outgrows_the_context(tiny_llama: Callable[..., Path])
 
 
 def test_keys_on_a_terminal(scripted: Callable[..., Path]) -> None:
-    """The model never ends: Ctrl-C stops its answer, or drops the line; the talk goes on."""
+    """The model never ends: Ctrl-C stops its answer, or drops the line; the chat goes on."""
     model = scripted("a", "b", "c", context=32768)
     with Terminal([WARMFRONT, "chat", "-m", os.fspath(model), "--ctx", "32768"]) as terminal:
         terminal.read_until("> ")

@@ -59,7 +59,7 @@ def test_help_names_what_there_is() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
-    """What click brings: a script for the shell, which asks the command itself."""
+    """The script that click makes for the shell, which asks the command itself."""
 
     def ask(what: str, words: str = "", word: str = "") -> str:
         environment = {"_WARMFRONT_COMPLETE": f"{shell}_{what}", "COMP_WORDS": words, "COMP_CWORD": word}
@@ -136,7 +136,7 @@ def test_dtypes_of_one_model_are_kept_apart(model: Path) -> None:
 
 @pytest.mark.slow
 class TestStop:
-    """Stop strings, with a model that speaks."""
+    """Stop strings, with a model that writes text."""
 
     PROMPT = ("-p", "The capital of France is", "-n", "24")
 

@@ -164,7 +164,7 @@ def test_no_token_comes_of_another_text(engine: Engine) -> None:
 
 
 class _Busy(threading.Thread):
-    """Uses an engine until it may not any more."""
+    """Uses an engine until it is refused."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(daemon=True)
@@ -193,7 +193,7 @@ def test_closing_waits_for_the_job_of_another_thread(tiny_llama: Callable[..., P
 
 
 def test_threads_get_their_own_text_or_none(engine: Engine) -> None:
-    """Whoever begins last goes on; nobody waits for ever."""
+    """The thread that began last goes on; none waits for ever."""
     prompts = [X, Y, [9, 9]]
     alone = [tokens_of(engine, ids, 30) for ids in prompts]
     seen: list[list[int] | UsageError] = []
@@ -337,10 +337,10 @@ def test_an_engine_that_is_dropped_is_closed(tiny_llama: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "override",
     [{"context": True}, {"context": "64"}, {"threads": "2"}, {"threads": 1.5}, {"dtype": None}, {"pin": 1}],
     ids=str,
 )
-def test_wishes_of_another_type_are_refused(tiny_llama: Callable[..., Path], wish: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"{next(iter(wish))}=.*: it must be of type"):
-        Engine.load(str(tiny_llama()), **wish)
+def test_values_of_another_type_are_refused(tiny_llama: Callable[..., Path], override: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(override))}=.*: it must be of type"):
+        Engine.load(str(tiny_llama()), **override)

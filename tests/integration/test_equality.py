@@ -51,7 +51,7 @@ def assert_same_logits(engine: Engine, model: Any, ids: Sequence[int], prefill: 
 
 
 def assert_gpu_has_a_third(engine: Engine) -> None:
-    """The budget gives so many slots, and they were used."""
+    """The budget gives this many slots, and they were used."""
     workers = engine.statistics.workers()
     assert workers[-1].name == "gpu0"
     assert workers[-1].neurons > 0
@@ -140,7 +140,7 @@ def assert_equal_throughout(engine: Engine, model: Any) -> None:
 
 @pytest.mark.parametrize("selector", ["all", "exact"])
 @pytest.mark.parametrize(
-    "wishes",
+    "overrides",
     [
         {"workers": 1},
         pytest.param({"workers": 2}, marks=needs_two_cores),
@@ -150,12 +150,12 @@ def assert_equal_throughout(engine: Engine, model: Any) -> None:
     ids=["one worker", "two workers", "gpu", "two workers and gpu"],
 )
 def test_relu(
-    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], wishes: dict[str, Any], selector: str
+    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], overrides: dict[str, Any], selector: str
 ) -> None:
     folder = tiny_llama(**RELU)
-    with Engine.load(str(folder), dtype="f32", selector=selector, **wishes) as engine:
+    with Engine.load(str(folder), dtype="f32", selector=selector, **overrides) as engine:
         assert_equal_throughout(engine, in_transformers(folder))
-        if "gpu" in wishes:
+        if "gpu" in overrides:
             assert_gpu_has_a_third(engine)
         active = engine.statistics.active_fraction(engine.statistics.workers())
         assert active is not None
@@ -193,13 +193,13 @@ def test_variants(
         assert_equal_throughout(engine, in_transformers(folder))
 
 
-@pytest.mark.parametrize("wishes", [{}, {**GPU, "vram_budget": TINY_THIRD}], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("overrides", [{}, {**GPU, "vram_budget": TINY_THIRD}], ids=["cpu", "gpu"])
 def test_prompts_that_share_a_beginning(
-    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], wishes: dict[str, Any]
+    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], overrides: dict[str, Any]
 ) -> None:
     folder = tiny_llama(**RELU)
     model = in_transformers(folder)
-    with Engine.load(str(folder), dtype="f32", **wishes) as engine, Engine.load(str(folder), dtype="f32") as fresh:
+    with Engine.load(str(folder), dtype="f32", **overrides) as engine, Engine.load(str(folder), dtype="f32") as fresh:
         answer = tokens_of(engine, LONG[:150])
         kept = 150 + len(answer) - 1
         longer = LONG[:150] + answer + [9, 8, 7]

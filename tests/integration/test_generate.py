@@ -1,4 +1,4 @@
-"""Where prompts come from and how answers end, with models that say what is wanted of them.
+"""Where prompts come from and how answers end, with models that say given tokens.
 
 pytest tests/integration/test_generate.py
 """
@@ -57,7 +57,7 @@ class TestEnd:
     """How an answer ends, and that nothing of it is lost."""
 
     @pytest.mark.parametrize(
-        ("wish", "text", "reason"),
+        ("options", "text", "reason"),
         [
             ({}, "abc", "stop"),
             ({"max_new_tokens": 2}, "ab", "length"),
@@ -72,8 +72,8 @@ class TestEnd:
             ({"ignore_eos": True}, "abcabcabca", "length"),  # the context of 16 is full
         ],
     )
-    def test_reason(self, abc: Engine, wish: dict[str, Any], text: str, reason: str) -> None:
-        assert "".join(token.text for token in abc.generate("xyz", **wish)) == text
+    def test_reason(self, abc: Engine, options: dict[str, Any], text: str, reason: str) -> None:
+        assert "".join(token.text for token in abc.generate("xyz", **options)) == text
         assert abc.stats.finish_reason == reason
 
     def test_there_is_no_reason_yet(self, abc: Engine) -> None:
@@ -95,7 +95,7 @@ class TestEnd:
 
 
 class TestRequests:
-    """What is asked of `Engine.generate`."""
+    """The arguments of `Engine.generate`."""
 
     @pytest.mark.parametrize("prompt", [[1.5], ["1"], [None], [5, 2.0]])
     def test_ids_are_whole_numbers(self, engine: Engine, prompt: list[Any]) -> None:
@@ -115,7 +115,7 @@ class TestRequests:
 
     @pytest.mark.parametrize("count", [0, 1, 5, 10_000])
     def test_log_probabilities(self, engine: Engine, plain: Path, count: int) -> None:
-        """Of the model's own distribution, whatever is drawn, as transformers computes it in float64."""
+        """They are of the model's own distribution, whatever is drawn, as transformers computes it in float64."""
         prompt, sampling = [5, 17, 200], Sampling(temperature=2, top_k=40, repetition_penalty=1.5, seed=3)
         tokens = list(engine.generate(prompt, max_new_tokens=8, sampling=sampling, logprobs=count, ignore_eos=True))
         model = LlamaForCausalLM.from_pretrained(plain, dtype=torch.float64)
@@ -170,7 +170,7 @@ class TestPrompt:
 
     @pytest.mark.parametrize("args", [[], ["-p", "-"], ["-f", "-"], ["-f", "FILE"]], ids=str)
     def test_its_ways(self, plain: Path, tmp_path: Path, args: list[str]) -> None:
-        """Every byte counts, the last line feed too."""
+        """Every byte belongs to it, the last line feed too."""
         (tmp_path / "FILE").write_text(self.TEXT)
         options = {"input": self.TEXT} if "FILE" not in args else {}
         where = [str(tmp_path / arg) if arg == "FILE" else arg for arg in args]

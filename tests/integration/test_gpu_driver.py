@@ -42,7 +42,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
 
 
 def test_without_cupy(relu: Path, driver: dict[str, str]) -> None:
-    """The CPU computes alone; one line says why, and what brings a CuPy for this driver."""
+    """The CPU computes alone; one line says why, and what installs a CuPy for this driver."""
     outcome = run("generate", "-m", relu, "--dtype", "f32", "--prompt-ids", "5,6", "-n", "2", env=driver)
     assert outcome.code == 0
     line = (
@@ -69,7 +69,7 @@ def test_commands_without_cupy(relu: Path, driver: dict[str, str], tmp_path: Pat
 
 
 def test_a_card_that_computes_rightly_is_used(relu: Path, driver: dict[str, str]) -> None:
-    """Chosen by itself, and the tokens are the CPU's."""
+    """It is chosen by `auto`, and the tokens are those of the CPU."""
     command = ("generate", "-m", relu, "--dtype", "f32", "--prompt-ids", "5,6,7,8,9", "-n", "12", "--json", "--verify")
     ways = {"cuda:0 CPU stand-in": driver | {"PYTHONPATH": str(STAND_IN)}, None: os.environ}
     tokens = []

@@ -28,7 +28,7 @@ def model(compiled: None, tiny_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def answer(model: Path) -> str:
-    """What is printed where nothing is odd."""
+    """What is printed in an ordinary place."""
     outcome = run("generate", "-m", model, *IDS)
     assert (outcome.code, outcome.err) == (0, "")
     return outcome.out
@@ -61,7 +61,7 @@ def test_a_low_soft_limit_of_files_is_raised(model: Path, answer: str) -> None:
 
 
 def test_too_few_addresses(model: Path) -> None:
-    """OpenBLAS would try for ever."""
+    """OpenBLAS would retry for ever."""
     outcome = shell(f'ulimit -v 640000; "$0" generate -m {model} {" ".join(IDS)}')
     assert_refused(outcome, 1, "only 655360000 bytes of addresses may be used", "ulimit -v")
 
@@ -100,7 +100,7 @@ def test_a_working_directory_that_is_gone(model: Path, tmp_path: Path) -> None:
 
 
 def test_no_home_at_all(tmp_path: Path) -> None:
-    """What needs no cache runs without one."""
+    """A command that needs no cache runs without one."""
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     code = "import pwd; pwd.getpwuid = {}.__getitem__; from warmfront.coordinator.cli.main import main; main()"
 

@@ -46,7 +46,7 @@ def no_progress(*_: object) -> None:
 
 @pytest.fixture
 def model(tiny_llama: Make, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A tiny ReLU model with a content of this test's own: 80 neurons a layer, two groups and a half."""
+    """A tiny ReLU model of 80 neurons a layer, two groups and a half, that no other test has packed."""
     folder = shutil.copytree(tiny_llama(hidden_act="relu", intermediate_size=80), tmp_path / "model")
     config = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(config | {"made_for": request.node.nodeid}))
@@ -87,7 +87,7 @@ def profile(model: Path, texts: list[Path], *options: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def gates_of(model: Path, ids: list[int]) -> np.ndarray:
-    """float32 [layers, len(ids), ffn]: what transformers' gate_proj gives, in pieces of a job's length."""
+    """float32 [layers, len(ids), ffn]: the outputs of transformers' gate_proj, computed in pieces of a job's length."""
     llama, layers = llama_from_folder(model), []
     for layer in llama.model.layers:
         layers.append([])
@@ -98,14 +98,14 @@ def gates_of(model: Path, ids: list[int]) -> np.ndarray:
 
 
 def order_of(model: PackedModel, folder: Path, layer: int) -> np.ndarray:
-    """Which of the folder's neurons comes where, told by the gate rows themselves."""
+    """Which of the folder's neurons is at each place, found by the gate rows themselves."""
     gate = llama_from_folder(folder).model.layers[layer].mlp.gate_proj.weight.detach().numpy()
     places = {row.tobytes(): neuron for neuron, row in enumerate(gate)}
     return np.array([places[row.tobytes()] for row in rows_of(model, groups_of(model, layer), 0)[: len(gate)]])
 
 
 def test_counts_are_those_of_transformers(model: Path, texts: list[Path]) -> None:
-    """In the order of the neurons that the file has now, text by text and segment by segment."""
+    """The counts are in the order of the file's neurons, text by text and segment by segment."""
     facts = profile(model, texts)
     with PackedModel(packed_of(model)) as packed:
         counted, tokenizer = Profile.of(packed), Tokenizer(packed)
@@ -139,7 +139,7 @@ def test_counts_are_those_of_transformers(model: Path, texts: list[Path]) -> Non
 
 @pytest.mark.parametrize("selector", ["all", "exact", "lowrank", "lowbit"])
 def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
-    wishes = {"dtype": "f32", "selector": selector, "bits": 4, "recall": 0.9999}
+    overrides = {"dtype": "f32", "selector": selector, "bits": 4, "recall": 0.9999}
     path = packed_of(made, "f32")
     prompt = [300, 301, 302, 400, 333]
     ids = prompt + [int(token) for token in np.random.default_rng(0).integers(259, 512, 12)]
@@ -148,8 +148,8 @@ def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
     if not unordered.exists():
         shutil.copy(path, unordered)
     for engine in (
-        Engine(open_for_profiling(unordered, EngineConfig(**wishes), print, no_progress)),
-        Engine.load(str(made), **wishes),
+        Engine(open_for_profiling(unordered, EngineConfig(**overrides), print, no_progress)),
+        Engine.load(str(made), **overrides),
     ):
         with engine:
             logits.append(np.array(list(engine.forced_logits(ids, len(prompt)))))
@@ -164,7 +164,7 @@ def test_the_order_changes_no_logits(made: Path, selector: str) -> None:
 
 
 def held(counts: np.ndarray, ids: list[list[int]]) -> float:
-    """Of what a text fires, how much lies in a quarter of the groups: the hottest for that text."""
+    """The share of a text's firing that is in a quarter of the groups: those that are hottest for it."""
     bounds = np.cumsum([0, *(-(-len(some) // SEGMENT) for some in ids)])
     shares = []
     for low, high in pairwise(bounds):
@@ -175,7 +175,7 @@ def held(counts: np.ndarray, ids: list[list[int]]) -> float:
 
 
 def test_topics_come_into_groups_of_their_own(made: Path) -> None:
-    """What a text of one topic fires lies in fewer groups than before, and than in the order of hotness alone."""
+    """A text of one topic fires in fewer groups than before, and than with neurons in order of hotness alone."""
     texts = [
         [259 + 4 * int(word) + topic for word in np.random.default_rng(topic).integers(0, 63, 160)]
         for topic in range(4)

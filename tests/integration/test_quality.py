@@ -28,7 +28,7 @@ TEXT = (
     ("dtype", "least"), [("auto", 0.98), ("q8", 0.93), ("f16", 0.99), ("bf16", 0.99), ("q4", 0.75)]
 )
 def test_most_probable_token(smollm2: Path, smollm2_in_transformers: Any, dtype: str, least: float) -> None:
-    """Of 200 tokens decoded one by one, how often the most probable next one is that of the float32 model."""
+    """The share of 200 tokens, decoded one by one, whose most probable next token is that of the float32 model."""
     with Engine.load(str(smollm2), dtype=dtype) as engine:
         ids = engine.prompt_ids(TEXT)[:TOKENS]
         assert len(ids) == TOKENS

@@ -1,4 +1,4 @@
-"""What is wrong is said in one line, with the right exit code; nothing is left.
+"""Errors are one line, with the right exit code, and leave nothing behind.
 
 pytest tests/integration/test_refusals.py
 """
@@ -83,7 +83,7 @@ def relu(tiny_llama: Callable[..., Path]) -> Path:
     ],
 )
 def test_wrong_requests(args: str, words: list[str]) -> None:
-    """Nothing of these needs the model: they are refused at once."""
+    """These are refused at once, without the model."""
     assert_refused(run(*args.split()), 2, *words)
 
 
@@ -120,17 +120,17 @@ def test_exact_needs_relu(tiny_llama: Callable[..., Path]) -> None:
 
 @pytest.mark.skipif(find_driver() is not None, reason="there may be a GPU to take it")
 @pytest.mark.parametrize("option", ["--vram-budget", "--plan"])
-def test_wishes_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
-    """A plan need not be read to be refused; that it is there is all."""
-    wish = "1GB" if option == "--vram-budget" else relu / "config.json"
-    outcome = run("generate", "-m", relu, "-p", "x", option, wish)
+def test_options_of_a_gpu_that_is_not_there(relu: Path, option: str) -> None:
+    """The plan only has to exist: the request is refused without reading it."""
+    value = "1GB" if option == "--vram-budget" else relu / "config.json"
+    outcome = run("generate", "-m", relu, "-p", "x", option, value)
     assert_refused(outcome, 2, option, "no CUDA device", "--gpu host")
-    assert_refused(run("generate", "-m", relu, "-p", "x", option, wish, "--gpu", "none"), 2, option, "--gpu none")
+    assert_refused(run("generate", "-m", relu, "-p", "x", option, value, "--gpu", "none"), 2, option, "--gpu none")
 
 
 @pytest.mark.parametrize("gpu", ["auto", "host"])
 def test_a_plan_that_is_not_there(gpu: str) -> None:
-    """Said before the model is looked for."""
+    """It is refused before the model is looked for."""
     outcome = run("generate", "-m", "no/such/model", "-p", "x", "--plan", "no/such/plan.json", "--gpu", gpu)
     assert_refused(outcome, 2, "--plan no/such/plan.json", "no such file", "warmfront plan")
 
@@ -248,14 +248,14 @@ class TestCache:
         self.assert_mended(home, relu, packed, whole)
 
     def test_copies_of_the_gates_are_damaged(self, relu: Path, home: Path, packed: Path) -> None:
-        wishes = ("--selector", "lowbit", "--bits", "4")
-        first = self.generate(home, relu, *wishes)
+        options = ("--selector", "lowbit", "--bits", "4")
+        first = self.generate(home, relu, *options)
         assert first.code == 0, first
         (copies,) = packed.parent.glob(f"{packed.stem}-lowbit4*.safetensors")
         data = bytearray(copies.read_bytes())
         data[-3000:-2000] = bytes(1000)
         copies.write_bytes(data)
-        again = self.generate(home, relu, *wishes)
+        again = self.generate(home, relu, *options)
         assert again == first._replace(err=again.err), again
         assert again.err.splitlines()[0].endswith("packing it anew")
 
@@ -273,10 +273,10 @@ class TestCache:
         """Nothing is written, and nothing is said; what it lacks, and cannot get, is one line."""
         shutil.copytree(cache_root() / "sources", home / "warmfront" / "sources")
         before = sorted((path, path.lstat().st_mtime_ns) for path in home.rglob("*"))
-        wishes = {"env": os.environ | {"XDG_CACHE_HOME": os.fspath(home)}, "executable": READ_ONLY[0]}
+        options = {"env": os.environ | {"XDG_CACHE_HOME": os.fspath(home)}, "executable": READ_ONLY[0]}
 
         def generate(*args: str) -> Any:
-            return run(*READ_ONLY[1:], home, WARMFRONT, "generate", "-m", relu, "-p", "x", "-n", "2", *args, **wishes)
+            return run(*READ_ONLY[1:], home, WARMFRONT, "generate", "-m", relu, "-p", "x", "-n", "2", *args, **options)
 
         outcome = generate()
         assert (outcome.code, outcome.err) == (0, ""), outcome

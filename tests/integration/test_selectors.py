@@ -1,4 +1,4 @@
-"""Predicting selectors against transformers: the same numbers, fewer neurons, and what the statistics say of them.
+"""Predicting selectors against transformers: the same numbers, fewer neurons, true statistics.
 
 Run: pytest tests/integration/test_selectors.py
 """
@@ -41,9 +41,9 @@ def reference(made: Path) -> Any:
     return llama_from_folder(made / "hf")
 
 
-def decoded(path: Path, wishes: Mapping[str, Any], ids: list[int]) -> tuple[np.ndarray, Engine]:
+def decoded(path: Path, overrides: Mapping[str, Any], ids: list[int]) -> tuple[np.ndarray, Engine]:
     """Logits after each of `ids` from the fifth on, by the sparse path, and the closed engine."""
-    with Engine.load(str(path), **wishes) as engine:
+    with Engine.load(str(path), **overrides) as engine:
         rows = np.array(list(engine.forced_logits(ids, len(PROMPT))))
         engine.workers_seen = engine.statistics.workers()  # type: ignore[attr-defined]
         engine.selection_seen = engine.statistics.selection()  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def decoded(path: Path, wishes: Mapping[str, Any], ids: list[int]) -> tuple[np.n
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "overrides",
     [
         {"selector": "lowrank"},
         {"selector": "lowrank", "threads": 1},
@@ -60,15 +60,15 @@ def decoded(path: Path, wishes: Mapping[str, Any], ids: list[int]) -> tuple[np.n
         {"selector": "exact"},
         {"selector": "lowbit", "recall": 0.9999, "bits": 4},
     ],
-    ids=lambda wishes: "-".join(map(str, wishes.values())),
+    ids=lambda overrides: "-".join(map(str, overrides.values())),
 )
 @pytest.mark.parametrize("file", ["hf", "powerinfer-f16.gguf"])
-def test_logits_are_those_of_transformers(made: Path, reference: Any, file: str, wishes: dict[str, Any]) -> None:
+def test_logits_are_those_of_transformers(made: Path, reference: Any, file: str, overrides: dict[str, Any]) -> None:
     ids = PROMPT + [int(token) for token in np.random.default_rng(0).integers(259, 512, 12)]
     expected = all_logits(reference, ids)[len(PROMPT) - 1 :]
-    got, _ = decoded(made / file, wishes | {"dtype": "f32"}, ids)
+    got, _ = decoded(made / file, overrides | {"dtype": "f32"}, ids)
     # lowbit misses neurons on purpose: a ten-thousandth of the mass.
-    tolerance = 2e-2 if wishes["selector"] == "lowbit" else 1e-3
+    tolerance = 2e-2 if overrides["selector"] == "lowbit" else 1e-3
     assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
 
 
@@ -84,7 +84,7 @@ def test_greedy_tokens(made: Path, reference: Any, dtype: str) -> None:
 
 
 def test_statistics(made: Path) -> None:
-    """An exact predictor has perfect recall; `lowbit` selects more, and misses little."""
+    """An exact predictor has perfect recall; `lowbit` selects more neurons, and misses few."""
     ids = PROMPT + [int(token) for token in np.random.default_rng(1).integers(259, 512, 60)]
     seen = {}
     for selector in ("lowrank", "lowbit", "exact"):
@@ -115,10 +115,10 @@ def test_recall_by_mass(made: Path, bits: int, most: float) -> None:
 
 
 def test_calibration_in_a_small_context(made: Path, reference: Any) -> None:
-    """The sample is longer than the KV cache: it is taken in pieces, and the numbers stay right."""
-    wishes = {"selector": "lowbit", "recall": 0.9998, "bits": 4, "dtype": "f32", "context": 20}
+    """The sample is longer than the KV cache: it is computed in pieces, and the numbers are the same."""
+    overrides = {"selector": "lowbit", "recall": 0.9998, "bits": 4, "dtype": "f32", "context": 20}
     ids = PROMPT + [int(token) for token in np.random.default_rng(5).integers(259, 512, 12)]
-    got, engine = decoded(made / "hf", wishes, ids)
+    got, engine = decoded(made / "hf", overrides, ids)
     assert engine.session.runtime.lowbit is not None
     assert engine.session.runtime.lowbit.calibrated
     expected = all_logits(reference, ids)[len(PROMPT) - 1 :]

@@ -26,7 +26,7 @@ def model(tiny_llama: Callable[..., Path], compiled: None) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[int]:
-    """What transformers says, token by token."""
+    """The tokens of transformers."""
     reference, answer = llama_from_folder(model), list[int]()
     for _ in range(COUNT + 1):
         answer.append(choices(reference, IDS, answer)[-1])
@@ -34,7 +34,7 @@ def expected(model: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "overrides",
     [
         pytest.param({"coordinator_threads": 1}, marks=needs_two_cores),
         pytest.param({"workers": 2, "coordinator_threads": 1}, marks=needs_two_cores),
@@ -48,13 +48,13 @@ def expected(model: Path) -> list[int]:
     ],
     ids=str,
 )
-def test_tokens_are_those_of_transformers(model: Path, expected: list[int], wishes: dict[str, Any]) -> None:
-    with Engine.load(str(model), dtype="f32", tuning=False, **wishes) as engine:
+def test_tokens_are_those_of_transformers(model: Path, expected: list[int], overrides: dict[str, Any]) -> None:
+    with Engine.load(str(model), dtype="f32", tuning=False, **overrides) as engine:
         assert engine.decode_ids(IDS, len(expected)) == expected
 
 
 def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
-    """However the rows are divided: none is left out, none computed differently."""
+    """However the rows are divided, none is left out and none computed differently."""
     random = np.random.default_rng(3)
     with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
         even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]

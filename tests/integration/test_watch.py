@@ -1,4 +1,4 @@
-"""What is to be seen of the warm front: drawn while it moves, in the trace, in the statistics.
+"""Watching the warm front: drawn while it moves, in the trace, in the statistics.
 
 pytest tests/integration/test_watch.py
 """

@@ -1,4 +1,4 @@
-"""What the tests on machines with NUMA nodes share: a small model, and the machine that each of them is for."""
+"""A small model for the tests on machines with NUMA nodes, and the kind of machine that each test is for."""
 
 from pathlib import Path
 

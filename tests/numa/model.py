@@ -1,4 +1,4 @@
-"""A small random model for the emulated machine; as a program: compile what running it takes.
+"""A small random model for the emulated machine; run as a program, it compiles the kernels for it.
 
 python -m tests.numa.model       beforehand, on any machine; the kernels go to the cache folder
 """

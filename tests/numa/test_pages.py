@@ -44,7 +44,7 @@ def test_bound_memory_lies_on_its_node_whoever_touches_it(
 
 @pytest.mark.parametrize("toucher", [0, 1])
 def test_unbound_memory_lies_where_it_was_touched(two_nodes: Topology, toucher: int) -> None:
-    """So the test above would notice a `bind` that does nothing."""
+    """Proof that the test above would notice a `bind` that does nothing."""
     memory = anonymous(8 * MB)
     touch(memory, two_nodes, toucher)
     assert pages_by_node(memory) == {toucher: 2048}

@@ -1,4 +1,4 @@
-"""Workers on their nodes: where their weights lie, and that the answer does not depend on it.
+"""Workers on their nodes: where their weights are, and that the answer does not depend on it.
 
 scripts/numa_vm.sh pytest -m numa tests/numa/test_workers.py
 """
@@ -27,12 +27,12 @@ LOCAL = 0.99
 pytestmark = pytest.mark.numa
 
 
-def load(model: Path, **wishes: Any) -> Engine:
-    return Engine.load(str(model), gpu="none", context=64, verify=True, tuning=False, **wishes)
+def load(model: Path, **overrides: Any) -> Engine:
+    return Engine.load(str(model), gpu="none", context=64, verify=True, tuning=False, **overrides)
 
 
 def assert_memory_is_local(engine: Engine) -> None:
-    """Each worker's weights lie on its memory's node, and so do the rows of the coordinator's threads beside it."""
+    """Each worker's weights are on its node, and so are the rows of the coordinator's threads there."""
     for worker, cores in zip(engine.statistics.workers(), engine.plan.cores.workers, strict=True):
         assert worker.nodes.get(f"node{cores.memory}", 0) >= LOCAL * sum(worker.nodes.values()) > 0
     team = engine.session.runtime.team
@@ -52,7 +52,7 @@ def expected(two_nodes: Topology, model: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def engine(two_nodes: Topology, model: Path) -> Iterator[Engine]:
-    """A worker on each node, the first of which seems to be slow: so groups will leave it."""
+    """A worker on each node, the first of them slowed down, so that groups move away from it."""
     with load(model, slow="cpu0:4") as engine:
         yield engine
 

@@ -10,7 +10,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_models.py"
 WHOLE = """
 import random, tempfile
 from pathlib import Path
-import fuzz_models as fuzz
+from fuzzing.gguf_files import make_gguf
+from fuzzing.hf_folders import make_folder
+from fuzzing.trial import attempt
 
 for number in range(8):
     rng = random.Random(number)
@@ -18,29 +20,41 @@ for number in range(8):
         path = Path(scratch) / "model"
         if number % 2:
             path.mkdir()
-            for name, content in fuzz.make_folder(rng).items():
+            for name, content in make_folder(rng).items():
                 (path / name).write_bytes(content)
         else:
-            path.write_bytes(fuzz.make_gguf(rng).written())
-        print(fuzz.attempt(path, "auto", Path(scratch) / "cache"))
+            path.write_bytes(make_gguf(rng).written())
+        print(attempt(path, "auto", Path(scratch) / "cache"))
 """
 SPOILT = """
 import os, signal, sys, warnings
-import fuzz_models as fuzz
+import fuzz_models
+from fuzzing import trial
 
 ending = sys.argv.pop()
 
 def read(*_):
     if ending == "noise":
         warnings.warn("more")
-        raise fuzz.WarmfrontError("a line")
+        raise trial.WarmfrontError("a line")
     if ending == "memory":
         bytearray(2 << 30)
     os.kill(os.getpid(), signal.SIGSEGV) if ending == "signal" else signal.pause() if ending == "hang" else 1 / 0
 
-fuzz.ensure_packed, fuzz.SECONDS = read, 0.3
+trial.ensure_packed, trial.SECONDS = read, 0.3
 sys.argv += ["--count", "1"]
-fuzz.main()
+fuzz_models.main()
+"""
+KEPT = """
+import os, sys
+from pathlib import Path
+from fuzz_models import keep
+
+folder = Path(sys.argv[1])
+(folder / "in").mkdir()
+(folder / "in" / "config.json").write_text("{}")
+os.mkfifo(folder / "in" / "tokenizer.json")
+keep(folder / "in", folder / "kept")
 """
 
 
@@ -65,9 +79,15 @@ def test_inputs_are_whole_before_they_are_damaged() -> None:
     assert done.stdout.splitlines() == ["Outcome(kind='packed', said='')"] * 8, done.stderr
 
 
-def test_what_must_not_be_is_seen() -> None:
+def test_violations_are_seen() -> None:
     for ending, outcome in (("noise", "not one line"), ("memory", "memory"), ("signal", "signal 11"), ("hang", "hang")):
         done = run("-c", SPOILT, ending)
         found = json.loads(done.stdout.splitlines()[-1])
         assert [violation["outcome"] for violation in found["violations"]] == [outcome]
         assert done.returncode == 1
+
+
+def test_inputs_are_kept_without_their_pipes(tmp_path: Path) -> None:
+    done = run("-c", KEPT, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["config.json"]

@@ -1,4 +1,4 @@
-"""The acceptance of a card, on the emulated device: what is said, what fails, what is never written.
+"""The GPU acceptance on the emulated device: what is printed, what fails, what is never written.
 
 pytest tests/scripts/test_gpu_acceptance.py
 """
@@ -41,7 +41,7 @@ def _untouched() -> Any:
 
 
 def test_on_the_emulated_device() -> None:
-    """The steps that need a card are skipped by name; the others are green, and every line says what they are."""
+    """The steps that need a card are skipped by name; the others pass, and every line says that they are emulated."""
     code, lines, result = accept("--gpu", "host", "--steps", "choice,tests,killed,device,handover")
     assert all(line.startswith("emulated on the CPU | ") for line in lines)
     assert {name: found["state"] for name, found in result["steps"].items()} == {
@@ -92,7 +92,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_row_of_a_card(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Date, card, command, figures, what failed: a row of the table at the end of the document."""
+    """Date, card, command, figures and failures become a row of the table at the end of the document."""
     monkeypatch.setattr(script, "MEASUREMENTS", tmp_path / "measured.md")
     results = {
         "environment": {"state": "ok", "figures": {"device": "cuda:0 Made | Up", "cuda": "13000"}},

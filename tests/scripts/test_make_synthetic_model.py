@@ -1,10 +1,9 @@
 """The synthetic model: equal bytes, sparsity, the predictor, topics, and the same weights in every format."""
 
-import importlib.util
+import importlib
 import json
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -67,13 +66,9 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("make_synthetic_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return importlib.import_module(SCRIPT.stem)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +77,11 @@ def make(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[str, Path] = {}
 
     def factory(*, fresh: bool = False, **options: Any) -> Path:
-        wish = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
-        key = json.dumps(wish)
+        flags = SMALL | {name.replace("_", "-"): value for name, value in options.items()}
+        key = json.dumps(flags)
         if key not in made or fresh:
             out = tmp_path_factory.mktemp("synthetic") / "model"
-            assert script.main([str(out), *(f"--{name}={value}" for name, value in wish.items())]) == 0
+            assert script.main([str(out), *(f"--{name}={value}" for name, value in flags.items())]) == 0
             made[key] = out
         return made[key]
 
@@ -300,7 +295,7 @@ def test_warmfront_reads_it(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "flags",
     [
         ["--hidden", "100"],
         ["--hidden", "many"],
@@ -320,8 +315,8 @@ def test_warmfront_reads_it(make: Make) -> None:
         ["--unknown"],
     ],
 )
-def test_bad_flag(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], wish: list[str]) -> None:
-    refused(script, [str(tmp_path / "model"), *wish], capsys)
+def test_bad_flag(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    refused(script, [str(tmp_path / "model"), *flags], capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""What is installed: the bounds of what warmfront needs, and all that a wheel must hold.
+"""What is installed: the lowest releases of what warmfront needs, and everything that a wheel must contain.
 
 pytest tests/scripts/test_packaging.py
 """
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
-# Not needed to run the tests, or not to be had without a GPU.
+# Not needed to run the tests, or not installable without a GPU.
 UNTRIED = {"mypy", "ruff", "cupy-cuda12x", "cupy-cuda13x", "setuptools", "warmfront"}
 
 
@@ -42,7 +42,7 @@ def test_the_oldest_releases_are_those_that_the_tests_were_run_with() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the wheel and the source archive."""
+    """The folder with the wheel and the source archive."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
     for name in ("warmfront", *PACKAGES):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -53,6 +53,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
     return out
+
+
+def test_every_package_is_listed() -> None:
+    """A folder that is missing from the list would be missing from a wheel, and from that alone."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")]
+    assert sorted(listed) == sorted(["warmfront", *(f"warmfront.{'.'.join(folder.parts)}" for folder in folders)])
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def sources() -> set[str]:

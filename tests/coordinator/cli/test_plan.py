@@ -120,7 +120,7 @@ def test_what_is_said_of_a_plan_that_uses_not_all() -> None:
 
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """matplotlib opens its fonts once and for good, which is no leak of a test."""
+    """matplotlib opens its fonts once and keeps them open, which is not a leak of a test."""
     _, figures = make_plan(grounds(1), exact=False)
     draw({"model": "m"} | figures, tmp_path_factory.mktemp("fonts") / "plan.png")
 

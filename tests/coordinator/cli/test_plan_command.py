@@ -9,7 +9,7 @@ from warmfront.coordinator.cli.main import main
 
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
-    """The one line that a run with `args` ends with, exit code 2."""
+    """The single line of an error with exit code 2 that `args` lead to."""
     monkeypatch.setattr(sys, "argv", ["warmfront", "plan", *args])
     with pytest.raises(SystemExit) as end:
         main()

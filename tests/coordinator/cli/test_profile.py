@@ -25,12 +25,12 @@ RATES = np.random.default_rng(0).random((LAYERS, 1, NEURONS))
 
 
 class Fake:
-    """Fires by a rule of the tokens alone; interrupted after so many jobs."""
+    """An engine whose firing depends on the tokens alone; interrupted after `max_jobs` jobs."""
 
     plan = SimpleNamespace(context=512)
 
-    def __init__(self, most: int) -> None:
-        self.left, self.seen = most, 0
+    def __init__(self, max_jobs: int) -> None:
+        self.left, self.seen = max_jobs, 0
 
     def firing(self, ids: Sequence[int]) -> np.ndarray:
         if self.left == 0:
@@ -51,7 +51,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of packed models in a cache of this test's own."""
+    """The folder of packed models in a cache for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "warmfront" / "models"
 
@@ -73,14 +73,14 @@ def texts(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def run(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Run:
-    """Profile a tiny model, interrupted after `most` jobs; `fakes` are the engines that were made."""
+    """Profile a tiny model, interrupted after `max_jobs` jobs; `fakes` are the engines that were made."""
     model = str(tiny_llama(hidden_act="relu"))
 
-    def run_profile(texts: list[Path], most: int = -1, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
+    def run_profile(texts: list[Path], max_jobs: int = -1, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
         fakes: list[Fake] = []
 
         def make(*_: Any, **__: Any) -> Fake:
-            fakes.append(Fake(most))
+            fakes.append(Fake(max_jobs))
             return fakes[-1]
 
         monkeypatch.setattr(profile, "open_for_profiling", make)
@@ -104,9 +104,9 @@ def stored(path: str) -> tuple[np.ndarray, list[int], str]:
 
 def test_resumed_is_as_uninterrupted(run: Run, texts: list[Path], models: Path, said: list[str]) -> None:
     whole = run(texts, dtype="f32")
-    for most in (3, 0, 2):
+    for max_jobs in (3, 0, 2):
         with pytest.raises(KeyboardInterrupt):
-            run(texts, most)
+            run(texts, max_jobs)
         assert len(kept(models)) == 1
     facts = run(texts)
     assert kept(models) == []
@@ -122,7 +122,7 @@ def test_resumed_is_as_uninterrupted(run: Run, texts: list[Path], models: Path, 
 
 
 def test_kept_after_the_last_job(run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped while it writes the model: nothing is counted twice."""
+    """Interrupted while it writes the model: nothing is counted twice."""
 
     def stopped(*_: Any) -> bool:
         raise KeyboardInterrupt
@@ -167,7 +167,7 @@ def test_kept_every_few_seconds(run: Run, texts: list[Path], monkeypatch: pytest
         saved.append(partial.done)
 
     monkeypatch.setattr(profile.Partial, "save", save)
-    monkeypatch.setattr(profile, "_KEEP_S", -1.0)
+    monkeypatch.setattr(profile, "_SAVE_EVERY_S", -1.0)
     tokens = run(texts)["tokens"]
     assert saved[: tokens // 288] == list(range(1, tokens // 288 + 1))
 
@@ -200,7 +200,7 @@ def first_load(model: PackedModel, said: list[str]) -> bool:
 
 
 def test_a_first_load_that_comes_second(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    """Another has ordered the file since it was opened here."""
+    """Another process has ordered the file since it was opened here."""
     path = ensure_packed(tiny_llama(hidden_act="relu"), "auto", print, lambda done, total: None)
     fake = Fake(-1)
     monkeypatch.setattr(loading, "open_for_profiling", lambda *_: fake)
@@ -246,7 +246,7 @@ def test_the_first_load_does_without(
 
 @pytest.fixture
 def loads(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Callable[[], Path]:
-    """What a start does with the packed file of the model; on the sample every neuron of an engine made up fires."""
+    """What a start does to the packed file; the engine is a fake whose neurons all fire on the sample."""
     monkeypatch.setattr(loading, "sample_ids", lambda _session: list(range(300)))
 
     def load() -> Path:
@@ -263,7 +263,7 @@ def loads(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) ->
 def test_a_profile_outlives_the_packed_file(
     run: Run, loads: Callable[[], Path], texts: list[Path], models: Path, said: list[str], sample: bool
 ) -> None:
-    """It is taken again when the model is packed anew, to the bit; also one that was made in another order."""
+    """It is used again when the model is packed again, to the bit; also one that was made in another order."""
     if sample:
         loads()
     path = Path(run(texts)["path"])
@@ -315,7 +315,7 @@ def test_a_damaged_profile_is_none(
 def test_a_profile_that_cannot_be_kept(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str], models: Path
 ) -> None:
-    """It is in the packed file all the same, and a line says so."""
+    """The profile is in the packed file all the same, and a line says so."""
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

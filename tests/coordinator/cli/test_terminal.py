@@ -11,14 +11,14 @@ from warmfront.coordinator.measure import bench
 
 
 class FakeTerminal(io.StringIO):
-    """What has been drawn; it claims to be a terminal."""
+    """Collects what is drawn, and claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch, columns: str) -> FakeTerminal:
-    """Stands for stderr from now on."""
+    """A terminal in place of stderr from now on."""
     shown = FakeTerminal()
     monkeypatch.setattr("sys.stderr", shown)
     monkeypatch.setenv("COLUMNS", columns)

@@ -99,7 +99,7 @@ def test_templates_that_do_not_end(name: str) -> None:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_templates_that_take_all_memory(name: str) -> None:
-    """On a slow machine the limit of time may come first."""
+    """On a slow machine the time limit may come first."""
     limits = rf"fails: it (needs more than \d+ MiB|writes [\d,]+ characters)|does not end within {CPU_S} s"
     with pytest.raises(ModelError, match=limits) as caught:
         ours(LARGE[name])

@@ -69,7 +69,7 @@ def assert_fits(tokens: list[int], probabilities: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {"temperature": 1},
         {"temperature": 0.5},
@@ -88,8 +88,8 @@ def assert_fits(tokens: list[int], probabilities: np.ndarray) -> None:
         {"temperature": 1.2, "top_p": 0.95, "min_p": 0.2},
     ],
 )
-def test_distribution(wish: dict[str, Any]) -> None:
-    sampling = Sampling(seed=1, **wish)
+def test_distribution(options: dict[str, Any]) -> None:
+    sampling = Sampling(seed=1, **options)
     logits = logits_of(5)
     assert_fits(draws(logits, sampling, SEEN), reference(logits, SEEN, sampling))
 
@@ -158,9 +158,9 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2.0**-53])
-@pytest.mark.parametrize("wish", [{}, {"top_p": 0.999999}, {"min_p": 1e-12}, {"top_k": 9000}])
-def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> None:
-    """The sum of many weights depends on the order of adding: the last draw must not fall behind the last token."""
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.999999}, {"min_p": 1e-12}, {"top_k": 9000}])
+def test_the_extreme_draws_give_a_token(draw: float, options: dict[str, Any]) -> None:
+    """The sum of many weights depends on the order of adding: the last draw must not fall beyond the last token."""
 
     class Fixed:
         def random(self) -> float:
@@ -168,7 +168,7 @@ def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> No
 
     for seed in range(20):
         logits = logits_of(seed, 10_000)
-        sampler = Sampler(Sampling(temperature=1, **wish))
+        sampler = Sampler(Sampling(temperature=1, **options))
         sampler._random = Fixed()  # type: ignore[assignment]
         token = sampler.pick(logits, [])
         assert (token == logits.argmax()) == (draw == 0)
@@ -176,7 +176,7 @@ def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("size", [1, 65, 5003])
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {},
         {"top_k": 50},
@@ -189,11 +189,11 @@ def test_the_extreme_draws_give_a_token(draw: float, wish: dict[str, Any]) -> No
     ],
 )
 @pytest.mark.parametrize("spread", [1.5, 4])
-def test_what_the_filters_leave_of_large_vocabularies(wish: dict[str, Any], size: int, spread: float) -> None:
-    """Draws spread evenly over their range fall on each token as often as its probability says, by float64."""
+def test_what_the_filters_leave_of_large_vocabularies(options: dict[str, Any], size: int, spread: float) -> None:
+    """Evenly spread draws give each token as often as its probability in float64 says."""
     count = 1000
     logits = (np.random.default_rng(size).normal(0, spread, size)).astype(np.float32)
-    seen, sampling = [0, size // 2, size - 1], Sampling(temperature=0.8, **wish)
+    seen, sampling = [0, size // 2, size - 1], Sampling(temperature=0.8, **options)
     probabilities = reference(logits, seen, sampling)
     sampler = Sampler(sampling)
     points = iter((np.arange(count) + 0.5) / count)
@@ -206,10 +206,10 @@ def test_what_the_filters_leave_of_large_vocabularies(wish: dict[str, Any], size
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [{"top_p": 0.95}, {"top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}, {"min_p": 0.05}, {}],
 )
-def test_the_vocabulary_is_not_sorted(wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_is_not_sorted(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorting 128,256 logits takes longer than a small model takes for the token."""
     logits = logits_of(3, 128_256)
     logits[:50] += np.linspace(0, 12, 50, dtype=np.float32)  # as in a language model, a few stand out
@@ -222,7 +222,7 @@ def test_the_vocabulary_is_not_sorted(wish: dict[str, Any], monkeypatch: pytest.
             return original(values, *args, **options)
 
         monkeypatch.setattr(np, name, spy)
-    sampler, seen = Sampler(Sampling(temperature=0.8, seed=1, **wish)), list(range(4000))
+    sampler, seen = Sampler(Sampling(temperature=0.8, seed=1, **options)), list(range(4000))
     sampler.pick(logits, seen)  # counts the prompt
     sizes.clear()
     for _ in range(5):
@@ -231,12 +231,12 @@ def test_the_vocabulary_is_not_sorted(wish: dict[str, Any], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-40, 1e-31, 1e-12])
-@pytest.mark.parametrize("wish", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.5}])
-def test_the_least_temperatures_are_greedy(temperature: float, wish: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.5}])
+def test_the_least_temperatures_are_greedy(temperature: float, options: dict[str, Any]) -> None:
     for seed in range(20):
         logits = logits_of(seed, 300)
-        greedy = Sampler(Sampling(repetition_penalty=wish.get("repetition_penalty", 1))).pick(logits, SEEN)
-        assert Sampler(Sampling(temperature=temperature, seed=seed, **wish)).pick(logits, SEEN) == greedy
+        greedy = Sampler(Sampling(repetition_penalty=options.get("repetition_penalty", 1))).pick(logits, SEEN)
+        assert Sampler(Sampling(temperature=temperature, seed=seed, **options)).pick(logits, SEEN) == greedy
 
 
 def test_the_least_temperature_draws_no_lots() -> None:
@@ -256,19 +256,19 @@ def test_a_penalty_does_not_overflow(penalty: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish", [{}, {"temperature": 1}, {"temperature": 1, "top_k": 5}, {"temperature": 1, "top_p": 0.1}]
+    "options", [{}, {"temperature": 1}, {"temperature": 1, "top_k": 5}, {"temperature": 1, "top_p": 0.1}]
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 17, 39])
-def test_logits_that_are_not_finite(wish: dict[str, Any], wrong: float, at: int) -> None:
+def test_logits_that_are_not_finite(options: dict[str, Any], wrong: float, at: int) -> None:
     logits = logits_of(1)
     logits[at] = wrong
     with pytest.raises(ModelError, match="logits that are not finite"):
-        Sampler(Sampling(seed=1, repetition_penalty=1.1, **wish)).pick(logits, SEEN)
+        Sampler(Sampling(seed=1, repetition_penalty=1.1, **options)).pick(logits, SEEN)
 
 
 def test_a_growing_answer_is_penalised_as_a_whole_one() -> None:
-    """What was counted is kept; another list, or one that has shrunk, is counted anew."""
+    """Counts of a growing list are kept; another list, or one that has shrunk, is counted from the start."""
     kept, seen = Sampler(Sampling(repetition_penalty=3)), [5, 5]
     for seed in range(60):
         logits = logits_of(seed)

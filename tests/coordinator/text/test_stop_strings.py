@@ -9,7 +9,7 @@ from warmfront.coordinator.text.stop_strings import StopText
 
 
 def shown_until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """What may be shown of `text`, by definition: up to the first stop string, else all that cannot become one."""
+    """The part of `text` that may be shown: up to the first stop string, else all that cannot become one."""
     starts = [at for at in range(len(text)) if any(text.startswith(stop, at) for stop in stops)]
     if starts:
         return text[: starts[0]], True
@@ -18,11 +18,11 @@ def shown_until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def random_case(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Pieces of a text and stop strings, over few letters so that they nearly match all the time."""
+    """Pieces of a text and stop strings, of so few letters that partial matches are everywhere."""
     letters = rng.choice(["a", "ab", "abc", "é\n€"])
 
-    def word(least: int, most: int) -> str:
-        return "".join(rng.choice(letters) for _ in range(rng.randint(least, most)))
+    def word(shortest: int, longest: int) -> str:
+        return "".join(rng.choice(letters) for _ in range(rng.randint(shortest, longest)))
 
     return [word(0, 4) for _ in range(rng.randint(0, 12))], [word(1, 6) for _ in range(rng.randint(0, 3))]
 

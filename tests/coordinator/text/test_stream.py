@@ -44,7 +44,7 @@ STEPS = {
     "strip-of-each": decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
     "strip-of-all": decoders.Sequence([decoders.WordPiece(), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
     "fuse": decoders.Fuse(),
-    # Of no form that the stream knows.
+    # Not of a form that the stream knows.
     "bpe": decoders.BPEDecoder(),
     "ctc": decoders.CTC(pad_token="##"),
     "replace-in-all": decoders.Sequence([decoders.Fuse(), decoders.Replace("▁", " ")]),
@@ -58,7 +58,7 @@ BYTE_FALLBACK = {
 
 
 def tokenizer(decoder: Any, tokens: list[str]) -> Any:
-    """A tokenizer of these tokens, of which there is no use but decoding."""
+    """A tokenizer of these tokens, good for decoding only."""
     vocab = {token: number for number, token in enumerate(dict.fromkeys([*SPECIAL, *tokens]))}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     added = [{"id": vocab[token], "content": token} | flags for token in SPECIAL]
@@ -84,7 +84,7 @@ def streamed(fast: Any, ids: list[int], prompt: list[int] | None = None) -> str:
 
 
 def one_by_one(text: str) -> str:
-    """With one U+FFFD for any number of them."""
+    """`text` with one U+FFFD in place of several."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -101,7 +101,7 @@ def test_any_ids_are_what_the_library_makes_of_them(steps: str) -> None:
 
 @pytest.mark.parametrize("steps", BYTE_FALLBACK)
 def test_byte_tokens(steps: str) -> None:
-    """As the library has it; where that gives up the bytes before a wrong one too, what is UTF-8 of them stays."""
+    """As the library decodes them; where it also drops bytes before a wrong one, those that are UTF-8 are kept."""
     fast = tokenizer(BYTE_FALLBACK[steps], [*BYTES, *WORDS])
     rng, broken = random.Random(2), 0
     pieces = [[token] for token in range(fast.get_vocab_size())]
@@ -125,7 +125,7 @@ def test_byte_tokens(steps: str) -> None:
 
 @pytest.mark.parametrize("steps", sorted(STEPS.keys() - {"bpe"} | BYTE_FALLBACK.keys()))
 def test_an_answer_goes_on_where_its_prompt_ends(steps: str) -> None:
-    """Text of the prompt and pieces of the answer are the text of both: the space between them is not lost.
+    """The text of the prompt and the pieces of the answer are the text of both: the space between them is not lost.
 
     (BPEDecoder alone writes the space behind a token only when another follows.)
     """
@@ -165,7 +165,7 @@ def test_half_a_character_at_the_end_is_seen() -> None:
 
 
 class WithoutDecode:
-    """The library's tokenizer as far as a stream needs it: all tokens are decoded anew by none of it."""
+    """The library's tokenizer as far as a stream needs it, without decoding all tokens again."""
 
     def __init__(self, fast: Any) -> None:
         self.decoder, self.id_to_token = fast.decoder, fast.id_to_token

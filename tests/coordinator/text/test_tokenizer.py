@@ -72,7 +72,7 @@ def edited(tiny_llama: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """The tokenizer of a folder, by way of the packed file."""
+    """The tokenizer of a folder, through the packed file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def open_(folder: Path) -> Tokenizer:
@@ -210,7 +210,7 @@ def test_without_a_template(edited: Callable[..., Path], opened: Open) -> None:
     ],
 )
 def test_templates_that_fail(edited: Callable[..., Path], opened: Open, template: str, complaint: str) -> None:
-    """The last two may not be run: a template is code from strangers."""
+    """The last two must not be run: a template is code from strangers."""
     tokenizer = opened(edited(chat_template=template))
     with pytest.raises(ModelError) as caught:
         tokenizer.render_chat(MESSAGES)

@@ -1,4 +1,4 @@
-"""Groups that move all the time change nothing in what is computed.  pytest tests/integration/test_front.py"""
+"""Groups that move all the time change nothing in what is computed.  pytest tests/integration/test_ownership.py"""
 
 import os
 import signal
@@ -44,8 +44,8 @@ def reference(made: Path) -> Any:
     return llama_from_folder(made)
 
 
-def load(made: Path, **wishes: Any) -> Engine:
-    return Engine.load(str(made), dtype="f32", context=512, verify=True, **wishes)
+def load(made: Path, **overrides: Any) -> Engine:
+    return Engine.load(str(made), dtype="f32", context=512, verify=True, **overrides)
 
 
 def assert_greedy(reference: Any, answer: list[int]) -> None:
@@ -76,12 +76,12 @@ def test_lowbit_gives_the_tokens_that_it_gives_without_a_gpu(made: Path, monkeyp
 
 
 @needs_two_cores
-@pytest.mark.parametrize("wishes", [{"gpu": "none"}, GPU], ids=["two", "two and a gpu"])
+@pytest.mark.parametrize("overrides", [{"gpu": "none"}, GPU], ids=["two", "two and a gpu"])
 @pytest.mark.parametrize("selector", ["exact", "lowrank"])
 def test_groups_move_between_cpu_workers(
-    made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, selector: str, wishes: dict[str, Any]
+    made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, selector: str, overrides: dict[str, Any]
 ) -> None:
-    with load(made, selector=selector, workers=2, **wishes) as engine:
+    with load(made, selector=selector, workers=2, **overrides) as engine:
         first = engine.ownership.home.copy()
         watch(engine, Restless(3), monkeypatch)
         answer = engine.decode_ids(PROMPT, TOKENS)
