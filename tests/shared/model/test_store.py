@@ -18,7 +18,7 @@ from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.store import PackedModel, run_of, sums_of
-from warmfront.shared.wire.worker_main import open_planned
+from warmfront.shared.wire.worker_main import open_assigned
 
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
@@ -218,7 +218,7 @@ def as_the_coordinator(path: Path) -> None:
 
 
 def as_a_worker(path: Path) -> None:
-    open_planned(SimpleNamespace(model=os.fspath(path), order="")).close()  # type: ignore[arg-type]
+    open_assigned(SimpleNamespace(model=os.fspath(path), order="")).close()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("open_file", [as_the_coordinator, as_a_worker])
