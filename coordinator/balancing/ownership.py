@@ -162,10 +162,9 @@ class Ownership:
         if len(self.names) == 1:
             return
         board, layout = self._board, self._layout
-        whole = np.bitwise_count(board.fired)
+        whole = np.bitwise_count(board.computed)
         asked = np.bitwise_count(board.mask) if self._predicted else np.uint8(GROUP)
-        read = asked * np.float32(layout.gate_row_bytes)
-        read = read + whole * np.float32(layout.gate_row_bytes + layout.down_row_bytes)
+        read = asked * np.float32(layout.gate_bytes) + whole * np.float32(layout.rest_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
         self._read = read
         if self._fresh.any():
@@ -177,13 +176,13 @@ class Ownership:
 
     def fired(self) -> npt.NDArray[np.uint32]:
         """What the last token fired: [layers, groups], bit i = neuron i of the group."""
-        return self._board.fired.copy()
+        return self._board.computed.copy()
 
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
         board = self._board
-        wanted = board.mask if self._predicted else np.full_like(board.fired, 0xFFFFFFFF)
-        every = np.stack([taken for taken, there in zip(board.taken, self._present, strict=True) if there])
+        wanted = board.mask if self._predicted else np.full_like(board.computed, 0xFFFFFFFF)
+        every = np.stack([taken for taken, there in zip(board.requested, self._present, strict=True) if there])
         once = np.bitwise_or.reduce(every) == wanted
         once &= np.bitwise_count(every).sum(0) == np.bitwise_count(wanted)
         if not once.all():
@@ -307,8 +306,8 @@ class Ownership:
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
         self._present[worker] = 0
-        board.taken[worker][:] = 0
-        board.leave[worker][0] = self._gone[worker] = 0
+        board.requested[worker][:] = 0
+        board.quit[worker][0] = self._gone[worker] = 0
         self._reports = {name: report for name, report in self._reports.items() if name != self.names[worker]}
         self._supervisor.restart(self.names[worker])
 

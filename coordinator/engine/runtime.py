@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.decode.network import LOST
+from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.engine.assignments import make_assignments
 from warmfront.coordinator.engine.memory import check_memory, check_nodes
 from warmfront.coordinator.engine.resolve import RunPlan
@@ -26,8 +27,9 @@ from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.wire.board import LANES, Board, BoardSizes
+from warmfront.shared.wire.board import Board, BoardSizes
 from warmfront.shared.wire.messages import Hello, Plan
 
 if TYPE_CHECKING:
@@ -104,21 +106,20 @@ class Runtime:
 
     def _make_team(self, say: Say) -> "ThreadTeam | TorchTeam":
         model, plan, config = self.model, self.plan, self.plan.config
+        team_config = TeamConfig(
+            cores=plan.cores,
+            context=plan.context,
+            selector=plan.selector,
+            look_ahead=config.look_ahead,
+            pinned=config.pin,
+            balances=config.policy == "balance",
+            device="cpu" if plan.attention == "host" else plan.attention,
+        )
         if plan.attention != "cpu":
             with hold_interrupts():
                 from warmfront.coordinator.decode.torch_team import TorchTeam
 
-            device = "cpu" if plan.attention == "host" else plan.attention
-            return TorchTeam(
-                model,
-                self.board,
-                self._gone,
-                device,
-                plan.cores.coordinator,
-                plan.context,
-                plan.selector,
-                config.look_ahead,
-            )
+            return TorchTeam(model, self.board, self._gone, team_config)
         with hold_interrupts():
             from warmfront.coordinator.decode.forward import serve_team
             from warmfront.coordinator.decode.thread_team import ThreadTeam
@@ -130,18 +131,7 @@ class Runtime:
         if plan.selector == "lowbit":
             self.lowbit = open_lowbit(model, config.bits, config.recall, say)
             self._closing.callback(self.lowbit.file.close)
-        return ThreadTeam(
-            model,
-            self.board,
-            self._gone,
-            plan.cores,
-            config.pin,
-            plan.context,
-            plan.selector,
-            self.lowbit,
-            config.look_ahead,
-            config.policy == "balance",
-        )
+        return ThreadTeam(model, self.board, self._gone, team_config, self.lowbit)
 
     def _bytes_on_gpu(self) -> int:
         """Bytes that attention takes on a GPU."""
@@ -229,7 +219,7 @@ class Runtime:
         self.team.check()
         self.supervisor.check()
         self.ownership.boundary()
-        while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
+        while (result := self.team.run(tokens, at, want_logits, compare_selection=measure, capture=capture)) != 0:
             if result != LOST or not self.ownership.lose():
                 self.supervisor.wait_for_error()
         if len(tokens) == 1:

@@ -124,5 +124,5 @@ def _serve(channel: WorkerChannel, make: Callable[[Plan, Board], Service], plan:
             else:
                 channel.send(service.report() if isinstance(message, ReportRequest) else Heartbeat())
     finally:
-        board.leave[plan.index][0] = 1
+        board.quit[plan.index][0] = 1
         service.stop()
