@@ -12,93 +12,110 @@ import numpy as np
 from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, pause
+from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.ffn import (
     Bundles,
+    Vectors,
     dense_groups,
     list_masked,
     listed_neurons,
-    mark,
     open_gates,
     open_neurons,
+    set_bit,
 )
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.kernels.rows import quantise, share
+from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.wire.board import LEAVE
-from warmfront.shared.wire.handoff import DONE, announce, await_sequence, barrier
+from warmfront.shared.model.panels import LANES
+from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
+from warmfront.shared.wire.handoff import DONE, Barrier, announce, await_sequence, barrier
 
-__all__ = ["BUSY_NS", "BYTES", "FIRED", "HIT", "JOBS", "MEASURED", "NEURONS", "SELECTED", "Worker", "serve"]
+__all__ = ["BUSY_NS", "BYTES", "COMPARED", "FIRED", "HIT", "JOBS", "NEURONS", "SELECTED", "Worker", "serve"]
 
-# Columns of Worker.load.
-JOBS, BUSY_NS, NEURONS, BYTES, MEASURED, SELECTED, FIRED, HIT = range(8)
-# Columns of Worker.computed: gates, and neurons whose up and down rows were needed too, of this job; open gates of all
-# neurons, if the job is measured.
-_GATES, _NEURONS, _OPEN = range(3)
+# Columns of Worker.load. The last four are of jobs that compared the selection: jobs, neurons selected, neurons that
+# fire, neurons that are both.
+JOBS, BUSY_NS, NEURONS, BYTES, COMPARED, SELECTED, FIRED, HIT = range(8)
+# Columns of Worker.counts, of this job: gates; neurons whose up and down rows were needed too; gates of all neurons
+# that fire, if the selection is compared.
+_GATES, _NEURONS, _FIRED = range(3)
 
 
 class Worker(NamedTuple):
-    """What a worker's threads share. `*_at` are addresses, the rest arrays.
+    """What a worker's threads share. `*_at` are addresses; tables [threads, ...] have a row that each thread writes."""
 
-    exact, predicted: the selector's way; skip: a closed gate ends a neuron; slow: how many times as long as it takes a
-    job is to take (an emulation). slot, owner, mask, taken, fired, firing: tables of the board. Of the owned groups, by
-    thread, [threads, groups]: owned: int32 slots, ids: int32 numbers, words: uint32 of the mask, bits: uint32 of the
-    neurons that fired. listed: int32 [threads, neurons of a layer], 0, 1, 2, ... where nothing is predicted; gates,
-    opened: float32, int32 [threads, neurons of a layer]; opened_count, computed: int64 [threads, 16], a cache line
-    each; sums: float32 [threads, max_tokens * hidden]; load: int64 [layers, 8], sums over all single-token jobs
-    (prefill is dense and says nothing about the balance of decoding), the last four over those that were measured.
-    """
-
+    # Index on the board.
     me: int
     threads: int
+    # The selector's way: `exact`; or neurons are predicted, and a gate that does not fire ends a predicted neuron.
     exact: bool
     predicted: bool
     skip: bool
+    # Emulation: a job is made to take so many times as long as it does.
     slow: float
     bundles: Bundles
-    gate_row_bytes: int
-    down_row_bytes: int
+    # Bytes that a gate reads, and the rest of a neuron.
+    gate_bytes: int
+    rest_bytes: int
+    # Tables of the board: see `shared/wire/board.py`.
     slot: Any
     owner: Any
     mask: Any
-    taken: Any
-    fired: Any
+    requested: Any
+    computed: Any
     firing: Any
+    # [threads, groups], of the owned groups: int32 slots, int32 numbers, uint32 of the mask, uint32 of what was
+    # computed whole.
     owned: Any
     ids: Any
     words: Any
     bits: Any
+    # int32 [threads, neurons of a layer]: neurons to compute; 0, 1, 2, ... where nothing is predicted.
     listed: Any
+    # float32, int32 [threads, neurons of a layer]: gates that fire and whose they are; int64 [threads, 16]: how many.
     gates: Any
     opened: Any
     opened_count: Any
-    computed: Any
+    # int64 [threads, 16], a cache line each.
+    counts: Any
+    # uint8 [threads, n]: the input quantised; float32 [threads, max_tokens * hidden], [threads, n]: see `Vectors`.
     quantised: Any
     sums: Any
     scratch: Any
+    # int64 [1]: when the first thread began the job, ns; by that thread.
     started: Any
+    # int64 [layers, 8]: sums over all single-token jobs, by the last thread of each; prefill is dense and says nothing
+    # about the balance of decoding.
     load: Any
+    # Hand-off.
     job_at: int
-    abort_at: int
-    order: Any
+    quit_at: int
+    descriptor: Any
     x_at: int
     y_at: int
     done_at: int
+    # int64 [4] on the board.
     record: Any
-    barrier_at: int
+    barrier: Barrier
+    # A word: threads that finished, of all time.
     arrivals_at: int
     job_spins: int
-    barrier_spins: int
 
 
 @inlined
-def _owned_groups(w: Worker, member: int, layer: int, tokens: int) -> int:
+def _vectors(w: Worker, rank: int, quantised_at: int) -> Vectors:
+    """What this thread reads and writes."""
+    return Vectors(w.x_at, quantised_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+
+
+@inlined
+def _owned_groups(w: Worker, rank: int, layer: int, tokens: int) -> int:
     """List the groups that this worker owns in `layer`: slots, numbers, words of the mask; returns how many.
 
     The first thread notes on the board what is asked of a single token.
     """
-    owned, ids, words, bits = w.owned[member], w.ids[member], w.words[member], w.bits[member]
-    notes = member == 0 and tokens == 1
+    owned, ids, words, bits = w.owned[rank], w.ids[rank], w.words[rank], w.bits[rank]
+    notes = rank == 0 and tokens == 1
     count = 0
     for group in range(w.owner.shape[1]):
         word = np.uint32(0)
@@ -108,80 +125,79 @@ def _owned_groups(w: Worker, member: int, layer: int, tokens: int) -> int:
             words[count], bits[count] = word, 0
             count += 1
         if notes:
-            w.taken[layer, group] = word
+            w.requested[layer, group] = word
     return count
 
 
 @inlined
-def _sparse(w: Worker, member: int, neurons: int, q_at: int) -> bool:
-    """One token by `exact`; returns whether it was not aborted."""
-    b, slots = w.bundles, w.owned[member]
-    low, high = share(neurons, 1, member, w.threads)
-    w.computed[member, _GATES] = high - low
-    opened = open_gates(b, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
+def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
+    """One token by `exact`; returns whether it was not aborted.
+
+    The gates that fire are counted over the threads before they are shared out: each thread would find more or fewer.
+    """
+    b, slots = w.bundles, w.owned[rank]
+    low, high = share(neurons, 1, rank, rank + 1, w.threads)
+    w.counts[rank, _GATES] = high - low
+    opened = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
     for i in range(opened):
-        mark(w.bits[member], w.opened[member, i])
-    w.opened_count[member, 0] = opened
-    if barrier(w.barrier_at, w.threads, w.barrier_spins, w.abort_at) != DONE:
+        set_bit(w.bits[rank], w.opened[rank, i])
+    w.opened_count[rank, 0] = opened
+    if barrier(w.barrier) != DONE:
         return False
     total = 0
     for other in range(w.threads):
         total += w.opened_count[other, 0]
-    low, high = share(total, 1, member, w.threads)
-    w.computed[member, _NEURONS] = high - low
+    low, high = share(total, 1, rank, rank + 1, w.threads)
+    w.counts[rank, _NEURONS] = high - low
     first = 0
     for other in range(w.threads):
         count = w.opened_count[other, 0]
         start, end = max(low - first, 0), min(high - first, count)
-        sums_at, scratch_at = address_of(w.sums[member]), address_of(w.scratch[member])
-        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, w.x_at, q_at, sums_at, scratch_at)
+        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, vectors)
         first += count
     return True
 
 
 @inlined
-def _compute(w: Worker, member: int, layer: int, groups: int, tokens: int) -> bool:
+def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> bool:
     """This thread's part of the job into its sums; returns whether it was not aborted."""
-    slots, sums_at, computed = w.owned[member], address_of(w.sums[member]), w.computed[member]
+    slots, counts = w.owned[rank], w.counts[rank]
     if tokens > 1:
-        low, high = share(groups, 1, member, w.threads)
-        scratch_at = address_of(w.scratch[member])
-        ids, firing = w.ids[member], w.firing[layer]
-        dense_groups(w.bundles, slots, low, high, w.x_at, panels_of(tokens), sums_at, scratch_at, ids, firing)
-        computed[_GATES] = computed[_NEURONS] = (high - low) * GROUP
+        low, high = share(groups, 1, rank, rank + 1, w.threads)
+        dense_groups(w.bundles, slots, low, high, _vectors(w, rank, 0), panels_of(tokens), w.ids[rank], w.firing[layer])
+        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP
         return True
-    q_at = quantise(w.x_at, address_of(w.quantised[member]), w.bundles.hidden)
+    vectors = _vectors(w, rank, quantise_input(w.x_at, address_of(w.quantised[rank]), w.bundles.hidden))
     if w.exact:
-        return _sparse(w, member, groups * GROUP, q_at)
-    listed = w.listed[member]
-    count = list_masked(w.words[member], groups, listed) if w.predicted else groups * GROUP
-    low, high = share(count, 1, member, w.threads)
-    scratch_at = address_of(w.scratch[member])
-    computed[_GATES] = high - low
-    computed[_NEURONS] = listed_neurons(
-        w.bundles, slots, listed, low, high, w.skip, w.x_at, q_at, sums_at, scratch_at, w.bits[member]
-    )
-    if w.order[3] != 0:
-        low, high = share(groups * GROUP, 1, member, w.threads)
-        computed[_OPEN] = open_gates(w.bundles, slots, low, high, w.x_at, q_at, w.gates[member], w.opened[member])
+        return _sparse(w, rank, groups * GROUP, vectors)
+    listed = w.listed[rank]
+    count = list_masked(w.words[rank], groups, listed) if w.predicted else groups * GROUP
+    low, high = share(count, 1, rank, rank + 1, w.threads)
+    counts[_GATES] = high - low
+    counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, w.skip, vectors, w.bits[rank])
+    if w.descriptor[COMPARE_SELECTION] != 0:
+        low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
+        counts[_FIRED] = open_gates(w.bundles, slots, low, high, vectors, w.gates[rank], w.opened[rank])
     return True
 
 
 @inlined
-def _note_fired(w: Worker, layer: int, groups: int) -> None:
-    """Join what the threads saw fire."""
+def _note_computed(w: Worker, layer: int, groups: int) -> None:
+    """Join what the threads computed."""
     for i in range(groups):
         word = np.uint32(0)
-        for member in range(w.threads):
-            word |= w.bits[member, i]
-        w.fired[layer, w.ids[0, i]] = word
+        for rank in range(w.threads):
+            word |= w.bits[rank, i]
+        w.computed[layer, w.ids[0, i]] = word
 
 
 @inlined
-def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
+def _publish(w: Worker, rank: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
     """Add up this thread's slice of all sums; the last thread to come announces the job done."""
     y = carray(floats_at(w.y_at), (size,))
-    low, high = share(size, 16, member, w.threads)
+    # In vectors of 16, so that each float has one writer and its sum one order.
+    low, high = share(size, LANES, rank, rank + 1, w.threads)
+    # Thread by thread, not float by float: the sums of one thread are read in one stream.
     for other in range(w.threads):
         part = w.sums[other]
         for i in range(low, high):
@@ -190,26 +206,28 @@ def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size:
         return
     gates, neurons, fired = 0, 0, 0
     for other in range(w.threads):
-        gates += w.computed[other, _GATES]
-        neurons += w.computed[other, _NEURONS]
-        fired += w.computed[other, _OPEN]
-    moved = (gates + neurons) * w.gate_row_bytes + neurons * w.down_row_bytes
+        gates += w.counts[other, _GATES]
+        neurons += w.counts[other, _NEURONS]
+        fired += w.counts[other, _FIRED]
+    read = gates * w.gate_bytes + neurons * w.rest_bytes
     if tokens == 1:
-        _note_fired(w, layer, groups)
+        _note_computed(w, layer, groups)
     now = clock_ns()
+    # Emulation of a slower machine; `slow` is 1 otherwise.
     until = w.started[0] + (now - w.started[0]) * w.slow
     while now < until:
         pause()
         now = clock_ns()
-    w.record[0], w.record[1], w.record[2], w.record[3] = w.started[0], now, neurons, moved
+    w.record[0], w.record[1], w.record[2], w.record[3] = w.started[0], now, neurons, read
     if tokens == 1:
         load = w.load[layer]
         load[JOBS] += 1
-        load[BUSY_NS] += now - w.order[4]
+        # From the announcement on: that a thread of the worker woke late is part of what a job costs.
+        load[BUSY_NS] += now - w.descriptor[ANNOUNCED_NS]
         load[NEURONS] += neurons
-        load[BYTES] += moved
-        if w.order[3] != 0:
-            load[MEASURED] += 1
+        load[BYTES] += read
+        if w.descriptor[COMPARE_SELECTION] != 0:
+            load[COMPARED] += 1
             load[SELECTED] += gates
             load[FIRED] += fired
             load[HIT] += neurons
@@ -217,24 +235,24 @@ def _publish(w: Worker, member: int, layer: int, groups: int, tokens: int, size:
 
 
 @kernel
-def serve(member: int, w: Worker) -> None:
-    """The resident loop of thread `member`; returns when told to leave or when the board is aborted."""
-    sums = w.sums[member]
+def serve(rank: int, w: Worker) -> None:
+    """The resident loop of thread `rank`; returns when told to quit or when the board is aborted."""
+    sums = w.sums[rank]
     sequence = 0
     while True:
         sequence += 1
-        if await_sequence(w.job_at, sequence, w.abort_at, w.job_spins, 0) != DONE:
+        if await_sequence(w.job_at, sequence, w.quit_at, w.job_spins, 0) != DONE:
             return
-        layer, tokens, lanes = w.order[0], w.order[1], w.order[2]
-        if layer == LEAVE:
+        layer, tokens, lanes = w.descriptor[LAYER], w.descriptor[JOB_TOKENS], w.descriptor[JOB_LANES]
+        if layer == QUIT:
             return
-        if member == 0:
+        if rank == 0:
             w.started[0] = clock_ns()
         size = panels_of(tokens) * w.bundles.hidden * lanes
         sums[:size] = 0
-        groups = _owned_groups(w, member, layer, tokens)
-        if not _compute(w, member, layer, groups, tokens):
+        groups = _owned_groups(w, rank, layer, tokens)
+        if not _compute(w, rank, layer, groups, tokens):
             return
-        if barrier(w.barrier_at, w.threads, w.barrier_spins, w.abort_at) != DONE:
+        if barrier(w.barrier) != DONE:
             return
-        _publish(w, member, layer, groups, tokens, size, sequence)
+        _publish(w, rank, layer, groups, tokens, size, sequence)

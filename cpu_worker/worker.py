@@ -9,18 +9,18 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.cpu_worker.executor import BUSY_NS, BYTES, JOBS, MEASURED, NEURONS, Worker, serve
+from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
+from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
 from warmfront.shared.kernels.jit import compile_for
-from warmfront.shared.kernels.rows import quantised_bytes
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.machine.process import pin, take_short_turns
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import Board
-from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE
+from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE, Barrier
 from warmfront.shared.wire.messages import Assignment, LoadReport
 from warmfront.shared.wire.worker_main import Places, open_assigned
 
@@ -48,7 +48,7 @@ class CpuWorker:
         self._load = np.zeros((sizes.layers, 8), np.int64)
         # Words between threads: barrier generation and arrivals, then arrivals of finished threads.
         self._lines = zeros(3 * LINE // 8, np.int64)
-        lines_at = address(self._lines)
+        lines_at, quit_at = address(self._lines), address(board.quit[plan.index])
         neurons = sizes.groups * GROUP
         self._worker = Worker(
             me=plan.index,
@@ -58,13 +58,13 @@ class CpuWorker:
             skip=plan.selector in PREDICTING and spec.sparse,
             slow=plan.slowdown,
             bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward.activation_code),
-            gate_row_bytes=layout.gate_row_bytes,
-            down_row_bytes=layout.down_row_bytes,
+            gate_bytes=layout.gate_bytes,
+            rest_bytes=layout.rest_bytes,
             slot=board.slot[plan.index],
             owner=board.owner,
             mask=board.mask,
-            taken=board.taken[plan.index],
-            fired=board.fired,
+            requested=board.requested[plan.index],
+            computed=board.computed,
             firing=board.firing,
             owned=zeros((threads, sizes.groups), np.int32),
             ids=zeros((threads, sizes.groups), np.int32),
@@ -74,23 +74,22 @@ class CpuWorker:
             gates=zeros((threads, neurons), np.float32),
             opened=zeros((threads, neurons), np.int32),
             opened_count=zeros((threads, 16), np.int64),
-            computed=zeros((threads, 16), np.int64),
+            counts=zeros((threads, 16), np.int64),
             quantised=zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
             sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
             scratch=zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),
-            abort_at=address(board.leave[plan.index]),
-            order=board.order,
+            quit_at=quit_at,
+            descriptor=board.descriptor,
             x_at=address(board.x),
             y_at=address(board.y[plan.index]),
             done_at=address(board.done[plan.index]),
             record=board.record[plan.index],
-            barrier_at=lines_at,
+            barrier=Barrier(lines_at, threads, plan.spins, quit_at),
             arrivals_at=lines_at + 2 * LINE,
             job_spins=HANDOFF_SPINS,
-            barrier_spins=plan.spins,
         )
         self._loaded = [0] * threads
         self._errors: list[BaseException] = []
@@ -99,38 +98,38 @@ class CpuWorker:
         for thread in self._threads:
             thread.start()
 
-    def _live(self, member: int) -> None:
+    def _live(self, rank: int) -> None:
         try:
             if self._plan.pinned:
-                pin([self._plan.cpus[member]])
+                pin([self._plan.cpus[rank]])
             take_short_turns()
-            self._fill(member)
-            compile_for(serve, member, self._worker)
-            self._serving[member].set()
-            serve(member, self._worker)
+            self._fill(rank)
+            compile_for(serve, rank, self._worker)
+            self._serving[rank].set()
+            serve(rank, self._worker)
         except BaseException as error:
             self._errors.append(error)
 
     def _bind(self, node: int) -> None:
-        """Have the weights on `node`, whoever touches them: what it cannot hold is refused, as are spare slots."""
+        """Bind the weights to `node`: what it cannot hold is refused, and there are only as many spare slots as fit."""
         size = self._model.layout.group_bytes
         if bind(self._weights, node):
             ensure_free(node, len(self._places) * size)
             self._spare = min(self._spare, free_on(node) // size - len(self._places))
 
-    def _fill(self, member: int) -> None:
+    def _fill(self, rank: int) -> None:
         """Read this thread's share of the groups, a run of neighbours at a time."""
         count, threads = len(self._places), len(self._plan.cpus)
-        low, high = count * member // threads, count * (member + 1) // threads
+        low, high = count * rank // threads, count * (rank + 1) // threads
         size = self._model.layout.group_bytes
         while low < high:
             layer, group = self._places[low]
             run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
             self._model.read_groups(int(layer), int(group), out.reshape(run, size))
-            self._loaded[member] += run * size
+            self._loaded[rank] += run * size
             low += run
-        collapse(self._weights[count * member // threads * size : high * size])
+        collapse(self._weights[count * rank // threads * size : high * size])
 
     def move(self, places: Places) -> int:
         """Read groups into slots of this worker; returns the ns of work that it took. Nobody computes with them yet."""
@@ -160,10 +159,10 @@ class CpuWorker:
         """Work on single tokens so far, by layer."""
         load: npt.NDArray[np.int64] = self._load.copy()
         busy, neurons, read = (load[:, column].tolist() for column in (BUSY_NS, NEURONS, BYTES))
-        return LoadReport(int(load[:, JOBS].sum()), busy, neurons, read, load[:, MEASURED:].sum(0).tolist())
+        return LoadReport(int(load[:, JOBS].sum()), busy, neurons, read, load[:, COMPARED:].sum(0).tolist())
 
     def stop(self) -> None:
-        """Join the threads; this worker's `leave` word is set."""
+        """Join the threads; this worker's `quit` word is set."""
         for thread in self._threads:
             thread.join()
         self._model.close()

@@ -1,6 +1,7 @@
 """What the emulated device computes: one call of compiled code for each `execute`, one for each layer and token.
 
-A call costs 5 us beside the neurons; lists, sums and inputs made in Python cost 17 to 27 (two cores, AVX-512).
+Why one call: it costs 5 us beside the neurons; lists, sums and inputs made in Python cost 17 to 27 (two cores,
+AVX-512).
 """
 
 from typing import Any, NamedTuple
@@ -9,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.kernels.atomics import address_of
-from warmfront.shared.kernels.ffn import Bundles, dense_groups, list_masked, listed_neurons
+from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.ffn import Bundles, Vectors, dense_groups, list_masked, listed_neurons
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import quantise
 
-__all__ = ["Room", "add_masked", "add_whole"]
+__all__ = ["HostWorkspace", "add_masked", "add_whole"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
 
 
-class Room(NamedTuple):
+class HostWorkspace(NamedTuple):
     """The slots, and addresses of what computing them needs: see `HostDevice.ledger`."""
 
     bundles: Bundles
@@ -30,26 +31,27 @@ class Room(NamedTuple):
 
 @kernel
 def add_masked(
-    room: Room, slots: Ints, listed: Ints, x: Floats, sparse: bool, out: Floats, mask: Words, fired: Words
+    work: HostWorkspace, slots: Ints, listed: Ints, x: Floats, sparse: bool, out: Floats, mask: Words, computed: Words
 ) -> int:
-    """One token after the other: the neurons of `mask`, those of closed gates left out if `sparse`.
+    """One token after the other: the neurons of `mask`, those whose gate does not fire left out if `sparse`.
 
-    Returns the number computed; `fired` tells which they were.
+    Returns the number computed; `computed` tells which they were.
     """
-    b, groups = room.bundles, len(slots)
-    fired[:groups] = 0
-    count, computed = list_masked(mask, groups, listed), 0
+    b, groups = work.bundles, len(slots)
+    computed[:groups] = 0
+    count, total = list_masked(mask, groups, listed), 0
     for token in range(len(x)):
         x_at, out_at = address_of(x[token]), address_of(out[token])
         out[token, :] = 0
-        q_at = quantise(x_at, room.quantised_at, b.hidden)
-        computed += listed_neurons(b, slots, listed, 0, count, sparse, x_at, q_at, out_at, room.scratch_at, fired)
-    return computed
+        quantised_at = quantise_input(x_at, work.quantised_at, b.hidden)
+        vectors = Vectors(x_at, quantised_at, out_at, work.scratch_at)
+        total += listed_neurons(b, slots, listed, 0, count, sparse, vectors, computed)
+    return total
 
 
 @kernel
-def add_whole(room: Room, slots: Ints, x: Floats, out: Floats, firing: Any) -> None:
+def add_whole(work: HostWorkspace, slots: Ints, x: Floats, out: Floats, firing: Any) -> None:
     """All neurons for several tokens in panels, as matrix products; `firing`: empty."""
     out[:] = 0
-    x_at, out_at, count = address_of(x), address_of(out), len(slots)
-    dense_groups(room.bundles, slots, 0, count, x_at, len(x), out_at, room.scratch_at, slots, firing)
+    vectors = Vectors(address_of(x), 0, address_of(out), work.scratch_at)
+    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(x), slots, firing)

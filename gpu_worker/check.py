@@ -1,4 +1,4 @@
-"""`python -m warmfront.gpu_worker.check INDEX PARENT`: whether a CUDA device computes neurons rightly, by doing it.
+"""`python -m warmfront.gpu_worker.check INDEX PARENT`: whether a CUDA device computes neurons correctly, by trial.
 
 A small layer is computed by the product's own kernels, a token alone and several together, and compared with numpy.
 """
@@ -10,7 +10,7 @@ from warmfront.shared.machine.driver import answer, count_devices
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.wire.board import LANES
+from warmfront.shared.model.panels import LANES, whole_panels
 
 _HIDDEN, _GROUPS, _TOKENS = 64, 3, 17
 
@@ -32,7 +32,7 @@ def _against(index: int) -> str | None:
     try:
         device.reserve(layout, ACTIVATIONS.index("relu"), _GROUPS, _TOKENS)
         device.fill(slots, groups)
-        one, panels = np.empty_like(x[:1]), np.zeros((-(-_TOKENS // LANES), _HIDDEN, LANES), np.float32)
+        one, panels = np.empty_like(x[:1]), np.zeros((whole_panels(_TOKENS) // LANES, _HIDDEN, LANES), np.float32)
         for token, row in enumerate(x):
             panels[token // LANES, :, token % LANES] = row
         several = np.empty_like(panels)

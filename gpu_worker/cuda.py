@@ -20,11 +20,12 @@ from warmfront.shared.errors import ResourceError
 from warmfront.shared.machine.driver import cupy_extra
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.panels import whole_panels
 
 __all__ = ["CudaDevice"]
 
-# A vector of at least this many bytes is worth a copy of its own: a call of 10 to 17 us, in which the host copies as
-# much to the staging, from where it goes together with the rest.
+# A vector of at least this many bytes is worth a copy of its own: a call of 10 to 17 us, in which the host could copy
+# as much to the staging, from where it goes together with the rest.
 _WORTH_A_COPY = 128 << 10
 
 _BLOCK = (launch.THREADS, 1, 1)
@@ -134,7 +135,7 @@ class CudaDevice:
         sparse: bool,
         out: Floats,
         mask: Words | None = None,
-        fired: Words | None = None,
+        computed: Words | None = None,
     ) -> tuple[int, int]:
         tokens, groups = len(x), len(slots)
         if groups == 0:
@@ -156,12 +157,12 @@ class CudaDevice:
         if not out_straight:
             out[:] = pinned[at.out : out_ends].view(np.float32).reshape(out.shape)
         if not sparse:
-            if fired is not None:
-                fired[:] = words
+            if computed is not None:
+                computed[:] = words
             return int(np.bitwise_count(words).sum()) * tokens, busy[0]
         whole = pinned[passed : at.out].view(np.bool_)
-        if fired is not None:
-            fired[:] = np.packbits(whole, bitorder="little").view(np.uint32)
+        if computed is not None:
+            computed[:] = np.packbits(whole, bitorder="little").view(np.uint32)
         return int(np.count_nonzero(whole)), busy[0]
 
     def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
@@ -208,9 +209,9 @@ class CudaDevice:
             self._locked = None
         self._memory = {}
 
-    def _straight(self, vectors: Floats, least: int) -> bool:
-        """Whether to copy `vectors`, if of `least` bytes, from or to where they lie."""
-        return self._locked is not None and vectors.nbytes >= least and inside(vectors, self._locked)
+    def _straight(self, vectors: Floats, min_bytes: int) -> bool:
+        """Whether to copy `vectors`, if of `min_bytes` bytes, from or to where they lie."""
+        return self._locked is not None and vectors.nbytes >= min_bytes and inside(vectors, self._locked)
 
     def _launch(self, groups: int, tokens: int, sparse: bool, passed_at: int) -> None:
         """Neurons by the mask, each token for itself."""
@@ -235,7 +236,7 @@ class CudaDevice:
         self._gate_up_many(grids.gate_up, _BLOCK, (slots, ids, n, x, t, per, h), stream=self._stream)
         arguments = (slots, ids, n, h, t, per, self._sums_at(grids))
         self._down_many(grids.down, _BLOCK, arguments, stream=self._stream)
-        self._add_up(grids, launch.whole_panels(tokens) * self._layout.hidden)
+        self._add_up(grids, whole_panels(tokens) * self._layout.hidden)
 
     def _sums_at(self, grids: launch.Grids | launch.ManyGrids) -> np.uint64:
         """Where sums over segments go: one segment's are the output."""
@@ -262,7 +263,7 @@ class CudaDevice:
 
     @contextmanager
     def _guard(self, action: str) -> Iterator[None]:
-        """Turn CuPy's errors, all kinds of RuntimeError but the compiler's, into one line of ours."""
+        """Turn CuPy's errors, all kinds of RuntimeError but the compiler's, into one line."""
         try:
             yield
         except (RuntimeError, self._cuda.compiler.CompileException) as error:

@@ -1,4 +1,4 @@
-"""What a GPU worker computes on: a CUDA device, or the host in its stead.
+"""What a GPU worker computes on: a CUDA device, or the host in place of one.
 
 A device holds groups of neurons in numbered slots and adds up the feed-forward outputs of any set of slots. It knows
 neither layers nor owners: which group lies in which slot is the caller's book-keeping. Implemented in `cuda.py` and
@@ -69,14 +69,14 @@ class Device(Protocol):
         """What is allocated, in bytes by purpose; equal to the ledger after `reserve`, empty before."""
 
     def pin(self, mapping: Bytes) -> bool:
-        """Lock a shared mapping in memory, so that vectors in it are copied without a detour where that is faster.
+        """Lock a shared mapping in memory, so that vectors in it are copied directly where that is faster.
 
-        Returns whether it is locked; without, everything works all the same.
+        Returns whether it is locked; everything works without it, too.
         """
 
     @property
     def batch(self) -> int:
-        """How many groups `staging` gives at most, 1 or more."""
+        """How many groups `staging` holds, 1 or more."""
 
     def staging(self, count: int) -> Bytes:
         """Memory from which `fill` copies fastest, uint8 [count, group_bytes]: for the next call of `fill`."""
@@ -94,14 +94,14 @@ class Device(Protocol):
         sparse: bool,
         out: Floats,
         mask: Words | None = None,
-        fired: Words | None = None,
+        computed: Words | None = None,
     ) -> tuple[int, int]:
         """Set `out` [tokens, hidden] to the sum over the neurons of `slots` of their outputs for `x` [tokens, hidden].
 
-        At most one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate is not positive
+        At most one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate does not fire
         contribute nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose
-        bits are 0. `fired`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose gate
-        passed if sparse, else all of the mask, padding included. Returns (their number, summed over the tokens;
+        bits are 0. `computed`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose
+        gate fires if sparse, else all of the mask, padding included. Returns (their number, summed over the tokens;
         nanoseconds from the first copy to the device to the last one back). For the same slots in the same order the
         result is the same to the bit.
         """
@@ -126,8 +126,8 @@ def ensure_fits(device: Device, plan: Ledger, slots: int) -> None:
         )
 
 
-def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: int, most: int) -> int:
-    """The most slots, up to `most` >= 1, whose ledger stays within `budget` bytes.
+def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: int, max_slots: int) -> int:
+    """The most slots, up to `max_slots` >= 1, whose ledger stays within `budget` bytes.
 
     Raises UsageError if not even one does.
     """
@@ -142,7 +142,7 @@ def slots_within(device: Device, layout: BundleLayout, budget: int, max_tokens: 
             "pass a larger --vram-budget, or --gpu none"
         )
     # A ledger grows with the slots, but not evenly: a layer's groups are as many as are ever computed at once.
-    return bisect.bisect_right(range(2, most + 1), budget, key=needed) + 1
+    return bisect.bisect_right(range(2, max_slots + 1), budget, key=needed) + 1
 
 
 def runs(slots: Ints) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,6 @@
-// Feed-forward of the neurons that rest in slots of device memory, in three kernels:
+// Feed-forward of the neurons that lie in slots of device memory, in three kernels:
 //
-//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 where the mask has no bit or a sparse gate is closed
+//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 if masked out or a sparse gate does not fire
 //   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
 //   reduce   out[token][column] = sum over segments
 //
@@ -8,7 +8,7 @@
 //
 // Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET,
 // BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/model/bundle.py and
-// shared/model/formats.py.
+// shared/model/formats.py. A new weight type is a name in `Kind` and a branch of `widen`.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
 // tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
 
@@ -16,13 +16,18 @@ typedef unsigned char byte;
 
 constexpr int GROUP = 32;       // neurons of a group = lanes of a warp
 constexpr int WARPS = 8;        // warps of a block
-constexpr int UNIT = 8;         // weights that a lane widens at a time, as two quads of neighbouring columns
+constexpr int UNIT = 8;         // weights that a lane widens at a time, two quads of neighbouring columns: a warp reads
+                                // whole lines of 128 bytes or more, and x by float4
 constexpr int UNITS = HIDDEN / UNIT;
 constexpr int BLOCKS = HIDDEN / 32;
 constexpr unsigned ALL = 0xffffffffu;
 
+// The macros are these names: those of shared/model/formats.py, and of shared/model/spec.py in capitals.
 enum Kind { F32, F16, BF16, Q8, Q4, Q4S, Q4C };
 enum Activation { SILU, RELU, GELU, GELU_TANH };
+
+// Whether a byte holds weights j and j + 16 of a block of 32.
+__device__ constexpr bool nibbles(int kind) { return kind == Q4 || kind == Q4S || kind == Q4C; }
 
 #ifdef __CUDACC__
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
@@ -71,13 +76,14 @@ __device__ constexpr int alignment(int offset, int bytes) {
     return common & -common;
 }
 
-// First column of a unit's quad 0 or 1. A 4-bit byte holds two weights that are 16 columns apart.
+// First column of a unit's quad 0 or 1: of nibbles, the low halves of four bytes are one quad, the high ones the other.
 template <int KIND>
 __device__ __forceinline__ int column(int unit, int quad) {
-    return KIND >= Q4 ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
+    return nibbles(KIND) ? unit / 4 * 32 + quad * 16 + unit % 4 * 4 : unit * UNIT + quad * 4;
 }
 
-// Widens one unit of the row at OFFSET of a bundle.
+// Widens one unit of the row at OFFSET of a bundle to what `unpack` of shared/model/formats.py gives, but for one
+// rounding in place of two where a minimum is added.
 template <int KIND, int OFFSET>
 __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[UNIT]) {
     const byte* row = bundle + OFFSET;
@@ -104,7 +110,7 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
     } else {
         unsigned words[1];
         load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
-        float scale = 1, minimum = 0;  // Q4C: the bare numbers, to which `down` applies the group's tail
+        float scale = 1, minimum = 0;  // Q4C: the bare numbers; the scales are the columns', see `column_scale`
         if constexpr (KIND != Q4C) {
             const byte* scales = row + HIDDEN / 2 + 2 * (unit / 4);
             scale = half_at(scales);
@@ -118,7 +124,14 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
     }
 }
 
-// Dot product of a row with x by a whole warp; every lane returns the sum.
+// Of Q4C: scale and minimum of weight i of a unit, which the 32 down rows of a group share.
+__device__ __forceinline__ float2 column_scale(const byte* group, int unit, int i) {
+    const byte* scale = group + TAIL_OFFSET + 2 * (column<Q4C>(unit, i / 4) + i % 4);
+    return {half_at(scale), half_at(scale + 2 * HIDDEN)};
+}
+
+// Dot product of a row with x by a whole warp; every lane returns the sum. float32 all the way, in an order that HIDDEN
+// alone decides.
 template <int KIND, int OFFSET>
 __device__ __forceinline__ float dot(const byte* bundle, const float* x, int lane) {
     float sum = 0;
@@ -139,6 +152,10 @@ __device__ __forceinline__ float dot(const byte* bundle, const float* x, int lan
     for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(ALL, sum, distance);
     return sum;
 }
+
+// Whether a neuron with this gate may contribute, as in shared/kernels/activation.py: a NaN does, to be seen in the
+// output.
+__device__ __forceinline__ bool fires(float gate) { return !(gate <= 0); }
 
 __device__ __forceinline__ float activate(float gate) {
     if constexpr (ACTIVATION == SILU) return gate / (1 + expf(-gate));
@@ -164,7 +181,7 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     bool whole = false;
     if (mask[neuron / GROUP] >> neuron % GROUP & 1) {
         const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
-        if (!sparse || !(gate <= 0)) {  // a NaN passes, to be seen in the output
+        if (!sparse || fires(gate)) {
             value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
             whole = true;
         }
@@ -176,7 +193,8 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
 }
 
 // Block (tile, segment, token) sums 32 units of columns over groups segment * WARPS + warp, + segments * WARPS, ...
-// A warp reads the h of a group at once, then visits the neurons that are not zero, in order.
+// A warp reads the h of a group at once, a lane each, then visits the neurons that are not zero, in order: where few
+// neurons fire, their down rows alone are read.
 extern "C" __global__ void down(const byte* __restrict__ slots, const int* __restrict__ ids, int groups,
                                 const float* __restrict__ h, float* __restrict__ partials) {
     __shared__ float sums[WARPS][UNIT][32];
@@ -186,11 +204,11 @@ extern "C" __global__ void down(const byte* __restrict__ slots, const int* __res
     for (int g = static_cast<int>(blockIdx.y) * WARPS + warp; g < groups; g += static_cast<int>(gridDim.y) * WARPS) {
         const float mine = h[(static_cast<long long>(blockIdx.z) * groups + g) * GROUP + lane];
         const byte* group = slots + static_cast<long long>(ids[g]) * GROUP_BYTES;
-        unsigned open = __ballot_sync(ALL, mine != 0);
+        unsigned left = __ballot_sync(ALL, mine != 0);
         float numbers[UNIT] = {}, factors = 0;
-        while (open) {
-            const int neuron = __ffs(static_cast<int>(open)) - 1;
-            open &= open - 1;
+        while (left) {
+            const int neuron = __ffs(static_cast<int>(left)) - 1;
+            left &= left - 1;
             const float factor = __shfl_sync(ALL, mine, neuron);
             if (unit < UNITS) {
                 float weights[UNIT];
@@ -207,8 +225,8 @@ extern "C" __global__ void down(const byte* __restrict__ slots, const int* __res
             if (unit < UNITS) {
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) {
-                    const byte* scale = group + TAIL_OFFSET + 2 * (column<Q4C>(unit, i / 4) + i % 4);
-                    sum[i] = fmaf(half_at(scale), numbers[i], fmaf(half_at(scale + 2 * HIDDEN), factors, sum[i]));
+                    const float2 scale = column_scale(group, unit, i);
+                    sum[i] = fmaf(scale.x, numbers[i], fmaf(scale.y, factors, sum[i]));
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""The host in the GPU's stead: a bounded "device memory" and one thread of the CPU's kernels. Emulated, and says so.
+"""The host in place of a GPU: a bounded "device memory" and one thread of the CPU's kernels. Emulated, and says so.
 
 Everything around the kernels (slots, migrations, ledger, protocol) runs here as it does on CUDA; speeds measured
 here say nothing about a GPU.
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.arithmetic import Room, add_masked, add_whole
+from warmfront.gpu_worker.arithmetic import HostWorkspace, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, runs
+from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
-from warmfront.shared.kernels.gemm import LANES
 from warmfront.shared.kernels.jit import compile_for
-from warmfront.shared.kernels.rows import quantised_bytes
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.panels import LANES
 
 __all__ = ["HostDevice"]
 
@@ -55,19 +55,19 @@ class HostDevice:
         listed_bytes = 4 * layout.groups * GROUP
         self._listed = partials[:listed_bytes].view(np.int32)
         quantised_at = address(partials) + listed_bytes
-        self._room = Room(
+        self._work = HostWorkspace(
             bundles=bundles_at(address(self._memory["slots"]), layout, activation),
             quantised_at=quantised_at,
             scratch_at=quantised_at + quantised_bytes(layout.hidden),
         )
         # What stands for a mask of everything, for bits that nobody asked for, and for a profile that is not made.
-        self._every, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)
+        self._all_ones, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)
         self._no_firing = np.zeros((0, GROUP, 0), np.uint16)
-        vectors, words = np.zeros((1, layout.hidden), np.float32), self._every
+        vectors, words = np.zeros((1, layout.hidden), np.float32), self._all_ones
         none = np.zeros(0, np.int32)
-        compile_for(add_masked, self._room, none, self._listed, vectors, True, vectors, words, words)
+        compile_for(add_masked, self._work, none, self._listed, vectors, True, vectors, words, words)
         panels = np.zeros((1, layout.hidden, LANES), np.float32)
-        compile_for(add_whole, self._room, none, panels, panels, self._no_firing)
+        compile_for(add_whole, self._work, none, panels, panels, self._no_firing)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
@@ -98,16 +98,16 @@ class HostDevice:
         sparse: bool,
         out: Floats,
         mask: Words | None = None,
-        fired: Words | None = None,
+        computed: Words | None = None,
     ) -> tuple[int, int]:
         started = time.perf_counter_ns()
-        words, bits = self._every if mask is None else mask, self._ignored if fired is None else fired
-        computed = add_masked(self._room, slots, self._listed, x, sparse, out, words, bits)
-        return computed, time.perf_counter_ns() - started
+        words, bits = self._all_ones if mask is None else mask, self._ignored if computed is None else computed
+        count = add_masked(self._work, slots, self._listed, x, sparse, out, words, bits)
+        return count, time.perf_counter_ns() - started
 
     def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
         started = time.perf_counter_ns()
-        add_whole(self._room, slots, x, out, self._no_firing)
+        add_whole(self._work, slots, x, out, self._no_firing)
         return len(slots) * GROUP * tokens, time.perf_counter_ns() - started
 
     def close(self) -> None:

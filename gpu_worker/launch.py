@@ -15,9 +15,10 @@ Vectors of several tokens may be in panels of 16 instead: so `max_tokens` counts
 from importlib.resources import files
 from typing import NamedTuple
 
+from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import BLOCK
-from warmfront.shared.wire.board import LANES
+from warmfront.shared.model.panels import whole_panels
 
 __all__ = [
     "THREADS",
@@ -29,7 +30,6 @@ __all__ = [
     "options",
     "partial_rows",
     "source",
-    "whole_panels",
     "workspace",
 ]
 
@@ -41,7 +41,7 @@ _UNIT = 8
 THREADS = 32 * _WARPS
 # As in prefill.cu: columns of a block of `down_many`, tokens of a block and of a thread at most.
 _COLUMNS = 64
-_MOST_PER = 4
+_MAX_PER = 4
 # Blocks of `down` and `down_many` at most: about four for each multiprocessor of the largest cards. A constant, not the
 # card's count: the order of the sums, and so the result's bits, must not depend on the card.
 _DOWN_BLOCKS = 512
@@ -49,21 +49,24 @@ _ALIGNMENT = 256
 
 
 class Grids(NamedTuple):
-    """Blocks of `THREADS` threads for each kernel; `reduce` is needed only if `segments` > 1."""
+    """Blocks of `THREADS` threads for each kernel."""
 
     gate_up: Grid
     down: Grid
+    # Needed only if `segments` > 1.
     reduce: Grid
+    # Parts of the groups that `down` adds up apart from each other.
     segments: int
 
 
 class ManyGrids(NamedTuple):
-    """For several tokens at once; `per`: tokens of a thread, a block has 32 times as many."""
+    """The same for several tokens at once."""
 
     gate_up: Grid
     down: Grid
     reduce: Grid
     segments: int
+    # Tokens of a thread; a block has 32 times as many.
     per: int
 
 
@@ -89,9 +92,9 @@ def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
     """Compiler options that fit the kernels to a model; `activation` is an index into ACTIVATIONS."""
     macros = {
         "HIDDEN": layout.hidden,
-        "GATE_KIND": int(layout.gate_kind),
-        "DOWN_KIND": int(layout.down_kind),
-        "ACTIVATION": activation,
+        "GATE_KIND": layout.gate_kind.name,
+        "DOWN_KIND": layout.down_kind.name,
+        "ACTIVATION": ACTIVATIONS[activation].upper(),
         "UP_OFFSET": layout.up_offset,
         "DOWN_OFFSET": layout.down_offset,
         "BUNDLE_BYTES": layout.bundle_bytes,
@@ -103,7 +106,7 @@ def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
 
 def grids(layout: BundleLayout, groups: int, tokens: int) -> Grids:
     """The launch of `groups` >= 1 groups for `tokens` >= 1 tokens."""
-    segments = min(-(-groups // _WARPS), _most_segments(layout, tokens))
+    segments = min(-(-groups // _WARPS), _max_segments(layout, tokens))
     return Grids(
         gate_up=(-(-groups * GROUP * tokens // _WARPS), 1, 1),
         down=(_tiles(layout), segments, tokens),
@@ -115,7 +118,7 @@ def grids(layout: BundleLayout, groups: int, tokens: int) -> Grids:
 def many_grids(layout: BundleLayout, groups: int, tokens: int) -> ManyGrids:
     """The launch of `groups` >= 1 whole groups for `tokens` >= 1 tokens at once."""
     tiles, per = _token_tiles(tokens)
-    segments = min(groups, _most_many_segments(layout, tokens))
+    segments = min(groups, _max_many_segments(layout, tokens))
     return ManyGrids(
         gate_up=(groups, tiles, 1),
         down=(-(-layout.hidden // _COLUMNS), segments, tiles),
@@ -128,9 +131,9 @@ def many_grids(layout: BundleLayout, groups: int, tokens: int) -> ManyGrids:
 def partial_rows(layout: BundleLayout, max_tokens: int) -> int:
     """Rows [hidden] of partial sums that any launch of up to `max_tokens` tokens may need."""
     several = (
-        (most(layout, tokens), whole_panels(tokens))
+        (max_segments(layout, tokens), whole_panels(tokens))
         for tokens in range(1, max_tokens + 1)
-        for most in (_most_segments, _most_many_segments)
+        for max_segments in (_max_segments, _max_many_segments)
     )
     return max((segments * tokens for segments, tokens in several if segments > 1), default=0)
 
@@ -147,24 +150,19 @@ def workspace(layout: BundleLayout, max_groups: int, max_tokens: int) -> Workspa
     return Workspace(*offsets)
 
 
-def whole_panels(tokens: int) -> int:
-    """Tokens of the panels that so many take."""
-    return -(-tokens // LANES) * LANES
-
-
 def _tiles(layout: BundleLayout) -> int:
     return -(-layout.hidden // (BLOCK * _UNIT))
 
 
-def _most_segments(layout: BundleLayout, tokens: int) -> int:
+def _max_segments(layout: BundleLayout, tokens: int) -> int:
     return max(1, _DOWN_BLOCKS // (_tiles(layout) * tokens))
 
 
 def _token_tiles(tokens: int) -> tuple[int, int]:
     """Blocks that share the tokens, and tokens of each of their threads: 288 are 3 x 32 x 3."""
-    tiles = -(-tokens // (32 * _MOST_PER))
+    tiles = -(-tokens // (32 * _MAX_PER))
     return tiles, -(-tokens // (32 * tiles))
 
 
-def _most_many_segments(layout: BundleLayout, tokens: int) -> int:
+def _max_many_segments(layout: BundleLayout, tokens: int) -> int:
     return max(1, _DOWN_BLOCKS // (-(-layout.hidden // _COLUMNS) * _token_tiles(tokens)[0]))

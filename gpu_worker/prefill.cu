@@ -17,9 +17,9 @@
 // Tensor cores are left out: they would round the inputs, and what float32 models promise is float32.
 
 constexpr int STEP = 32;       // terms of a sum that are in shared memory at a time
-constexpr int MOST_PER = 4;    // tokens of a thread at most
+constexpr int MAX_PER = 4;    // tokens of a thread at most
 constexpr int WIDE = 64 + 8;   // weights of a term, padded: the units of a row are stored without bank conflicts
-constexpr int TOKENS = 32 * MOST_PER + 4;  // inputs of a term, padded likewise
+constexpr int TOKENS = 32 * MAX_PER + 4;  // inputs of a term, padded likewise
 constexpr int LANES = 16;      // tokens of a panel
 
 struct Tiles {
@@ -30,7 +30,7 @@ struct Tiles {
 // Row of a column, of 32, in a tile of gates: weight i of unit u at 4 i + u.
 template <int KIND>
 __device__ __forceinline__ int row_of(int column) {
-    return KIND >= Q4 ? (column / 16 * 4 + column % 4) * 4 + column % 16 / 4 : column % UNIT * 4 + column / UNIT;
+    return nibbles(KIND) ? (column / 16 * 4 + column % 4) * 4 + column % 16 / 4 : column % UNIT * 4 + column / UNIT;
 }
 
 // 32 rows of panels that have `rows`, each thread's row into row `to` of the tile; 0 behind the last panel, which ends
@@ -121,8 +121,8 @@ __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const
             if constexpr (DOWN_KIND == Q4C) {
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) {
-                    const byte* scale = group + TAIL_OFFSET + 2 * (column<Q4C>(unit, i / 4) + i % 4);
-                    weights[i] = fmaf(half_at(scale), weights[i], half_at(scale + 2 * HIDDEN));
+                    const float2 scale = column_scale(group, unit, i);
+                    weights[i] = fmaf(scale.x, weights[i], scale.y);
                 }
             }
         }

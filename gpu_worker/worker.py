@@ -17,8 +17,9 @@ from warmfront.gpu_worker.device import Device, Ints, slots_within
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import pin, take_short_turns
+from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.store import run_of
-from warmfront.shared.wire.board import LANES, LEAVE, Board
+from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, QUIT, Board
 from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
 from warmfront.shared.wire.messages import Assignment, LoadReport
 from warmfront.shared.wire.worker_main import Places, open_assigned
@@ -27,9 +28,11 @@ __all__ = ["GpuWorker"]
 
 
 class _Owned(NamedTuple):
-    """The groups of a layer that this worker owns: where on the board, where on the device."""
+    """The groups of a layer that this worker owns."""
 
+    # The layer's row of the owner table that they come from.
     owner: bytes
+    # Their numbers, and where they lie on the device.
     groups: npt.NDArray[np.int64]
     slots: Ints
 
@@ -41,9 +44,11 @@ class GpuWorker:
         self._plan, self._board, self._device = plan, board, device
         self._model = open_assigned(plan)
         layers = board.sizes.layers
+        # Of single tokens, by layer: ns, neurons, bytes.
         self._busy = np.zeros((layers, 3), np.int64)
         self._jobs = 0
-        self._measured = np.zeros(4, np.int64)
+        # Of those that compared the selection: jobs, neurons selected, neurons that fire, neurons that are both.
+        self._compared = np.zeros(4, np.int64)
         self._slots = 0
         self._owned: list[_Owned | None] = [None] * layers
         self._predicted = plan.selector in PREDICTING
@@ -65,24 +70,24 @@ class GpuWorker:
 
     def _reserve(self) -> None:
         layout, sizes = self._model.layout, self._board.sizes
-        most = sizes.layers * sizes.groups
-        self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, most)
+        max_slots = sizes.layers * sizes.groups
+        self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, max_slots)
         activation = self._model.spec.architecture.feed_forward.activation_code
         self._device.reserve(layout, activation, self._slots, sizes.max_tokens)
         self._device.pin(self._board.mapping)
 
     def _serve(self) -> None:
         board, index = self._board, self._plan.index
-        job_at, leave_at = address(board.job), address(board.leave[index])
+        job_at, quit_at = address(board.job), address(board.quit[index])
         done_at = address(board.done[index])
         # One that replaces another joins between two jobs.
         sequence = int(board.job[0])
         self._serving.set()
         while True:
             sequence += 1
-            result = await_sequence(job_at, sequence, leave_at, HANDOFF_SPINS, 0)
-            layer, tokens, lanes = (int(v) for v in board.order[:3])
-            if result != DONE or layer == LEAVE:
+            result = await_sequence(job_at, sequence, quit_at, HANDOFF_SPINS, 0)
+            layer, tokens, lanes = (int(v) for v in board.descriptor[:3])
+            if result != DONE or layer == QUIT:
                 return
             started = time.monotonic_ns()
             gates, neurons = self._single(layer) if lanes == 1 else self._several(layer, tokens)
@@ -105,45 +110,45 @@ class GpuWorker:
         hidden, index = board.sizes.hidden, self._plan.index
         x, y = board.x[None, :hidden], board.y[index][None, :hidden]
         mask = board.mask[layer, groups] if self._predicted else None
-        fired = np.zeros(len(groups), np.uint32)
-        neurons, _ = self._device.execute(slots, x, self._sparse, y, mask, fired)
-        taken = board.taken[index][layer]
-        taken[:] = 0
-        taken[groups] = 0xFFFFFFFF if mask is None else mask
-        board.fired[layer, groups] = fired
-        gates = int(np.bitwise_count(taken).sum())
-        if board.order[3] != 0 and mask is not None:
-            every, _ = self._device.execute(slots, x, True, np.empty_like(x))
-            self._measured += (1, gates, every, neurons)
+        computed = np.zeros(len(groups), np.uint32)
+        neurons, _ = self._device.execute(slots, x, self._sparse, y, mask, computed)
+        requested = board.requested[index][layer]
+        requested[:] = 0
+        requested[groups] = 0xFFFFFFFF if mask is None else mask
+        board.computed[layer, groups] = computed
+        gates = int(np.bitwise_count(requested).sum())
+        if board.descriptor[COMPARE_SELECTION] != 0 and mask is not None:
+            fired, _ = self._device.execute(slots, x, True, np.empty_like(x))
+            self._compared += (1, gates, fired, neurons)
         return gates, neurons
 
     def _several(self, layer: int, tokens: int) -> tuple[int, int]:
         board, slots = self._board, self._groups(layer).slots
-        shape = (-(-tokens // LANES), board.sizes.hidden, LANES)
+        shape = (whole_panels(tokens) // LANES, board.sizes.hidden, LANES)
         x, y = (part[: math.prod(shape)].reshape(shape) for part in (board.x, board.y[self._plan.index]))
         neurons, _ = self._device.execute_many(slots, x, tokens, y)
         return neurons, neurons
 
     def _note(self, layer: int, tokens: int, started: int, ended: int, gates: int, neurons: int) -> None:
         layout = self._model.layout
-        read = (gates + neurons) * layout.gate_row_bytes + neurons * layout.down_row_bytes
+        read = gates * layout.gate_bytes + neurons * layout.rest_bytes
         self._board.record[self._plan.index][:] = (started, ended, neurons, read)
         if tokens == 1:
-            self._busy[layer] += (ended - int(self._board.order[4]), neurons, read)
+            self._busy[layer] += (ended - int(self._board.descriptor[ANNOUNCED_NS]), neurons, read)
             self._jobs += 1
 
     def move(self, places: Places) -> int:
         """Read groups into slots of the device, a batch at a time; returns the ns of work that it took."""
         took = 0
         for first in range(0, len(places), self._device.batch):
-            some, started = places[first : first + self._device.batch], time.thread_time_ns()
-            staged, at = self._device.staging(len(some)), 0
-            while at < len(some):
-                run = run_of(some[at:, :2].astype(np.int64))
-                self._model.read_groups(int(some[at, 0]), int(some[at, 1]), staged[at : at + run])
+            batch, started = places[first : first + self._device.batch], time.thread_time_ns()
+            staged, at = self._device.staging(len(batch)), 0
+            while at < len(batch):
+                run = run_of(batch[at:, :2].astype(np.int64))
+                self._model.read_groups(int(batch[at, 0]), int(batch[at, 1]), staged[at : at + run])
                 at += run
             took += time.thread_time_ns() - started
-            took += self._device.fill(np.ascontiguousarray(some[:, 2]), staged)
+            took += self._device.fill(np.ascontiguousarray(batch[:, 2]), staged)
         return took
 
     def progress(self) -> tuple[int, int]:
@@ -163,10 +168,10 @@ class GpuWorker:
     def report(self) -> LoadReport:
         """Work on single tokens so far, by layer."""
         busy, neurons, read = self._busy.T.tolist()
-        return LoadReport(self._jobs, busy, neurons, read, self._measured.tolist())
+        return LoadReport(self._jobs, busy, neurons, read, self._compared.tolist())
 
     def stop(self) -> None:
-        """Join the thread, whose `leave` word is set, and free the device."""
+        """Join the thread, whose `quit` word is set, and free the device."""
         self._thread.join()
         self._device.close()
         self._model.close()

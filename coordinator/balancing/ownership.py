@@ -169,10 +169,9 @@ class Ownership:
         if len(self.names) == 1:
             return
         board, layout = self._board, self._layout
-        whole = np.bitwise_count(board.fired)
+        whole = np.bitwise_count(board.computed)
         asked = np.bitwise_count(board.mask) if self._predicted else np.uint8(GROUP)
-        read = asked * np.float32(layout.gate_row_bytes)
-        read = read + whole * np.float32(layout.gate_row_bytes + layout.down_row_bytes)
+        read = asked * np.float32(layout.gate_bytes) + whole * np.float32(layout.rest_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
         self._read = read
         if self._unfired.any():
@@ -184,13 +183,13 @@ class Ownership:
 
     def fired(self) -> npt.NDArray[np.uint32]:
         """What the last token fired: [layers, groups], bit i = neuron i of the group."""
-        return self._board.fired.copy()
+        return self._board.computed.copy()
 
     def verify(self) -> None:
         """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
         board = self._board
-        wanted = board.mask if self._predicted else np.full_like(board.fired, 0xFFFFFFFF)
-        requested = np.stack([taken for taken, present in zip(board.taken, self._present, strict=True) if present])
+        wanted = board.mask if self._predicted else np.full_like(board.computed, 0xFFFFFFFF)
+        requested = np.stack([asked for asked, present in zip(board.requested, self._present, strict=True) if present])
         # All of it by somebody, and no bit twice.
         once = np.bitwise_or.reduce(requested) == wanted
         once &= np.bitwise_count(requested).sum(0) == np.bitwise_count(wanted)
@@ -322,8 +321,8 @@ class Ownership:
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
         self._present[worker] = 0
-        board.taken[worker][:] = 0
-        board.leave[worker][0] = self._dead[worker] = 0
+        board.requested[worker][:] = 0
+        board.quit[worker][0] = self._dead[worker] = 0
         self._reports = {name: report for name, report in self._reports.items() if name != self.names[worker]}
         self._supervisor.restart(self.names[worker])
 

@@ -15,18 +15,27 @@ from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import exponentials, highest_of, softmax_panel
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at
 from warmfront.shared.kernels.fp16 import to_half
-from warmfront.shared.kernels.gemm import LANES, gather_columns, in_pairs, multiply_columns, multiply_rows, prepare
+from warmfront.shared.kernels.gemm import (
+    Panels,
+    Rows,
+    gather_columns,
+    in_pairs,
+    multiply_columns,
+    multiply_rows,
+    pack_panels,
+)
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.multi_rows import ROWS, add_rows, dot_rows
-from warmfront.shared.kernels.rows import share, touch
+from warmfront.shared.kernels.rows import prefetch, share
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.panels import LANES
 
 __all__ = ["attend_one", "attend_panels", "cache", "join", "rotate"]
 
-# Positions whose values are widened at a time.
+# Positions whose values are widened at a time: with 128 columns of float32 32 KB, which stay in the cache.
 _ROWS = 64
 _F16 = int(Kind.F16)
-# All ones in infinities and NaN.
+# Exponent bits of a float16, all ones in infinities and NaN.
 _F16_EXPONENT = 0x7C00
 Floats = npt.NDArray[np.float32]
 
@@ -43,12 +52,12 @@ def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int)
     rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
     for panel in range((tokens + lanes - 1) // lanes):
         position = st.job[POSITION] + panel * lanes
-        some = min(lanes, tokens - panel * lanes)
+        count = min(lanes, tokens - panel * lanes)
         pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):
             at = (panel * rows + row) * lanes
             even, odd = st.qkv[at : at + lanes], st.qkv[at + lanes : at + 2 * lanes]
-            for lane in range(some):
+            for lane in range(count):
                 cos, sin = net.cos[position + lane, pair], net.sin[position + lane, pair]
                 a, b = even[lane], odd[lane]
                 even[lane], odd[lane] = a * cos - b * sin, b * cos + a * sin
@@ -69,12 +78,12 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
     spoiled = False
     for panel in range((tokens + lanes - 1) // lanes):
         position = st.job[POSITION] + panel * lanes
-        some = min(lanes, tokens - panel * lanes)
+        count = min(lanes, tokens - panel * lanes)
         head, column = (low - first) // net.head_dim, (low - first) % net.head_dim
         at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
         for row in range(low, high):
             source = st.qkv[(panel * rows + row) * lanes : (panel * rows + row + 1) * lanes]
-            for lane in range(some):
+            for lane in range(count):
                 place = at + lane * step + column * size
                 if size == 2:
                     bits = to_half(source[lane])
@@ -93,20 +102,20 @@ def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: i
 
 
 @inlined
-def attend_one(net: Network, st: State, layer: int, member: int) -> None:
+def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
     """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
 
-    Leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
+    It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
     """
     head_dim, group = net.head_dim, net.heads // net.kv_heads
     padded = (head_dim + 31) // 32 * 32
     stride = padded * (2 if st.cache_kind == _F16 else 4)
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
-    scores_at, chance = address_of(st.scores[member]), st.scores[member]
-    low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, member)
+    scores_at, scores = address_of(st.scores[rank]), st.scores[rank]
+    low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, rank)
     for task in range(low, high):
         kv_head, chunk = task // st.chunks, task % st.chunks
-        start, end = share(st.job[POSITION] + 1, ROWS, chunk, st.chunks)
+        start, end = share(st.job[POSITION] + 1, ROWS, chunk, chunk + 1, st.chunks)
         count = (end - start + ROWS - 1) // ROWS * ROWS
         first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, start)
         for head in range(group):
@@ -114,25 +123,27 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
             for i in range(head_dim):
                 queries[head, i] = st.qkv[at + i] * net.score_scale
         for p in range(0, count, ROWS):
-            touch(st.keys_at + first_row + (p + ROWS) * stride, ROWS * stride, 64)
-            touch(st.values_at + first_row + p * stride, ROWS * stride, 64)
+            # The next keys, and the values that will be wanted once the scores are known.
+            prefetch(st.keys_at + first_row + (p + ROWS) * stride, ROWS * stride, 64)
+            prefetch(st.values_at + first_row + p * stride, ROWS * stride, 64)
             for head in range(group):
                 at = scores_at + (head * count + p) * 4
                 dot_rows(
                     st.cache_kind, st.keys_at + first_row + p * stride, stride, address_of(queries[head]), padded, at
                 )
         for head in range(group):
-            chance[head * count + end - start : (head + 1) * count] = np.float32(-np.inf)
+            # Positions that only fill the last sixteen get next to no weight, 1e-38.
+            scores[head * count + end - start : (head + 1) * count] = np.float32(-np.inf)
             at = scores_at + head * count * 4
             number = kv_head * group + head
             st.tops[chunk, number] = highest_of(at, count)
             st.totals[chunk, number] = exponentials(at, count, st.tops[chunk, number])
         mixed[:] = 0
+        # Blocks of positions outside, heads inside: cached values come from memory once for all heads that share them.
         for p in range(0, count, _ROWS):
-            some = min(_ROWS, count - p)
             for head in range(group):
                 row_at, at = st.values_at + first_row + p * stride, scores_at + (head * count + p) * 4
-                add_rows(st.cache_kind, row_at, stride, at, some, address_of(mixed[head]), padded)
+                add_rows(st.cache_kind, row_at, stride, at, min(_ROWS, count - p), address_of(mixed[head]), padded)
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
@@ -141,7 +152,10 @@ def attend_one(net: Network, st: State, layer: int, member: int) -> None:
 
 @inlined
 def join(net: Network, st: State, out: Floats) -> None:
-    """The attention of one token [heads * head_dim], from the chunks; each thread does all of it for itself."""
+    """The attention of one token [heads * head_dim], from the chunks; each thread does all of it for itself.
+
+    A chunk's softmax is relative to its own highest score; exp(own highest - highest of all) puts them on one scale.
+    """
     for head in range(net.heads):
         top = np.float32(-np.inf)
         for chunk in range(st.chunks):
@@ -159,7 +173,7 @@ def join(net: Network, st: State, out: Floats) -> None:
 
 
 @inlined
-def attend_panels(net: Network, st: State, layer: int, member: int, panels: int) -> None:
+def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -> None:
     """Causal attention of several tokens: this thread's (key-value head, panel) pairs, as matrix products.
 
     The query heads that share a key-value head are the panels of one product.
@@ -169,60 +183,43 @@ def attend_panels(net: Network, st: State, layer: int, member: int, panels: int)
     stride = padded * (2 if st.cache_kind == _F16 else 4)
     rows = (net.heads + 2 * net.kv_heads) * head_dim
     queries, mixed = np.zeros(group * padded * LANES, np.float32), np.empty(group * padded * LANES, np.float32)
-    prepared = np.empty(group * padded * LANES, np.float32)
-    scratch, sums = np.empty(_ROWS * padded, np.float32), np.empty(LANES, np.float32)
-    scores, weights_at = st.scores[member], address_of(st.chances[member])
-    for task in range(member, net.kv_heads * panels, st.members):
+    packed = np.empty(group * padded * LANES, np.float32)
+    scratch, totals = np.empty(_ROWS * padded, np.float32), np.empty(LANES, np.float32)
+    sums = Panels(address_of(mixed), padded * LANES * 4, group)
+    scores, weights_at = st.scores[rank], address_of(st.chances[rank])
+    for task in range(rank, net.kv_heads * panels, st.threads):
         panel, kv_head = task // net.kv_heads, task % net.kv_heads
         first = st.job[POSITION] + panel * LANES
         count = (min(first + LANES, st.job[POSITION] + st.job[TOKENS]) + 7) // 8 * 8
+        # The scale goes into the queries, head_dim products a token, instead of into all scores.
         for head in range(group):
             source = st.qkv[(panel * rows + (kv_head * group + head) * head_dim) * LANES :]
             target = queries[head * padded * LANES :]
             for i in range(head_dim * LANES):
                 target[i] = source[i] * net.score_scale
-        queries_at = prepare(st.cache_kind, address_of(queries), address_of(prepared), padded, group)
+        queries_at = pack_panels(st.cache_kind, address_of(queries), address_of(packed), padded, group)
         first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, 0)
         for p in range(0, count, 8):
-            row_at, scores_at = st.keys_at + first_row + p * stride, address_of(scores) + p * LANES * 4
-            multiply_rows(
-                st.cache_kind,
-                row_at,
-                stride,
-                padded,
-                queries_at,
-                scores_at,
-                count * LANES * 4,
-                group,
-                address_of(scratch),
-            )
+            keys = Rows(st.cache_kind, st.keys_at + first_row + p * stride, stride, padded)
+            panels_at = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, group)
+            multiply_rows(keys, queries_at, panels_at, address_of(scratch))
         mixed[:] = 0
         for head in range(group):
             own = scores[head * count * LANES : (head + 1) * count * LANES]
+            # A token sees no later one.
             for p in range(first + 1, count):
                 for lane in range(min(p - first, LANES)):
                     own[p * LANES + lane] = np.float32(-1e30)
-            softmax_panel(address_of(own), count, address_of(sums))
+            softmax_panel(address_of(own), count, address_of(totals))
             for p in range(count):
                 for lane in range(LANES):
-                    own[p * LANES + lane] /= sums[lane]
-        chances_at = prepare(st.cache_kind, address_of(scores), weights_at, count, group)
+                    own[p * LANES + lane] /= totals[lane]
+        chances_at = pack_panels(st.cache_kind, address_of(scores), weights_at, count, group)
         for p in range(0, count, _ROWS):
-            some = min(_ROWS, count - p)
-            x_at = chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
-            row_at = st.values_at + first_row + p * stride
-            gather_columns(st.cache_kind, row_at, stride, 0, some, padded, address_of(scratch))
-            multiply_columns(
-                st.cache_kind,
-                address_of(scratch),
-                some,
-                padded,
-                x_at,
-                count,
-                address_of(mixed),
-                padded * LANES * 4,
-                group,
-            )
+            chunk, x_at = min(_ROWS, count - p), chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
+            values = Rows(st.cache_kind, st.values_at + first_row + p * stride, stride, padded)
+            gather_columns(values, chunk, 0, address_of(scratch))
+            multiply_columns(st.cache_kind, address_of(scratch), chunk, padded, x_at, count, sums)
         for head in range(group):
             target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
             source = mixed[head * padded * LANES :]

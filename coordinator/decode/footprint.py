@@ -6,13 +6,11 @@ Imports no compiled code: memory is checked before the workers are started, numb
 from math import gcd, prod
 
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["cache_bytes", "cache_kind", "chunks_of", "head_bytes", "scratch_bytes", "scratch_shapes"]
-
-# Tokens in the lanes of a vector (`shared/kernels/gemm.py`).
-_LANES = 16
 
 
 def cache_kind(model: PackedModel) -> Kind:
@@ -31,33 +29,33 @@ def cache_bytes(model: PackedModel, context: int) -> int:
     return 2 * model.spec.layers * model.spec.architecture.attention.kv_heads * head_bytes(model, context)
 
 
-def chunks_of(spec: ModelSpec, members: int) -> int:
+def chunks_of(spec: ModelSpec, threads: int) -> int:
     """Into how many chunks the positions are split, so that the key-value heads divide evenly over the threads."""
-    return members // gcd(members, spec.architecture.attention.kv_heads)
+    return threads // gcd(threads, spec.architecture.attention.kv_heads)
 
 
-def scratch_shapes(spec: ModelSpec, context: int, members: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the float32 fields of `network.State` by name, for `members` threads and jobs of `max_tokens`."""
+def scratch_shapes(spec: ModelSpec, context: int, threads: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the float32 fields of `network.State` by name, for `threads` threads and jobs of `max_tokens`."""
     attention = spec.architecture.attention
     width = attention.q_rows
     widest = max(spec.hidden, width)
-    scores = attention.heads // attention.kv_heads * (context + _LANES) * _LANES
-    chunks = chunks_of(spec, members)
+    scores = attention.heads // attention.kv_heads * (context + LANES) * LANES
+    chunks = chunks_of(spec, threads)
     return {
-        "x": (members, max_tokens * spec.hidden),
-        "h": (members, max_tokens * widest),
+        "x": (threads, max_tokens * spec.hidden),
+        "h": (threads, max_tokens * widest),
         "qkv": (max_tokens * (width + 2 * attention.kv_rows),),
         "att": (max_tokens * width,),
         "proj": (max_tokens * spec.hidden,),
-        "scores": (members, scores),
-        "chances": (members, scores // 2),
+        "scores": (threads, scores),
+        "chances": (threads, scores // 2),
         "partial": (chunks, width),
         "tops": (chunks, attention.heads),
         "totals": (chunks, attention.heads),
-        "scratch": (members, 8 * widest),
+        "scratch": (threads, 8 * widest),
     }
 
 
-def scratch_bytes(spec: ModelSpec, context: int, members: int, max_tokens: int) -> int:
+def scratch_bytes(spec: ModelSpec, context: int, threads: int, max_tokens: int) -> int:
     """Bytes of all of them."""
-    return 4 * sum(prod(shape) for shape in scratch_shapes(spec, context, members, max_tokens).values())
+    return 4 * sum(prod(shape) for shape in scratch_shapes(spec, context, threads, max_tokens).values())

@@ -1,13 +1,13 @@
 """One pass of tokens through all layers, compiled: no Python between the embedding and the logits.
 
-A team of threads runs `forward` together, each with its own `member` number, with barriers where one needs what
+A team of threads runs `forward` together, each with its own `rank`, with barriers where one needs what
 another wrote. Per layer:
 
     norm -> q, k, v rows (split)   RoPE at once, k and v straight into the cache      | barrier
     attention (split by head)                                                         | barrier
     output projection rows (split)                                                    | barrier
     x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
-    member 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
+    thread 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
     from this layer's input meanwhile
     x += each worker's part
 
@@ -22,23 +22,21 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache, join, rotate
-from warmfront.coordinator.decode.linear import linear, normalise, ready
+from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, normalise, packed_input
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
     CAPTURE,
+    COMPARE,
     FFN_NORM,
-    K_BIAS,
     LOST,
-    MEASURE,
     OUT,
-    OUT_BIAS,
     POSTED,
-    Q_BIAS,
     SEQUENCE,
     STEPS,
     TOKENS,
-    V_BIAS,
     WANT_LOGITS,
+    WORKER_PATIENCE_NS,
+    Handoff,
     K,
     Network,
     Q,
@@ -48,143 +46,120 @@ from warmfront.coordinator.decode.network import (
 from warmfront.coordinator.decode.predictor import predict
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, load_acquire, longs_at
-from warmfront.shared.kernels.gemm import LANES, panels_of
+from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import row_stride, widen
-from warmfront.shared.wire.board import LEAVE
+from warmfront.shared.model.panels import LANES
+from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
 from warmfront.shared.wire.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
 
 __all__ = ["serve_team"]
 
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
-# A worker that takes longer than this for one layer is taken for lost.
-_WORKER_PATIENCE_NS = 120_000_000_000
 _START, _QKV, _ATTENTION, _OUTPUT, _PREDICTOR, _POST, _MERGE = range(len(STEPS))
 
 
 @kernel
-def _project(
-    net: Network,
-    st: State,
-    layer: int,
-    part: int,
-    bias: int,
-    first: int,
-    count: int,
-    member: int,
-    panels: int,
-    lanes: int,
-    ready_at: int,
-) -> None:
+def _project(net: Network, st: State, layer: int, part: int, first: int, count: int, rank: int, x: Input) -> None:
     """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector.
 
-    `ready_at`: of the normed input, made for q.
+    `x`: the normed input, packed for q.
     """
     rows = (net.heads + 2 * net.kv_heads) * net.head_dim
-    low, high = portion(st.cuts, rows, 8, member)
+    low, high = portion(st.cuts, rows, 8, rank)
     low, high = max(low, first), min(high, first + count)
     if low >= high:
         return
-    kind, input_at = net.kinds[layer, part], address_of(st.h[member])
-    if kind != net.kinds[layer, Q]:
-        ready_at = ready(kind, input_at, address_of(st.prepared[member]), net.hidden, panels, lanes)
-    linear(
-        kind,
-        net.weights[layer, part],
-        net.weights[layer, bias],
-        net.hidden,
-        low - first,
-        high - first,
-        input_at,
-        ready_at,
-        address_of(st.qkv) + first * lanes * 4,
-        rows,
-        panels,
-        lanes,
-        address_of(st.scratch[member]),
-    )
+    matrix = layer_matrix(net, layer, part, net.hidden)
+    if matrix.kind != net.kinds[layer, Q]:
+        x = packed_input(matrix.kind, x.at, address_of(st.packed[rank]), net.hidden, x.panels, x.lanes)
+    y_at = address_of(st.qkv) + first * x.lanes * 4
+    linear(matrix, low - first, high - first, x, y_at, rows, address_of(st.scratch[rank]))
+    # Both rows of a rotated pair are this thread's, for ranges are cut at multiples of 8: no barrier before this.
     if part != V:
-        rotate(net, st, first, low, high, lanes)
+        rotate(net, st, first, low, high, x.lanes)
     if part != Q:
-        cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, lanes)
+        cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, x.lanes)
 
 
 @inlined
 def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lanes: int) -> None:
     """Write the job on the board and announce it."""
+    handoff = st.handoff
     for i in range(count):
-        st.board_x[i] = values[i]
-    st.order[0] = layer
-    st.order[1] = st.job[TOKENS]
-    st.order[2] = lanes
-    st.order[3] = st.job[MEASURE]
-    st.order[4] = clock_ns()
+        handoff.board_x[i] = values[i]
+    handoff.descriptor[LAYER] = layer
+    handoff.descriptor[JOB_TOKENS] = st.job[TOKENS]
+    handoff.descriptor[JOB_LANES] = lanes
+    handoff.descriptor[COMPARE_SELECTION] = st.job[COMPARE]
+    handoff.descriptor[ANNOUNCED_NS] = clock_ns()
     st.job[POSTED] = sequence
-    announce(st.job_at, sequence)
+    announce(handoff.job_at, sequence)
 
 
 @inlined
-def _merge(st: State, sequence: int, x: Floats, count: int) -> int:
+def _merge(handoff: Handoff, sequence: int, x: Floats, count: int) -> int:
     """Wait for every worker and add its part to x; the order of the workers is fixed.
 
     Returns LOST if one has died without an answer: all threads see the same, for its answers are final then. The others
-    are waited for all the same, since they read the board.
+    are waited for nevertheless, since they still read the board.
     """
-    deadline = clock_ns() + _WORKER_PATIENCE_NS
+    deadline = clock_ns() + WORKER_PATIENCE_NS
     lost = False
-    for worker in range(st.done_at.shape[0]):
-        if st.present[worker] == 0:
+    for worker in range(handoff.done_at.shape[0]):
+        if handoff.present[worker] == 0:
             continue
-        result = await_sequence(st.done_at[worker], sequence, st.gone_at[worker], st.worker_spins, deadline)
-        if result == ABORTED and load_acquire(st.abort_at) == 0:
+        result = await_sequence(handoff.done_at[worker], sequence, handoff.dead_at[worker], handoff.spins, deadline)
+        if result == ABORTED and load_acquire(handoff.abort_at) == 0:
             lost = True
             continue
         if result != DONE:
             return result
-        y = carray(floats_at(st.y_at[worker]), (count,))
+        y = carray(floats_at(handoff.y_at[worker]), (count,))
         for i in range(count):
             x[i] += y[i]
     return LOST if lost else DONE
 
 
 @kernel
-def _count(busy: Longs, member: int, since: int) -> None:
+def _count(busy: Longs, rank: int, since: int) -> None:
     """Add to what this thread's share of the rows has taken, from when it could begin: its wait for the core counts."""
-    busy[member, 0] += clock_ns() - since
+    busy[rank, 0] += clock_ns() - since
 
 
 @kernel
-def _answered(present: Longs, record_at: Longs) -> int:
+def _answered(handoff: Handoff) -> int:
     """When the last worker had done its part of the layer."""
     last = 0
-    for worker in range(len(record_at)):
-        if present[worker] != 0:
-            last = max(last, carray(longs_at(record_at[worker]), (2,))[1])
+    for worker in range(len(handoff.record_at)):
+        if handoff.present[worker] != 0:
+            last = max(last, carray(longs_at(handoff.record_at[worker]), (2,))[1])
     return last
 
 
 @kernel
-def _note(times: Longs, layer: int, member: int, step: int) -> None:
+def _note(times: Longs, layer: int, rank: int, step: int) -> None:
     """The first thread writes down when it came to the end of a step."""
-    if member == 0:
+    if rank == 0:
         times[layer, step] = clock_ns()
 
 
 @inlined
-def _note_workers(st: State, layer: int, member: int) -> None:
+def _note_workers(st: State, layer: int, rank: int) -> None:
     """The first thread keeps when each worker began and ended its part of the layer."""
-    _note(st.times, layer, member, _MERGE)
-    if member == 0:
-        for worker in range(st.record_at.shape[0]):
-            record = carray(longs_at(st.record_at[worker]), (2,))
+    _note(st.times, layer, rank, _MERGE)
+    if rank == 0:
+        for worker in range(st.handoff.record_at.shape[0]):
+            record = carray(longs_at(st.handoff.record_at[worker]), (2,))
             st.spans[layer, worker, 0], st.spans[layer, worker, 1] = record[0], record[1]
 
 
 @inlined
-def _embed(net: Network, st: State, member: int, lanes: int) -> None:
+def _embed(net: Network, st: State, rank: int, lanes: int) -> None:
+    """Every thread's own copy of the residual."""
     stride = row_stride(net.embed_kind, net.hidden)
-    x, h = st.x[member], st.h[member]
+    x, h = st.x[rank], st.h[rank]
     x[:] = 0
     for token in range(st.job[TOKENS]):
         widen(net.embed_kind, net.embed + st.tokens[token] * stride, address_of(h), net.hidden)
@@ -194,134 +169,110 @@ def _embed(net: Network, st: State, member: int, lanes: int) -> None:
 
 
 @inlined
-def _output(net: Network, st: State, member: int, lanes: int) -> None:
+def _output(net: Network, st: State, rank: int, lanes: int) -> None:
     """Logits of the last token: this thread's share of the vocabulary."""
     last = st.job[TOKENS] - 1
-    x, h = st.x[member], st.h[member]
+    x, h = st.x[rank], st.h[rank]
     at = (last // lanes) * net.hidden * lanes + last % lanes
     for k in range(net.hidden):
         x[k] = x[at + k * lanes]
     normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
-    low, high = portion(st.cuts, net.vocab, 1, member)
-    linear(
-        net.head_kind,
-        net.head,
-        0,
-        net.hidden,
-        low,
-        high,
-        address_of(h),
-        ready(net.head_kind, address_of(h), address_of(st.prepared[member]), net.hidden, 1, 1),
-        address_of(st.logits),
-        net.vocab,
-        1,
-        1,
-        0,
-    )
+    low, high = portion(st.cuts, net.vocab, 1, rank)
+    normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, 1, 1)
+    linear(Matrix(net.head_kind, net.head, 0, net.hidden), low, high, normed, address_of(st.logits), net.vocab, 0)
 
 
 @inlined
-def forward(member: int, net: Network, st: State) -> int:
-    """Run the job in `st.job` as thread `member` of the team; returns DONE, ABORTED, LATE or LOST."""
+def forward(rank: int, net: Network, st: State) -> int:
+    """Run the job in `st.job` as thread `rank` of the team; returns DONE, ABORTED, LATE or LOST."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
     tokens = st.job[TOKENS]
     lanes = 1 if tokens == 1 else LANES
     panels = panels_of(tokens)
     count = panels * hidden * lanes
-    x, h = st.x[member], st.h[member]
-    scratch_at, prepared_at = address_of(st.scratch[member]), address_of(st.prepared[member])
-    low, high = portion(st.cuts, hidden, 8, member)
-    _embed(net, st, member, lanes)
+    x, h = st.x[rank], st.h[rank]
+    scratch_at, packed_at = address_of(st.scratch[rank]), address_of(st.packed[rank])
+    low, high = portion(st.cuts, hidden, 8, rank)
+    _embed(net, st, rank, lanes)
     for layer in range(net.layers):
-        _note(st.times, layer, member, _START)
-        since = clock_ns() if layer == 0 else _answered(st.present, st.record_at)
+        _note(st.times, layer, rank, _START)
+        # A thread could begin when the last worker had answered: later is its wait for a core that others use.
+        since = clock_ns() if layer == 0 else _answered(st.handoff)
         normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
-        ready_at = ready(net.kinds[layer, Q], address_of(h), prepared_at, hidden, panels, lanes)
-        _project(net, st, layer, Q, Q_BIAS, 0, q_rows, member, panels, lanes, ready_at)
-        _project(net, st, layer, K, K_BIAS, q_rows, kv_rows, member, panels, lanes, ready_at)
-        _project(net, st, layer, V, V_BIAS, q_rows + kv_rows, kv_rows, member, panels, lanes, ready_at)
-        _count(st.busy, member, since)
-        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+        normed = packed_input(net.kinds[layer, Q], address_of(h), packed_at, hidden, panels, lanes)
+        _project(net, st, layer, Q, 0, q_rows, rank, normed)
+        _project(net, st, layer, K, q_rows, kv_rows, rank, normed)
+        _project(net, st, layer, V, q_rows + kv_rows, kv_rows, rank, normed)
+        _count(st.busy, rank, since)
+        result = barrier(st.barrier)
         if result != DONE:
             return result
-        _note(st.times, layer, member, _QKV)
+        _note(st.times, layer, rank, _QKV)
         if lanes == 1:
-            attend_one(net, st, layer, member)
+            attend_one(net, st, layer, rank)
         else:
-            attend_panels(net, st, layer, member, panels)
-        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+            attend_panels(net, st, layer, rank, panels)
+        result = barrier(st.barrier)
         if result != DONE:
             return result
-        _note(st.times, layer, member, _ATTENTION)
-        since = passed(st.barrier_at)
+        _note(st.times, layer, rank, _ATTENTION)
+        since = passed(st.barrier)
         attended = st.att
         if lanes == 1:
-            attended = st.h[member]
+            attended = st.h[rank]
             join(net, st, attended)
-        linear(
-            net.kinds[layer, OUT],
-            net.weights[layer, OUT],
-            net.weights[layer, OUT_BIAS],
-            q_rows,
-            low,
-            high,
-            address_of(attended),
-            ready(net.kinds[layer, OUT], address_of(attended), prepared_at, q_rows, panels, lanes),
-            address_of(st.proj),
-            hidden,
-            panels,
-            lanes,
-            scratch_at,
-        )
-        _count(st.busy, member, since)
-        result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+        matrix = layer_matrix(net, layer, OUT, q_rows)
+        mixed = packed_input(matrix.kind, address_of(attended), packed_at, q_rows, panels, lanes)
+        linear(matrix, low, high, mixed, address_of(st.proj), hidden, scratch_at)
+        _count(st.busy, rank, since)
+        result = barrier(st.barrier)
         if result != DONE:
             return result
         for i in range(count):
             x[i] += st.proj[i]
         normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
-        _note(st.times, layer, member, _OUTPUT)
-        if net.predicts and lanes == 1 and (layer == 0 or not net.ahead):
-            result = predict(net, st, layer, member)
+        _note(st.times, layer, rank, _OUTPUT)
+        if net.predicts and lanes == 1 and (layer == 0 or not net.look_ahead):
+            result = predict(net, st, layer, rank)
             if result != DONE:
                 return result
-        _note(st.times, layer, member, _PREDICTOR)
+        _note(st.times, layer, rank, _PREDICTOR)
         sequence = st.job[SEQUENCE] + layer + 1
-        if member == 0:
+        if rank == 0:
             _post(st, sequence, layer, h, count, lanes)
             if st.job[CAPTURE] != 0:
                 for i in range(count):
                     st.captured[layer, i] = h[i]
-        _note(st.times, layer, member, _POST)
-        if net.ahead and lanes == 1 and layer + 1 < net.layers:
-            result = predict(net, st, layer + 1, member)
+        _note(st.times, layer, rank, _POST)
+        if net.look_ahead and lanes == 1 and layer + 1 < net.layers:
+            result = predict(net, st, layer + 1, rank)
             if result != DONE:
                 return result
-        result = _merge(st, sequence, x, count)
+        result = _merge(st.handoff, sequence, x, count)
         if result != DONE:
             return result
-        _note_workers(st, layer, member)
+        _note_workers(st, layer, rank)
     if st.job[WANT_LOGITS] != 0:
-        _output(net, st, member, lanes)
+        _output(net, st, rank, lanes)
     return DONE
 
 
 @kernel
-def serve_team(member: int, net: Network, st: State) -> None:
+def serve_team(rank: int, net: Network, st: State) -> None:
     """The resident loop of one thread: wait for a job of the engine, run it, report; a job of 0 tokens ends it."""
-    sequence = 0
+    handoff, sequence = st.handoff, 0
     while True:
         sequence += 1
-        if await_sequence(st.go_at, sequence, st.abort_at, 0, 0) != DONE:
+        if await_sequence(handoff.go_at, sequence, handoff.abort_at, 0, 0) != DONE:
             return
         if st.job[TOKENS] == 0:
-            if member == 0:
-                st.order[0] = LEAVE
-                announce(st.job_at, st.job[SEQUENCE] + 1)
+            if rank == 0:
+                handoff.descriptor[LAYER] = QUIT
+                announce(handoff.job_at, st.job[SEQUENCE] + 1)
             return
-        result = forward(member, net, st)
-        st.status[member] = result
-        if fetch_add(st.finished_at + LINE, 1) + 1 == st.members * sequence:
-            announce(st.finished_at, sequence)
+        result = forward(rank, net, st)
+        st.status[rank] = result
+        if fetch_add(handoff.finished_at + LINE, 1) + 1 == st.threads * sequence:
+            announce(handoff.finished_at, sequence)
         if result != DONE and result != LOST:
             return

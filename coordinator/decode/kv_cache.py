@@ -9,20 +9,22 @@ import numpy.typing as npt
 
 from warmfront.coordinator.decode.footprint import cache_bytes, cache_kind, head_bytes
 from warmfront.coordinator.decode.row_split import portion
-from warmfront.shared.kernels.gemm import LANES
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.numa import bind
+from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["KvCache"]
 
 
 class KvCache:
-    """`kind`: its weight type; `keys_at`, `values_at`: addresses. `clean`: no row before this position is spoiled."""
+    """The two arrays, and which of their rows are not finite."""
 
     def __init__(self, model: PackedModel, context: int, cores: CorePlan, cuts: npt.NDArray[Any]) -> None:
+        # Weight type of a row.
         self.kind, head = cache_kind(model), head_bytes(model, context)
+        # No row before this position is spoiled, and none from `_spoiled_end` on.
         self.clean = self._context = context
         self._spoiled_end = 0
         self._shape = model.spec.layers * model.spec.architecture.attention.kv_heads, context, head // context
@@ -31,9 +33,9 @@ class KvCache:
         self._arrays = anonymous(size), anonymous(size)
         self.keys_at, self.values_at = (address(array) for array in self._arrays)
         heads = model.spec.architecture.attention.kv_heads
-        for member, cpu in enumerate(cores.coordinator):
+        for rank, cpu in enumerate(cores.coordinator):
             node = cores.memory_of(cpu)
-            low, high = portion(cuts, heads, 1, member)
+            low, high = portion(cuts, heads, 1, rank)
             if node is None or low == high:
                 continue
             for layer in range(model.spec.layers):

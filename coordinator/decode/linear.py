@@ -1,21 +1,50 @@
 """Norm and matrix product of the compiled pass, for one token and for panels of several."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
+from warmfront.coordinator.decode.network import BIAS, Network
 from warmfront.shared.kernels.atomics import floats_at
-from warmfront.shared.kernels.gemm import LANES, multiply_rows, prepare
-from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, quantise, row_stride
-from warmfront.shared.model.formats import Kind
+from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.gemm import Panels, Rows, multiply_rows, pack_panels
+from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, row_stride, takes_quantised
+from warmfront.shared.model.panels import LANES
 
-__all__ = ["linear", "normalise", "ready"]
+__all__ = ["Input", "Matrix", "layer_matrix", "linear", "normalise", "packed_input"]
 
 Floats = npt.NDArray[np.float32]
-_Q8 = int(Kind.Q8)
+
+
+class Matrix(NamedTuple):
+    """A packed matrix."""
+
+    kind: int
+    # Addresses of the rows and of a float32 bias, 0 if there is none.
+    at: int
+    bias_at: int
+    # Weights of a row.
+    cols: int
+
+
+class Input(NamedTuple):
+    """What a matrix is multiplied with: x [panels, cols, lanes]."""
+
+    at: int
+    # The same as rows of the matrix's kind want it: see `packed_input`.
+    packed_at: int
+    # 1 and 1 for a single token.
+    panels: int
+    lanes: int
+
+
+@inlined
+def layer_matrix(net: Network, layer: int, part: int, cols: int) -> Matrix:
+    """Matrix `part` of q, k, v and o of a layer."""
+    return Matrix(net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS], cols)
 
 
 @kernel
@@ -30,6 +59,7 @@ def normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, pan
         for k in range(hidden):
             out[k] = x[k] * factor * weight[k]
         return
+    # Tokens are lanes: sixteen sums at a time, each in the order of the features.
     factors = np.empty(LANES, np.float32)
     for p in range(panels):
         panel = x[p * hidden * LANES : (p + 1) * hidden * LANES]
@@ -46,47 +76,43 @@ def normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, pan
 
 
 @kernel
-def ready(kind: int, x_at: int, prepared_at: int, cols: int, panels: int, lanes: int) -> Any:
-    """What `linear` wants to know of x [panels, cols, lanes] beside x itself, for one matrix or several of a kind."""
-    if lanes == 1:
-        return quantise(x_at, prepared_at, cols) if kind >= _Q8 else x_at
-    return prepare(kind, x_at, prepared_at, cols, panels)
+def _packed(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> int:
+    if lanes > 1:
+        return pack_panels(kind, x_at, out_at, cols, panels)
+    return int(quantise_input(x_at, out_at, cols)) if takes_quantised(kind) else x_at
+
+
+@inlined
+def packed_input(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> Input:
+    """x [panels, cols, lanes] for one matrix of `kind` or several: quantised, or as pairs, in `out_at` if need be.
+
+    Inlined, so that a caller's constant 1 for `lanes` rids `linear` of its other half.
+    """
+    return Input(x_at, _packed(kind, x_at, out_at, cols, panels, lanes), panels, lanes)
 
 
 @kernel
-def linear(
-    kind: int,
-    weights_at: int,
-    bias_at: int,
-    cols: int,
-    low: int,
-    high: int,
-    x_at: int,
-    ready_at: int,
-    y_at: int,
-    rows: int,
-    panels: int,
-    lanes: int,
-    scratch_at: int,
-) -> None:
-    """Rows low..high of a packed matrix times x [panels, cols, lanes] into y [panels, rows, lanes].
+def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
+    """Rows low..high of a packed matrix times x into y [panels, rows, lanes].
 
-    `ready_at`: what `ready` returned for x and this kind.
+    `scratch_at`: float32 [8, cols] for several tokens.
     """
+    kind, cols, lanes = matrix.kind, matrix.cols, x.lanes
     stride = row_stride(kind, cols)
     if lanes == 1:
         y = carray(floats_at(y_at), (rows,))
         for r in range(low, high):
-            row_at = weights_at + r * stride
-            y[r] = dot(kind, row_at, x_at, ready_at, cols, row_at + AHEAD_BYTES)
+            row_at = matrix.at + r * stride
+            # The rows of a matrix lie one behind the other: what is fetched ahead is the row some KB further on.
+            y[r] = dot(kind, row_at, x.at, x.packed_at, cols, row_at + AHEAD_BYTES)
     else:
         for r in range(low, high, 8):
-            y_row_at, y_step = y_at + r * LANES * 4, rows * LANES * 4
-            multiply_rows(kind, weights_at + r * stride, stride, cols, ready_at, y_row_at, y_step, panels, scratch_at)
-    if bias_at != 0:
-        bias = carray(floats_at(bias_at), (rows,))
-        y = carray(floats_at(y_at), (panels * rows * lanes,))
-        for p in range(panels):
+            packed = Rows(kind, matrix.at + r * stride, stride, cols)
+            multiply_rows(packed, x.packed_at, Panels(y_at + r * LANES * 4, rows * LANES * 4, x.panels), scratch_at)
+    if matrix.bias_at != 0:
+        bias = carray(floats_at(matrix.bias_at), (rows,))
+        y = carray(floats_at(y_at), (x.panels * rows * lanes,))
+        for p in range(x.panels):
             for r in range(low, high):
                 for lane in range(lanes):
                     y[(p * rows + r) * lanes + lane] += bias[r]

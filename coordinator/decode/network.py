@@ -1,11 +1,21 @@
 """What the compiled pass works on: the model's sizes and weights, and the state of the team that runs it."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # the engine imports this before numba
+    from warmfront.shared.wire.handoff import Barrier
 
 __all__ = [
+    "ATTN_NORM",
+    "BIAS",
     "CAPTURE",
+    "COMPARE",
+    "FC1",
+    "FC2",
+    "FFN_NORM",
     "LOST",
-    "MEASURE",
+    "LOWBIT",
+    "OUT",
     "POSITION",
     "POSTED",
     "ROLES",
@@ -14,27 +24,46 @@ __all__ = [
     "STEPS",
     "TOKENS",
     "WANT_LOGITS",
+    "WORKER_PATIENCE_NS",
+    "Handoff",
+    "K",
     "Network",
+    "Q",
     "State",
+    "V",
 ]
 
 # Columns of Network.weights and Network.kinds.
 ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias", "fc1", "fc2", "lowbit")
-ATTN_NORM, Q, K, V, OUT, FFN_NORM, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, FC1, FC2, LOWBIT = range(len(ROLES))
-# Words of State.job. Sequence numbers on the board: SEQUENCE before the job, POSTED so far. SPOILED: not 0 once the job
-# has written a key or value that is not finite.
-TOKENS, POSITION, WANT_LOGITS, SEQUENCE, MEASURE, CAPTURE, POSTED, SPOILED = range(8)
+ATTN_NORM, Q, K, V, OUT, FFN_NORM, _, _, _, _, FC1, FC2, LOWBIT = range(len(ROLES))
+# How many columns behind a matrix its bias is.
+BIAS = ROLES.index("q.bias") - Q
+# Words of State.job; the engine's thread writes them before it announces the job, but for the last two.
+(
+    TOKENS,
+    POSITION,
+    WANT_LOGITS,
+    # Sequence number on the board before the job.
+    SEQUENCE,
+    # The workers are to compare the selection with the truth.
+    COMPARE,
+    # Keep the feed-forward inputs.
+    CAPTURE,
+    # Sequence number on the board that was last announced; by the first thread.
+    POSTED,
+    # Not 0 once the job has written a key or value that is not finite; by any thread.
+    SPOILED,
+) = range(8)
 # What a job of the team ends with beside the results of a wait (`shared/wire/handoff.py`): a worker has died.
 LOST = 3
+# A worker that takes longer than this for one layer is taken for lost.
+WORKER_PATIENCE_NS = 120_000_000_000
 # Columns of State.times: when the team's first thread was done with each part of a layer.
 STEPS = ("start", "qkv", "attention", "output", "predictor", "post", "merge")
 
 
 class Network(NamedTuple):
-    """Sizes and weights: int and float32 scalars, and int64 [layers, roles] addresses and weight types.
-
-    The kind of a low-bit copy is its number of bits.
-    """
+    """Sizes, addresses and kinds of the weights; never changes. Kinds are numbers of `formats.Kind`."""
 
     layers: int
     hidden: int
@@ -42,84 +71,110 @@ class Network(NamedTuple):
     kv_heads: int
     head_dim: int
     vocab: int
+    # float32 scalars: epsilon of the norms, and head_dim^-0.5.
     norm_eps: Any
     score_scale: Any
+    # int64 [layers, ROLES]: addresses of the tensors, 0 where the model has none, and their kinds; the kind of a
+    # low-bit copy is its number of bits.
     weights: Any
     kinds: Any
+    # Embedding [vocab, hidden], output head, which may be the same, and the last norm.
     embed: int
     embed_kind: int
     head: int
     head_kind: int
     norm: int
-    # float32 [context, head_dim / 2]
+    # float32 [context, head_dim / 2]: of each position and rotated pair.
     cos: Any
     sin: Any
-    # Prediction: whether there is any, and whether a layer ahead; ranks: int64 [layers]; thresholds: float32 [layers,
-    # neurons]; 0: low-rank.
+    # Whether a selector predicts the neurons of a single token, and whether it does so a layer ahead.
     predicts: bool
-    ahead: bool
+    look_ahead: bool
+    # Groups of neurons of a layer.
     groups: int
+    # Low-rank predictors: whether they take the normed input, and whether a ReLU is between their matrices.
     normed: bool
     rectified: bool
+    # int64 [layers]: rows of their first matrix.
     ranks: Any
+    # float32 [layers, neurons]: scores above them select the neuron.
     thresholds: Any
+    # Bytes of a row of a low-bit copy; 0: prediction is low-rank.
     lowbit_stride: int
 
 
+class Handoff(NamedTuple):
+    """Where the team meets the engine's thread and the workers: the team's own lines, then the board's."""
+
+    # Line by which the engine's thread announces a job, and by which the last thread says that it is done.
+    go_at: int
+    finished_at: int
+    # The board's abort word and its job line.
+    abort_at: int
+    job_at: int
+    # int64 [5] on the board: the job's descriptor; by the first thread.
+    descriptor: Any
+    # float32 [max_tokens * hidden] on the board: the input of the feed-forward layer; by the first thread.
+    board_x: Any
+    # uint32 [layers, groups] on the board: the neurons predicted; each thread writes its groups.
+    mask: Any
+    # int64 [workers]: whether it takes part; changed by the coordinator between two jobs.
+    present: Any
+    # int64 [workers]: addresses of the done line, of the word that it is dead, of its record and of its part y.
+    done_at: Any
+    dead_at: Any
+    record_at: Any
+    y_at: Any
+    # Rounds of spinning for a worker.
+    spins: int
+
+
 class State(NamedTuple):
-    """What a team works on. `*_at` are addresses, the rest arrays.
+    """What a team works on; but where it is said otherwise, by a row for each thread, which writes its own."""
 
-    cuts, busy: see `RowSplit`; x, h: float32 [members, max_tokens * hidden], one row a thread; qkv, att, proj: float32,
-    shared by the team;
-    scores, chances: float32 [members, n]; scratch: float32, prepared: uint8 [members, n]; tokens: int64 [max_tokens];
-    keys_at, values_at: [layers, kv_heads, context, head_dim padded to 32] of `cache_kind`. Attention to one token is
-    split into `chunks` of the positions: partial [chunks, heads * head_dim], tops and totals [chunks, heads]. inner:
-    float32 [rank]; mask: uint32 [layers, groups] on the board; captured: float32 [layers, max_tokens * hidden] or
-    empty; times: int64 [layers, STEPS] and spans: int64 [layers, workers, 2], ns on the monotonic clock.
-    """
-
-    members: int
+    # How the threads divide rows, and meet.
+    threads: int
+    # int64 [threads + 1], and int64 [threads, 16] in ns: see `RowSplit`.
     cuts: Any
     busy: Any
+    barrier: "Barrier"
+    handoff: Handoff
+    # The job: int64 [16] words, int64 [max_tokens] ids; by the engine's thread. int64 [threads]: each thread's result.
     job: Any
     tokens: Any
     status: Any
+    # float32 [threads, max_tokens * hidden]: residual, which every thread keeps whole; and [threads, max_tokens *
+    # widest]: what is fed to the next matrix.
     x: Any
     h: Any
+    # float32, one for all, of which each thread writes its rows: [panels, heads + 2 * kv_heads, head_dim, lanes],
+    # [panels, heads * head_dim, lanes], [panels, hidden, lanes].
     qkv: Any
     att: Any
     proj: Any
+    # float32 [threads, n]: attention's scores, or a predictor's, and the same as pairs of bfloat16.
     scores: Any
     chances: Any
+    # Attention of one token takes the positions in so many chunks: float32 [chunks, heads * head_dim], and [chunks,
+    # heads] twice: the mix of the values, the highest score and the sum of the exponentials. One for all.
     chunks: int
     partial: Any
     tops: Any
     totals: Any
+    # float32 [threads, n]: 8 widened rows; uint8 [threads, n]: a matrix's input, quantised or as pairs.
     scratch: Any
-    prepared: Any
+    packed: Any
+    # float32 [vocab], and [rank] inside a predictor; one for all, each thread writes its rows.
     logits: Any
     inner: Any
+    # float32 [layers, max_tokens * hidden], or empty: feed-forward inputs that were asked for; by the first thread.
     captured: Any
+    # int64 [layers, STEPS] and [layers, workers, 2], ns on the monotonic clock; by the first thread.
     times: Any
     spans: Any
+    # KV cache: addresses of [layers, kv_heads, context, head_dim padded to 32], and their kind.
     keys_at: int
     values_at: int
     cache_kind: int
+    # Positions that the KV cache holds.
     context: int
-    # Handoff: the team's own lines, then the board's.
-    go_at: int
-    finished_at: int
-    barrier_at: int
-    abort_at: int
-    job_at: int
-    order: Any
-    board_x: Any
-    mask: Any
-    # int64 [workers]: whether it takes part; addresses of the done line, the word that it is dead, the record and y.
-    present: Any
-    done_at: Any
-    gone_at: Any
-    record_at: Any
-    y_at: Any
-    barrier_spins: int
-    worker_spins: int

@@ -3,7 +3,7 @@
     lowrank   fc2 . act(fc1 . x) > threshold, with x the residual before the norm or the normed input (Deja Vu;
               PowerInfer's files): costs r * (hidden + neurons) weights instead of hidden * neurons
     lowbit    the dot of a low-bit copy of the gate row with the normed input > the layer's threshold, which was
-              calibrated for a wished recall (`lowbit.py`); needs no training
+              calibrated for a given recall (`lowbit.py`); needs no training
 
 The guess is a mask on the board, a word of 32 neurons for each group.
 """
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from warmfront.coordinator.decode.linear import linear, ready
+from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
 from warmfront.coordinator.decode.network import FC1, FC2, LOWBIT, Network, State
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
+from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
 from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
-from warmfront.shared.kernels.rows import AHEAD_BYTES, quantise, row_stride, touch
+from warmfront.shared.kernels.rows import AHEAD_BYTES, prefetch, row_stride
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.wire.handoff import DONE, barrier
 
@@ -38,52 +39,42 @@ def _word(scores: Any, thresholds: Any) -> Any:
 
 
 @inlined
-def _lowrank(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> int:
-    """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED."""
-    rank, kind = net.ranks[layer], net.kinds[layer, FC1]
-    low, high = portion(st.cuts, rank, 8, member)
-    linear(
-        kind,
-        net.weights[layer, FC1],
-        0,
-        net.hidden,
-        low,
-        high,
-        input_at,
-        ready(kind, input_at, address_of(st.prepared[member]), net.hidden, 1, 1),
-        address_of(st.inner),
-        rank,
-        1,
-        1,
-        0,
-    )
+def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at: int) -> int:
+    """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED.
+
+    A row of the second matrix is short, hundreds of weights: 16 are multiplied at once, with the input in registers.
+    """
+    inner, kind = net.ranks[layer], net.kinds[layer, FC1]
+    low, high = portion(st.cuts, inner, 8, rank)
+    x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, 1, 1)
+    linear(Matrix(kind, net.weights[layer, FC1], 0, net.hidden), low, high, x, address_of(st.inner), inner, 0)
     if net.rectified:
         for i in range(low, high):
             st.inner[i] = max(st.inner[i], np.float32(0))
-    result = barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+    result = barrier(st.barrier)
     if result != DONE:
         return result
     kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
-    stride = row_stride(kind, rank)
-    scores_at = address_of(st.scores[member])
+    stride = row_stride(kind, inner)
+    scores_at = address_of(st.scores[rank])
     scores = carray(floats_at(scores_at), (GROUP,))
-    low, high = portion(st.cuts, net.groups, 1, member)
+    low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
         for row in range(0, GROUP, ROWS):
             row_at = at + (group * GROUP + row) * stride
-            touch(row_at + AHEAD_BYTES, ROWS * stride, 64)
-            dot_rows(kind, row_at, stride, address_of(st.inner), rank, scores_at + row * 4)
+            prefetch(row_at + AHEAD_BYTES, ROWS * stride, 64)
+            dot_rows(kind, row_at, stride, address_of(st.inner), inner, scores_at + row * 4)
         mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
     return DONE
 
 
 @inlined
-def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_at: int) -> None:
+def _lowbit(net: Network, st: State, mask: Any, layer: int, rank: int, input_at: int) -> None:
     bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
-    q_at = quantise(input_at, address_of(st.prepared[member]), net.hidden)
+    q_at = quantise_input(input_at, address_of(st.packed[rank]), net.hidden)
     stride = net.lowbit_stride
-    scores = st.scores[member]
-    low, high = portion(st.cuts, net.groups, 1, member)
+    scores = st.scores[rank]
+    low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride
@@ -92,16 +83,17 @@ def _lowbit(net: Network, st: State, mask: Any, layer: int, member: int, input_a
 
 
 @kernel
-def predict(net: Network, st: State, layer: int, member: int) -> int:
+def predict(net: Network, st: State, layer: int, rank: int) -> int:
     """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
 
-    Ahead of its layer it takes the input of the one before, which is much like its own.
+    Ahead of its layer it takes the input of the one before, which is much like its own: a layer adds little to the
+    residual (Deja Vu).
     """
-    normed_at, mask = address_of(st.h[member]), st.mask[layer]
+    normed_at, mask = address_of(st.h[rank]), st.handoff.mask[layer]
     if net.lowbit_stride > 0:
-        _lowbit(net, st, mask, layer, member, normed_at)
+        _lowbit(net, st, mask, layer, rank, normed_at)
     else:
-        result = _lowrank(net, st, mask, layer, member, normed_at if net.normed else address_of(st.x[member]))
+        result = _lowrank(net, st, mask, layer, rank, normed_at if net.normed else address_of(st.x[rank]))
         if result != DONE:
             return result
-    return barrier(st.barrier_at, st.members, st.barrier_spins, st.abort_at)
+    return barrier(st.barrier)

@@ -9,40 +9,48 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.rows import share
 
 __all__ = ["WHOLE", "RowSplit", "portion"]
 
 WHOLE = 1 << 16
-# Decoded tokens between two looks; share of the paces that a new look leaves; how far off the mean time a thread's may
-# be (runs differ that much on an idle machine); what a thread keeps at least, to be measured by.
-_EVERY = 8
+# Decoded tokens between two looks.
+_PERIOD = 8
+# Weight of the paces known so far beside those of the last period.
 _KEPT = 0.5
+# How far a thread's time may be off the mean: runs differ that much on an idle machine.
 _BAND = 0.05
-_LEAST = 0.05
+# Share of an equal part that a thread keeps at least: without rows its pace could not be measured any more.
+_MIN_PART = 0.05
 
 
 @kernel
-def portion(cuts: npt.NDArray[np.int64], total: int, unit: int, member: int) -> tuple[int, int]:
-    """Thread `member`'s range of `total` items, split at `cuts` [members + 1] of WHOLE, in multiples of `unit`."""
-    units = (total + unit - 1) // unit
-    return min((units * cuts[member] >> 16) * unit, total), min((units * cuts[member + 1] >> 16) * unit, total)
+def portion(cuts: npt.NDArray[np.int64], total: int, unit: int, rank: int) -> tuple[int, int]:
+    """Thread `rank`'s range of `total` items, split at `cuts` [threads + 1] of WHOLE, in multiples of `unit`."""
+    return share(total, unit, cuts[rank], cuts[rank + 1], WHOLE)
 
 
 class RowSplit:
-    """`cuts`: int64 [members + 1], rising from 0 to WHOLE; `busy`: int64 [members, 16], ns, counted by the threads."""
+    """Where the rows are cut, and the times by which the cuts move."""
 
-    def __init__(self, members: int, moves: bool) -> None:
+    def __init__(self, threads: int, moves: bool) -> None:
         """`moves`: whether the cuts ever do."""
-        self._moves = moves and members > 1
-        self.cuts = WHOLE * np.arange(members + 1) // members
-        self.busy: npt.NDArray[np.int64] = np.zeros((members, 16), np.int64)
+        self._moves = moves and threads > 1
+        # int64 [threads + 1], rising from 0 to WHOLE.
+        self.cuts = WHOLE * np.arange(threads + 1) // threads
+        # int64 [threads, 16], a cache line each: ns at its rows, counted by the threads.
+        self.busy: npt.NDArray[np.int64] = np.zeros((threads, 16), np.int64)
         self._paces: npt.NDArray[np.float64] | None = None
         self._tokens = 0
 
     def token(self) -> None:
-        """A token has been decoded: at every eighth, move the cuts if some thread takes longer than the others."""
+        """A token has been decoded: every few of them, move the cuts if some thread takes longer than the others.
+
+        A thread's pace is its time per row. The new parts are as the inverse paces, so that all would have finished
+        together; within the band nothing moves, for rows that move leave the memory near their thread.
+        """
         self._tokens += 1
-        if not self._moves or self._tokens % _EVERY:
+        if not self._moves or self._tokens % _PERIOD:
             return
         busy, widths = self.busy[:, 0].astype(np.float64), np.diff(self.cuts)
         self.busy[:] = 0
@@ -54,7 +62,7 @@ class RowSplit:
         spent = self._paces * widths
         if np.abs(spent / spent.mean() - 1).max() < _BAND:
             return
-        speeds = np.maximum(1 / self._paces, _LEAST / len(widths) * (1 / self._paces).sum())
+        speeds = np.maximum(1 / self._paces, _MIN_PART / len(widths) * (1 / self._paces).sum())
         if speeds.min() > (1 - _BAND) * speeds.max():
             speeds[:] = 1
         self.cuts[1:] = np.rint(WHOLE * np.cumsum(speeds / speeds.sum())).astype(np.int64)

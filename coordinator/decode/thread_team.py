@@ -11,8 +11,8 @@ from warmfront.coordinator.decode.forward import serve_team
 from warmfront.coordinator.decode.kv_cache import KvCache
 from warmfront.coordinator.decode.network import (
     CAPTURE,
+    COMPARE,
     LOWBIT,
-    MEASURE,
     POSITION,
     POSTED,
     ROLES,
@@ -21,26 +21,27 @@ from warmfront.coordinator.decode.network import (
     STEPS,
     TOKENS,
     WANT_LOGITS,
+    Handoff,
     Network,
     State,
 )
 from warmfront.coordinator.decode.row_split import RowSplit
+from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
 from warmfront.coordinator.selectors.lowbit import Lowbit
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.errors import WarmfrontError, WorkerError
-from warmfront.shared.kernels.gemm import LANES
+from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.lowbit import lowbit_bytes
-from warmfront.shared.kernels.rows import quantised_bytes
-from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board
-from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, LATE, LINE, announce, await_sequence
+from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, LATE, LINE, Barrier, announce, await_sequence
 
 __all__ = ["ThreadTeam"]
 
@@ -52,28 +53,19 @@ class ThreadTeam:
         self,
         model: PackedModel,
         board: Board,
-        gone: npt.NDArray[np.int64],
-        cores: CorePlan,
-        pinned: bool,
-        context: int,
-        selector: str,
-        lowbit: Lowbit | None,
-        ahead: bool,
-        balances: bool,
+        dead: npt.NDArray[np.int64],
+        config: TeamConfig,
+        lowbit: Lowbit | None = None,
     ) -> None:
-        """`gone`: int64 [workers], not 0 = that worker's process is dead; `ahead`: predict a layer ahead.
-
-        `balances`: rows move between the threads as the load of their cores shifts.
-        """
-        self._model, self._board, self._gone, self._context = model, board, gone, context
-        self._cores, self._pinned = cores, pinned
-        self._cpus = cpus = cores.coordinator
-        self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
-        self._selector, self._lowbit, self._ahead = selector, lowbit, ahead
+        """`dead`: int64 [workers], not 0 = that worker's process is; `lowbit`: what that selector needs."""
+        self._model, self._board, self._dead, self._config, self._lowbit = model, board, dead, config, lowbit
+        self._cpus = cpus = config.cores.coordinator
+        # int64 [workers]: whether it takes part in the next job.
+        self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
-        self._shares = RowSplit(len(cpus), balances)
-        self._weights = ThreadWeights(model, lowbit, selector, cores, self._shares.cuts)
-        self._cache = KvCache(model, context, cores, self._shares.cuts)
+        self._rows = RowSplit(len(cpus), config.balances)
+        self._weights = ThreadWeights(model, lowbit, config.selector, config.cores, self._rows.cuts)
+        self._cache = KvCache(model, config.context, config.cores, self._rows.cuts)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
@@ -89,6 +81,7 @@ class ThreadTeam:
         return self._weights.nbytes
 
     def _describe(self) -> Network:
+        """The network as the compiled pass reads it."""
         spec, at, files = self._model.spec, self._weights.at, self._weights.files
         weights = np.zeros((spec.layers, len(ROLES)), np.int64)
         kinds = np.zeros((spec.layers, len(ROLES)), np.int64)
@@ -108,7 +101,7 @@ class ThreadTeam:
             thresholds = lowbit.thresholds
         attention, rotary = spec.architecture.attention, spec.architecture.positions.of_layer(0)
         assert rotary is not None
-        cos, sin = rotary.cos_sin(self._context)
+        cos, sin = rotary.cos_sin(self._config.context)
         head = "head" if "head" in at else "embed"
         return Network(
             layers=spec.layers,
@@ -128,8 +121,8 @@ class ThreadTeam:
             norm=at["norm"],
             cos=cos,
             sin=sin,
-            predicts=self._selector in PREDICTING,
-            ahead=self._ahead,
+            predicts=self._config.selector in PREDICTING,
+            look_ahead=self._config.look_ahead,
             groups=self._model.layout.groups,
             normed=predictor.input == "normed",
             rectified=predictor.activation == "relu",
@@ -139,46 +132,53 @@ class ThreadTeam:
         )
 
     def _prepare(self) -> State:
-        spec, board, members = self._model.spec, self._board, len(self._cpus)
-        most, lines = board.sizes.max_tokens, address(self._lines)
-        shapes = scratch_shapes(spec, self._context, members, most)
-        widest, rank = shapes["scratch"][1] // 8, int(self._network.ranks.max())
-        prepared = max(quantised_bytes(max(widest, rank)), 2 * most * widest)
-        captured = (spec.layers, most * spec.hidden) if self._lowbit is not None else (0, 0)
+        """The state, allocated."""
+        spec, board, threads, context = self._model.spec, self._board, len(self._cpus), self._config.context
+        max_tokens = board.sizes.max_tokens
+        shapes = scratch_shapes(spec, context, threads, max_tokens)
+        widest, inner = shapes["scratch"][1] // 8, int(self._network.ranks.max())
+        packed = max(quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
+        captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
+        barrier_at = address(self._lines) + 3 * LINE
         return State(
-            members=members,
-            cuts=self._shares.cuts,
-            busy=self._shares.busy,
+            threads=threads,
+            cuts=self._rows.cuts,
+            busy=self._rows.busy,
+            barrier=Barrier(barrier_at, threads, self._config.cores.spins, address(board.abort)),
+            handoff=self._handoff(),
             job=np.zeros(16, np.int64),
-            tokens=np.zeros(most, np.int64),
-            status=np.zeros(members, np.int64),
-            chunks=chunks_of(spec, members),
+            tokens=np.zeros(max_tokens, np.int64),
+            status=np.zeros(threads, np.int64),
+            chunks=chunks_of(spec, threads),
             **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
-            prepared=zeros((members, prepared), np.uint8),
+            packed=zeros((threads, packed), np.uint8),
             logits=self.logits,
-            inner=zeros(rank, np.float32),
+            inner=zeros(inner, np.float32),
             captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
             keys_at=self._cache.keys_at,
             values_at=self._cache.values_at,
             cache_kind=int(self._cache.kind),
-            context=self._context,
+            context=context,
+        )
+
+    def _handoff(self) -> Handoff:
+        board, lines = self._board, address(self._lines)
+        return Handoff(
             go_at=lines,
             finished_at=lines + LINE,
-            barrier_at=lines + 3 * LINE,
             abort_at=address(board.abort),
             job_at=address(board.job),
-            order=board.order,
+            descriptor=board.descriptor,
             board_x=board.x,
             mask=board.mask,
             present=self.present,
             done_at=np.array([address(line) for line in board.done], np.int64),
-            gone_at=address(self._gone) + 8 * np.arange(len(self._gone)),
+            dead_at=address(self._dead) + 8 * np.arange(len(self._dead)),
             record_at=np.array([address(record) for record in board.record], np.int64),
             y_at=np.array([address(y) for y in board.y], np.int64),
-            barrier_spins=self._cores.spins,
-            worker_spins=HANDOFF_SPINS,
+            spins=HANDOFF_SPINS,
         )
 
     def pages(self) -> list[dict[int, int]]:
@@ -190,24 +190,24 @@ class ThreadTeam:
         for thread in self._threads:
             thread.start()
 
-    def _live(self, member: int) -> None:
+    def _live(self, rank: int) -> None:
         try:
-            if self._pinned:
-                pin([self._cpus[member]])
+            if self._config.pinned:
+                pin([self._cpus[rank]])
             take_short_turns()
-            set_name(f"wf-team{member}")
-            self._weights.fill(member)
-            compile_for(serve_team, member, self._network, self._state)
-            self._serving[member].set()
-            serve_team(member, self._network, self._state)
+            set_name(f"wf-team{rank}")
+            self._weights.fill(rank)
+            compile_for(serve_team, rank, self._network, self._state)
+            self._serving[rank].set()
+            serve_team(rank, self._network, self._state)
         except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """A thread is lost, and with it every later job: nobody may wait for it, nor for what it would have posted."""
+        """A thread has failed, and with it every later job: nobody may wait for it or for what it would have posted."""
         self._errors.append(error)
         self._board.end()
-        self._gone[:] = 1
+        self._dead[:] = 1
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, of how many."""
@@ -236,24 +236,30 @@ class ThreadTeam:
         self._cache.forget(position)
 
     def run(
-        self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+        self,
+        tokens: Sequence[int],
+        position: int,
+        want_logits: bool,
+        *,
+        compare_selection: bool = False,
+        capture: bool = False,
     ) -> int:
         """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
 
-        `measure`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
+        `compare_selection`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
         Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
         KeyboardInterrupt waits for the job to end before it goes on.
         """
-        job = self._state.job
+        job, handoff = self._state.job, self._state.handoff
         self._state.tokens[: len(tokens)] = tokens
-        job[MEASURE], job[CAPTURE], job[SPOILED] = measure, capture, 0
+        job[COMPARE], job[CAPTURE], job[SPOILED] = compare_selection, capture, 0
         with hold_interrupts():
             self._post(len(tokens), position, want_logits)
-            result = await_sequence(self._state.finished_at, self._sequence, self._state.abort_at, 0, 0)
+            result = await_sequence(handoff.finished_at, self._sequence, handoff.abort_at, 0, 0)
         if job[SPOILED]:
             self._cache.spoil(position, len(tokens))
         if len(tokens) == 1:
-            self._shares.token()
+            self._rows.token()
         if result == DONE and LATE in self._state.status:
             self._fail(WorkerError("a worker did not answer for two minutes"))
         self.check()
@@ -268,19 +274,19 @@ class ThreadTeam:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
         layers, hidden = self._model.spec.layers, self._model.spec.hidden
         lanes = 1 if tokens == 1 else LANES
-        panels = -(-tokens // lanes)
-        wide = self._state.captured[:, : panels * hidden * lanes].reshape(layers, panels, hidden, lanes)
+        size = 1 if tokens == 1 else whole_panels(tokens)
+        wide = self._state.captured[:, : size * hidden].reshape(layers, size // lanes, hidden, lanes)
         return np.ascontiguousarray(wide.swapaxes(2, 3).reshape(layers, -1, hidden)[:, :tokens])
 
     def _post(self, tokens: int, position: int, want_logits: bool) -> None:
-        job, state = self._state.job, self._state
+        job = self._state.job
         job[TOKENS], job[POSITION], job[WANT_LOGITS] = tokens, position, want_logits
         job[SEQUENCE] = job[POSTED]
         self._sequence += 1
-        announce(state.go_at, self._sequence)
+        announce(self._state.handoff.go_at, self._sequence)
 
     def stop(self) -> None:
-        """End the resident loops and tell the workers to leave theirs; harmless after an abort."""
+        """End the resident loops and tell the workers to quit theirs; harmless after an abort."""
         if any(thread.is_alive() for thread in self._threads):
             self._post(0, 0, False)
         for thread in self._threads:

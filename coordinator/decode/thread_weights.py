@@ -19,7 +19,7 @@ _ALIGN = 64
 
 
 class ThreadWeights:
-    """`at`: the address of each tensor; `files`: where it is read from; `loaded`, of `nbytes`."""
+    """A block of memory for the tensors, filled by the threads."""
 
     def __init__(
         self,
@@ -29,22 +29,24 @@ class ThreadWeights:
         cores: CorePlan,
         cuts: npt.NDArray[np.int64],
     ) -> None:
-        """All but the bundles and idle predictors; pages are bound by the `cuts` of now (see `RowSplit`)."""
-        self._spec, self._cuts, self._members = model.spec, cuts.copy(), len(cuts) - 1
+        """All tensors but bundles and unused predictors; pages are bound by the present `cuts` (see `RowSplit`)."""
+        self._spec, self._cuts, self._threads = model.spec, cuts.copy(), len(cuts) - 1
         idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
         apart = ("tokenizer", "profile", "places")
+        # The file that each tensor is read from.
         self.files = {n: model for n in model.entries if not n.endswith(idle) and n not in apart}
         if lowbit is not None:
             self.files |= dict.fromkeys(lowbit.file.entries, lowbit.file)
         sizes = [-(-file.entries[name].nbytes // _ALIGN) * _ALIGN for name, file in self.files.items()]
         offsets = accumulate(sizes, initial=0)
         self._block = anonymous(sum(sizes), huge=True)
+        # The address of each tensor.
         self.at = {name: address(self._block) + offset for name, offset in zip(self.files, offsets, strict=False)}
-        self._loaded = [0] * self._members
-        for member, cpu in enumerate(cores.coordinator):
+        self._loaded = [0] * self._threads
+        for rank, cpu in enumerate(cores.coordinator):
             node = cores.memory_of(cpu)
             if node is not None:
-                for name, low, high in self._rows_of(member):
+                for name, low, high in self._rows_of(rank):
                     bind(self._bytes_of(name, low, high), node)
 
     @property
@@ -57,7 +59,7 @@ class ThreadWeights:
         """Bytes read so far."""
         return sum(self._loaded)
 
-    def _rows_of(self, member: int) -> Iterator[tuple[str, int, int]]:
+    def _rows_of(self, rank: int) -> Iterator[tuple[str, int, int]]:
         """The rows that a thread will mostly read: of each tensor the range of bytes."""
         attention = self._spec.architecture.attention
         q, kv = attention.q_rows, attention.kv_rows
@@ -65,7 +67,7 @@ class ThreadWeights:
         for name, file in self.files.items():
             entry, at = file.entries[name], first.get(name.rpartition(".")[2])
             rows = entry.shape[0]
-            ends = portion(self._cuts, rows if at is None else q + 2 * kv, 8, member)
+            ends = portion(self._cuts, rows if at is None else q + 2 * kv, 8, rank)
             low, high = (min(max(end - (at or 0), 0), rows) * (entry.nbytes // rows) for end in ends)
             if low < high:
                 yield name, low, high
@@ -74,15 +76,15 @@ class ThreadWeights:
         start = self.at[name] - address(self._block)
         return self._block[start + low : start + high]
 
-    def fill(self, member: int) -> None:
+    def fill(self, rank: int) -> None:
         """Read a thread's rows of every tensor; in that thread, so that their pages lie near its core."""
-        for name, low, high in self._rows_of(member):
+        for name, low, high in self._rows_of(rank):
             out = self._bytes_of(name, low, high)
             self.files[name].read_into(name, out, low)
             collapse(out)
-            self._loaded[member] += high - low
+            self._loaded[rank] += high - low
 
     def pages(self) -> list[dict[int, int]]:
         """Of a sample of the pages of each thread's largest part, how many lie on which NUMA node."""
-        largest = (max(self._rows_of(m), key=lambda part: part[2] - part[1]) for m in range(self._members))
+        largest = (max(self._rows_of(m), key=lambda part: part[2] - part[1]) for m in range(self._threads))
         return [pages_by_node(self._bytes_of(*part)) for part in largest]

@@ -1,4 +1,4 @@
-"""The coordinator's part of the model on a torch device: what `team.py` does on the CPU's cores, with the same methods.
+"""The coordinator's part of the model on a torch device, with the methods of the team of threads (`thread_team.py`).
 
     embedding; per layer: attention, norm, predictor on the device -> x and mask copied to the board, one wait for the
     device -> the job announced -> the workers' parts copied to the device and added there; logits
@@ -19,45 +19,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from warmfront.coordinator.decode.network import LOST, STEPS
+from warmfront.coordinator.decode.network import LOST, STEPS, WORKER_PATIENCE_NS
+from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.torch_network import TorchNetwork
 from warmfront.shared.errors import ResourceError, WorkerError
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.wire.board import LANES, LEAVE, Board
+from warmfront.shared.wire.board import LAYER, QUIT, Board
 from warmfront.shared.wire.handoff import ABORTED, DONE, HANDOFF_SPINS, LATE, announce, await_sequence
 
 __all__ = ["TorchTeam"]
-
-# As in forward.py: a worker that takes longer for one layer is taken for lost.
-_WORKER_PATIENCE_NS = 120_000_000_000
 
 
 class TorchTeam:
     """Runs tokens through the model. Make it, `start()` it, wait for `ready()`, then `run()` jobs one at a time."""
 
-    def __init__(
-        self,
-        model: PackedModel,
-        board: Board,
-        gone: npt.NDArray[np.int64],
-        device: str,
-        cpus: Sequence[int],
-        context: int,
-        selector: str,
-        ahead: bool,
-    ) -> None:
-        """`device`: as torch calls it; "cpu" emulates one, a thread for each of `cpus`. The rest: see `ThreadTeam`."""
-        self._model, self._board, self._gone = model, board, gone
-        self._device, self._threads = device, len(cpus)
-        self._predicts, self._ahead = selector == "lowrank", ahead
-        self.clean = self._context = context
-        self.present: npt.NDArray[np.int64] = np.ones(len(gone), np.int64)
+    def __init__(self, model: PackedModel, board: Board, dead: npt.NDArray[np.int64], config: TeamConfig) -> None:
+        """See `ThreadTeam`."""
+        self._model, self._board, self._dead = model, board, dead
+        self._device, self._threads = config.device, len(config.cores.coordinator)
+        self._predicts, self._look_ahead = config.selector == "lowrank", config.look_ahead
+        self.clean = self._context = config.context
+        self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
-        self._network = TorchNetwork(model, device, context, selector)
+        self._network = TorchNetwork(model, config.device, config.context, config.selector)
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
-        self._spans = np.zeros((model.spec.layers, len(gone), 2), np.int64)
+        self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []
         self._posted = 0
         self._pinned = self._stopping = False
@@ -81,7 +70,7 @@ class TorchTeam:
             else:
                 self._pinned = self._register()
             self._network.load(lambda: not self._stopping)
-            self._settle()
+            self._synchronise()
             self._serving.set()
         except RuntimeError as error:
             self._error = self._explained(error)
@@ -102,22 +91,28 @@ class TorchTeam:
         """As `ThreadTeam.check`: jobs run in the caller's thread, so no other can be lost."""
 
     def forget(self, position: int) -> None:
-        """What the KV cache holds from `position` on is not of the text any more; only what is of it is ever read."""
+        """What the KV cache holds from `position` on is not of the text any more: such rows are never read."""
         if position <= self.clean:
             self.clean = self._context
 
     def run(
-        self, tokens: Sequence[int], position: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+        self,
+        tokens: Sequence[int],
+        position: int,
+        want_logits: bool,
+        *,
+        compare_selection: bool = False,
+        capture: bool = False,
     ) -> int:
         """As `ThreadTeam.run`: returns DONE, ABORTED or LOST."""
         try:
             with hold_interrupts(), torch.inference_mode():
-                return self._forward(tokens, position, want_logits, measure, capture)
+                return self._forward(tokens, position, want_logits, compare_selection, capture)
         except RuntimeError as error:
             raise self._explained(error) from error
 
     def _explained(self, error: RuntimeError) -> ResourceError:
-        """An error of torch or of its device as one line of ours."""
+        """An error of torch or of its device, as one line."""
         if isinstance(error, torch.OutOfMemoryError):
             return ResourceError(
                 f"attention on {self._device} has not enough memory: pass a smaller --ctx or --vram-budget, or "
@@ -125,7 +120,7 @@ class TorchTeam:
             )
         return ResourceError(f"attention on {self._device} failed: {str(error).strip().partition(chr(10))[0]}")
 
-    def _forward(self, tokens: Sequence[int], position: int, want_logits: bool, measure: bool, capture: bool) -> int:
+    def _forward(self, tokens: Sequence[int], position: int, want_logits: bool, compare: bool, capture: bool) -> int:
         network, layers = self._network, self._model.spec.layers
         predicts = self._predicts and len(tokens) == 1
         x = network.embed(torch.tensor(tokens))
@@ -136,14 +131,14 @@ class TorchTeam:
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
             normed = network.feed_forward_input(layer, x)
-            if predicts and (layer == 0 or not self._ahead):
+            if predicts and (layer == 0 or not self._look_ahead):
                 self._write_mask(layer, network.predict(layer, x, normed))
             self._note(layer, "predictor")
-            self._post(layer, normed, measure)
+            self._post(layer, normed, compare)
             self._note(layer, "post")
             if capture:
                 self._captured.append(normed.cpu().numpy())
-            if predicts and self._ahead and layer + 1 < layers:
+            if predicts and self._look_ahead and layer + 1 < layers:
                 self._write_mask(layer + 1, network.predict(layer + 1, x, normed))
             result = self._await_workers()
             if result != DONE:
@@ -163,26 +158,25 @@ class TorchTeam:
     def _write_mask(self, layer: int, words: Tensor) -> None:
         self._from_device(self._board.mask[layer].view(np.int32), words)
 
-    def _post(self, layer: int, normed: Tensor, measure: bool) -> None:
+    def _post(self, layer: int, normed: Tensor, compare_selection: bool) -> None:
         """Write the job on the board, wait for the device, announce."""
         board, tokens = self._board, len(normed)
         lanes = 1 if tokens == 1 else LANES
         if lanes > 1:
-            panels = -(-tokens // LANES)
-            padded = torch.nn.functional.pad(normed, (0, 0, 0, panels * LANES - tokens))
-            normed = padded.view(panels, LANES, -1).transpose(1, 2).contiguous()
+            padded = torch.nn.functional.pad(normed, (0, 0, 0, whole_panels(tokens) - tokens))
+            normed = padded.view(-1, LANES, normed.shape[1]).transpose(1, 2).contiguous()
         self._from_device(board.x[: normed.numel()], normed.flatten())
-        self._settle()
-        board.order[:] = layer, tokens, lanes, measure, time.monotonic_ns()
+        self._synchronise()
+        board.descriptor[:] = layer, tokens, lanes, compare_selection, time.monotonic_ns()
         self._posted += 1
         announce(address(board.job), self._posted)
 
     def _await_workers(self) -> int:
-        """Until every worker has answered; LOST if one has died, ABORTED if all is over."""
-        board, deadline, lost = self._board, time.monotonic_ns() + _WORKER_PATIENCE_NS, False
+        """Wait for every worker; returns LOST if one has died, ABORTED if the board was."""
+        board, deadline, lost = self._board, time.monotonic_ns() + WORKER_PATIENCE_NS, False
         for worker in np.flatnonzero(self.present):
-            gone_at = address(self._gone) + 8 * int(worker)
-            result = await_sequence(address(board.done[worker]), self._posted, gone_at, HANDOFF_SPINS, deadline)
+            dead_at = address(self._dead) + 8 * int(worker)
+            result = await_sequence(address(board.done[worker]), self._posted, dead_at, HANDOFF_SPINS, deadline)
             if result == LATE:
                 raise WorkerError("a worker did not answer for two minutes")
             if result == ABORTED and board.abort[0] != 0:
@@ -204,7 +198,7 @@ class TorchTeam:
     def _from_device(self, to: npt.NDArray[Any], values: Tensor) -> None:
         torch.from_numpy(to).copy_(values, non_blocking=self._pinned)
 
-    def _settle(self) -> None:
+    def _synchronise(self) -> None:
         """Wait until what was enqueued is done."""
         if self._device != "cpu":
             torch.cuda.current_stream(self._device).synchronize()
@@ -218,12 +212,12 @@ class TorchTeam:
         return np.stack(self._captured)[:, :tokens]
 
     def stop(self) -> None:
-        """Tell the workers to leave their loops; harmless after an abort."""
+        """Tell the workers to quit their loops; harmless after an abort."""
         self._stopping = True
         if self._loader.ident is not None:
             self._loader.join()
         if self._serving.is_set():
-            self._board.order[0] = LEAVE
+            self._board.descriptor[LAYER] = QUIT
             self._posted += 1
             announce(address(self._board.job), self._posted)
             if self._pinned:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.decode.network import LOST
+from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.engine.assignments import make_assignments
 from warmfront.coordinator.engine.memory import check_memory, check_nodes
 from warmfront.coordinator.engine.resolve import RunPlan
@@ -26,8 +27,9 @@ from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.wire.board import LANES, Board, BoardSizes
+from warmfront.shared.wire.board import Board, BoardSizes
 from warmfront.shared.wire.messages import Assignment, Hello
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Runtime:
         fd = create_shared("warmfront-board", sizes.total)
         self._closing.callback(os.close, fd)
         self.board = Board.create(map_shared(fd), sizes)
-        self._gone = np.zeros(len(names), np.int64)
+        self._dead = np.zeros(len(names), np.int64)
         self._attention_bytes = self._bytes_on_gpu()
         self.supervisor = Supervisor(
             {name: f"warmfront.{name[:3]}_worker" for name in names},
@@ -104,21 +106,20 @@ class Runtime:
 
     def _make_team(self, say: Say) -> "ThreadTeam | TorchTeam":
         model, plan, config = self.model, self.plan, self.plan.config
+        team_config = TeamConfig(
+            cores=plan.cores,
+            context=plan.context,
+            selector=plan.selector,
+            look_ahead=config.look_ahead,
+            pinned=config.pin,
+            balances=config.policy == "balance",
+            device="cpu" if plan.attention == "host" else plan.attention,
+        )
         if plan.attention != "cpu":
             with hold_interrupts():
                 from warmfront.coordinator.decode.torch_team import TorchTeam
 
-            device = "cpu" if plan.attention == "host" else plan.attention
-            return TorchTeam(
-                model,
-                self.board,
-                self._gone,
-                device,
-                plan.cores.coordinator,
-                plan.context,
-                plan.selector,
-                config.look_ahead,
-            )
+            return TorchTeam(model, self.board, self._dead, team_config)
         with hold_interrupts():
             from warmfront.coordinator.decode.forward import serve_team
             from warmfront.coordinator.decode.thread_team import ThreadTeam
@@ -130,18 +131,7 @@ class Runtime:
         if plan.selector == "lowbit":
             self.lowbit = open_lowbit(model, config.bits, config.recall, say)
             self._closing.callback(self.lowbit.file.close)
-        return ThreadTeam(
-            model,
-            self.board,
-            self._gone,
-            plan.cores,
-            config.pin,
-            plan.context,
-            plan.selector,
-            self.lowbit,
-            config.look_ahead,
-            config.policy == "balance",
-        )
+        return ThreadTeam(model, self.board, self._dead, team_config, self.lowbit)
 
     def _bytes_on_gpu(self) -> int:
         """Bytes that attention takes on a GPU."""
@@ -181,7 +171,7 @@ class Runtime:
             policy=make_policy(self.plan.config.policy, expected, layout.group_bytes),
             supervisor=self.supervisor,
             present=self.team.present,
-            dead=self._gone,
+            dead=self._dead,
             say=say,
         )
         for worker, name in enumerate(names):
@@ -212,15 +202,15 @@ class Runtime:
         from warmfront.shared.wire.handoff import wake
 
         worker = self.plan.worker_names.index(name)
-        self._gone[worker] = 1
+        self._dead[worker] = 1
         wake(address(self.board.done[worker]))
 
     def _abort(self) -> None:
         self.board.end()
-        self._gone[:] = 1
+        self._dead[:] = 1
 
     def run(
-        self, tokens: list[int], at: int, want_logits: bool, *, measure: bool = False, capture: bool = False
+        self, tokens: list[int], at: int, want_logits: bool, *, compare_selection: bool = False, capture: bool = False
     ) -> None:
         """One job of `tokens` at position `at`, with the moves of neurons before and after it; see `ThreadTeam.run`.
 
@@ -229,7 +219,9 @@ class Runtime:
         self.team.check()
         self.supervisor.check()
         self.ownership.boundary()
-        while (result := self.team.run(tokens, at, want_logits, measure=measure, capture=capture)) != 0:
+        while (
+            result := self.team.run(tokens, at, want_logits, compare_selection=compare_selection, capture=capture)
+        ) != 0:
             if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
         if len(tokens) == 1:

@@ -110,7 +110,7 @@ class Session:
         """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
         compare = self._serving and self.plan.config.measure and self._decoded % _COMPARE_EVERY == 0
         self._decoded += 1
-        self._run(turn, [token], want_logits=True, measure=compare)
+        self._run(turn, [token], want_logits=True, compare_selection=compare)
         return self.runtime.logits
 
     def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -164,7 +164,7 @@ class Session:
         tokens: list[int],
         *,
         want_logits: bool = False,
-        measure: bool = False,
+        compare_selection: bool = False,
         capture: bool = False,
     ) -> None:
         """Run `tokens` behind what the cache holds, for the text that began with `turn`."""
@@ -177,7 +177,7 @@ class Session:
             if not 0 < len(tokens) <= self.runtime.max_tokens:
                 raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self.runtime.max_tokens}")
             self.check_ids(tokens)
-            self.runtime.run(tokens, at, want_logits, measure=measure, capture=capture)
+            self.runtime.run(tokens, at, want_logits, compare_selection=compare_selection, capture=capture)
             if self._trace is not None and self._serving:
                 self._trace.note(at, len(tokens), *self.runtime.times())
             self._cached += tokens

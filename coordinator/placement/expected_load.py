@@ -31,7 +31,7 @@ def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
 
     A predictor is taken to select the neurons that fire and no others.
     """
-    gate, rest = layout.gate_row_bytes, layout.gate_row_bytes + layout.down_row_bytes
+    gate, rest = layout.gate_bytes, layout.rest_bytes
     if selector in PREDICTING:
         return firing * (gate + rest)
     return GROUP * gate + (firing if selector == "exact" else np.full_like(firing, GROUP)) * rest

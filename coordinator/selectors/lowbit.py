@@ -29,11 +29,15 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Lowbit:
-    """`thresholds`: float32 [layers, neurons], NaN until calibrated."""
+    """A model's copies and thresholds, for one recall."""
 
+    # The copies.
     file: PackedModel
+    # Of a weight: 1, 2 or 4.
     bits: int
+    # By mass: see `calibration.py`.
     recall: float
+    # float32 [layers, neurons], NaN until calibrated.
     thresholds: Floats
 
     @property

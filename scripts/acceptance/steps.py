@@ -219,7 +219,7 @@ def _kernels(job: Job, kind: int, down: int) -> Figures:
     x = np.abs(np.random.default_rng(1).standard_normal((JOB, hidden), np.float32))
     out, one = np.empty_like(x), np.empty_like(x[:1])
     x_panels, out_panels = (vectors.reshape(-1, hidden, 16) for vectors in (x, out))
-    read = groups * GROUP * (2 * layout.gate_row_bytes + layout.down_row_bytes)
+    read = groups * GROUP * (layout.gate_bytes + layout.rest_bytes)
     figures = {
         "compile_s": compiled / 1e9,
         "copy_gb_s": max(copied),

@@ -4,40 +4,38 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at
-from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import FLOAT, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
+from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, call, constants, fma, load, long, splat, store, vector
 from warmfront.shared.model.architecture import ACTIVATIONS
+from warmfront.shared.model.panels import LANES
 
-__all__ = ["activate", "activate_times", "exponentials", "highest_of", "softmax_panel"]
+__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "softmax_panel"]
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
 _SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
-def _every(value: float) -> Any:
-    return ir.Constant(V16, [value] * LANES)
-
-
 def _exp(b: Any, x: Any) -> Any:
     """exp of 16 floats; below -87 it is the smallest normal number, which is as good as zero here. NaN stays NaN."""
-    given, x = x, call(b, "llvm.minnum.v16f32", V16, x, _every(88.0))
-    x = call(b, "llvm.maxnum.v16f32", V16, x, _every(-87.0))
-    n = call(b, "llvm.rint.v16f32", V16, b.fmul(x, _every(1 / math.log(2))))
-    r = fma(b, n, _every(-0.693359375), x)
-    r = fma(b, n, _every(2.12194440e-4), r)
-    series = _every(_SERIES[0])
+    given, x = x, call(b, "llvm.minnum.v16f32", V16, x, constants(88.0))
+    x = call(b, "llvm.maxnum.v16f32", V16, x, constants(-87.0))
+    # exp(x) = 2^n * exp(r). ln(2) is subtracted in two parts, n times the first of which is exact: r keeps its bits.
+    n = call(b, "llvm.rint.v16f32", V16, b.fmul(x, constants(1 / math.log(2))))
+    r = fma(b, n, constants(-0.693359375), x)
+    r = fma(b, n, constants(2.12194440e-4), r)
+    series = constants(_SERIES[0])
     for coefficient in _SERIES[1:]:
-        series = fma(b, series, r, _every(coefficient))
-    result = b.fadd(fma(b, series, b.fmul(r, r), r), _every(1.0))
-    power = b.shl(b.fptosi(n, vector(I32)), ir.Constant(vector(I32), [23] * LANES))
+        series = fma(b, series, r, constants(coefficient))
+    result = b.fadd(fma(b, series, b.fmul(r, r), r), constants(1.0))
+    # Times 2^n: n added to the exponent. The bounds above keep it normal.
+    power = b.shl(b.fptosi(n, vector(I32)), constants(23, vector(I32)))
     result = b.bitcast(b.add(b.bitcast(result, vector(I32)), power), V16)
     # minnum takes NaN for a missing number: a score that is NaN would otherwise come out as exp(88).
     return b.select(b.fcmp_unordered("uno", given, given), given, result)
@@ -45,7 +43,10 @@ def _exp(b: Any, x: Any) -> Any:
 
 @intrinsic
 def exponentials(context, values, count, highest):
-    """Replace `count` floats (a multiple of 16) by exp(value - highest); returns their sum."""
+    """Replace `count` floats (a multiple of 16) by exp(value - highest); returns their sum.
+
+    The highest becomes 1, so no sum overflows, whatever the scores are.
+    """
 
     def build(context, b, _signature, arguments):
         values, count, highest = arguments
@@ -66,7 +67,7 @@ def highest_of(context, values, count):
 
     def build(context, b, _signature, arguments):
         values, count = arguments
-        highest = cgutils.alloca_once_value(b, _every(-3e38))
+        highest = cgutils.alloca_once_value(b, constants(-3e38))
         with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
             row = load(b, values, b.mul(loop.index, long(64)), V16)
             b.store(call(b, "llvm.maxnum.v16f32", V16, row, b.load(highest)), highest)
@@ -81,7 +82,7 @@ def softmax_panel(context, scores, count, sums):
 
     def build(context, b, _signature, arguments):
         scores, count, sums = arguments
-        highest = cgutils.alloca_once_value(b, _every(-3e38))
+        highest = cgutils.alloca_once_value(b, constants(-3e38))
         added = simd.zeros(b)
         with cgutils.for_range(b, count, intp=I64) as loop:
             row = load(b, scores, b.mul(loop.index, long(64)), V16)
@@ -104,11 +105,21 @@ def _silu_times(context, gates, ups, count):
         with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
             at = b.mul(loop.index, long(64))
             gate = load(b, gates, at, V16)
-            below = b.fadd(_exp(b, b.fsub(_every(0.0), gate)), _every(1.0))
+            # gate / (1 + exp(-gate)): where exp stops growing, at exp(88), the quotient is as good as 0.
+            below = b.fadd(_exp(b, b.fsub(constants(0.0), gate)), constants(1.0))
             store(b, gates, at, b.fmul(b.fdiv(gate, below), load(b, ups, at, V16)))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
+
+
+@inlined
+def fires(gate: Any) -> bool:
+    """Whether a neuron with this gate may contribute: where the activation is exactly 0 for all gates that are not > 0.
+
+    A gate that is NaN fires, so that every selector and prefill show it alike; `ffn.cu` says the same.
+    """
+    return not gate <= 0
 
 
 @kernel

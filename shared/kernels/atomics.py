@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.simd import I32, I64
 
 __all__ = [
     "address_of",
@@ -31,7 +32,6 @@ __all__ = [
     "yield_core",
 ]
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
 _MACHINE = platform.machine()
 # Linux system call numbers: futex, sched_yield.
 _FUTEX, _YIELD = (202, 24) if _MACHINE == "x86_64" else (98, 124)

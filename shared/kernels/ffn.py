@@ -2,12 +2,10 @@
 
     all       gate and up dot, axpy of the down row            `listed_neurons`
     lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
-    lowbit    gate turns out closed end there
+    lowbit    gate does not fire end there
     exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
-              those whose gate is open
+              those whose gate fires (`activation.fires`)
     prefill   several tokens: small GEMMs over whole groups    `dense_groups`
-
-A gate is open unless it is <= 0: one that is NaN passes, so that every selector and prefill show it alike.
 
 A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Results are added
 to float32 sums that belong to one thread, in the order of the list.
@@ -21,31 +19,33 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from warmfront.shared.kernels.activation import activate, activate_times
+from warmfront.shared.kernels.activation import activate, activate_times, fires
 from warmfront.shared.kernels.atomics import floats_at
-from warmfront.shared.kernels.gemm import LANES, gather_columns, multiply_columns, multiply_rows, prepare
+from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, multiply_columns, multiply_rows, pack_panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, axpy, dot, settle, touch
+from warmfront.shared.kernels.rows import AHEAD_BYTES, apply_column_scales, axpy, dot, prefetch
 from warmfront.shared.kernels.simd import I32, call
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.panels import LANES, whole_panels
 
 __all__ = [
     "Bundles",
+    "Vectors",
     "bundles_at",
     "dense_groups",
     "list_masked",
     "listed_neurons",
-    "mark",
     "open_gates",
     "open_neurons",
     "scratch_floats",
+    "set_bit",
 ]
 
 _Q4C = int(Kind.Q4C)
-# Scattered bundles come at two thirds of the bandwidth of contiguous ones; touched this many neurons before they are
+# Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
 # fetched, 2 to 5 % faster (docs/log.md).
-_TOUCH = 4
+_PREFETCHED = 4
 # Groups whose down rows are multiplied at once: the sums, larger than a cache, are read and written once for them all.
 _TOGETHER = 4
 Floats = npt.NDArray[np.float32]
@@ -54,9 +54,11 @@ Words = npt.NDArray[np.uint32]
 
 
 class Bundles(NamedTuple):
-    """Slots of groups in memory, [slots, group_bytes] at `at`, and how to read and use them."""
+    """Slots of groups in memory, and how to read and use them."""
 
+    # Address of [slots, group_bytes].
     at: int
+    # As in `BundleLayout`.
     bundle_bytes: int
     group_bytes: int
     tail_offset: int
@@ -65,7 +67,21 @@ class Bundles(NamedTuple):
     gate_kind: int
     down_kind: int
     hidden: int
+    # Index into `ACTIVATIONS`.
     activation: int
+
+
+class Vectors(NamedTuple):
+    """Addresses of what a job reads and of what one thread writes."""
+
+    # float32 [hidden] for one token, [panels, hidden, 16] for several.
+    x: int
+    # One token only: what `quantise_input` made of it.
+    quantised: int
+    # float32, laid out as x: the outputs are added here.
+    sums: int
+    # float32 [scratch_floats(...)] for several tokens; for one [hidden], used with down rows of Q4C.
+    scratch: int
 
 
 def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
@@ -85,8 +101,8 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
 
 
 def scratch_floats(hidden: int, max_tokens: int) -> int:
-    """Floats of scratch for `dense_groups`: widened rows, gate and up of some groups, x and factors as prepared."""
-    tokens, neurons = -(-max_tokens // LANES) * LANES, _TOGETHER * GROUP
+    """Floats of scratch for `dense_groups`: widened rows, gate and up of some groups, x and factors as packed."""
+    tokens, neurons = whole_panels(max_tokens), _TOGETHER * GROUP
     return neurons * hidden + 2 * neurons * tokens + tokens * hidden // 2 + neurons * tokens // 2
 
 
@@ -96,9 +112,9 @@ def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
 
 
 @kernel
-def _touch_later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> None:
+def _prefetch_later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> None:
     """Announce the bundle of a later entry of the list to the memory system."""
-    touch(_bundle(b, slots, listed[min(i + _TOUCH, high - 1)]), b.bundle_bytes, 1024)
+    prefetch(_bundle(b, slots, listed[min(i + _PREFETCHED, high - 1)]), b.bundle_bytes, 1024)
 
 
 @kernel
@@ -108,31 +124,31 @@ def _ahead(b: Bundles) -> int:
 
 
 @kernel
-def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, x_at: int, q_at: int, sums_at: int) -> Any:
+def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, sums_at: int) -> Any:
     """Add the output of the neuron at `at`, whose gate is known, while fetching the one at `ahead_at`.
 
     Returns the factor of its down row.
     """
-    up = dot(b.gate_kind, at + b.up_offset, x_at, q_at, b.hidden, ahead_at + b.up_offset)
+    up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead_at + b.up_offset)
     factor = activate(b.activation, gate) * up
     axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)
     return factor
 
 
 @kernel
-def _sums_of_group(b: Bundles, sums_at: int, scratch_at: int) -> Any:
+def _sums_of_group(b: Bundles, vectors: Vectors) -> Any:
     """Where axpys go: the sums, or for Q4C a group's own, zeroed."""
     if b.down_kind != _Q4C:
-        return sums_at
-    carray(floats_at(scratch_at), (b.hidden,))[:] = 0
-    return scratch_at
+        return vectors.sums
+    carray(floats_at(vectors.scratch), (b.hidden,))[:] = 0
+    return vectors.scratch
 
 
 @kernel
-def _settle_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: int, sums_at: int) -> None:
+def _scale_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: int, sums_at: int) -> None:
     """Q4C: add what the group of `neuron` has gathered to the sums."""
     tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
-    settle(tail_at, group_at, factors, sums_at, b.hidden)
+    apply_column_scales(tail_at, group_at, factors, sums_at, b.hidden)
 
 
 @intrinsic
@@ -146,7 +162,7 @@ def _lowest_bit(context, word):
 
 
 @kernel
-def mark(words: Words, neuron: int) -> None:
+def set_bit(words: Words, neuron: int) -> None:
     """Set the bit of a neuron, 32 neurons a word."""
     words[neuron // GROUP] |= np.uint32(1) << np.uint32(neuron % GROUP)
 
@@ -172,44 +188,42 @@ def listed_neurons(
     low: int,
     high: int,
     skip: bool,
-    x_at: int,
-    q_at: int,
-    sums_at: int,
-    scratch_at: int,
-    fired: Words,
+    vectors: Vectors,
+    computed: Words,
 ) -> int:
-    """Add the outputs of entries low..high of a list of neurons, in ascending order, for the one token at `x_at`.
+    """Add the outputs of entries low..high of a list of neurons, in ascending order, for one token.
 
-    `q_at`: what `quantise` made of it; `skip`: leave a neuron whose gate is not positive. Those not left get their bit
-    in `fired`, a word for each slot of the list; returns how many they are.
+    `skip`: leave a neuron out whose gate does not fire. The others get their bit in `computed`, a word for each slot of
+    the list; returns how many they are.
     """
     ahead = _ahead(b)
-    group_at = _sums_of_group(b, sums_at, scratch_at)
-    factors, computed = np.float32(0), 0
+    group_at = _sums_of_group(b, vectors)
+    factors, count = np.float32(0), 0
     for i in range(low, high):
         neuron = listed[i]
         at = _bundle(b, slots, neuron)
         ahead_at = _bundle(b, slots, listed[min(i + ahead, high - 1)])
-        _touch_later(b, slots, listed, i, high)
-        gate = dot(b.gate_kind, at, x_at, q_at, b.hidden, ahead_at)
-        if not skip or not gate <= 0:
-            computed += 1
-            mark(fired, neuron)
-            factors += _add_output(b, at, ahead_at, gate, x_at, q_at, group_at)
+        _prefetch_later(b, slots, listed, i, high)
+        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead_at)
+        if not skip or fires(gate):
+            count += 1
+            set_bit(computed, neuron)
+            factors += _add_output(b, at, ahead_at, gate, vectors, group_at)
         if b.down_kind == _Q4C and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
-            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            _scale_group(b, slots, neuron, factors, group_at, vectors.sums)
             factors = np.float32(0)
-    return computed
+    return count
 
 
 @kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: int, gates: Floats, opened: Ints) -> int:
-    """List those of neurons low..high whose gate is open, with their gates; returns their number."""
+def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, gates: Floats, opened: Ints) -> int:
+    """List those of neurons low..high whose gate fires, with their gates; returns their number."""
     count = 0
     for neuron in range(low, high):
+        # Gates lie a bundle apart, too far for the hardware's own fetching: the fourth from here is fetched.
         ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
-        gate = dot(b.gate_kind, _bundle(b, slots, neuron), x_at, q_at, b.hidden, ahead_at)
-        if not gate <= 0:
+        gate = dot(b.gate_kind, _bundle(b, slots, neuron), vectors.x, vectors.quantised, b.hidden, ahead_at)
+        if fires(gate):
             gates[count] = gate
             opened[count] = neuron
             count += 1
@@ -217,41 +231,30 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, x_at: int, q_at: in
 
 
 @kernel
-def open_neurons(
-    b: Bundles,
-    slots: Ints,
-    gates: Floats,
-    opened: Ints,
-    low: int,
-    high: int,
-    x_at: int,
-    q_at: int,
-    sums_at: int,
-    scratch_at: int,
-) -> None:
+def open_neurons(b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors) -> None:
     """Add the outputs of entries low..high of a list that `open_gates` made."""
     ahead = _ahead(b)
-    group_at = _sums_of_group(b, sums_at, scratch_at)
+    group_at = _sums_of_group(b, vectors)
     factors = np.float32(0)
     for i in range(low, high):
         neuron = opened[i]
         ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
-        _touch_later(b, slots, opened, i, high)
-        factors += _add_output(b, _bundle(b, slots, neuron), ahead_at, gates[i], x_at, q_at, group_at)
+        _prefetch_later(b, slots, opened, i, high)
+        factors += _add_output(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, group_at)
         if b.down_kind == _Q4C and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
-            _settle_group(b, slots, neuron, factors, group_at, sums_at)
+            _scale_group(b, slots, neuron, factors, group_at, vectors.sums)
             factors = np.float32(0)
 
 
 @kernel
 def _note_firing(gate_at: int, panels: int, neurons: int, ids: Ints, firing: Any) -> None:
-    """Which of the gates [panels, neurons, 16] are open, into `firing` uint16 [groups, 32, panels] at groups `ids`."""
+    """Which of the gates [panels, neurons, 16] fire, into `firing` uint16 [groups, 32, panels] at groups `ids`."""
     gates = carray(floats_at(gate_at), (panels, neurons, LANES))
     for panel in range(panels):
         for neuron in range(neurons):
             bits = 0
             for lane in range(LANES):
-                if not gates[panel, neuron, lane] <= 0:
+                if fires(gates[panel, neuron, lane]):
                     bits |= 1 << lane
             firing[ids[neuron // GROUP], neuron % GROUP, panel] = bits
 
@@ -262,41 +265,40 @@ def dense_groups(
     slots: Ints,
     low: int,
     high: int,
-    x_at: int,
+    vectors: Vectors,
     panels: int,
-    sums_at: int,
-    scratch_at: int,
     ids: Ints,
     firing: Any,
 ) -> None:
-    """Add the outputs of slots low..high for all tokens of x [panels, hidden, 16]; sums are laid out alike.
+    """Add the outputs of slots low..high for all tokens of so many panels.
 
-    `firing`: uint16 [groups, 32, panels] to note in, at the groups `ids` of the slots, which tokens open which gates;
-    empty for not.
+    `firing`: uint16 [groups, 32, panels], where it notes, at the groups `ids` of the slots, which tokens fire which
+    neurons; if it is empty, nothing.
     """
-    hidden = b.hidden
+    hidden, scratch_at = b.hidden, vectors.scratch
+    # Scratch: widened rows, gates and h in their place, ups, x packed, h packed.
     gate_at = scratch_at + _TOGETHER * GROUP * hidden * 4
     up_at = gate_at + 4 * panels * _TOGETHER * GROUP * LANES
     input_at = up_at + 4 * panels * _TOGETHER * GROUP * LANES
     factors_at = input_at + panels * LANES * hidden * 2
-    x_at = prepare(b.gate_kind, x_at, input_at, hidden, panels)
+    x_at = pack_panels(b.gate_kind, vectors.x, input_at, hidden, panels)
+    sums = Panels(vectors.sums, hidden * LANES * 4, panels)
     for first in range(low, high, _TOGETHER):
         groups = min(_TOGETHER, high - first)
         neurons = groups * GROUP
         step = neurons * LANES * 4
         for row in range(0, neurons, 8):
             at, offset = _bundle(b, slots, first * GROUP + row), row * LANES * 4
-            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, gate_at + offset, step, panels, scratch_at)
-            at += b.up_offset
-            multiply_rows(b.gate_kind, at, b.bundle_bytes, hidden, x_at, up_at + offset, step, panels, scratch_at)
+            gates, ups = Panels(gate_at + offset, step, panels), Panels(up_at + offset, step, panels)
+            multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, hidden), x_at, gates, scratch_at)
+            multiply_rows(Rows(b.gate_kind, at + b.up_offset, b.bundle_bytes, hidden), x_at, ups, scratch_at)
         if firing.size > 0:
             _note_firing(gate_at, panels, neurons, ids[first : first + groups], firing)
         activate_times(b.activation, gate_at, up_at, panels * neurons * LANES)
-        h_at = prepare(b.down_kind, gate_at, factors_at, neurons, panels)
+        h_at = pack_panels(b.down_kind, gate_at, factors_at, neurons, panels)
         next_at = scratch_at
         for slot in range(first, first + groups):
             at = _bundle(b, slots, slot * GROUP)
-            next_at = gather_columns(
-                b.down_kind, at + b.down_offset, b.bundle_bytes, at + b.tail_offset, GROUP, hidden, next_at
-            )
-        multiply_columns(b.down_kind, scratch_at, neurons, hidden, h_at, neurons, sums_at, hidden * LANES * 4, panels)
+            rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
+            next_at = gather_columns(rows, GROUP, at + b.tail_offset, next_at)
+        multiply_columns(b.down_kind, scratch_at, neurons, hidden, h_at, neurons, sums)

@@ -10,10 +10,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from warmfront.shared.kernels.simd import FLOAT, I16, I32, constants
+
 __all__ = ["has", "to_half", "widened"]
 
-I16, I32 = ir.IntType(16), ir.IntType(32)
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16 = ir.HalfType()
 
 
 def has(context: Any, *features: str) -> bool:
@@ -28,19 +29,19 @@ def _has_instructions(context: Any) -> bool:
 def widened(context: Any, b: Any, halves: Any) -> Any:
     """A vector of float16 bits (i16) as float32."""
     lanes = halves.type.count
-    longs, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
+    longs, floats = ir.VectorType(I32, lanes), ir.VectorType(FLOAT, lanes)
     if _has_instructions(context):
         return b.fpext(b.bitcast(halves, ir.VectorType(F16, lanes)), floats)
 
-    def every(value: int) -> Any:
-        return ir.Constant(longs, [value] * lanes)
-
     bits = b.zext(halves, longs)
-    sign = b.shl(b.and_(bits, every(0x8000)), every(16))
-    magnitude = b.and_(bits, every(0x7FFF))
-    # In place but for the exponent's bias: 2^112 corrects it, for subnormal numbers too.
-    number = b.fmul(b.bitcast(b.shl(magnitude, every(13)), floats), ir.Constant(floats, [2.0**112] * lanes))
-    special = b.select(b.icmp_unsigned(">=", magnitude, every(0x7C00)), every(0x7F800000), every(0))
+    sign = b.shl(b.and_(bits, constants(0x8000, longs)), constants(16, longs))
+    magnitude = b.and_(bits, constants(0x7FFF, longs))
+    # Shifted by 13 the bits are a float32's but for the bias of the exponent, 15 in place of 127: times 2^112, which is
+    # exact, and right for subnormal numbers too.
+    number = b.fmul(b.bitcast(b.shl(magnitude, constants(13, longs)), floats), constants(2.0**112, floats))
+    # Infinities and NaN, whose exponent is all ones, keep one of all ones.
+    not_finite = b.icmp_unsigned(">=", magnitude, constants(0x7C00, longs))
+    special = b.select(not_finite, constants(0x7F800000, longs), constants(0, longs))
     return b.bitcast(b.or_(b.or_(b.bitcast(number, longs), special), sign), floats)
 
 
@@ -57,9 +58,10 @@ def to_half(context, value):
 
         bits = b.bitcast(arguments[0], I32)
         magnitude = b.and_(bits, long(0x7FFFFFFF))
-        # Adding 0.5 rounds a subnormal half at its last place.
-        shifted = b.fadd(b.bitcast(magnitude, F32), ir.Constant(F32, 0.5))
+        # A float32 beside 0.5 has the last place of a subnormal half, 2^-24: the addition rounds, ties to even.
+        shifted = b.fadd(b.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 0.5))
         small = b.sub(b.bitcast(shifted, I32), long(0x3F000000))
+        # Normal numbers: half a last place, less one unless the last bit is odd, is added before the shift cuts it off.
         odd = b.and_(b.lshr(magnitude, long(13)), long(1))
         rebiased = b.sub(b.add(magnitude, odd), long((112 << 23) - 0xFFF))
         normal = b.lshr(rebiased, long(13))

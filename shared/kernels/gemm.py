@@ -1,15 +1,15 @@
 """Matrix products of prefill: packed rows times several tokens.
 
-Activations of several tokens are kept in *panels*: [panel][feature][lane], one token a lane, 16 tokens a panel.
-Then a weight meets 16 tokens in one instruction, no horizontal sum is needed, and a single token is the same
-layout with one lane. A product takes 8 rows and up to 3 panels at a time: 24 accumulators of the 32 registers.
+The tokens come in panels (`shared/model/panels.py`): a weight meets 16 of them in one instruction, and no horizontal
+sum is needed. A product takes 8 rows and up to 3 panels at a time: 24 accumulators of the 32 registers.
 
-Rows are widened 8 or 32 at a time into scratch memory. Where the CPU multiplies bfloat16 (AVX512_BF16), rows and
-input are rounded to it (but for float32 models) and two features are taken at once: *pairs*, 32 bits holding features
-2k and 2k + 1, of a weight row or of a token. Elsewhere it is float32.
+Rows are widened 8 or 32 at a time into scratch memory, which stays in the cache while all panels meet it. Where the CPU
+multiplies bfloat16 (AVX512_BF16), rows and input are rounded to it (but for float32 models) and two features are taken
+at once: *pairs*, 32 bits holding features 2k and 2k + 1, of a weight row or of a token. A bfloat16 has 8 bits, so a
+term is off by up to 2^-8 and a long sum by far less: its terms' errors cancel. Elsewhere it is float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -19,15 +19,41 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.row_formats import FORMATS, PLAIN, RowFormat, by_kind, column_scales
 from warmfront.shared.kernels.rows import widen
-from warmfront.shared.kernels.simd import FLOAT, I16, I32, I64, LANES, V16, call, fma, load, long, splat, store, vector
+from warmfront.shared.kernels.simd import (
+    FLOAT,
+    I16,
+    I32,
+    I64,
+    V16,
+    call,
+    constants,
+    fma,
+    load,
+    long,
+    splat,
+    store,
+    vector,
+)
 from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.panels import LANES
 
-__all__ = ["LANES", "gather_columns", "in_pairs", "multiply_columns", "multiply_rows", "panels_of", "prepare"]
+__all__ = [
+    "Panels",
+    "Rows",
+    "gather_columns",
+    "in_pairs",
+    "multiply_columns",
+    "multiply_rows",
+    "pack_panels",
+    "panels_of",
+]
 
 ROWS = 8
 PANELS = 3
-_F32 = int(Kind.F32)
+_F32, _Q4C = int(Kind.F32), int(Kind.Q4C)
+_COLUMN_SCALED = next(form for form in FORMATS if form.kind == Kind.Q4C)
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -63,13 +89,10 @@ def in_pairs(kind: int) -> bool:
 
 def _paired(b: Any, even: Any, odd: Any) -> Any:
     """Two float vectors as bfloat16 pairs, rounded to nearest even: i32 lanes, `even` in the low half."""
-    low, high = (
-        b.zext(
-            b.bitcast(call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", vector(_BFLOAT), each), vector(I16)), vector(I32)
-        )
-        for each in (even, odd)
-    )
-    return b.or_(low, b.shl(high, ir.Constant(vector(I32), [16] * LANES)))
+    name, bits = "llvm.x86.avx512bf16.cvtneps2bf16.512", vector(I16)
+    narrow = (b.bitcast(call(b, name, vector(_BFLOAT), floats), bits) for floats in (even, odd))
+    low, high = (b.zext(half, vector(I32)) for half in narrow)
+    return b.or_(low, b.shl(high, constants(16, vector(I32))))
 
 
 @intrinsic
@@ -88,55 +111,56 @@ def _pair_features(context, x, out, count):
     return types.void(types.int64, types.int64, types.int64), build
 
 
-def _make_narrow(kind: int) -> Any:
-    @intrinsic
-    def narrow_of_kind(context, row, out, cols):
-        """Write a packed row as bfloat16 [cols]."""
+@intrinsic
+def _narrow_row(context, kind, row, out, cols):
+    """Write a packed row as bfloat16 [cols]."""
 
-        def build(context, b, _signature, arguments):
-            row, out, cols = arguments
-            if _multiplies_bfloat(context):
-                name, result = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(_BFLOAT, 32)
-                with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                    low, high = simd.weights_of(context, b, kind, row, cols, loop.index)
-                    both = b.bitcast(call(b, name, result, high, low), vector(I32))
-                    store(b, out, b.mul(loop.index, long(64)), both)
-            return context.get_dummy_value()
+    def build(context, b, _signature, arguments):
+        kind, row, out, cols = arguments
+        name, result = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(_BFLOAT, 32)
 
-        return types.void(types.int64, types.int64, types.int64), build
+        def emit(form: RowFormat) -> None:
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                low, high = form.weights(context, b, row, cols, loop.index)
+                both = b.bitcast(call(b, name, result, high, low), vector(I32))
+                store(b, out, b.mul(loop.index, long(64)), both)
 
-    return narrow_of_kind
+        if _multiplies_bfloat(context):
+            by_kind(b, kind, [form for form in PLAIN if form.kind != Kind.F32], emit)
+        return context.get_dummy_value()
 
-
-def _make_interleave(kind: int) -> Any:
-    @intrinsic
-    def interleave_of_kind(context, even, odd, tail, out, cols):
-        """Write two packed rows as pairs [cols]; `tail`: of their group, for Q4C."""
-
-        def build(context, b, _signature, arguments):
-            even, odd, tail, out, cols = arguments
-            if _multiplies_bfloat(context):
-                with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                    blocks = (_row_block(context, b, kind, row, tail, cols, loop.index) for row in (even, odd))
-                    for half, couple in enumerate(zip(*blocks, strict=True)):
-                        at = b.add(b.mul(loop.index, long(128)), long(64 * half))
-                        store(b, out, at, _paired(b, *couple))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 5), build
-
-    return interleave_of_kind
+    return types.void(*[types.int64] * 4), build
 
 
-def _row_block(context: Any, b: Any, kind: int, row: Any, tail: Any, cols: Any, block: Any) -> list[Any]:
+@intrinsic
+def _interleave_rows(context, kind, even, odd, tail, out, cols):
+    """Write two packed rows as pairs [cols]; `tail`: of their group, for Q4C."""
+
+    def build(context, b, _signature, arguments):
+        kind, even, odd, tail, out, cols = arguments
+
+        def emit(form: RowFormat) -> None:
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                blocks = (_row_block(context, b, form, row, tail, cols, loop.index) for row in (even, odd))
+                for half, couple in enumerate(zip(*blocks, strict=True)):
+                    at = b.add(b.mul(loop.index, long(128)), long(64 * half))
+                    store(b, out, at, _paired(b, *couple))
+
+        if _multiplies_bfloat(context):
+            by_kind(b, kind, [form for form in FORMATS if form.kind != Kind.F32], emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), build
+
+
+def _row_block(context: Any, b: Any, form: RowFormat, row: Any, tail: Any, cols: Any, block: Any) -> list[Any]:
     """32 weights of a down row as two float32 vectors."""
-    halves = simd.weights_of(context, b, kind, row, cols, block)
-    if kind != Kind.Q4C:
+    halves = form.weights(context, b, row, cols, block)
+    if form.kind != Kind.Q4C:
         return list(halves)
     starts = (b.add(b.mul(block, long(64)), long(32 * half)) for half in (0, 1))
     return [
-        fma(b, numbers, *simd.column_scales(context, b, tail, cols, at))
-        for numbers, at in zip(halves, starts, strict=True)
+        fma(b, numbers, *column_scales(context, b, tail, cols, at)) for numbers, at in zip(halves, starts, strict=True)
     ]
 
 
@@ -147,7 +171,7 @@ def _widen_q4c(context, row, tail, out, cols):
     def build(context, b, _signature, arguments):
         row, tail, out, cols = arguments
         with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-            for half, weights in enumerate(_row_block(context, b, Kind.Q4C, row, tail, cols, loop.index)):
+            for half, weights in enumerate(_row_block(context, b, _COLUMN_SCALED, row, tail, cols, loop.index)):
                 store(b, out, b.add(b.mul(loop.index, long(128)), long(64 * half)), weights)
         return context.get_dummy_value()
 
@@ -156,13 +180,15 @@ def _widen_q4c(context, row, tail, out, cols):
 
 def _make_product(panels: int, pairs: bool) -> Any:
     @intrinsic
-    def product(context, w, row_step, k_step, count, x, x_step, y, y_step, adding):
-        """y[p][r][:] (+)= sum over k < count of w[r * row_step + k * k_step] * x[p][k][:] for 8 rows r."""
+    def product(context, left, x, x_step, y, y_step, adding):
+        """`panels` panels: y[p][r][:] (+)= sum over k of left[r][k] * x[p][k][:] for 8 rows r."""
 
         def build(context, b, _signature, arguments):
-            w, row_step, k_step, count, x, x_step, y, y_step, adding = arguments
+            left, x, x_step, y, y_step, adding = arguments
             if pairs and not _multiplies_bfloat(context):
                 return context.get_dummy_value()
+            w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
+            # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
             sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
             cells = [
                 (sums[r][p], b.add(b.mul(y_step, long(p)), long(64 * r))) for r in range(ROWS) for p in range(panels)
@@ -184,7 +210,7 @@ def _make_product(panels: int, pairs: bool) -> Any:
                 store(b, y, at, b.load(cell))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), build
+        return types.void(left, *[types.int64] * 5), build
 
     return product
 
@@ -192,91 +218,83 @@ def _make_product(panels: int, pairs: bool) -> Any:
 def _accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:
     if not pairs:
         return fma(b, weight, tokens, sums)
+    # Products of bfloat16 are exact in float32; only the inputs have been rounded, to 8 bits.
     halves = (b.bitcast(each, vector(_BFLOAT, 32)) for each in (weight, tokens))
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", V16, sums, *halves)
 
 
-_F16, _BF16, _Q8, _Q4, _Q4S, _Q4C = (int(kind) for kind in Kind if kind != Kind.F32)
-_narrow_f16, _narrow_bf16, _narrow_q8, _narrow_q4, _narrow_q4s = (
-    _make_narrow(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4S)
-)
-_interleave_f16, _interleave_bf16, _interleave_q8, _interleave_q4, _interleave_q4s, _interleave_q4c = (
-    _make_interleave(kind) for kind in (_F16, _BF16, _Q8, _Q4, _Q4S, _Q4C)
-)
 _singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
 _pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
 
 
+# Kernels of their own, or LLVM would unroll the loops over rows that call them.
 @kernel
 def _narrow(kind: int, row: int, out: int, cols: int) -> None:
-    if kind == _Q4:
-        _narrow_q4(row, out, cols)
-    elif kind == _Q4S:
-        _narrow_q4s(row, out, cols)
-    elif kind == _Q8:
-        _narrow_q8(row, out, cols)
-    elif kind == _BF16:
-        _narrow_bf16(row, out, cols)
-    else:
-        _narrow_f16(row, out, cols)
+    _narrow_row(kind, row, out, cols)
 
 
 @kernel
 def _interleave(kind: int, even: int, odd: int, tail: int, out: int, cols: int) -> None:
-    if kind == _Q4C:
-        _interleave_q4c(even, odd, tail, out, cols)
-    elif kind == _Q4:
-        _interleave_q4(even, odd, tail, out, cols)
-    elif kind == _Q4S:
-        _interleave_q4s(even, odd, tail, out, cols)
-    elif kind == _Q8:
-        _interleave_q8(even, odd, tail, out, cols)
-    elif kind == _BF16:
-        _interleave_bf16(even, odd, tail, out, cols)
-    else:
-        _interleave_f16(even, odd, tail, out, cols)
+    _interleave_rows(kind, even, odd, tail, out, cols)
+
+
+class Rows(NamedTuple):
+    """Packed rows, one behind the other."""
+
+    # Weight type.
+    kind: int
+    # Address of the first row, and bytes from row to row.
+    at: int
+    stride: int
+    # Weights of a row.
+    cols: int
+
+
+class Panels(NamedTuple):
+    """Where panels lie: addresses `at`, `at` + `step`, ..."""
+
+    at: int
+    step: int
+    panels: int
+
+
+class _Left(NamedTuple):
+    """8 rows of widened weights, or of pairs: [r][k] at `at` + r * `row_step` + k * `k_step`, k < `terms`."""
+
+    at: int
+    row_step: int
+    k_step: int
+    terms: int
 
 
 @kernel
-def _multiply(
-    pairs: bool,
-    w: int,
-    row_step: int,
-    k_step: int,
-    count: int,
-    x: int,
-    x_step: int,
-    y: int,
-    y_step: int,
-    panels: int,
-    adding: int,
-) -> None:
-    """8 rows times `panels` panels of `count` features (or pairs): y[p][r] (+)= sum_k w[r][k] * x[p][k]."""
+def _multiply(pairs: bool, left: _Left, x: Panels, y: Panels, adding: int) -> None:
+    """8 rows times panels of features, or pairs: y[p][r] (+)= sum_k left[r][k] * x[p][k]."""
     p = 0
-    while p < panels:
-        x_at, y_at, left = x + p * x_step, y + p * y_step, panels - p
-        if left >= PANELS:
+    while p < x.panels:
+        x_at, y_at, rest = x.at + p * x.step, y.at + p * y.step, x.panels - p
+        if rest >= PANELS:
             if pairs:
-                _pairs_3(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _pairs_3(left, x_at, x.step, y_at, y.step, adding)
             else:
-                _singles_3(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _singles_3(left, x_at, x.step, y_at, y.step, adding)
             p += 3
-        elif left == 2:
+        elif rest == 2:
             if pairs:
-                _pairs_2(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _pairs_2(left, x_at, x.step, y_at, y.step, adding)
             else:
-                _singles_2(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _singles_2(left, x_at, x.step, y_at, y.step, adding)
             p += 2
         else:
             if pairs:
-                _pairs_1(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _pairs_1(left, x_at, x.step, y_at, y.step, adding)
             else:
-                _singles_1(w, row_step, k_step, count, x_at, x_step, y_at, y_step, adding)
+                _singles_1(left, x_at, x.step, y_at, y.step, adding)
             p += 1
 
 
 @kernel
-def prepare(kind: int, x: int, out: int, features: int, panels: int) -> int:
+def pack_panels(kind: int, x: int, out: int, features: int, panels: int) -> int:
     """Panels at `x` as rows of `kind` want them: as they are, or as pairs in `out` (half the size)."""
     if not in_pairs(kind):
         return x
@@ -285,56 +303,54 @@ def prepare(kind: int, x: int, out: int, features: int, panels: int) -> int:
 
 
 @kernel
-def multiply_rows(
-    kind: int, row: int, stride: int, cols: int, x: int, y: int, y_step: int, panels: int, scratch: int
-) -> None:
-    """8 packed rows, `stride` bytes apart, times panels: y[p][r][lane], panel p at y + p * y_step.
+def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
+    """8 packed rows times as many panels as `y` has: y[p][r][lane].
 
-    `x` comes from `prepare(kind, ...)`; `scratch` has room for 8 rows of float32.
+    `x`: panels [cols, 16] that come from `pack_panels(kind, ...)`; `scratch` has room for 8 rows of float32.
     """
+    kind, cols = rows.kind, rows.cols
     if in_pairs(kind):
         for r in range(ROWS):
-            _narrow(kind, row + r * stride, scratch + r * cols * 2, cols)
-        _multiply(True, scratch, cols * 2, 4, cols // 2, x, cols * LANES * 2, y, y_step, panels, 0)
+            _narrow(kind, rows.at + r * rows.stride, scratch + r * cols * 2, cols)
+        _multiply(True, _Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, 0)
     else:
         for r in range(ROWS):
-            widen(kind, row + r * stride, scratch + r * cols * 4, cols)
-        _multiply(False, scratch, cols * 4, 4, cols, x, cols * LANES * 4, y, y_step, panels, 0)
+            widen(kind, rows.at + r * rows.stride, scratch + r * cols * 4, cols)
+        _multiply(False, _Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, 0)
 
 
 @kernel
-def gather_columns(kind: int, row: int, stride: int, tail: int, rows: int, cols: int, out: int) -> Any:
-    """Widen `rows` packed rows (an even number) at `row` for `multiply_columns`; returns where the next ones belong.
+def gather_columns(rows: Rows, count: int, tail: int, out: int) -> Any:
+    """Widen `count` packed rows (an even number) for `multiply_columns`; returns where the next ones belong.
 
     `out` has room for them in float32; `tail`: of the rows' group, for Q4C.
     """
-    step = cols * 4
+    kind, cols, step = rows.kind, rows.cols, rows.cols * 4
     if in_pairs(kind):
-        for r in range(0, rows, 2):
-            _interleave(kind, row + r * stride, row + (r + 1) * stride, tail, out + r // 2 * step, cols)
-        return out + rows // 2 * step
-    for r in range(rows):
+        for r in range(0, count, 2):
+            row = rows.at + r * rows.stride
+            _interleave(kind, row, row + rows.stride, tail, out + r // 2 * step, cols)
+        return out + count // 2 * step
+    for r in range(count):
         if kind == _Q4C:
-            _widen_q4c(row + r * stride, tail, out + r * step, cols)
+            _widen_q4c(rows.at + r * rows.stride, tail, out + r * step, cols)
         else:
-            widen(kind, row + r * stride, out + r * step, cols)
-    return out + rows * step
+            widen(kind, rows.at + r * rows.stride, out + r * step, cols)
+    return out + count * step
 
 
 @kernel
-def multiply_columns(
-    kind: int, gathered: int, rows: int, cols: int, x: int, x_rows: int, y: int, y_step: int, panels: int
-) -> None:
+def multiply_columns(kind: int, gathered: int, rows: int, cols: int, x: int, x_rows: int, y: Panels) -> None:
     """y[p][column] += sum over `rows` gathered rows of row[column] * x[p][row].
 
-    `x` lies in panels [panels, x_rows, lanes] that come from `prepare(kind, ...)`.
+    `x`: panels [x_rows, 16] that come from `pack_panels(kind, ...)`, from the first row's place on.
     """
     pairs = in_pairs(kind)
-    share = 2 if pairs else 1
-    x_step = x_rows // share * LANES * 4
+    per_word = 2 if pairs else 1
+    inputs = Panels(x, x_rows // per_word * LANES * 4, y.panels)
     for column in range(0, cols, ROWS):
-        y_at = y + column * LANES * 4
-        _multiply(pairs, gathered + column * 4, 4, cols * 4, rows // share, x, x_step, y_at, y_step, panels, 1)
+        left = _Left(gathered + column * 4, 4, cols * 4, rows // per_word)
+        _multiply(pairs, left, inputs, Panels(y.at + column * LANES * 4, y.step, y.panels), 1)
 
 
 @kernel

@@ -1,7 +1,7 @@
 """Compilation of the hot path: kernels, what is inlined into them, one cache.
 
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into; it falls
-back to folders beside the source, and runs what it finds there. So there is one of ours:
+back to folders beside the source, and runs what it finds there. So the project has a cache of its own:
 
     kernels/DIGEST/       private; DIGEST is of all sources that hold compiled code, of those that they import, and of
                           the versions of what compiles them: a changed kernel can never be run from a stale copy
@@ -83,7 +83,7 @@ def _digest() -> str:
 def _cache_folder() -> Path | None:
     try:
         return cache_root() / "kernels" / _digest()
-    except ResourceError:  # said when something must be kept; not every command does
+    except ResourceError:  # told when a kernel is to be kept, which not every command does
         return None
 
 
@@ -91,7 +91,7 @@ _FOLDER = _cache_folder()
 
 
 def _distrust() -> str:
-    """Why what lies in the cache is not to be run: whoever can write there could put any code. Empty if it may be."""
+    """Why nothing in the cache may be run: whoever can write there could put any code in it. Empty if it may be run."""
     if _FOLDER is None:
         return "there is no folder to keep them in"
     try:
@@ -211,8 +211,8 @@ def compile_for(function: Any, *arguments: object) -> None:
 def inlined(function: F) -> F:
     """Compile `function` into its callers, at each call, not by itself.
 
-    A kernel is optimised anew within each kernel that calls it, and again within that one's callers; and each hands its
-    arguments on field by field, hundreds for a tuple of arrays. So what has one caller is inlined.
+    A kernel is optimised anew within each kernel that calls it, and again within that one's callers; and each call
+    passes arguments field by field, hundreds for a tuple of arrays. So what has one caller is inlined.
     """
     piece: F = numba.njit(inline="always")(function)
     return piece
@@ -225,10 +225,10 @@ def kernel(function: F) -> F:
     compiled: Any = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")(function)
     compiled._cache = _Cache(function)
     resolve, compile_now = compiled.get_call_template, compiled.compile
-    # numba would compile it anew for every constant that a caller passes.
+    # Else numba would compile it anew for each constant that a caller passes.
     compiled.get_call_template = lambda args, kws: resolve(
         tuple(map(unliteral, args)), {name: unliteral(kind) for name, kind in kws.items()}
     )
-    # LLVM calls back into Python, where a KeyboardInterrupt would be dropped.
+    # LLVM calls back into Python, where a KeyboardInterrupt would be lost.
     compiled.compile = hold_interrupts()(compile_now)
     return compiled

@@ -2,9 +2,9 @@
 
     row   cols (padded to 64) * bits / 8 bytes, then cols/32 x float16 scale
           2 bits: w = (q - 1.5) * scale, q in 0..3; byte j of 64 weights holds in its bits 0-1, 2-3, 4-5, 6-7 one of
-                  weights 0-15, 32-47, 16-31, 48-63 each: the order of `rows.quantise`
+                  weights 0-15, 32-47, 16-31, 48-63 each: the order of `byte_dot.quantise_input`
           1 bit:  w = (q - 0.5) * scale; 64 bits in that order
-    4 bits: a row of Q4 (`weights.py`)
+    4 bits: a row of Q4 (`shared/model/formats.py`)
 
 The scale is the one of least squares: for normal weights 2 bits correlate to 0.94 with them, 1 bit to 0.80, 4 bits
 to 0.995 (Max 1960, "Quantizing for minimum distortion").
@@ -20,10 +20,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import rows, simd
+from warmfront.shared.kernels.byte_dot import byte_dot, multiplies_bytes
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import I8, I16, I32, I64, LANES, V16, fma, load, long, splat, vector
+from warmfront.shared.kernels.simd import I8, I16, I32, I64, V16, constants, fma, load, long, splat, vector
 from warmfront.shared.model.formats import BLOCK, Kind, pack, row_bytes, unpack
+from warmfront.shared.model.panels import LANES
 
 __all__ = ["lowbit_bytes", "lowbit_dot", "pack_lowbit", "unpack_lowbit"]
 
@@ -57,7 +59,9 @@ def _pack(values: Floats, bits: int) -> Bytes:
     rows, cols = values.shape
     blocks = np.asarray(values, np.float32).reshape(rows, -1, BLOCK)
     scale = np.sqrt(np.square(blocks).mean(2)) if bits == 2 else 2 * np.abs(blocks).mean(2)
-    for _ in range(3 if bits == 2 else 0):  # least squares in turns: levels from the scale, the scale from the levels
+    # Least squares by turns: levels from the scale, the scale from the levels (1 bit has no levels to
+    # choose but the sign).
+    for _ in range(3 if bits == 2 else 0):
         levels = _levels(blocks, scale, bits) - (2**bits - 1) / 2
         scale = (blocks * levels).sum(2) / np.square(levels).sum(2)
     scale = scale.astype(np.float16)
@@ -103,7 +107,7 @@ def _levels_of_pair(b: Any, bits: int, row: Any, pair: Any) -> Any:
     four = load(b, row, b.mul(pair, long(16)), vector(I32, 4))
     each = b.shuffle_vector(four, four, ir.Constant(vector(I32), list(range(4)) * 4))
     shifts = ir.Constant(vector(I32), [2 * (lane // 4) for lane in range(LANES)])
-    quarters = b.and_(b.lshr(each, shifts), ir.Constant(vector(I32), [0x03030303] * LANES))
+    quarters = b.and_(b.lshr(each, shifts), constants(0x03030303, vector(I32)))
     return b.bitcast(quarters, vector(I8, _PAIR))
 
 
@@ -114,7 +118,7 @@ def _make_dot(bits: int) -> Any:
             row, x, cols, ahead = arguments
             size = b.mul(b.udiv(b.add(cols, long(_PAIR - 1)), long(_PAIR)), long(_PAIR * bits // 8))
             scales = b.add(row, size)
-            if rows.multiplies_bytes(context):
+            if multiplies_bytes(context):
 
                 def weights(pair: Any) -> Any:
                     with b.if_then(b.icmp_unsigned("==", b.and_(pair, long(64 * 8 // bits // _PAIR - 1)), long(0))):
@@ -124,9 +128,9 @@ def _make_dot(bits: int) -> Any:
                 def halves(at: Any) -> Any:
                     return widened(context, b, load(b, scales, at, vector(I16)))
 
-                return rows.byte_dot(b, x, cols, weights, halves, (2**bits - 1) / 2)
+                return byte_dot(b, x, cols, weights, halves, (2**bits - 1) / 2)
             sums = simd.zeros(b)
-            middle = ir.Constant(V16, [(2**bits - 1) / 2] * LANES)
+            middle = constants((2**bits - 1) / 2)
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
                 numbers = _levels_of_pair(b, bits, row, b.udiv(loop.index, long(2)))
                 odd = b.icmp_unsigned("==", b.urem(loop.index, long(2)), long(1))
@@ -152,7 +156,7 @@ _dot_1, _dot_2 = _make_dot(1), _make_dot(2)
 
 @kernel
 def lowbit_dot(bits: int, row: int, q: int, cols: int, ahead: int) -> Any:
-    """Inner product of a row of 1, 2 or 4 bits with the input at `q` (from `rows.quantise`), as `rows.dot`."""
+    """Inner product of a row of 1, 2 or 4 bits with the input at `q` (from `quantise_input`), as `rows.dot`."""
     if bits == 1:
         return _dot_1(row, q, cols, ahead)
     if bits == 2:

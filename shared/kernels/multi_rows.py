@@ -1,6 +1,6 @@
 """Compiled arithmetic on several short rows at once: the input, or the sums, stay in registers.
 
-For rows so short that a `kernels.dot` or `axpy` is mostly its own beginning and end: cached keys and values, the
+For rows so short that most of a `rows.dot` or `rows.axpy` is its beginning and its end: cached keys and values, the
 second matrix of a predictor.
 """
 
@@ -13,65 +13,62 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import FLOAT, I64, LANES, V16, fma, load, long, splat, store
+from warmfront.shared.kernels.row_formats import PLAIN, RowFormat, by_kind
+from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, fma, load, long, splat, store, vector
 from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.panels import LANES
 
 __all__ = ["ROWS", "add_rows", "dot_rows"]
 
 ROWS = LANES
 # Rows added at a time: with two vectors of columns each, enough sums to hide the latency of a multiply-add.
 _TOGETHER = 4
-_F32, _F16, _BF16, _Q8, _Q4, _Q4S, _ = (int(kind) for kind in Kind)
 
 
 def _add_across(b: Any, vectors: list[Any]) -> Any:
     """16 vectors: lane r of the result is the sum of vector r."""
     width = LANES // 2
+    # A tree of 15 additions: each halves the vectors and joins two, where a sum of each alone takes 4 shuffles.
     while len(vectors) > 1:
         starts = range(0, 2 * LANES, 2 * width)
         first = [start + i for start in starts for i in range(width)]
         second = [lane + width for lane in first]
-        vectors = [
-            b.fadd(
-                *(
-                    b.shuffle_vector(one, other, ir.Constant(ir.VectorType(simd.I32, LANES), lanes))
-                    for lanes in (first, second)
-                )
-            )
-            for one, other in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
+        picks = [ir.Constant(vector(I32), lanes) for lanes in (first, second)]
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [b.fadd(*(b.shuffle_vector(one, other, pick) for pick in picks)) for one, other in pairs]
         width //= 2
     return vectors[0]
 
 
-def _make_dot_rows(kind: int) -> Any:
-    @intrinsic
-    def dot_rows_of_kind(context, rows, stride, x, cols, out):
-        def build(context, b, _signature, arguments):
-            rows, stride, x, cols, out = arguments
-            each = [b.add(rows, b.mul(stride, long(r))) for r in range(ROWS)]
-            sums = [simd.zeros(b) for _ in each]
+@intrinsic
+def _dot_rows(context, kind, rows, stride, x, cols, out):
+    def build(context, b, _signature, arguments):
+        kind, rows, stride, x, cols, out = arguments
+
+        def emit(form: RowFormat) -> None:
+            starts = [b.add(rows, b.mul(stride, long(r))) for r in range(ROWS)]
+            sums = [simd.zeros(b) for _ in starts]
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
                 at = b.mul(loop.index, long(128))
                 inputs = load(b, x, at, V16), load(b, x, b.add(at, long(64)), V16)
-                for row, total in zip(each, sums, strict=True):
-                    for weights, values in zip(
-                        simd.weights_of(context, b, kind, row, cols, loop.index), inputs, strict=True
-                    ):
+                for row, total in zip(starts, sums, strict=True):
+                    halves = form.weights(context, b, row, cols, loop.index)
+                    for weights, values in zip(halves, inputs, strict=True):
                         b.store(fma(b, weights, values, b.load(total)), total)
             store(b, out, long(0), _add_across(b, [b.load(total) for total in sums]))
-            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), build
+        by_kind(b, kind, PLAIN, emit)
+        return context.get_dummy_value()
 
-    return dot_rows_of_kind
+    return types.void(*[types.int64] * 6), build
 
 
-def _make_add_rows(kind: int) -> Any:
-    @intrinsic
-    def add_rows_of_kind(context, rows, stride, factors, count, y, cols):
-        def build(context, b, _signature, arguments):
-            rows, stride, factors, count, y, cols = arguments
+@intrinsic
+def _add_rows(context, kind, rows, stride, factors, count, y, cols):
+    def build(context, b, _signature, arguments):
+        kind, rows, stride, factors, count, y, cols = arguments
+
+        def emit(form: RowFormat) -> None:
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as block:
                 at = b.mul(block.index, long(128))
                 places = at, b.add(at, long(64))
@@ -81,25 +78,19 @@ def _make_add_rows(kind: int) -> Any:
                         number = b.add(b.mul(loop.index, long(_TOGETHER)), long(turn))
                         factor = splat(b, load(b, factors, b.mul(number, long(4)), FLOAT))
                         row = b.add(rows, b.mul(stride, number))
-                        for weights, total in zip(
-                            simd.weights_of(context, b, kind, row, cols, block.index), pair, strict=True
-                        ):
+                        halves = form.weights(context, b, row, cols, block.index)
+                        for weights, total in zip(halves, pair, strict=True):
                             b.store(fma(b, weights, factor, b.load(total)), total)
                 for half, place in enumerate(places):
                     one, two, three, four = (b.load(pair[half]) for pair in sums)
                     added = b.fadd(b.fadd(one, two), b.fadd(three, four))
                     store(b, y, place, b.fadd(load(b, y, place, V16), added))
-            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), build
+        # What the KV cache holds.
+        by_kind(b, kind, [form for form in PLAIN if form.kind in (Kind.F32, Kind.F16)], emit)
+        return context.get_dummy_value()
 
-    return add_rows_of_kind
-
-
-_dots_f32, _dots_f16, _dots_bf16, _dots_q8, _dots_q4, _dots_q4s = (
-    _make_dot_rows(kind) for kind in Kind if kind != Kind.Q4C
-)
-_adds_f32, _adds_f16 = (_make_add_rows(kind) for kind in (_F32, _F16))
+    return types.void(*[types.int64] * 7), build
 
 
 @kernel
@@ -108,18 +99,7 @@ def dot_rows(kind: int, rows: int, stride: int, x: int, cols: int, out: int) -> 
 
     They go to float32 [16] at `out`.
     """
-    if kind == _F16:
-        _dots_f16(rows, stride, x, cols, out)
-    elif kind == _Q8:
-        _dots_q8(rows, stride, x, cols, out)
-    elif kind == _Q4:
-        _dots_q4(rows, stride, x, cols, out)
-    elif kind == _Q4S:
-        _dots_q4s(rows, stride, x, cols, out)
-    elif kind == _BF16:
-        _dots_bf16(rows, stride, x, cols, out)
-    else:
-        _dots_f32(rows, stride, x, cols, out)
+    _dot_rows(kind, rows, stride, x, cols, out)
 
 
 @kernel
@@ -128,7 +108,4 @@ def add_rows(kind: int, rows: int, stride: int, factors: int, count: int, y: int
 
     `factors`: float32 [count]; `y`: float32 [cols].
     """
-    if kind == _F16:
-        _adds_f16(rows, stride, factors, count, y, cols)
-    else:
-        _adds_f32(rows, stride, factors, count, y, cols)
+    _add_rows(kind, rows, stride, factors, count, y, cols)

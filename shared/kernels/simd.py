@@ -9,44 +9,31 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from warmfront.shared.kernels.fp16 import widened
-from warmfront.shared.model.formats import BLOCK, Kind, row_bytes
+from warmfront.shared.model.panels import LANES
 
 __all__ = [
-    "BF16",
-    "F16",
-    "F32",
     "FLOAT",
     "I8",
     "I16",
     "I32",
     "I64",
-    "LANES",
-    "Q4",
-    "Q4C",
-    "Q4S",
-    "Q8",
     "V16",
     "call",
-    "column_scales",
+    "constants",
     "fma",
     "load",
     "long",
-    "prefetch",
     "prefetch_line",
     "splat",
     "store",
     "total",
     "vector",
-    "weights_of",
     "zeros",
 ]
 
-LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 V16 = ir.VectorType(FLOAT, LANES)
-F32, F16, BF16, Q8, Q4, Q4S, Q4C = (int(kind) for kind in Kind)
 
 
 def vector(element: Any, lanes: int = LANES) -> Any:
@@ -57,6 +44,11 @@ def vector(element: Any, lanes: int = LANES) -> Any:
 def long(value: int) -> Any:
     """A 64-bit constant."""
     return ir.Constant(I64, value)
+
+
+def constants(value: Any, type_: Any = V16) -> Any:
+    """A vector constant: `value` in every lane of `type_`."""
+    return ir.Constant(type_, [value] * type_.count)
 
 
 def load(b: Any, address: Any, offset: Any, type_: Any) -> Any:
@@ -101,64 +93,7 @@ def total(b: Any, lanes: Any) -> Any:
     return b.call(reduce, [ir.Constant(FLOAT, 0.0), lanes], fastmath=("reassoc",))
 
 
-def prefetch(b: Any, kind: int, ahead: Any, block: Any, blocks: int = 1) -> None:
-    """Fetch what `blocks` from `block` on are to their row, of the row at `ahead`."""
-    size = row_bytes(kind, BLOCK)
-    for line in range(0, size * blocks, 64):
-        prefetch_line(b, b.add(ahead, b.add(b.mul(block, long(size)), long(line))))
-
-
 def prefetch_line(b: Any, address: Any) -> None:
     """Fetch the cache line at `address`, which may be any."""
     hints = (ir.Constant(I32, value) for value in (0, 3, 1))
     call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), *hints)
-
-
-def _half(context: Any, b: Any, row: Any, offset: Any) -> Any:
-    """The float16 at `offset`, in all lanes. Spread before it is widened: a scalar load of 16 bits merges into an old
-    register, and the kernel would wait for its own accumulator (measured: half the speed)."""
-    return widened(context, b, splat(b, load(b, row, offset, I16)))
-
-
-def weights_of(context: Any, b: Any, kind: int, row: Any, cols: Any, block: Any) -> tuple[Any, Any]:
-    """Weights 0..15 and 16..31 of `block` of a packed row, as two float32 vectors; of Q4C the bare numbers."""
-    first = b.mul(block, long({F32: 128, F16: 64, BF16: 64, Q8: 32, Q4: 16, Q4S: 16, Q4C: 16}[kind]))
-    second = b.add(first, long({F32: 64, F16: 32, BF16: 32, Q8: 16, Q4: 8, Q4S: 8, Q4C: 8}[kind]))
-    if kind == F32:
-        return load(b, row, first, V16), load(b, row, second, V16)
-    if kind == F16:
-        low, high = (widened(context, b, load(b, row, at, vector(I16))) for at in (first, second))
-        return low, high
-    if kind == BF16:
-        shift = ir.Constant(vector(I32), [16] * LANES)
-        longs = (b.zext(load(b, row, at, vector(I16)), vector(I32)) for at in (first, second))
-        low, high = (b.bitcast(b.shl(each, shift), V16) for each in longs)
-        return low, high
-    scale_at = b.mul(block, long(2))
-    if kind == Q8:
-        scale = _half(context, b, row, b.add(cols, scale_at))
-        longs = (b.sext(load(b, row, at, vector(I8)), vector(I32)) for at in (first, second))
-        low, high = (b.fmul(b.sitofp(each, V16), scale) for each in longs)
-        return low, high
-    both = b.zext(load(b, row, first, vector(I8)), vector(I32))
-    nibbles = (
-        b.and_(both, ir.Constant(vector(I32), [15] * LANES)),
-        b.lshr(both, ir.Constant(vector(I32), [4] * LANES)),
-    )
-    low, high = (b.sitofp(nibble, V16) for nibble in nibbles)
-    if kind == Q4C:
-        return low, high
-    half = b.udiv(cols, long(2))
-    scale = _half(context, b, row, b.add(half, scale_at))
-    if kind == Q4S:
-        minimum = b.fmul(scale, ir.Constant(V16, [-8.0] * LANES))
-    else:
-        minimum = _half(context, b, row, b.add(b.add(half, b.udiv(cols, long(BLOCK // 2))), scale_at))
-    return fma(b, low, scale, minimum), fma(b, high, scale, minimum)
-
-
-def column_scales(context: Any, b: Any, tail: Any, cols: Any, at: Any) -> tuple[Any, Any]:
-    """Scale and minimum of 16 columns, the first at byte offset `at` of the scales, from a group's tail."""
-    minima = b.add(at, b.mul(cols, long(2)))
-    scale, minimum = (widened(context, b, load(b, tail, start, vector(I16))) for start in (at, minima))
-    return scale, minimum

@@ -51,6 +51,16 @@ class BundleLayout:
         return row_bytes(self.down_kind, self.hidden)
 
     @property
+    def gate_bytes(self) -> int:
+        """What is read of a neuron to know its gate."""
+        return self.gate_row_bytes
+
+    @property
+    def rest_bytes(self) -> int:
+        """What else is read of a neuron that is computed whole: its up and its down row."""
+        return self.gate_row_bytes + self.down_row_bytes
+
+    @property
     def up_offset(self) -> int:
         """Where the up row starts in a bundle (the gate row starts at 0)."""
         return self.gate_row_bytes

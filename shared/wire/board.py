@@ -1,51 +1,54 @@
 """The board: the one mapping through which the coordinator hands feed-forward jobs to the workers.
 
-    byte 0      ┌──────────────────────────────────────────────────────────────┐
-                │ header   magic "WARMFRNT", version, workers, layers, groups, │
-                │          hidden, max_tokens, profiles: one int64 each        │
-    128         ├──────────────────────────────────────────────────────────────┤
-                │ abort    a word: not 0 = every wait ends at once             │
-    256         ├──────────────────────────────────────────────────────────────┤
-                │ job      a handoff line: sequence, sleepers                  │
-    384         ├──────────────────────────────────────────────────────────────┤
-                │ order    layer (-1: leave the loop), tokens, lanes, measure, │
-                │          ns when it was announced                            │
-    512         ├──────────────────────────────────────────────────────────────┤
-                │ owner    uint8 [layers, groups]: index of the worker that    │
-                │          computes the group; padded to 128                   │
-                ├──────────────────────────────────────────────────────────────┤
-                │ mask     uint32 [layers, groups]: with a predicting selector,│
-                │          bit i = compute neuron i of the group; padded       │
-                ├──────────────────────────────────────────────────────────────┤
-                │ fired    uint32 [layers, groups]: bit i = neuron i was       │
-                │          computed whole, for the last single token; padded   │
-                ├──────────────────────────────────────────────────────────────┤
-                │ firing   if profiles: uint16 [layers, groups, 32, panels]:   │
-                │          bit t = token t of the panel fires the neuron       │
-                ├──────────────────────────────────────────────────────────────┤
-                │ x        float32 [panels, hidden, lanes]: the input, room    │
-                │          for max_tokens tokens; padded to 128                │
-                ├──────────────────────────────────────────────────────────────┤
-    for each    │ done     a handoff line: sequence of the last job finished   │
-    worker      │ record   start ns, end ns, neurons, bytes of that job        │
-                │ leave    a word: not 0 = the worker's waits end at once       │
-                │ slot     int32 [layers, groups]: where in its memory the     │
-                │          group lies; only that of owned groups counts        │
-                │ taken    uint32 [layers, groups]: the neurons it was asked   │
-                │          for, of the last single token                       │
-                │ y        float32 like x: its part of the feed-forward sum    │
-                └──────────────────────────────────────────────────────────────┘
+    byte 0      ┌────────────────────────────────────────────────────────────────┐
+                │ header      magic "WARMFRNT", version, workers, layers,        │
+                │             groups, hidden, max_tokens, profiles: one int64    │
+                │             each                                               │
+    128         ├────────────────────────────────────────────────────────────────┤
+                │ abort       a word: not 0 = every wait ends at once            │
+    256         ├────────────────────────────────────────────────────────────────┤
+                │ job         a handoff line: sequence, sleepers                 │
+    384         ├────────────────────────────────────────────────────────────────┤
+                │ descriptor  of the job: layer (-1: quit), tokens, lanes,       │
+                │             whether to compare the selection, ns when it was   │
+                │             announced                                          │
+    512         ├────────────────────────────────────────────────────────────────┤
+                │ owner       uint8 [layers, groups]: index of the worker that   │
+                │             computes the group; padded to 128                  │
+                ├────────────────────────────────────────────────────────────────┤
+                │ mask        uint32 [layers, groups]: with a predicting         │
+                │             selector, bit i = compute neuron i of the group;   │
+                │             padded                                             │
+                ├────────────────────────────────────────────────────────────────┤
+                │ computed    uint32 [layers, groups]: bit i = neuron i was      │
+                │             computed whole, for the last single token; padded  │
+                ├────────────────────────────────────────────────────────────────┤
+                │ firing      if profiles: uint16 [layers, groups, 32, panels]:  │
+                │             bit t = token t of the panel fires the neuron      │
+                ├────────────────────────────────────────────────────────────────┤
+                │ x           float32 [panels, hidden, lanes]: the input, room   │
+                │             for max_tokens tokens; padded to 128               │
+                ├────────────────────────────────────────────────────────────────┤
+    for each    │ done        a handoff line: sequence of the last job finished  │
+    worker      │ record      start ns, end ns, neurons, bytes of that job       │
+                │ quit        a word: not 0 = the worker's waits end at once     │
+                │ slot        int32 [layers, groups]: where in its memory the    │
+                │             group lies; only that of owned groups counts       │
+                │ requested   uint32 [layers, groups]: the neurons that it was   │
+                │             asked for, of the last single token                │
+                │ y           float32 like x: its part of the feed-forward sum   │
+                └────────────────────────────────────────────────────────────────┘
 
-The coordinator writes order, mask and x, then announces job = n. Each worker computes the groups that `owner` gives it,
-writes fired, taken, y and its record, then announces done = n. The coordinator adds the parts up. It changes `owner`
-and `slot` only while no job is under way: that is how a group moves, all at once. Everything is in the machine's byte
-order: the board never leaves the machine.
+The coordinator writes descriptor, mask and x, then announces job = n. Each worker computes the groups that `owner`
+gives it, writes computed, requested, y and its record, then announces done = n. The coordinator adds the parts up. It
+changes `owner` and `slot` only while no job is under way: that is how a group moves, all at once. Everything is in the
+machine's byte order: the board never leaves the machine.
 
-The mask holds for single tokens; several are computed densely. With `measure` set, the workers also compute the neurons
-that were not selected and note what the selection missed (`messages.LoadReport`). A board that `profiles` notes which
-neurons several tokens fire.
+The mask holds for single tokens; several are computed densely. If the selection is to be compared, the workers compute
+the gates that were not selected, too, and count what the selection missed (`messages.LoadReport`). A board that
+`profiles` notes which neurons several tokens fire.
 
-Lanes: a single token has one lane; several tokens come 16 to a panel (see `kernels.py`).
+Lanes: a single token has one lane; several tokens come in panels of 16 (`shared/model/panels.py`).
 """
 
 import dataclasses
@@ -59,19 +62,27 @@ import numpy.typing as npt
 from warmfront.shared.errors import ProtocolError
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import LANES
 
-__all__ = ["ABORT_AT", "JOB_AT", "LEAVE", "ORDER_AT", "Board", "BoardSizes"]
+__all__ = [
+    "ANNOUNCED_NS",
+    "COMPARE_SELECTION",
+    "JOB_LANES",
+    "JOB_TOKENS",
+    "LAYER",
+    "QUIT",
+    "Board",
+    "BoardSizes",
+]
 
 MAGIC = b"WARMFRNT"
 VERSION = 4
 LINE = 128
-ABORT_AT, JOB_AT, ORDER_AT, OWNER_AT = 128, 256, 384, 512
-# The layer of a job that tells the workers to leave their loop.
-LEAVE = -1
-
-
-# Tokens of a panel.
-LANES = 16
+ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
+# Words of the descriptor.
+LAYER, JOB_TOKENS, JOB_LANES, COMPARE_SELECTION, ANNOUNCED_NS = range(5)
+# The layer of a job that tells the workers to quit their loop.
+QUIT = -1
 
 
 def _padded(size: int) -> int:
@@ -80,13 +91,16 @@ def _padded(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BoardSizes:
-    """What determines the layout; `max_tokens` is a multiple of 16, `profiles` 0 or 1."""
+    """What determines the layout."""
 
     workers: int
     layers: int
+    # Groups of neurons of a layer.
     groups: int
     hidden: int
+    # Tokens of the longest job, a multiple of 16.
     max_tokens: int
+    # 1: which neurons several tokens fire is noted; else 0.
     profiles: int = 0
 
     @property
@@ -143,20 +157,20 @@ class Board:
         words = mapping[:OWNER_AT].view(np.int64)
         self.abort = words[ABORT_AT // 8 : ABORT_AT // 8 + 1]
         self.job = words[JOB_AT // 8 : JOB_AT // 8 + 2]
-        self.order = words[ORDER_AT // 8 : ORDER_AT // 8 + 5]
+        self.descriptor = words[DESCRIPTOR_AT // 8 : DESCRIPTOR_AT // 8 + 5]
         count = sizes.layers * sizes.groups
         self.owner = mapping[OWNER_AT : OWNER_AT + count].reshape(sizes.layers, sizes.groups)
         self.mask = self._table(sizes.mask_at, np.uint32)
-        self.fired = self._table(sizes.mask_at + sizes.words_bytes, np.uint32)
+        self.computed = self._table(sizes.mask_at + sizes.words_bytes, np.uint32)
         firing = mapping[sizes.firing_at : sizes.firing_at + 2 * math.prod(sizes.firing_shape)]
         self.firing = firing.view(np.uint16).reshape(sizes.firing_shape)
         self.x = self._vector(sizes.x_at)
         starts = [sizes.worker_at(index) for index in range(sizes.workers)]
         self.done = [self._words(start, 2) for start in starts]
         self.record = [self._words(start + LINE, 4) for start in starts]
-        self.leave = [self._words(start + 2 * LINE, 1) for start in starts]
+        self.quit = [self._words(start + 2 * LINE, 1) for start in starts]
         self.slot = [self._table(start + 3 * LINE, np.int32) for start in starts]
-        self.taken = [self._table(start + 3 * LINE + sizes.words_bytes, np.uint32) for start in starts]
+        self.requested = [self._table(start + 3 * LINE + sizes.words_bytes, np.uint32) for start in starts]
         self.y = [self._vector(start + 3 * LINE + 2 * sizes.words_bytes) for start in starts]
 
     @classmethod
@@ -169,7 +183,7 @@ class Board:
 
     @classmethod
     def attach(cls, mapping: npt.NDArray[np.uint8]) -> "Board":
-        """Read the header of a mapped board; raises ProtocolError if it is none, or of another version."""
+        """Read the header of a mapped board; raises ProtocolError if it is not one, or of another version."""
         if mapping.size < OWNER_AT or mapping[:8].tobytes() != MAGIC:
             raise ProtocolError("the shared memory handed over is not a board")
         version, *fields = (int(v) for v in mapping[8:64].view(np.int64))
@@ -188,8 +202,8 @@ class Board:
     def end(self) -> None:
         """Have every wait of every process end: nothing more will be computed on this board."""
         self.abort[0] = 1
-        for leave in self.leave:
-            leave[0] = 1
+        for word in self.quit:
+            word[0] = 1
 
     def _words(self, start: int, count: int) -> npt.NDArray[np.int64]:
         return self.mapping[start : start + 8 * count].view(np.int64)

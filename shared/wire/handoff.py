@@ -4,7 +4,7 @@ A *line* is 128 bytes of shared memory that start with five words:
 
     +0   sequence  only grows; written by one side with a release-store
     +8   sleepers  number of threads asleep in the kernel on the sequence
-    +16  crowded   monotonic time until which waiters had better sleep at once
+    +16  crowded   monotonic time until which waiters sleep at once
     +24  slice     monotonic time of the last long turn of a neighbour
     +32  period    ns for which the line was last crowded
 
@@ -13,13 +13,15 @@ the sequence has reached n. A waiter spins for `spins` rounds (only sensible whe
 its own), then yields its core for at most `PATIENCE_NS` (a hand-over by yield costs 2.3 us against 40 us through a
 futex, and a yielding waiter costs a busy neighbour nothing), then sleeps in the kernel: nothing idle burns a core.
 
-A yield that takes long has met a thread of somebody else, which keeps the core for its whole slice each time (one such
-neighbour: 5 instead of 110 tok/s). A sleeper is let in as soon as it is woken; so after two such turns in short
-succession (one may be the hypervisor's) the line is marked crowded. To look again costs a slice: each time that it is
-still crowded it is so for twice as long.
+A yield that takes long has met another program's thread, which keeps the core for its whole slice each time (one such
+neighbour: 5 instead of 110 tok/s). The scheduler lets a sleeper run as soon as it is woken; so after two such turns in
+short succession (one may be the hypervisor's) the line is marked crowded. To find out whether it still is costs a
+slice: each time that it is, it stays marked for twice as long.
 
 Every wait also watches the abort word of its region: the supervisor sets it when a process has died.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +46,7 @@ __all__ = [
     "HANDOFF_SPINS",
     "LATE",
     "LINE",
+    "Barrier",
     "announce",
     "await_sequence",
     "barrier",
@@ -58,12 +61,14 @@ DONE, ABORTED, LATE = 0, 1, 2
 PATIENCE_NS = 3_000_000
 # Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.
 _NAP_NS = 200_000_000
-# A turn of the neighbour this long is a slice of the scheduler's; two so close to each other make a line crowded, first
-# for the shortest period.
-_SLICE_NS, _CLOSE_NS, _SHORTEST_NS, _LONGEST_NS = 2_000_000, 20_000_000, 200_000_000, 1_600_000_000
+# A turn of the neighbour at least this long is a slice of the scheduler's.
+_SLICE_NS = 2_000_000
+# Two slices this close to each other make a line crowded, for the shortest period at first, for the longest at last.
+_CLOSE_NS, _SHORTEST_NS, _LONGEST_NS = 20_000_000, 200_000_000, 1_600_000_000
+# Offsets of those words of a line.
 _CROWDED, _SLICE, _PERIOD = 16, 24, 32
 # Threads of one team run on different cores: spin, about 2 us. The coordinator's thread and the worker's thread that
-# take turns share a core: spinning would keep the other from it.
+# take turns share a core: spinning would keep that from the other.
 BARRIER_SPINS, HANDOFF_SPINS = 100, 0
 
 
@@ -105,7 +110,7 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
         if _reached(seen, sequence):
             return DONE
         if load_acquire(abort) != 0:
-            # Who is gone may have answered between the two loads: all waiters must come to the same result.
+            # Who is dead may have answered between the two loads: all waiters must come to the same result.
             return DONE if _reached(load_acquire(line), sequence) else ABORTED
         now = clock_ns()
         if deadline_ns != 0 and now > deadline_ns:
@@ -118,11 +123,11 @@ def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns
         yield_core()
         after = clock_ns()
         if after - now > _SLICE_NS:
-            _mark(line, now, after)
+            _note_slice(line, now, after)
 
 
 @kernel
-def _mark(line: int, now: int, after: int) -> None:
+def _note_slice(line: int, now: int, after: int) -> None:
     """A neighbour kept the core from `now` until `after`: the line is crowded if one lately did."""
     period = load_acquire(line + _PERIOD)
     if now - load_acquire(line + _SLICE) < period + _CLOSE_NS:
@@ -143,29 +148,37 @@ def _sleep(line: int, seen: int) -> None:
     fence()
     if load_acquire(line) == seen:
         futex_wait(line, seen, address_of(nap))
-        nap[1] = 0  # an array is freed after its last use, and its address is none
+        nap[1] = 0  # an array is freed after its last use, and taking its address is not one
     fetch_add(line + 8, -1)
 
 
-@kernel
-def barrier(line: int, members: int, spins: int, abort: int) -> int:
-    """Wait until all `members` threads of a team have arrived at the barrier that owns two lines at `line`.
+class Barrier(NamedTuple):
+    """Where the threads of a team wait for each other."""
 
-    The first line counts generations, the second the arrivals of all time and notes when the last came. Returns DONE or
-    ABORTED.
-    """
-    if members == 1:
-        return DONE
-    arrivals = fetch_add(line + LINE, 1) + 1
-    generation = (arrivals + members - 1) // members
-    if arrivals == generation * members:
-        store_release(line + LINE + 8, clock_ns())
-        announce(line, generation)
-        return DONE
-    return await_sequence(line, generation, abort, spins, 0)
+    # Address of two lines: the first counts generations; the second counts arrivals and notes when the last came.
+    line: int
+    threads: int
+    # Rounds of spinning before a thread yields.
+    spins: int
+    # Address of the abort word.
+    abort: int
 
 
 @kernel
-def passed(line: int) -> int:
-    """When the barrier of several members at `line` last let them go: ns on the monotonic clock."""
-    return int(load_acquire(line + LINE + 8))
+def barrier(b: Barrier) -> int:
+    """Wait until all threads of the team have arrived. Returns DONE or ABORTED."""
+    if b.threads == 1:
+        return DONE
+    arrivals = fetch_add(b.line + LINE, 1) + 1
+    generation = (arrivals + b.threads - 1) // b.threads
+    if arrivals == generation * b.threads:
+        store_release(b.line + LINE + 8, clock_ns())
+        announce(b.line, generation)
+        return DONE
+    return await_sequence(b.line, generation, b.abort, b.spins, 0)
+
+
+@kernel
+def passed(b: Barrier) -> int:
+    """When the barrier, of several threads, last let them go: ns on the monotonic clock."""
+    return int(load_acquire(b.line + LINE + 8))

@@ -127,5 +127,5 @@ def _serve(
             else:
                 channel.send(service.report() if isinstance(message, ReportRequest) else Heartbeat())
     finally:
-        board.leave[assignment.index][0] = 1
+        board.quit[assignment.index][0] = 1
         service.stop()

@@ -144,9 +144,9 @@ class Bench:
     def token(self, fired: Places = ()) -> None:  # type: ignore[assignment]
         """A token at which one neuron of each group of `fired` fires."""
         self.boundary()
-        self.board.fired[:] = 0
+        self.board.computed[:] = 0
         for layer, group in fired:
-            self.board.fired[layer, group] = 1
+            self.board.computed[layer, group] = 1
         self.ownership.observe()
         assert_tables_hold(self.ownership, self.slots)
 

@@ -23,14 +23,14 @@ def test_a_lost_gpu_owns_nothing(bench: Bench) -> None:
     filled = bench.fill(10)
     bench.decide(moves=for_worker(GPU, [(1, 9), (1, 10)]))
     stale = bench.workers.asked.copy()
-    bench.board.taken[GPU][:] = ALL
-    bench.board.leave[GPU][0] = bench.dead[GPU] = 1
+    bench.board.requested[GPU][:] = ALL
+    bench.board.quit[GPU][0] = bench.dead[GPU] = 1
     bench.lose()
     np.testing.assert_array_equal(bench.board.owner, bench.home)
     assert bench.present.tolist() == [1, 1, 0]
     assert bench.said == ["worker gpu0 was killed; the run goes on without it"]
-    assert not bench.board.taken[GPU].any()
-    assert bench.board.leave[GPU][0] == bench.dead[GPU] == 0
+    assert not bench.board.requested[GPU].any()
+    assert bench.board.quit[GPU][0] == bench.dead[GPU] == 0
     assert bench.workers.restarted == ["gpu0"]
     # What its predecessor copied is not there, and nobody asks one that is away.
     bench.workers.arrive()

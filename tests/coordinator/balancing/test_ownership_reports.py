@@ -114,7 +114,7 @@ def test_the_policy_sees_what_was_read(predicted: bool) -> None:
     bench.fill(5)
     rng = np.random.default_rng(2)
     mask, fired = (rng.integers(0, 1 << 32, (LAYERS, GROUPS), dtype=np.uint32) for _ in range(2))
-    bench.board.mask[:], bench.board.fired[:] = mask, fired
+    bench.board.mask[:], bench.board.computed[:] = mask, fired
     bench.ownership.observe()
     ((read, active),) = bench.policy.observed
     loads = np.zeros((LAYERS, 3))
@@ -173,23 +173,23 @@ def test_verify(predicted: bool) -> None:
     board.mask[:] = np.random.default_rng(4).integers(1, 1 << 32, (LAYERS, GROUPS), dtype=np.uint32)
     wanted = board.mask if predicted else np.full((LAYERS, GROUPS), ALL, np.uint32)
     for worker in range(3):
-        board.taken[worker][:] = np.where(board.owner == worker, wanted, 0)
+        board.requested[worker][:] = np.where(board.owner == worker, wanted, 0)
     bench.ownership.verify()
     for layer, group in ((0, 0), (1, 11)):
         owner = int(board.owner[layer, group])
         for worker in range(3):
             for bit in (int(wanted[layer, group]) & -int(wanted[layer, group]), int(wanted[layer, group])):
                 # Not computed by its owner, or computed by another too.
-                board.taken[worker][layer, group] ^= np.uint32(bit)
+                board.requested[worker][layer, group] ^= np.uint32(bit)
                 with pytest.raises(WorkerError, match=f"^group {group} of layer {layer} was not computed exactly once"):
                     bench.ownership.verify()
-                board.taken[worker][layer, group] ^= np.uint32(bit)
+                board.requested[worker][layer, group] ^= np.uint32(bit)
         if predicted:
             # Computed though it was not selected.
-            board.taken[owner][layer, group] = ALL
+            board.requested[owner][layer, group] = ALL
             with pytest.raises(WorkerError, match="exactly once"):
                 bench.ownership.verify()
-            board.taken[owner][layer, group] = wanted[layer, group]
+            board.requested[owner][layer, group] = wanted[layer, group]
     bench.ownership.verify()
     # What one that is away has left there does not count, and what it would have computed is missing.
     bench.present[GPU] = 0

@@ -15,13 +15,13 @@ def decode(shares: RowSplit, tokens: int, slowness: list[float], noise: float = 
         shares.token()
 
 
-@pytest.mark.parametrize("members", [1, 2, 3, 7])
-def test_every_item_belongs_to_one_thread(members: int) -> None:
-    random = np.random.default_rng(members)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_every_item_belongs_to_one_thread(threads: int) -> None:
+    random = np.random.default_rng(threads)
     for _ in range(200):
-        cuts = np.sort(np.concatenate(([0, WHOLE], random.integers(0, WHOLE + 1, members - 1))))
+        cuts = np.sort(np.concatenate(([0, WHOLE], random.integers(0, WHOLE + 1, threads - 1))))
         total, unit = int(random.integers(1, 5000)), int(random.choice([1, 8, 16]))
-        ranges = [portion(cuts, total, unit, member) for member in range(members)]
+        ranges = [portion(cuts, total, unit, rank) for rank in range(threads)]
         assert [low for low, _ in ranges] == [0, *(high for _, high in ranges[:-1])]
         assert ranges[-1][1] == total
         assert all(low % unit == 0 and low <= high for low, high in ranges)
@@ -29,7 +29,7 @@ def test_every_item_belongs_to_one_thread(members: int) -> None:
 
 def test_portions_follow_the_cuts() -> None:
     cuts = np.array([0, WHOLE // 4, WHOLE])
-    assert [portion(cuts, 1000, 8, member) for member in range(2)] == [(0, 248), (248, 1000)]
+    assert [portion(cuts, 1000, 8, rank) for rank in range(2)] == [(0, 248), (248, 1000)]
 
 
 def test_rows_leave_a_slow_thread_and_come_back() -> None:

@@ -7,18 +7,19 @@ from functools import cache
 import numpy as np
 import pytest
 
+from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
 from warmfront.shared.kernels.ffn import (
     Bundles,
+    Vectors,
     bundles_at,
     dense_groups,
     list_masked,
     listed_neurons,
-    mark,
     open_gates,
     open_neurons,
     scratch_floats,
+    set_bit,
 )
-from warmfront.shared.kernels.rows import quantise, quantised_bytes
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
@@ -101,13 +102,15 @@ QUANTISED, BFLOAT = 2e-4, 2e-2
 
 
 class Input:
-    """One token, as itself and as quantised rows want it."""
+    """One token, as itself and as quantised rows want it, with sums and scratch memory."""
 
-    def __init__(self, x: np.ndarray) -> None:
-        self._x = np.ascontiguousarray(x, np.float32)
-        self._prepared = np.zeros(quantised_bytes(HIDDEN), np.uint8)
-        self.at = address(self._x)
-        self.q_at = quantise(self.at, address(self._prepared), HIDDEN)
+    def __init__(self, x: np.ndarray, sums: np.ndarray) -> None:
+        self._x, self._sums = np.ascontiguousarray(x, np.float32), sums
+        self._quantised = np.zeros(quantised_bytes(HIDDEN), np.uint8)
+        self._scratch = np.full(HIDDEN, np.nan, np.float32)
+        x_at = address(self._x)
+        quantised_at = quantise_input(x_at, address(self._quantised), HIDDEN)
+        self.vectors = Vectors(x_at, quantised_at, address(sums), address(self._scratch))
 
 
 def run_listed(
@@ -121,15 +124,15 @@ def run_listed(
     *,
     skip: bool = False,
 ) -> list[int]:
-    """The neurons that fired, by number in the list of slots, after a check of the count."""
-    one, scratch = Input(x), np.full(HIDDEN, np.nan, np.float32)
-    every, words = np.array([*listed], np.int32), np.zeros(len(ids) + 1, np.uint32)
-    end, sums_at = len(every) if high is None else high, address(sums)
-    count = listed_neurons(bundles, ids, every, low, end, skip, one.at, one.q_at, sums_at, address(scratch), words)
+    """The neurons that were computed, by number in the list of slots, after a check of the count."""
+    one = Input(x, sums)
+    neurons, words = np.array([*listed], np.int32), np.zeros(len(ids) + 1, np.uint32)
+    end = len(neurons) if high is None else high
+    count = listed_neurons(bundles, ids, neurons, low, end, skip, one.vectors, words)
     assert words[-1] == 0
-    fired = bits_of(words)
-    assert count == len(fired)
-    return fired
+    computed = bits_of(words)
+    assert count == len(computed)
+    return computed
 
 
 def bits_of(words: np.ndarray) -> list[int]:
@@ -146,8 +149,8 @@ def test_listed_neurons(gate: Kind, down: Kind, activation: str) -> None:
         neurons = slots.neurons(order)
         for low, high in ((0, len(neurons)), (5, 23), (31, min(33, len(neurons))), (7, 7)):
             sums = np.full(HIDDEN, 0.5, np.float32)
-            fired = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), x[0], sums, low, high)
-            assert fired == list(range(low, high))
+            computed = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), x[0], sums, low, high)
+            assert computed == list(range(low, high))
             assert_close(sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
 
 
@@ -168,10 +171,10 @@ def test_listed_neurons_with_gaps(gate: Kind, down: Kind) -> None:
             assert_close(sums, expected, QUANTISED)
 
 
-def test_mark() -> None:
+def test_set_bit() -> None:
     words = np.zeros(3, np.uint32)
     for neuron in (0, 31, 32, 70, 31):
-        mark(words, neuron)
+        set_bit(words, neuron)
     assert words.tolist() == [1 | 1 << 31, 1, 1 << 6]
 
 
@@ -194,18 +197,16 @@ def test_open_gates_and_neurons(gate: Kind, down: Kind) -> None:
         exact = slots.gate[neurons] @ x[0].astype(np.float64)
         for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
             gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
-            one, scratch = Input(x[0]), np.full(HIDDEN, np.nan, np.float32)
-            count = open_gates(bundles, ids, low, high, one.at, one.q_at, gates, opened)
+            sums = np.full(HIDDEN, -0.25, np.float32)
+            one = Input(x[0], sums)
+            count = open_gates(bundles, ids, low, high, one.vectors, gates, opened)
             wanted = [i for i in range(low, high) if exact[i] > 0]
             assert opened[:count].tolist() == wanted
             assert_close(gates[:count], exact[wanted], QUANTISED)
             assert np.isnan(gates[count:]).all()
-            sums = np.full(HIDDEN, -0.25, np.float32)
             # In two parts, as two threads take them.
             for first, last in ((0, count // 3), (count // 3, count)):
-                open_neurons(
-                    bundles, ids, gates, opened, first, last, one.at, one.q_at, address(sums), address(scratch)
-                )
+                open_neurons(bundles, ids, gates, opened, first, last, one.vectors)
             assert_close(sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25, QUANTISED)
 
 
@@ -214,19 +215,18 @@ def test_a_gate_that_is_nan_is_open() -> None:
     slots = Slots(Kind.F32, Kind.F32)
     listed, x = np.arange(SLOTS * 32, dtype=np.int32), np.full(HIDDEN, np.nan, np.float32)
     gates, opened = np.zeros(len(listed), np.float32), np.zeros(len(listed), np.int32)
-    order, fired = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
+    order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
-    assert open_gates(bundles, order, 0, 64, address(x), address(x), gates, opened) == 64
     sums = np.zeros(HIDDEN, np.float32)
     scratch = np.zeros(scratch_floats(HIDDEN, 16), np.float32)
-    count = listed_neurons(
-        bundles, order, listed, 0, 64, True, address(x), address(x), address(sums), address(scratch), fired
-    )
-    assert count == 64
+    vectors = Vectors(address(x), address(x), address(sums), address(scratch))
+    assert open_gates(bundles, order, 0, 64, vectors, gates, opened) == 64
+    assert listed_neurons(bundles, order, listed, 0, 64, True, vectors, computed) == 64
     assert np.isnan(sums).all()
     panel, sums = np.full(HIDDEN * 16, np.nan, np.float32), np.zeros(HIDDEN * 16, np.float32)
     firing = np.zeros((SLOTS, 32, 1), np.uint16)
-    dense_groups(bundles, order, 0, 2, address(panel), 1, address(sums), address(scratch), order, firing)
+    vectors = Vectors(address(panel), 0, address(sums), address(scratch))
+    dense_groups(bundles, order, 0, 2, vectors, 1, order, firing)
     assert np.isnan(sums).all()
     assert (firing[:2] == 0xFFFF).all()
 
@@ -235,9 +235,9 @@ def test_no_gate_is_open_at_zero() -> None:
     slots, x = slots_of(Kind.F32, Kind.F32), np.zeros((1, HIDDEN), np.float32)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
     gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
-    one = Input(x[0])
+    one = Input(x[0], np.zeros(HIDDEN, np.float32))
     ids = np.arange(SLOTS, dtype=np.int32)
-    assert open_gates(bundles, ids, 0, SLOTS * 32, one.at, one.q_at, gates, opened) == 0
+    assert open_gates(bundles, ids, 0, SLOTS * 32, one.vectors, gates, opened) == 0
 
 
 def panels_of(x: np.ndarray) -> np.ndarray:
@@ -262,18 +262,8 @@ def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
         scratch = np.full(size + 16, np.nan, np.float32)
         for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
             sums = np.full_like(wide, 0.5)
-            dense_groups(
-                bundles,
-                np.array(order, np.int32),
-                low,
-                high,
-                address(wide),
-                len(wide),
-                address(sums),
-                address(scratch),
-                NO_IDS,
-                NO_FIRING,
-            )
+            vectors = Vectors(address(wide), 0, address(sums), address(scratch))
+            dense_groups(bundles, np.array(order, np.int32), low, high, vectors, len(wide), NO_IDS, NO_FIRING)
             expected = np.zeros((len(wide) * 16, HIDDEN))
             if low < high:
                 expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
@@ -296,18 +286,8 @@ def test_dense_groups_note_which_tokens_open_which_gates(gate: Kind, down: Kind)
         low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
         firing = np.full((groups, 32, len(wide)), 0xAAAA, np.uint16)
         sums, scratch = np.zeros_like(wide), np.empty(scratch_floats(HIDDEN, tokens), np.float32)
-        dense_groups(
-            bundles,
-            np.array(order, np.int32),
-            low,
-            high,
-            address(wide),
-            len(wide),
-            address(sums),
-            address(scratch),
-            ids,
-            firing,
-        )
+        vectors = Vectors(address(wide), 0, address(sums), address(scratch))
+        dense_groups(bundles, np.array(order, np.int32), low, high, vectors, len(wide), ids, firing)
         for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
             exact = x.astype(np.float64) @ slots.gate[32 * slot : 32 * slot + 32].T
             bits = np.unpackbits(firing[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
@@ -330,7 +310,8 @@ def test_results_repeat_to_the_bit() -> None:
     for _ in range(3):
         one, many = np.zeros(HIDDEN, np.float32), np.zeros_like(wide)
         run_listed(bundles, ids, range(SLOTS * 32), x[0], one)
-        dense_groups(bundles, ids, 0, SLOTS, address(wide), 1, address(many), address(scratch), NO_IDS, NO_FIRING)
+        vectors = Vectors(address(wide), 0, address(many), address(scratch))
+        dense_groups(bundles, ids, 0, SLOTS, vectors, 1, NO_IDS, NO_FIRING)
         results.add((one.tobytes(), many.tobytes()))
     assert len(results) == 1
 

@@ -20,7 +20,7 @@ def close(got: np.ndarray, expected: np.ndarray, kind: Kind) -> None:
 def prepared(kind: Kind, x: np.ndarray) -> tuple[np.ndarray, int]:
     """Memory to keep, and the address of panels [panels, features, 16] as `kind` wants them."""
     out = np.zeros_like(x)
-    return out, gemm.prepare(kind, address(x), address(out), x.shape[1], x.shape[0])
+    return out, gemm.pack_panels(kind, address(x), address(out), x.shape[1], x.shape[0])
 
 
 @pytest.mark.parametrize("panels", [1, 2, 3, 4, 5, 7])
@@ -33,7 +33,8 @@ def test_rows(kind: Kind, panels: int) -> None:
     # Eight rows in the middle of twelve: what is around stays as it is.
     y, scratch = np.full((panels, 12, 16), np.nan, np.float32), np.zeros((8, COLS), np.float32)
     y_at = address(y) + 2 * 64
-    gemm.multiply_rows(kind, address(rows), rows.shape[1], COLS, x_at, y_at, 12 * 64, panels, address(scratch))
+    packed = gemm.Rows(kind, address(rows), rows.shape[1], COLS)
+    gemm.multiply_rows(packed, x_at, gemm.Panels(y_at, 12 * 64, panels), address(scratch))
     close(y[:, 2:10], np.einsum("rk,pkl->prl", unpack(rows, kind, COLS).astype(np.float64), x), kind)
     assert np.isnan(y[:, [0, 1, 10, 11]]).all()
     del kept
@@ -53,8 +54,8 @@ def test_columns(kind: Kind, panels: int) -> None:
     stride, step = rows.shape[1], COLS * 64
     next_at = address(scratch)
     for row in (0, 2):  # in two parts
-        next_at = gemm.gather_columns(kind, address(rows[row:]), stride, 0, 2 + row, COLS, next_at)
-    gemm.multiply_columns(kind, address(scratch), 6, COLS, x_at, 10, address(y), step, panels)
+        next_at = gemm.gather_columns(gemm.Rows(kind, address(rows[row:]), stride, COLS), 2 + row, 0, next_at)
+    gemm.multiply_columns(kind, address(scratch), 6, COLS, x_at, 10, gemm.Panels(address(y), step, panels))
     close(y, before + np.einsum("rk,prl->pkl", unpack(rows, kind, COLS).astype(np.float64), x[:, 2:8]), kind)
     del kept
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from warmfront.shared.config import BITS
+from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
 from warmfront.shared.kernels.lowbit import lowbit_bytes, lowbit_dot, pack_lowbit, unpack_lowbit
-from warmfront.shared.kernels.rows import quantise, quantised_bytes
 from warmfront.shared.machine.memory import address
 
 COLS = (32, 64, 96, 544, 2048)
@@ -74,7 +74,7 @@ def test_dot(bits: int, cols: int) -> None:
     values = unpack_lowbit(packed, bits, cols).astype(np.float64)
     x = normal(1, cols, seed=1)[0]
     prepared = np.zeros(quantised_bytes(cols), np.uint8)
-    q_at = quantise(address(x), address(prepared), cols)
+    q_at = quantise_input(address(x), address(prepared), cols)
     fenced = np.full(packed.shape[1] + 256, 0xFF, np.uint8)  # NaN scales before and after the row
     for row, reference in zip(packed, values, strict=True):
         fenced[128:-128] = row

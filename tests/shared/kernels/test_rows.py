@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels import rows
+from warmfront.shared.kernels import byte_dot, rows
 from warmfront.shared.kernels.fp16 import to_half
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.machine.memory import address
@@ -28,8 +28,8 @@ ROW_KINDS = [kind for kind in Kind if kind != Kind.Q4C]
 
 def dot(kind: Kind, row: int, x: np.ndarray, ahead: int) -> float:
     """The kernel on `x`, quantised as it wants it."""
-    prepared = np.zeros(rows.quantised_bytes(COLS), np.uint8)
-    q = rows.quantise(address(x), address(prepared), COLS)
+    prepared = np.zeros(byte_dot.quantised_bytes(COLS), np.uint8)
+    q = byte_dot.quantise_input(address(x), address(prepared), COLS)
     return float(rows.dot(kind, row, address(x), q, COLS, ahead))
 
 
@@ -69,8 +69,8 @@ def test_what_a_longer_input_left_behind_counts_for_nothing(kind: Kind) -> None:
     """One buffer is prepared for inputs of several lengths: here all that is not written reads as NaN."""
     packed, values = rows_of(kind)
     x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
-    prepared = np.full(rows.quantised_bytes(2048), 0xFF, np.uint8)
-    q = rows.quantise(address(x), address(prepared), COLS)
+    prepared = np.full(byte_dot.quantised_bytes(2048), 0xFF, np.uint8)
+    q = byte_dot.quantise_input(address(x), address(prepared), COLS)
     for row, reference in zip(packed, values, strict=True):
         got = rows.dot(kind, address(row), address(x), q, COLS, address(row))
         assert got == pytest.approx(reference @ x, abs=2e-3)
@@ -140,9 +140,9 @@ def test_to_half_rounds_like_numpy() -> None:
     assert np.array_equal(np.signbit(out.view(np.float16)), np.signbit(expected))
 
 
-@pytest.mark.parametrize(("total", "unit", "members"), [(10, 1, 3), (96, 8, 5), (7, 8, 2), (0, 1, 2), (33, 8, 4)])
-def test_shares_cover_everything_once(total: int, unit: int, members: int) -> None:
-    ranges = [rows.share(total, unit, m, members) for m in range(members)]
+@pytest.mark.parametrize(("total", "unit", "threads"), [(10, 1, 3), (96, 8, 5), (7, 8, 2), (0, 1, 2), (33, 8, 4)])
+def test_shares_cover_everything_once(total: int, unit: int, threads: int) -> None:
+    ranges = [rows.share(total, unit, rank, rank + 1, threads) for rank in range(threads)]
     assert [i for low, high in ranges for i in range(low, high)] == list(range(total))
     assert all(low % unit == 0 or low == high for low, high in ranges)
 

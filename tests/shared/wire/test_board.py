@@ -44,18 +44,18 @@ def test_every_byte() -> None:
     x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
     board.abort[:] = 11
     board.job[:] = 21, 22
-    board.order[:] = -1, 32, 33, 34, 35
+    board.descriptor[:] = -1, 32, 33, 34, 35
     board.owner[:] = np.arange(100, 115).reshape(3, 5)
     board.mask[:] = np.arange(15).reshape(3, 5) + 0xFFFFFF00
-    board.fired[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
+    board.computed[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
     board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
     for index in range(2):
         board.done[index][:] = 50 + index, 60 + index
         board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
-        board.leave[index][:] = 110 + index
+        board.quit[index][:] = 110 + index
         board.slot[index][:] = np.arange(15).reshape(3, 5) - 7 - 100 * index
-        board.taken[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
+        board.requested[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
         board.y[index][:] = y + index
     parts = [
         (0, b"WARMFRNT" + struct.pack("=7q", 4, 2, 3, 5, 32, 16, 1)),
@@ -87,7 +87,7 @@ def test_a_board_that_does_not_profile_has_no_room_for_it() -> None:
     board = board_of(BoardSizes(2, 3, 5, 32, 16))
     assert board.firing.size == 0
     board.x[:] = 1.0
-    assert not board.fired.any()
+    assert not board.computed.any()
     assert board.mapping[896:900].view(np.float32)[0] == 1.0
 
 
@@ -102,11 +102,11 @@ def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
     fd = create_shared("warmfront-test", SIZES.total)
     board = Board.create(map_shared(fd), SIZES)
     os.close(fd)
-    words = (board.abort, board.job, board.order, *board.done, *board.record, *board.leave)
+    words = (board.abort, board.job, board.descriptor, *board.done, *board.record, *board.quit)
     lines = [address(field) for field in words]
     assert all(at % 128 == 0 for at in lines)
     assert len(set(lines)) == len(lines)
-    tables = (board.owner, board.mask, board.fired, board.firing, *board.slot, *board.taken)
+    tables = (board.owner, board.mask, board.computed, board.firing, *board.slot, *board.requested)
     assert all(address(field) % 128 == 0 for field in (*tables, board.x, *board.y))
 
 
@@ -115,11 +115,11 @@ import dataclasses, sys
 from warmfront.shared.wire.board import Board
 from warmfront.shared.machine.memory import map_shared
 board = Board.attach(map_shared(int(sys.argv[1])))
-print(*dataclasses.astuple(board.sizes), *board.order, board.x[5], flush=True)
+print(*dataclasses.astuple(board.sizes), *board.descriptor, board.x[5], flush=True)
 board.y[1][:3] = 1.5, 2.5, board.x[5]
 board.done[1][0] = board.job[0]
 board.owner[1] = 9
-board.taken[1][2] = 0xFFFFFFFF
+board.requested[1][2] = 0xFFFFFFFF
 board.slot[0][1, 4] = board.slot[1][1, 4] + 1
 """
 
@@ -128,7 +128,7 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
     fd = create_shared("warmfront-test", SIZES.total)
     try:
         board = Board.create(map_shared(fd), SIZES)
-        board.order[:] = 2, 16, 16, 0, 77
+        board.descriptor[:] = 2, 16, 16, 0, 77
         board.job[0] = 41
         board.x[5] = -3.5
         board.slot[1][1, 4] = 1 << 20
@@ -143,8 +143,8 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
     assert board.done[1][0] == 41
     assert board.done[0][0] == 0
     assert board.owner.tolist() == [[0] * 5, [9] * 5, [0] * 5]
-    assert board.taken[1].tolist() == [[0] * 5, [0] * 5, [0xFFFFFFFF] * 5]
-    assert not board.taken[0].any()
+    assert board.requested[1].tolist() == [[0] * 5, [0] * 5, [0xFFFFFFFF] * 5]
+    assert not board.requested[0].any()
     assert board.slot[0].tolist() == [[0] * 5, [0, 0, 0, 0, (1 << 20) + 1], [0] * 5]
 
 

@@ -27,7 +27,8 @@ from warmfront.shared.wire.handoff import (
     LATE,
     LINE,
     PATIENCE_NS,
-    _mark,
+    Barrier,
+    _note_slice,
     announce,
     await_sequence,
     barrier,
@@ -80,11 +81,11 @@ def meet(at: int, counts: np.ndarray, me: int, generations: int, spins: int) -> 
     wrong = 0
     for generation in range(1, generations + 1):
         counts[me, 0] = generation
-        if barrier(at + BARRIER, len(counts), spins, at + ABORT) != DONE:
+        if barrier(Barrier(at + BARRIER, len(counts), spins, at + ABORT)) != DONE:
             return -1
         for other in range(len(counts)):
             wrong += counts[other, 0] != generation
-        if barrier(at + BARRIER, len(counts), spins, at + ABORT) != DONE:
+        if barrier(Barrier(at + BARRIER, len(counts), spins, at + ABORT)) != DONE:
             return -1
     return wrong
 
@@ -310,16 +311,16 @@ def test_a_line_that_stays_crowded_is_looked_at_more_seldom(region: Region) -> N
     """Every look costs a slice of the neighbour's."""
     line, slice_ns, period, now = region.at + PING, 3_000_000, 0, 10**12
     for _ in range(6):
-        _mark(line, now, now + slice_ns)
+        _note_slice(line, now, now + slice_ns)
         now += 10_000_000
-        _mark(line, now, now + slice_ns)
+        _note_slice(line, now, now + slice_ns)
         crowded = int(region.word(PING + 16)[0]) - now - slice_ns
         assert crowded >= min(2 * period, 1_600_000_000)
         period, now = crowded, now + slice_ns + crowded
     assert period == 1_600_000_000
     # A lone long turn, much later, may be the hypervisor's.
     region.word(PING + 16)[0] = 0
-    _mark(line, now + 10**10, now + 10**10 + slice_ns)
+    _note_slice(line, now + 10**10, now + 10**10 + slice_ns)
     assert region.word(PING + 16)[0] == 0
 
 
@@ -352,13 +353,13 @@ def test_a_sleeper_waits_across_the_wrap(region: Region) -> None:
 def test_barrier(region: Region, spins: int) -> None:
     counts = np.zeros((3, LINE // 8), np.int64)
     team = [Task(meet, region.at, counts, me, 5000, spins) for me in range(3)]
-    assert [member.result() for member in team] == [0, 0, 0]
+    assert [thread.result() for thread in team] == [0, 0, 0]
     assert region.word(BARRIER)[0] == 10_000
     assert region.word(BARRIER + LINE)[0] == 30_000
 
 
 def test_a_team_of_one_never_waits(region: Region) -> None:
-    assert barrier(region.at + BARRIER, 1, 0, region.at + ABORT) == DONE
+    assert barrier(Barrier(region.at + BARRIER, 1, 0, region.at + ABORT)) == DONE
     assert not region.bytes.any()
 
 
@@ -368,4 +369,4 @@ def test_an_abort_ends_a_barrier(region: Region) -> None:
     time.sleep(0.02)
     region.word(ABORT)[0] = 1
     wake(region.at + BARRIER)
-    assert [member.result() for member in team] == [-1, -1]
+    assert [thread.result() for thread in team] == [-1, -1]

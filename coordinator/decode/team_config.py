@@ -1,0 +1,27 @@
+"""How a team of the coordinator runs, whichever kind it is; filled by the runtime."""
+
+from dataclasses import dataclass
+
+from warmfront.shared.machine.core_plan import CorePlan
+
+__all__ = ["TeamConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeamConfig:
+    """Settings of a `ThreadTeam` or a `TorchTeam`."""
+
+    # A thread for each of its `coordinator` cpus.
+    cores: CorePlan
+    # Positions that the KV cache holds.
+    context: int
+    # One of `config.SELECTORS`.
+    selector: str
+    # Predict a layer's neurons while the one before is computed.
+    look_ahead: bool = False
+    # Threads: keep each on its cpu.
+    pinned: bool = True
+    # Threads: rows move between them as the load of their cores shifts.
+    balances: bool = True
+    # Torch: the device as torch calls it; "cpu" emulates one by the threads.
+    device: str = "cpu"

@@ -1,0 +1,178 @@
+"""Inner products by byte instructions: the input quantised to 15 bits, and its dot with rows of whole numbers.
+
+Where the CPU multiplies bytes (AVX-512 VNNI), dots with 8-bit and 4-bit rows take the input in blocks of 32 with one
+scale each (`quantise_input`): less than half the instructions of floats. The input's numbers have 15 bits, in two
+bytes, because 8 change one greedy token in twenty and 15 none (docs/log.md): an error of 2^-15 of a block's largest
+feature is below what rounding the weights to 8 bits has already lost.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.fp16 import has
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.simd import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    V16,
+    call,
+    constants,
+    fma,
+    load,
+    long,
+    splat,
+    store,
+    vector,
+)
+from warmfront.shared.model.formats import BLOCK
+from warmfront.shared.model.panels import LANES
+
+__all__ = ["byte_dot", "multiplies_bytes", "quantise_input", "quantised_bytes"]
+
+V64 = vector(I8, 64)
+# The largest feature of a block, 127 * 128: the high part stays a signed byte when the low part rounds into it.
+_STEPS = 16256.0
+
+
+def multiplies_bytes(context: Any) -> bool:
+    """Whether code for this CPU takes inputs quantised."""
+    return has(context, "avx512vnni", "avx512bw")
+
+
+def quantised_bytes(cols: int) -> int:
+    """Bytes of a quantised input: 15 bits a feature, x = (128 * high + low) * scale.
+
+    int8 high parts and int8 low parts [cols padded to 64] each, of each two blocks the first halves, then the second
+    halves; float32 scales and float32 block sums [blocks padded to 16] each. Padding is never written nor used.
+    """
+    return 2 * 64 * -(-cols // 64) + 2 * 64 * -(-cols // (16 * BLOCK))
+
+
+def _padded(b: Any, cols: Any) -> Any:
+    return b.mul(b.udiv(b.add(cols, long(63)), long(64)), long(64))
+
+
+def _quantised_parts(b: Any, q: Any, cols: Any) -> tuple[Any, Any]:
+    """Addresses of the scales and of the block sums of a quantised input."""
+    floats = b.mul(b.udiv(b.add(cols, long(16 * BLOCK - 1)), long(16 * BLOCK)), long(64))
+    scales_at = b.add(q, b.mul(_padded(b, cols), long(2)))
+    return scales_at, b.add(scales_at, floats)
+
+
+def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
+    at = b.mul(block, long(128))
+    halves = [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)]
+    magnitudes = (call(b, "llvm.fabs.v16f32", V16, half) for half in halves)
+    largest = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, call(b, "llvm.maxnum.v16f32", V16, *magnitudes))
+    # maxnum passes over NaN, and no integer stands for it: the scale has to.
+    missing = b.bitcast(b.fcmp_unordered("uno", *halves), I16)
+    largest = b.select(b.icmp_unsigned("!=", missing, ir.Constant(I16, 0)), ir.Constant(FLOAT, float("nan")), largest)
+    # A block of zeros has scale 0, whose inverse would make NaN of it.
+    not_zero = b.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
+    inverse = b.select(not_zero, b.fdiv(ir.Constant(FLOAT, _STEPS), largest), ir.Constant(FLOAT, 0.0))
+    scale = b.fdiv(largest, ir.Constant(FLOAT, _STEPS))
+    place = b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
+    whole = []
+    for half, values in enumerate(halves):
+        rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
+        whole.append(b.fptosi(rounded, vector(I32)))
+        # Adding half a step makes the low part signed, -64..63: both parts then fit the signed side of VNNI.
+        seven = constants(7, vector(I32))
+        high = b.ashr(b.add(whole[half], constants(64, vector(I32))), seven)
+        low = b.sub(whole[half], b.shl(high, seven))
+        at = b.add(place, long(32 * half))
+        store(b, out, at, b.trunc(high, vector(I8)))
+        store(b, out, b.add(at, _padded(b, cols)), b.trunc(low, vector(I8)))
+    scales_at, sums_at = _quantised_parts(b, out, cols)
+    summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
+    store(b, scales_at, b.mul(block, long(4)), scale)
+    store(b, sums_at, b.mul(block, long(4)), b.fmul(b.sitofp(summed, FLOAT), scale))
+
+
+@intrinsic
+def _quantise(context, x, out, cols):
+    def build(context, b, _signature, arguments):
+        x, out, cols = arguments
+        if not multiplies_bytes(context):
+            return x
+        with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+            _quantise_block(b, x, out, cols, loop.index)
+        return out
+
+    return types.int64(types.int64, types.int64, types.int64), build
+
+
+@kernel
+def quantise_input(x: int, out: int, cols: int) -> Any:
+    """Quantise float32 [cols] at `x` for `rows.dot`, in `out` [quantised_bytes(cols)].
+
+    Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
+    """
+    return _quantise(x, out, cols)
+
+
+def byte_dot(
+    b: Any,
+    q: Any,
+    cols: Any,
+    weights: Callable[[Any], Any],
+    scales: Callable[[Any], Any],
+    zero: float | Callable[[Any], Any],
+) -> Any:
+    """The dot of unsigned byte weights with a quantised input, in code that multiplies bytes.
+
+    `weights(i)`: 64 numbers, blocks 2i and 2i + 1 in the input's order; `scales(offset)`: the scales of 16 blocks at a
+    byte offset into the float16 scales; `zero`: the number that stands for weight 0, or what gives the blocks' minima
+    in the same way.
+
+    A block's sum of w * x is scale * sum of number * x + minimum * sum of x, where the minimum is -zero * scale if it
+    is not given: so the input's block sums, made once, account for it, and the inner loop has integers only. It takes
+    two blocks at a time, then one multiply-add by the scales, into two sums in turn, for each would wait for itself.
+
+    Four blocks are read where fewer are left. What lies behind the last block of either side is never used, only
+    replaced by 0: the input's buffer serves vectors of several lengths, so its padding may hold bytes of a longer one
+    that read as NaN, and 0 * NaN is NaN.
+    """
+    blocks = b.udiv(cols, long(BLOCK))
+    scales_at, sums_at = _quantised_parts(b, q, cols)
+    sums, offsets = (simd.zeros(b), simd.zeros(b)), simd.zeros(b)
+    lanes, nothing = ir.Constant(vector(I64), list(range(LANES))), constants(0.0)
+    with cgutils.for_range(b, b.udiv(b.add(blocks, long(15)), long(16)), intp=I64) as chunk:
+        first = b.mul(chunk.index, long(16))
+        left = b.sub(blocks, first)
+        valid = b.icmp_signed("<", lanes, splat(b, left))
+        floats_at, halves_at = b.mul(first, long(4)), b.mul(first, long(2))
+        scale = b.select(valid, scales(halves_at), nothing)
+        factors = b.fmul(scale, b.select(valid, load(b, scales_at, floats_at, V16), nothing))
+        # A given zero's offset needs no selecting: its scale is 0 already.
+        offset = b.select(valid, zero(halves_at), nothing) if callable(zero) else b.fmul(scale, constants(-float(zero)))
+        block_sums = b.select(valid, load(b, sums_at, floats_at, V16), nothing)
+        b.store(fma(b, offset, block_sums, b.load(offsets)), offsets)
+        rounds = b.udiv(b.add(left, long(3)), long(4))
+        rounds = b.select(b.icmp_signed("<", rounds, long(4)), rounds, long(4))
+        with cgutils.for_range(b, rounds, intp=I64) as loop:
+            for turn, total in enumerate(sums):
+                pair = b.add(b.mul(loop.index, long(2)), long(turn))
+                at = b.add(b.mul(chunk.index, long(8)), pair)
+                numbers = weights(at)
+                products = constants(0, vector(I32))
+                # High parts, times 128, then low parts: 255 * 127 * 4 * 128 + ... stays far below 2^31.
+                for start in (long(0), _padded(b, cols)):
+                    part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
+                    products = b.shl(products, constants(7, vector(I32)))
+                    products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, part)
+                # Lanes of `products` alternate between the two blocks by fours; each gets its block's factor.
+                lane = splat(b, b.trunc(b.mul(pair, long(2)), I32))
+                which = b.add(ir.Constant(vector(I32), ([0] * 4 + [1] * 4) * 2), lane)
+                factor = call(b, "llvm.x86.avx512.permvar.sf.512", V16, factors, which)
+                b.store(fma(b, b.sitofp(products, V16), factor, b.load(total)), total)
+    return simd.total(b, b.fadd(b.fadd(*(b.load(total) for total in sums)), b.load(offsets)))
