@@ -18,22 +18,18 @@ from warmfront.coordinator.placement.plan_file import write_plan
 from warmfront.coordinator.placement.solver import DeviceCosts, Floats, Mask, layer_ns, solve, solve_exact
 from warmfront.shared.model.bundle import BundleLayout
 
-__all__ = ["PlanInputs", "figures_of", "grounds_of", "make_plan", "plan"]
+__all__ = ["PlanInputs", "figures_of", "make_plan", "plan", "plan_inputs"]
 
 
 class PlanInputs(NamedTuple):
-    """What a plan rests on.
-
-    firing, load: float64 [layers, groups], as `solve` takes them; budget: bytes of GPU memory; ledger: what the GPU
-    worker allocates of it, bytes by purpose, of which "slots" holds groups.
-    """
+    """What a plan is computed from."""
 
     layout: BundleLayout
-    firing: Floats
-    load: Floats
+    firing: Floats  # [layers, groups], as `solve` takes it
+    load: Floats  # [layers, groups], as `solve` takes it
     costs: DeviceCosts
-    budget: int
-    ledger: dict[str, int]
+    budget: int  # bytes of GPU memory
+    ledger: dict[str, int]  # what the GPU worker allocates of it, bytes by purpose; "slots" holds groups
 
     @property
     def slots(self) -> int:
@@ -54,19 +50,19 @@ def plan(
     `overrides`: those of `Engine.load`, with a vram_budget.
     """
     with Engine.load(model, say=say, progress=progress, policy="static", **overrides) as engine:
-        grounds = grounds_of(engine, say)
+        inputs = plan_inputs(engine, say)
         name = engine.model.spec.name
         path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")
         facts = {"model": name, "selector": engine.plan.selector, "device": engine.statistics.workers()[-1].device}
-        gpu, figures = make_plan(grounds, exact)
+        gpu, figures = make_plan(inputs, exact)
         figures = facts | figures
-        write_plan(path, engine.model, grounds.budget, gpu, figures)
+        write_plan(path, engine.model, inputs.budget, gpu, figures)
         say(f"the plan is in {path}")
     return figures | {"file": str(path)}
 
 
-def grounds_of(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
-    """What a plan for an engine with a GPU rests on; its costs are measured if they are not known."""
+def plan_inputs(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
+    """The inputs of a plan for an engine with a GPU; costs that are not known are measured."""
     key = key_of(engine)
     costs = load_costs(key)
     if costs is None:
@@ -81,23 +77,23 @@ def grounds_of(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
     )
 
 
-def make_plan(grounds: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
-    """The groups for the GPU, bool [layers, groups], and what is to be said of them; `exact`: the optimum too."""
-    gpu = solve(grounds.firing, grounds.load, grounds.slots, grounds.costs)
-    figures = figures_of(grounds, gpu)
+def make_plan(inputs: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
+    """The groups for the GPU, bool [layers, groups], and their figures; `exact`: the optimum's too."""
+    gpu = solve(inputs.firing, inputs.load, inputs.slots, inputs.costs)
+    figures = figures_of(inputs, gpu)
     if exact:
-        best, bound = solve_exact(grounds.load, grounds.slots, grounds.costs)
+        best, bound = solve_exact(inputs.load, inputs.slots, inputs.costs)
         figures["exact"] = {
-            "ns": float(layer_ns(grounds.load, best, grounds.costs).sum()),
+            "ns": float(layer_ns(inputs.load, best, inputs.costs).sum()),
             "bound_ns": bound,
             "plan_above": figures["plan_ns"] / max(bound, 1.0) - 1,
         }
     return gpu, figures
 
 
-def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
-    """What the groups of `gpu` make of all neurons and of all firing, and how long a token takes in each case."""
-    layout, firing, load, costs = grounds.layout, grounds.firing, grounds.load, grounds.costs
+def figures_of(inputs: PlanInputs, gpu: Mask) -> dict[str, Any]:
+    """The share of the groups `gpu` in all neurons and all firing, and the time of a token with and without them."""
+    layout, firing, load, costs = inputs.layout, inputs.firing, inputs.load, inputs.costs
     shares = {
         "neurons": (gpu @ neurons_of(layout), np.full(len(gpu), layout.ffn)),
         "firing": (np.sum(firing, axis=1, where=gpu), firing.sum(1)),
@@ -105,7 +101,7 @@ def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
     spent = {
         "plan": layer_ns(load, gpu, costs),
         "cpu": layer_ns(load, np.zeros_like(gpu), costs),
-        "uniform": layer_ns(load, first_groups(layout.groups, len(gpu), grounds.slots), costs),
+        "uniform": layer_ns(load, first_groups(layout.groups, len(gpu), inputs.slots), costs),
     }
     layers = [{"groups": int(row.sum())} for row in gpu]
     columns = {name: part / np.maximum(whole, 1e-12) for name, (part, whole) in shares.items()}
@@ -113,11 +109,11 @@ def figures_of(grounds: PlanInputs, gpu: Mask) -> dict[str, Any]:
         for layer, value in zip(layers, values.tolist(), strict=True):
             layer[name] = value
     return {
-        "vram_budget": grounds.budget,
-        "ledger": grounds.ledger,
-        "left_bytes": grounds.budget - sum(grounds.ledger.values()),
+        "vram_budget": inputs.budget,
+        "ledger": inputs.ledger,
+        "left_bytes": inputs.budget - sum(inputs.ledger.values()),
         "group_bytes": layout.group_bytes,
-        "slots": grounds.slots,
+        "slots": inputs.slots,
         "groups": int(gpu.sum()),
         **{name: float(part.sum() / max(whole.sum(), 1e-12)) for name, (part, whole) in shares.items()},
         **{f"{name}_ns": float(values.sum()) for name, values in spent.items()},

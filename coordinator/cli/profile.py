@@ -94,8 +94,8 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Say) -> list[list[int]]:
-    """Token ids of the texts, `most` of them at most."""
+def _encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: Say) -> list[list[int]]:
+    """Token ids of the texts, `limit` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.sparse:
         raise UsageError(
@@ -107,8 +107,8 @@ def _encoded(model: PackedModel, texts: Sequence[str], most: int | None, say: Sa
     ids = [tokenizer.encode(text) for text in texts]
     if not any(ids):
         raise UsageError("the texts have no token that the model knows: give others")
-    left = min(most or MAX_TOKENS, MAX_TOKENS)
-    if left != most and (have := sum(map(len, ids))) > left:
+    left = min(limit or MAX_TOKENS, MAX_TOKENS)
+    if left != limit and (have := sum(map(len, ids))) > left:
         say(f"the texts have {have:,} tokens: the first {left:,} are counted")
     cut = []
     for some in ids:

@@ -21,7 +21,7 @@ LAYOUT = BundleLayout(hidden=64, ffn=104, gate_kind=Kind.F32, down_kind=Kind.F32
 FIRING = np.array([[20.0, 4.0, 2.0, 1.0], [8.0, 8.0, 0.5, 0.0]])
 
 
-def grounds(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
+def inputs(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
     ledger = {"slots": slots * LAYOUT.group_bytes + 5, "activations": 700, "partials": 30}
     load = load_of(LAYOUT, "lowrank", FIRING)
     return PlanInputs(LAYOUT, FIRING, load, costs or DeviceCosts(100, 0.5, 0, 0.001), 10**6, ledger)
@@ -54,7 +54,7 @@ def test_without_a_profile_every_neuron_fires(
 
 def test_figures_by_hand() -> None:
     gpu = np.array([[True, False, False, True], [False, False, False, False]])
-    figures = figures_of(grounds(3), gpu)
+    figures = figures_of(inputs(3), gpu)
     assert figures["slots"] == 3
     assert figures["groups"] == 2
     assert figures["left_bytes"] == 10**6 - 3 * LAYOUT.group_bytes - 735
@@ -75,15 +75,15 @@ def test_figures_by_hand() -> None:
 
 
 def test_a_plan_takes_the_best_groups_and_says_how_good_it_is() -> None:
-    gpu, figures = make_plan(grounds(3), exact=True)
+    gpu, figures = make_plan(inputs(3), exact=True)
     assert np.argwhere(gpu).tolist() == [[0, 0], [1, 0], [1, 1]]
     assert figures["exact"]["ns"] == pytest.approx(figures["plan_ns"])
     assert figures["exact"]["plan_above"] == pytest.approx(0, abs=1e-4)
-    assert "exact" not in make_plan(grounds(3), exact=False)[1]
+    assert "exact" not in make_plan(inputs(3), exact=False)[1]
 
 
 def shown(slots: int, width: int = 80, costs: DeviceCosts | None = None, exact: bool = False) -> list[str]:
-    _, figures = make_plan(grounds(slots, costs), exact)
+    _, figures = make_plan(inputs(slots, costs), exact)
     return list(render({"model": "m", "selector": "lowrank", "device": "host"} | figures, width))
 
 
@@ -121,13 +121,13 @@ def test_what_is_said_of_a_plan_that_uses_not_all() -> None:
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
     """matplotlib opens its fonts once and keeps them open, which is not a leak of a test."""
-    _, figures = make_plan(grounds(1), exact=False)
+    _, figures = make_plan(inputs(1), exact=False)
     draw({"model": "m"} | figures, tmp_path_factory.mktemp("fonts") / "plan.png")
 
 
 @pytest.mark.usefixtures("fonts")
 def test_the_picture(tmp_path: Path) -> None:
-    _, figures = make_plan(grounds(3), exact=False)
+    _, figures = make_plan(inputs(3), exact=False)
     path = tmp_path / "plan.anything"
     draw({"model": "m"} | figures, path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

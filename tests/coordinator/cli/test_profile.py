@@ -182,8 +182,8 @@ def test_no_more_than_can_be_counted(
     run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setattr(profile, "MAX_TOKENS", 400)
-    for wish in (None, 401):
-        assert run(texts, tokens=wish)["tokens"] == 400
+    for limit in (None, 401):
+        assert run(texts, tokens=limit)["tokens"] == 400
     assert run(texts, tokens=399)["tokens"] == 399
     assert len(said) == 2
     assert all(line.endswith("the first 400 are counted") for line in said)
