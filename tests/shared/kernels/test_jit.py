@@ -136,7 +136,7 @@ def test_a_changed_kernel_makes_another_cache_and_few_are_kept(copy: Path) -> No
         ("shared/model/bundle.py", True),
         ("shared/model/formats.py", True),
         # Imported by what that imports.
-        ("shared/model/spec.py", True),
+        ("shared/model/architecture.py", True),
         ("shared/wire/messages.py", False),
         ("coordinator/cli/terminal.py", False),
     ],
