@@ -58,15 +58,16 @@ class Still(Restless):
 
 def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
     """Have `policy` decide from now on, and check the tables at every boundary."""
-    front = engine.ownership
-    boundary = front.boundary
+    ownership = engine.ownership
+    boundary = ownership.boundary
 
     def checked() -> None:
         boundary()
-        there = zip(front.names, front._present, strict=True)
+        there = zip(ownership.names, ownership._present, strict=True)
         assert_tables_hold(
-            front, {name: engine.session.runtime.supervisor.readies[name].slots for name, present in there if present}
+            ownership,
+            {name: engine.session.runtime.supervisor.readies[name].slots for name, present in there if present},
         )
 
-    front._policy = policy
-    patch.setattr(front, "boundary", checked)
+    ownership._policy = policy
+    patch.setattr(ownership, "boundary", checked)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -344,3 +345,12 @@ def test_an_engine_that_is_dropped_is_closed(tiny_llama: Callable[..., Path]) ->
 def test_values_of_another_type_are_refused(tiny_llama: Callable[..., Path], override: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(override))}=.*: it must be of type"):
         Engine.load(str(tiny_llama()), **override)
+
+
+def test_the_example_of_the_readme(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert len(said.split()) > 10
+    assert "WorkerStats(name='cpu0'" in said

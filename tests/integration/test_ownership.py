@@ -129,9 +129,9 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, str]
 ) -> None:
     """The CPU worker has computed the layer when the table changes, the GPU worker has not seen it yet."""
-    board, front, run = engine.session.runtime.board, engine.ownership, engine.session.runtime.team.run
-    first, then = (front.names.index(name) for name in changes)
-    assert front.resident[:, 0, 3].all()
+    board, ownership, run = engine.session.runtime.board, engine.ownership, engine.session.runtime.team.run
+    first, then = (ownership.names.index(name) for name in changes)
+    assert ownership.resident[:, 0, 3].all()
     gpu = engine.session.runtime.supervisor.hellos["gpu0"].pid
 
     def change(sequence: int) -> None:
