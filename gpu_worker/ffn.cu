@@ -108,6 +108,7 @@ __device__ __forceinline__ void widen(const byte* bundle, int unit, float (&to)[
 #pragma unroll
         for (int i = 0; i < 8; ++i) to[i] = scale * static_cast<signed char>(words[i / 4] >> i % 4 * 8);
     } else {
+        static_assert(KIND == Q4 || KIND == Q4S || KIND == Q4C, "a weight type without a branch here");
         unsigned words[1];
         load<1, alignment(OFFSET, 4)>(row + 4 * unit, words);
         float scale = 1, minimum = 0;  // Q4C: the bare numbers; the scales are the columns', see `column_scale`

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.formats import Kind, row_bytes, unpack
+from warmfront.shared.model.formats import Kind, row_cols, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import PackedModel
 
@@ -62,7 +62,7 @@ def _cols(model: PackedModel, name: str) -> int:
     """Weights of a row of a packed matrix."""
     entry = model.entries[name]
     assert entry.kind is not None
-    return entry.shape[1] * 32 // row_bytes(entry.kind, 32)
+    return row_cols(entry.kind, entry.shape[1])
 
 
 def device_bytes(model: PackedModel, context: int, selector: str) -> int:

@@ -16,7 +16,7 @@ import warmfront.coordinator.models.hf.reader  # noqa: F401  # both are imported
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.errors import WarmfrontError
-from warmfront.shared.model.formats import BLOCK, row_bytes, unpack
+from warmfront.shared.model.formats import row_cols, unpack
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["Outcome", "attempt"]
@@ -97,5 +97,5 @@ def _check_numbers(packed: PackedModel) -> None:
             assert np.isfinite(packed.floats(name)).all(), name
         elif entry.kind is not None:
             rows = packed.bytes_of(name).reshape(entry.shape)
-            cols = entry.shape[1] * BLOCK // row_bytes(entry.kind, BLOCK)
+            cols = row_cols(entry.kind, entry.shape[1])
             assert np.isfinite(unpack(rows, entry.kind, cols)).all(), name

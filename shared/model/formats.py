@@ -23,7 +23,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "Kind", "finite", "join_nibbles", "join_q4", "pack", "row_bytes", "split_q4", "unpack"]
+__all__ = ["BLOCK", "Kind", "finite", "join_nibbles", "join_q4", "pack", "row_bytes", "row_cols", "split_q4", "unpack"]
 
 BLOCK = 32
 
@@ -55,6 +55,12 @@ def row_bytes(kind: int, cols: int) -> int:
     blocks = cols // BLOCK
     half = cols // 2
     return (4 * cols, 2 * cols, 2 * cols, cols + 2 * blocks, half + 4 * blocks, half + 2 * blocks, half)[kind]
+
+
+def row_cols(kind: int, size: int) -> int:
+    """The inverse of `row_bytes`: weights of a row of `size` bytes."""
+    fixed = row_bytes(kind, 0)
+    return (size - fixed) * BLOCK // (row_bytes(kind, BLOCK) - fixed)
 
 
 def pack(values: Floats, kind: int) -> Bytes:

@@ -47,6 +47,7 @@ def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
     if kind == Kind.Q8:
         scales = numbers(cols, blocks, "f2")
         return [(row[j] - 256 * (row[j] > 127)) * scales[j // 32] for j in range(cols)]
+    assert kind in (Kind.Q4, Kind.Q4S, Kind.Q4C), f"{kind.name} is not decoded here: add a branch"
     nibbles = [row[j // 32 * 16 + j % 16] >> 4 * (j % 32 // 16) & 15 for j in range(cols)]
     if kind == Kind.Q4C:
         return [float(q) for q in nibbles]

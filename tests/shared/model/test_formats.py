@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from warmfront.shared.model.formats import Kind, finite, pack, row_bytes, unpack
+from warmfront.shared.model.formats import Kind, finite, pack, row_bytes, row_cols, unpack
 
 
 def random_rows(rows: int = 40, cols: int = 160) -> np.ndarray:
@@ -31,6 +31,7 @@ def random_rows(rows: int = 40, cols: int = 160) -> np.ndarray:
 def test_row_bytes(kind: Kind, cols: int, size: int, bits: float) -> None:
     assert row_bytes(kind, cols) == size
     assert row_bytes(kind, 0) == 0
+    assert row_cols(kind, size) == cols
     assert kind.bits == bits
     assert pack(np.zeros((3, cols), np.float32), kind).shape == (3, size)
 
