@@ -58,7 +58,7 @@ def test_rows_that_move_between_threads_change_no_bit(model: Path) -> None:
     random = np.random.default_rng(3)
     with Engine.load(str(model), dtype="f32", threads=3, force=True, policy="static") as engine:
         even = [logits.tobytes() for logits in engine.forced_logits(range(5, 45), 8)]
-        cuts, moved = engine.session.runtime.team._shares.cuts, []
+        cuts, moved = engine.session.runtime.team._rows.cuts, []
         for logits in engine.forced_logits(range(5, 45), 8):
             moved.append(logits.tobytes())
             cuts[1:-1] = np.sort(random.integers(0, WHOLE + 1, 2))
