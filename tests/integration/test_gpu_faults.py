@@ -162,7 +162,7 @@ def test_a_gpu_worker_may_die_during_a_move(
     restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """A batch is in flight when the process dies."""
-    victim, supervisor, moves = Victim(restless), restless._runtime.supervisor, []
+    victim, supervisor, moves = Victim(restless), restless.session.runtime.supervisor, []
     move = supervisor.move
 
     def deadly(worker: str, message: Move) -> None:
