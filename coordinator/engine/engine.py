@@ -199,8 +199,7 @@ class Engine:
     def _prefill(self, turn: int, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`, and what they cost."""
         started = time.monotonic()
-        self.stats.prefilled = len(ids) - self.session.known(ids)
-        logits = self.session.prefill(turn, ids)
+        logits, self.stats.prefilled = self.session.prefill(turn, ids)
         self.stats.prefill_s = time.monotonic() - started
         return logits
 

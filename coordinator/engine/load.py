@@ -115,7 +115,7 @@ def _own_text(session: Session, start: int) -> list[int]:
     """`start` and what the model itself goes on with."""
     sampler, ids = Sampler(Sampling(temperature=1.0, seed=0)), [start]
     with session.text() as turn:
-        logits = session.prefill(turn, ids)
+        logits, _ = session.prefill(turn, ids)
         while True:
             ids.append(sampler.pick(logits, ids))
             if len(ids) > _OWN_TOKENS or len(ids) >= session.plan.context:

@@ -87,19 +87,20 @@ class Session:
             self._check_turn(turn)
             yield
 
-    def prefill(self, turn: int, ids: list[int]) -> Floats:
-        """Logits, float32 [vocab], after `ids`; what the cache holds of them is not computed again.
+    def prefill(self, turn: int, ids: list[int]) -> tuple[Floats, int]:
+        """Logits, float32 [vocab], after `ids`, valid until the next job; and how many of `ids` were computed for them.
 
-        They are valid until the next job.
+        The rest was in the cache.
         """
-        self.forget(self.known(ids))
+        known = self._known(ids)
+        self.forget(known)
         while len(self._cached) < len(ids):
             at = len(self._cached)
             chunk = ids[at : at + self.runtime.max_tokens]
             self._run(turn, chunk, want_logits=at + len(chunk) == len(ids))
-        return self.runtime.logits
+        return self.runtime.logits, len(ids) - known
 
-    def known(self, ids: Sequence[int]) -> int:
+    def _known(self, ids: Sequence[int]) -> int:
         """How many of `ids` a prefill need not compute: the cache holds them, finite."""
         most, known = min(len(self._cached), len(ids) - 1, self.runtime.clean), 0
         while known < most and self._cached[known] == ids[known]:

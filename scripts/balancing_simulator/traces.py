@@ -90,7 +90,7 @@ def synthesize(
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from make_synthetic_model import firing_rates
+    from synthetic.shape import firing_rates
 
     rng = np.random.default_rng(seed)
     neurons = groups * GROUP
