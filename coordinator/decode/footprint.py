@@ -52,7 +52,7 @@ def scratch_shapes(spec: ModelSpec, context: int, threads: int, max_tokens: int)
         "partial": (chunks, width),
         "tops": (chunks, attention.heads),
         "totals": (chunks, attention.heads),
-        "scratch": (threads, 8 * widest),
+        "scratch": (threads, 16 * widest),
     }
 
 

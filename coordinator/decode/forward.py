@@ -46,9 +46,10 @@ from warmfront.coordinator.decode.network import (
 from warmfront.coordinator.decode.predictor import predict
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, load_acquire, longs_at
-from warmfront.shared.kernels.gemm import panels_of
+from warmfront.shared.kernels.gemm import Rows, panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import row_stride, widen
+from warmfront.shared.kernels.tiles import TILE, in_tiles, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
 from warmfront.shared.wire.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
@@ -71,7 +72,7 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
     low, high = max(low, first), min(high, first + count)
     if low >= high:
         return
-    matrix = layer_matrix(net, layer, part, net.hidden)
+    matrix = layer_matrix(net, layer, part, count, net.hidden)
     if matrix.kind != net.kinds[layer, Q]:
         x = packed_input(matrix.kind, x.at, address_of(st.packed[rank]), net.hidden, x.panels, x.lanes)
     y_at = address_of(st.qkv) + first * x.lanes * 4
@@ -158,11 +159,16 @@ def _note_workers(st: State, layer: int, rank: int) -> None:
 @inlined
 def _embed(net: Network, st: State, rank: int, lanes: int) -> None:
     """Every thread's own copy of the residual."""
-    stride = row_stride(net.embed_kind, net.hidden)
+    table = Rows(net.embed_kind, net.embed, row_stride(net.embed_kind, net.hidden), net.hidden)
+    tiled = net.vocab // TILE * TILE if in_tiles(table.kind) else 0
     x, h = st.x[rank], st.h[rank]
     x[:] = 0
     for token in range(st.job[TOKENS]):
-        widen(net.embed_kind, net.embed + st.tokens[token] * stride, address_of(h), net.hidden)
+        row = st.tokens[token]
+        if row < tiled:
+            widen_tiled_row(table, row, address_of(h))
+        else:
+            widen(table.kind, table.at + row * table.stride, address_of(h), table.cols)
         at = (token // lanes) * net.hidden * lanes + token % lanes
         for k in range(net.hidden):
             x[at + k * lanes] = h[k]
@@ -179,7 +185,8 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
     normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
     low, high = portion(st.cuts, net.vocab, 1, rank)
     normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, 1, 1)
-    linear(Matrix(net.head_kind, net.head, 0, net.hidden), low, high, normed, address_of(st.logits), net.vocab, 0)
+    matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden)
+    linear(matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
 
 
 @inlined
@@ -221,7 +228,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         if lanes == 1:
             attended = st.h[rank]
             join(net, st, attended)
-        matrix = layer_matrix(net, layer, OUT, q_rows)
+        matrix = layer_matrix(net, layer, OUT, hidden, q_rows)
         mixed = packed_input(matrix.kind, address_of(attended), packed_at, q_rows, panels, lanes)
         linear(matrix, low, high, mixed, address_of(st.proj), hidden, scratch_at)
         _count(st.busy, rank, since)

@@ -7,11 +7,12 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.network import BIAS, Network
-from warmfront.shared.kernels.atomics import floats_at
+from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.gemm import Panels, Rows, multiply_rows, pack_panels
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, row_stride, takes_quantised
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tile_rows
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["Input", "Matrix", "layer_matrix", "linear", "normalise", "packed_input"]
@@ -20,12 +21,13 @@ Floats = npt.NDArray[np.float32]
 
 
 class Matrix(NamedTuple):
-    """A packed matrix."""
+    """A packed matrix: rows, or, where `in_tiles(kind)`, tiles and the rows that fill none."""
 
     kind: int
     # Addresses of the rows and of a float32 bias, 0 if there is none.
     at: int
     bias_at: int
+    rows: int
     # Weights of a row.
     cols: int
 
@@ -42,9 +44,9 @@ class Input(NamedTuple):
 
 
 @inlined
-def layer_matrix(net: Network, layer: int, part: int, cols: int) -> Matrix:
+def layer_matrix(net: Network, layer: int, part: int, rows: int, cols: int) -> Matrix:
     """Matrix `part` of q, k, v and o of a layer."""
-    return Matrix(net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS], cols)
+    return Matrix(net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS], rows, cols)
 
 
 @kernel
@@ -92,23 +94,46 @@ def packed_input(kind: int, x_at: int, out_at: int, cols: int, panels: int, lane
 
 
 @kernel
-def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
-    """Rows low..high of a packed matrix times x into y [panels, rows, lanes].
+def _multiply_tiles(matrix: Matrix, low: int, high: int, q_at: int, y_at: int) -> None:
+    """Rows low..high of a matrix in tiles times one quantised input into float32 y [rows of the matrix]."""
+    stride = row_stride(matrix.kind, matrix.cols)
+    y = carray(floats_at(y_at), (matrix.rows,))
+    part = np.empty(TILE, np.float32)
+    for first in range(low // TILE * TILE, high, TILE):
+        # Where the threads' ranges cut a tile, both compute all of it and keep what is theirs.
+        whole = first >= low and first + TILE <= high
+        out_at = y_at + first * 4 if whole else address_of(part)
+        multiply_tile(matrix.kind, matrix.at + first * stride, q_at, matrix.cols, out_at, AHEAD_BYTES)
+        if not whole:
+            for r in range(max(first, low), min(first + TILE, high)):
+                y[r] = part[r - first]
 
-    `scratch_at`: float32 [8, cols] for several tokens.
+
+@kernel
+def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
+    """Rows low..high of a packed matrix times x into y [panels, rows, lanes], where row 0 of the matrix belongs at y_at.
+
+    `scratch_at`: float32 [16, cols] for several tokens.
     """
     kind, cols, lanes = matrix.kind, matrix.cols, x.lanes
     stride = row_stride(kind, cols)
+    tiled = matrix.rows // TILE * TILE if in_tiles(kind) else 0
+    middle = min(max(low, tiled), high)
     if lanes == 1:
-        y = carray(floats_at(y_at), (rows,))
-        for r in range(low, high):
+        if low < middle:
+            _multiply_tiles(matrix, low, middle, x.packed_at, y_at)
+        y = carray(floats_at(y_at), (matrix.rows,))
+        for r in range(middle, high):
             row_at = matrix.at + r * stride
             # The rows of a matrix lie one behind the other: what is fetched ahead is the row some KB further on.
             y[r] = dot(kind, row_at, x.at, x.packed_at, cols, row_at + AHEAD_BYTES)
     else:
-        for r in range(low, high, 8):
-            packed = Rows(kind, matrix.at + r * stride, stride, cols)
-            multiply_rows(packed, x.packed_at, Panels(y_at + r * LANES * 4, rows * LANES * 4, x.panels), scratch_at)
+        packed = Rows(kind, matrix.at, stride, cols)
+        out = Panels(y_at, rows * LANES * 4, x.panels)
+        multiply_tile_rows(packed, low, middle, x.packed_at, out, scratch_at)
+        for r in range(middle, high, 8):
+            eight = Rows(kind, matrix.at + r * stride, stride, cols)
+            multiply_rows(eight, x.packed_at, Panels(y_at + r * LANES * 4, out.step, x.panels), scratch_at)
     if matrix.bias_at != 0:
         bias = carray(floats_at(matrix.bias_at), (rows,))
         y = carray(floats_at(y_at), (x.panels * rows * lanes,))

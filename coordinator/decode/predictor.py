@@ -22,6 +22,7 @@ from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
 from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
 from warmfront.shared.kernels.rows import AHEAD_BYTES, prefetch, row_stride
+from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.wire.handoff import DONE, barrier
 
@@ -47,7 +48,7 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
     inner, kind = net.ranks[layer], net.kinds[layer, FC1]
     low, high = portion(st.cuts, inner, 8, rank)
     x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, 1, 1)
-    linear(Matrix(kind, net.weights[layer, FC1], 0, net.hidden), low, high, x, address_of(st.inner), inner, 0)
+    linear(Matrix(kind, net.weights[layer, FC1], 0, inner, net.hidden), low, high, x, address_of(st.inner), inner, 0)
     if net.rectified:
         for i in range(low, high):
             st.inner[i] = max(st.inner[i], np.float32(0))
@@ -55,16 +56,22 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
     if result != DONE:
         return result
     kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
+    second = Matrix(kind, at, 0, net.groups * GROUP, inner)
+    inner_at = address_of(st.inner)
+    x = packed_input(kind, inner_at, address_of(st.packed[rank]), inner, 1, 1)
     stride = row_stride(kind, inner)
     scores_at = address_of(st.scores[rank])
     scores = carray(floats_at(scores_at), (GROUP,))
     low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
-        for row in range(0, GROUP, ROWS):
-            row_at = at + (group * GROUP + row) * stride
-            prefetch(row_at + AHEAD_BYTES, ROWS * stride, 64)
-            dot_rows(kind, row_at, stride, address_of(st.inner), inner, scores_at + row * 4)
-        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+        row = group * GROUP
+        if in_tiles(kind):
+            linear(second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
+        else:
+            for row_at in range(at + row * stride, at + (row + GROUP) * stride, ROWS * stride):
+                prefetch(row_at + AHEAD_BYTES, ROWS * stride, 64)
+                dot_rows(kind, row_at, stride, inner_at, inner, scores_at + (row_at - at) // stride * 4 - row * 4)
+        mask[group] = _word(scores, net.thresholds[layer, row : row + GROUP])
     return DONE
 
 

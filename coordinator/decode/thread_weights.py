@@ -8,9 +8,11 @@ import numpy.typing as npt
 
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.coordinator.selectors.lowbit import Lowbit
+from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.machine.memory import address, anonymous, collapse
 from warmfront.shared.machine.numa import bind, pages_by_node
+from warmfront.shared.model.formats import row_cols
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["ThreadWeights"]
@@ -65,12 +67,24 @@ class ThreadWeights:
         q, kv = attention.q_rows, attention.kv_rows
         first = {"q": 0, "k": q, "v": q + kv}  # of the joint rows, which are shared out together
         for name, file in self.files.items():
-            entry, at = file.entries[name], first.get(name.rpartition(".")[2])
-            rows = entry.shape[0]
+            rows, at = file.entries[name].shape[0], first.get(name.rpartition(".")[2])
+            _, size = self._rows_kind(name)
             ends = portion(self._cuts, rows if at is None else q + 2 * kv, 8, rank)
-            low, high = (min(max(end - (at or 0), 0), rows) * (entry.nbytes // rows) for end in ends)
-            if low < high:
-                yield name, low, high
+            first_row, end_row = (min(max(end - (at or 0), 0), rows) for end in ends)
+            if self._tiled(name):
+                # A tile is one thread's to make.
+                first_row, end_row = (row if row == rows else row // TILE * TILE for row in (first_row, end_row))
+            if first_row < end_row:
+                yield name, first_row * size, end_row * size
+
+    def _rows_kind(self, name: str) -> tuple[int, int]:
+        """Weight type of a tensor's rows, -1 if it has none, and the bytes of a row."""
+        entry = self.files[name].entries[name]
+        return -1 if entry.kind is None else int(entry.kind), entry.nbytes // entry.shape[0]
+
+    def _tiled(self, name: str) -> bool:
+        kind, _ = self._rows_kind(name)
+        return kind >= 0 and bool(in_tiles(kind))
 
     def _bytes_of(self, name: str, low: int, high: int) -> npt.NDArray[np.uint8]:
         start = self.at[name] - address(self._block)
@@ -82,6 +96,9 @@ class ThreadWeights:
             out = self._bytes_of(name, low, high)
             self.files[name].read_into(name, out, low)
             collapse(out)
+            if self._tiled(name):
+                kind, size = self._rows_kind(name)
+                interleave(kind, address(out), (high - low) // size // TILE * TILE, row_cols(kind, size))
             self._loaded[rank] += high - low
 
     def pages(self) -> list[dict[int, int]]:

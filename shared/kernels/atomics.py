@@ -29,6 +29,7 @@ __all__ = [
     "pause",
     "shorts_at",
     "store_release",
+    "words_at",
     "yield_core",
 ]
 
@@ -140,6 +141,7 @@ def _pointer_to(element: Any, llvm: Any) -> Any:
 floats_at = _pointer_to(types.float32, ir.FloatType())
 longs_at = _pointer_to(types.int64, I64)
 shorts_at = _pointer_to(types.uint16, ir.IntType(16))
+words_at = _pointer_to(types.uint32, I32)
 
 
 @kernel

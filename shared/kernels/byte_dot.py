@@ -36,7 +36,14 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["byte_dot", "multiplies_bytes", "quantise_input", "quantised_bytes"]
+__all__ = [
+    "block_offset",
+    "byte_dot",
+    "multiplies_bytes",
+    "quantise_input",
+    "quantised_bytes",
+    "quantised_parts",
+]
 
 V64 = vector(I8, 64)
 # The largest feature of a block, 127 * 128: the high part stays a signed byte when the low part rounds into it.
@@ -52,7 +59,8 @@ def quantised_bytes(cols: int) -> int:
     """Bytes of a quantised input: 15 bits a feature, x = (128 * high + low) * scale.
 
     int8 high parts and int8 low parts [cols padded to 64] each, of each two blocks the first halves, then the second
-    halves; float32 scales and float32 block sums [blocks padded to 16] each. Padding is never written nor used.
+    halves; float32 scales and int32 sums of the blocks' numbers [blocks padded to 16] each. Padding is never written
+    nor used.
     """
     return 2 * 64 * -(-cols // 64) + 2 * 64 * -(-cols // (16 * BLOCK))
 
@@ -61,11 +69,17 @@ def _padded(b: Any, cols: Any) -> Any:
     return b.mul(b.udiv(b.add(cols, long(63)), long(64)), long(64))
 
 
-def _quantised_parts(b: Any, q: Any, cols: Any) -> tuple[Any, Any]:
-    """Addresses of the scales and of the block sums of a quantised input."""
+def quantised_parts(b: Any, q: Any, cols: Any) -> tuple[Any, Any, Any]:
+    """Addresses of the low parts, the scales and the block sums of a quantised input; the high parts come first."""
+    padded = _padded(b, cols)
     floats = b.mul(b.udiv(b.add(cols, long(16 * BLOCK - 1)), long(16 * BLOCK)), long(64))
-    scales_at = b.add(q, b.mul(_padded(b, cols), long(2)))
-    return scales_at, b.add(scales_at, floats)
+    scales_at = b.add(q, b.mul(padded, long(2)))
+    return b.add(q, padded), scales_at, b.add(scales_at, floats)
+
+
+def block_offset(b: Any, block: Any) -> Any:
+    """Where the first half of a block's parts lies; the second is 32 bytes behind it."""
+    return b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
 
 
 def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
@@ -80,7 +94,8 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
     not_zero = b.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
     inverse = b.select(not_zero, b.fdiv(ir.Constant(FLOAT, _STEPS), largest), ir.Constant(FLOAT, 0.0))
     scale = b.fdiv(largest, ir.Constant(FLOAT, _STEPS))
-    place = b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
+    place = block_offset(b, block)
+    low_at, scales_at, sums_at = quantised_parts(b, out, cols)
     whole = []
     for half, values in enumerate(halves):
         rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
@@ -91,11 +106,10 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
         low = b.sub(whole[half], b.shl(high, seven))
         at = b.add(place, long(32 * half))
         store(b, out, at, b.trunc(high, vector(I8)))
-        store(b, out, b.add(at, _padded(b, cols)), b.trunc(low, vector(I8)))
-    scales_at, sums_at = _quantised_parts(b, out, cols)
+        store(b, low_at, at, b.trunc(low, vector(I8)))
     summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
     store(b, scales_at, b.mul(block, long(4)), scale)
-    store(b, sums_at, b.mul(block, long(4)), b.fmul(b.sitofp(summed, FLOAT), scale))
+    store(b, sums_at, b.mul(block, long(4)), summed)
 
 
 @intrinsic
@@ -143,7 +157,7 @@ def byte_dot(
     that read as NaN, and 0 * NaN is NaN.
     """
     blocks = b.udiv(cols, long(BLOCK))
-    scales_at, sums_at = _quantised_parts(b, q, cols)
+    low_at, scales_at, sums_at = quantised_parts(b, q, cols)
     sums, offsets = (simd.zeros(b), simd.zeros(b)), simd.zeros(b)
     lanes, nothing = ir.Constant(vector(I64), list(range(LANES))), constants(0.0)
     with cgutils.for_range(b, b.udiv(b.add(blocks, long(15)), long(16)), intp=I64) as chunk:
@@ -152,10 +166,11 @@ def byte_dot(
         valid = b.icmp_signed("<", lanes, splat(b, left))
         floats_at, halves_at = b.mul(first, long(4)), b.mul(first, long(2))
         scale = b.select(valid, scales(halves_at), nothing)
-        factors = b.fmul(scale, b.select(valid, load(b, scales_at, floats_at, V16), nothing))
+        input_scale = b.select(valid, load(b, scales_at, floats_at, V16), nothing)
+        factors = b.fmul(scale, input_scale)
         # A given zero's offset needs no selecting: its scale is 0 already.
         offset = b.select(valid, zero(halves_at), nothing) if callable(zero) else b.fmul(scale, constants(-float(zero)))
-        block_sums = b.select(valid, load(b, sums_at, floats_at, V16), nothing)
+        block_sums = b.fmul(b.sitofp(load(b, sums_at, floats_at, vector(I32)), V16), input_scale)
         b.store(fma(b, offset, block_sums, b.load(offsets)), offsets)
         rounds = b.udiv(b.add(left, long(3)), long(4))
         rounds = b.select(b.icmp_signed("<", rounds, long(4)), rounds, long(4))
@@ -166,8 +181,8 @@ def byte_dot(
                 numbers = weights(at)
                 products = constants(0, vector(I32))
                 # High parts, times 128, then low parts: 255 * 127 * 4 * 128 + ... stays far below 2^31.
-                for start in (long(0), _padded(b, cols)):
-                    part = load(b, q, b.add(start, b.mul(at, long(64))), V64)
+                for start in (q, low_at):
+                    part = load(b, start, b.mul(at, long(64)), V64)
                     products = b.shl(products, constants(7, vector(I32)))
                     products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, part)
                 # Lanes of `products` alternate between the two blocks by fours; each gets its block's factor.

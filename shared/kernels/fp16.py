@@ -10,9 +10,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.simd import FLOAT, I16, I32, constants
 
-__all__ = ["has", "to_half", "widened"]
+__all__ = ["half_at", "has", "to_half", "widened"]
 
 F16 = ir.HalfType()
 
@@ -72,3 +73,14 @@ def to_half(context, value):
         return b.trunc(b.or_(half, sign), I16)
 
     return types.uint16(types.float32), build
+
+
+@intrinsic
+def half_at(context, address):
+    """The float16 at `address` as float32."""
+
+    def build(context, b, _signature, arguments):
+        bits = simd.splat(b, simd.load(b, arguments[0], simd.long(0), I16))
+        return b.extract_element(widened(context, b, bits), ir.Constant(I32, 0))
+
+    return types.float32(types.int64), build

@@ -40,13 +40,17 @@ from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
 __all__ = [
+    "Left",
     "Panels",
     "Rows",
     "gather_columns",
     "in_pairs",
+    "multiplies_bfloat",
+    "multiply",
     "multiply_columns",
     "multiply_rows",
     "pack_panels",
+    "paired",
     "panels_of",
 ]
 
@@ -69,14 +73,15 @@ _BFloat._create_instance()
 _BFLOAT = _BFloat()
 
 
-def _multiplies_bfloat(context: Any) -> bool:
+def multiplies_bfloat(context: Any) -> bool:
+    """Whether code for this CPU multiplies bfloat16 pairs."""
     return has(context, "avx512bf16", "avx512bw", "avx512vl")
 
 
 @intrinsic
 def _pairs_possible(context):
     def build(context, b, _signature, _arguments):
-        return ir.Constant(ir.IntType(1), int(_multiplies_bfloat(context)))
+        return ir.Constant(ir.IntType(1), int(multiplies_bfloat(context)))
 
     return types.boolean(), build
 
@@ -87,7 +92,7 @@ def in_pairs(kind: int) -> bool:
     return kind != _F32 and _pairs_possible()
 
 
-def _paired(b: Any, even: Any, odd: Any) -> Any:
+def paired(b: Any, even: Any, odd: Any) -> Any:
     """Two float vectors as bfloat16 pairs, rounded to nearest even: i32 lanes, `even` in the low half."""
     name, bits = "llvm.x86.avx512bf16.cvtneps2bf16.512", vector(I16)
     narrow = (b.bitcast(call(b, name, vector(_BFLOAT), floats), bits) for floats in (even, odd))
@@ -101,11 +106,11 @@ def _pair_features(context, x, out, count):
 
     def build(context, b, _signature, arguments):
         x, out, count = arguments
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             with cgutils.for_range(b, count, intp=I64) as loop:
                 at = b.mul(loop.index, long(128))
                 couple = (load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1))
-                store(b, out, b.mul(loop.index, long(64)), _paired(b, *couple))
+                store(b, out, b.mul(loop.index, long(64)), paired(b, *couple))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
@@ -125,7 +130,7 @@ def _narrow_row(context, kind, row, out, cols):
                 both = b.bitcast(call(b, name, result, high, low), vector(I32))
                 store(b, out, b.mul(loop.index, long(64)), both)
 
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             by_kind(b, kind, [form for form in PLAIN if form.kind != Kind.F32], emit)
         return context.get_dummy_value()
 
@@ -144,9 +149,9 @@ def _interleave_rows(context, kind, even, odd, tail, out, cols):
                 blocks = (_row_block(context, b, form, row, tail, cols, loop.index) for row in (even, odd))
                 for half, couple in enumerate(zip(*blocks, strict=True)):
                     at = b.add(b.mul(loop.index, long(128)), long(64 * half))
-                    store(b, out, at, _paired(b, *couple))
+                    store(b, out, at, paired(b, *couple))
 
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             by_kind(b, kind, [form for form in FORMATS if form.kind != Kind.F32], emit)
         return context.get_dummy_value()
 
@@ -185,7 +190,7 @@ def _make_product(panels: int, pairs: bool) -> Any:
 
         def build(context, b, _signature, arguments):
             left, x, x_step, y, y_step, adding = arguments
-            if pairs and not _multiplies_bfloat(context):
+            if pairs and not multiplies_bfloat(context):
                 return context.get_dummy_value()
             w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
             # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
@@ -258,7 +263,7 @@ class Panels(NamedTuple):
     panels: int
 
 
-class _Left(NamedTuple):
+class Left(NamedTuple):
     """8 rows of widened weights, or of pairs: [r][k] at `at` + r * `row_step` + k * `k_step`, k < `terms`."""
 
     at: int
@@ -268,7 +273,7 @@ class _Left(NamedTuple):
 
 
 @kernel
-def _multiply(pairs: bool, left: _Left, x: Panels, y: Panels, adding: int) -> None:
+def multiply(pairs: bool, left: Left, x: Panels, y: Panels, adding: int) -> None:
     """8 rows times panels of features, or pairs: y[p][r] (+)= sum_k left[r][k] * x[p][k]."""
     p = 0
     while p < x.panels:
@@ -312,11 +317,11 @@ def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
     if in_pairs(kind):
         for r in range(ROWS):
             _narrow(kind, rows.at + r * rows.stride, scratch + r * cols * 2, cols)
-        _multiply(True, _Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, 0)
+        multiply(True, Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, 0)
     else:
         for r in range(ROWS):
             widen(kind, rows.at + r * rows.stride, scratch + r * cols * 4, cols)
-        _multiply(False, _Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, 0)
+        multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, 0)
 
 
 @kernel
@@ -349,8 +354,8 @@ def multiply_columns(kind: int, gathered: int, rows: int, cols: int, x: int, x_r
     per_word = 2 if pairs else 1
     inputs = Panels(x, x_rows // per_word * LANES * 4, y.panels)
     for column in range(0, cols, ROWS):
-        left = _Left(gathered + column * 4, 4, cols * 4, rows // per_word)
-        _multiply(pairs, left, inputs, Panels(y.at + column * LANES * 4, y.step, y.panels), 1)
+        left = Left(gathered + column * 4, 4, cols * 4, rows // per_word)
+        multiply(pairs, left, inputs, Panels(y.at + column * LANES * 4, y.step, y.panels), 1)
 
 
 @kernel

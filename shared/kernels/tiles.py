@@ -1,0 +1,294 @@
+"""Tiles: 16 rows of a matrix interleaved, for products in which every row is computed, on CPUs that multiply bytes.
+
+A row by itself ends in a sum over the lanes, and loads the whole input for its own use. In a tile each lane is a row:
+a register holds 4 columns of 16 rows, an instruction multiplies it with the 4 bytes of the input that all of them
+meet, and nothing is summed across lanes. The bytes of a tile are those of its 16 rows in another order, at the same
+place, made when the weights are loaded:
+
+    numbers   for each 32 columns and each 32-bit word of a row's block: the words of the 16 rows; those of Q8 with 128
+              added, for the instruction takes one side unsigned
+    scales    for each 32 columns: 16 float16; of Q4 then minima likewise
+
+The rows behind the last 16 stay rows.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
+from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
+from warmfront.shared.kernels.fp16 import half_at, widened
+from warmfront.shared.kernels.gemm import Left, Panels, Rows, in_pairs, multiplies_bfloat, multiply, paired
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
+from warmfront.shared.kernels.rows import row_stride
+from warmfront.shared.kernels.simd import (
+    I8,
+    I16,
+    I32,
+    I64,
+    V16,
+    call,
+    constants,
+    fma,
+    load,
+    long,
+    prefetch_line,
+    splat,
+    store,
+    vector,
+)
+from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.panels import LANES
+
+__all__ = ["TILE", "in_tiles", "interleave", "multiply_tile", "multiply_tile_rows", "widen_tiled_row"]
+
+# Rows of a tile: one for each lane.
+TILE = LANES
+V64 = vector(I8, 64)
+# The types that a tile can be of.
+_TILED = tuple(form for form in FORMATS if form.bytes is not None)
+_Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
+
+
+@intrinsic
+def _in_tiles(context, kind):
+    def build(context, b, _signature, arguments):
+        def emit(form: RowFormat) -> Any:
+            return ir.Constant(ir.IntType(1), int(form.bytes is not None and multiplies_bytes(context)))
+
+        return by_kind(b, arguments[0], FORMATS, emit)
+
+    return types.boolean(types.int64), build
+
+
+@kernel
+def in_tiles(kind: int) -> bool:
+    """Whether matrices of this weight type are held in tiles on this machine."""
+    return _in_tiles(kind)
+
+
+@kernel
+def interleave(kind: int, at: int, rows: int, cols: int) -> None:
+    """Turn `rows` packed rows at `at`, a multiple of 16, into tiles in their place."""
+    stride = row_stride(kind, cols)
+    # Numbers as 32-bit words of a row, then float16 scales, and minima.
+    words = (cols if kind == _Q8 else cols // 2) // 4
+    halves = (stride - 4 * words) // 2
+    flip = np.uint32(0x80808080) if kind == _Q8 else np.uint32(0)
+    kept = np.empty(TILE * stride, np.uint8)
+    kept_at = address_of(kept)
+    for first in range(0, rows, TILE):
+        tile_at = at + first * stride
+        old, new = carray(words_at(tile_at), (TILE * stride // 4,)), carray(words_at(kept_at), (TILE * stride // 4,))
+        for i in range(TILE * stride // 4):
+            new[i] = old[i]
+        out, scales = (
+            carray(words_at(tile_at), (words, TILE)),
+            carray(shorts_at(tile_at + 4 * words * TILE), (halves, TILE)),
+        )
+        for r in range(TILE):
+            row_at = kept_at + r * stride
+            row, row_scales = carray(words_at(row_at), (words,)), carray(shorts_at(row_at + 4 * words), (halves,))
+            for i in range(words):
+                out[i, r] = row[i] ^ flip
+            for i in range(halves):
+                scales[i, r] = row_scales[i]
+
+
+def _words(b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
+    """The numbers of 32 columns: 8 vectors of 64 unsigned bytes, each 4 columns of the 16 rows, in ascending order."""
+    count = 8 if form.kind == Kind.Q8 else 4
+    loaded = [load(b, tile, b.add(b.mul(block, long(64 * count)), long(64 * i)), V64) for i in range(count)]
+    if form.kind == Kind.Q8:
+        return loaded
+    # A byte holds columns j and j + 16 of its row's block.
+    low = [b.and_(each, constants(15, V64)) for each in loaded]
+    return low + [b.lshr(each, constants(4, V64)) for each in loaded]
+
+
+def _scales_at(b: Any, form: RowFormat, tile: Any, cols: Any) -> tuple[Any, Any]:
+    """Where the tile's scales begin, and its minima if it has any."""
+    numbers = b.mul(cols, long(TILE if form.kind == Kind.Q8 else TILE // 2))
+    first = b.add(tile, numbers)
+    return first, b.add(first, b.mul(b.udiv(cols, long(BLOCK)), long(2 * TILE)))
+
+
+def _half_vector(context: Any, b: Any, at: Any, block: Any) -> Any:
+    return widened(context, b, load(b, at, b.mul(block, long(2 * TILE)), vector(I16)))
+
+
+def _zero_shift(form: RowFormat) -> int:
+    """The number that stands for weight 0 is 2 to this power."""
+    assert form.bytes is not None
+    assert isinstance(form.bytes.zero, int)
+    return form.bytes.zero.bit_length() - 1
+
+
+def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: Any, y: Any, ahead: Any) -> None:
+    low_at, input_scales, input_sums = quantised_parts(b, q, cols)
+    scales_at, minima_at = _scales_at(b, form, tile, cols)
+    sums = simd.zeros(b)
+    lines = 8 if form.kind == Kind.Q8 else 4
+    seven = constants(7, vector(I32))
+    with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+        block = loop.index
+        if ahead is not None:
+            for line in range(lines):
+                at = b.add(b.add(tile, ahead), b.add(b.mul(block, long(64 * lines)), long(64 * line)))
+                prefetch_line(b, at)
+        place, words = block_offset(b, block), _words(b, form, tile, block)
+        parts = []
+        for start in (q, low_at):
+            products = constants(0, vector(I32))
+            for i, numbers in enumerate(words):
+                # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
+                at = b.add(place, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
+                four = b.bitcast(splat(b, load(b, start, at, I32)), V64)
+                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, four)
+            parts.append(products)
+        whole = b.add(b.shl(parts[0], seven), parts[1])
+        four_bytes = b.mul(block, long(4))
+        scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
+        block_sum = splat(b, load(b, input_sums, four_bytes, I32))
+        if form.kind != Kind.Q4:
+            # What the numbers' offset has added, exactly: number - zero is the weight.
+            whole = b.sub(whole, b.shl(block_sum, constants(_zero_shift(form), vector(I32))))
+        value = b.fmul(b.sitofp(whole, V16), scale)
+        total = fma(b, value, _half_vector(context, b, scales_at, block), b.load(sums))
+        if form.kind == Kind.Q4:
+            input_sum = b.fmul(b.sitofp(block_sum, V16), scale)
+            total = fma(b, input_sum, _half_vector(context, b, minima_at, block), total)
+        b.store(total, sums)
+    store(b, y, long(0), b.load(sums))
+
+
+@intrinsic
+def _tile(context, kind, tile, q, cols, y, ahead):
+    """Variants with and without fetching `ahead`, for a hint that fetches nothing costs a slot, too."""
+
+    def build(context, b, _signature, arguments):
+        kind, tile, q, cols, y, ahead = arguments
+
+        def emit(form: RowFormat) -> None:
+            if multiplies_bytes(context):
+                with b.if_else(b.icmp_signed("==", ahead, long(0))) as (plain, fetching):
+                    with plain:
+                        _tile_dot(context, b, form, tile, q, cols, y, None)
+                    with fetching:
+                        _tile_dot(context, b, form, tile, q, cols, y, ahead)
+
+        by_kind(b, kind, _TILED, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), build
+
+
+@kernel
+def multiply_tile(kind: int, tile: int, q: int, cols: int, y: int, ahead: int) -> None:
+    """The 16 rows of a tile times the quantised input at `q`, into float32 [16] at `y`.
+
+    `ahead`: how many bytes ahead to fetch, 0: not at all.
+    """
+    _tile(kind, tile, q, cols, y, ahead)
+
+
+def _columns(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[Any]:
+    """32 columns of a tile, each as the float32 weights of its 16 rows."""
+    scales_at, minima_at = _scales_at(b, form, tile, cols)
+    scale = _half_vector(context, b, scales_at, block)
+    minimum = (
+        _half_vector(context, b, minima_at, block)
+        if form.kind == Kind.Q4
+        else b.fmul(scale, constants(-float(1 << _zero_shift(form))))
+    )
+    columns = []
+    for numbers in _words(b, form, tile, block):
+        four = b.bitcast(numbers, vector(I32))
+        for shift in (0, 8, 16, 24):
+            each = b.and_(b.lshr(four, constants(shift, vector(I32))), constants(255, vector(I32)))
+            columns.append(fma(b, b.sitofp(each, V16), scale, minimum))
+    return columns
+
+
+@intrinsic
+def _widen_tile(context, kind, tile, cols, out, pairs):
+    """Write a tile as what `gemm.multiply` takes for its left side: [k][16 rows], of floats or of pairs."""
+
+    def build(context, b, _signature, arguments):
+        kind, tile, cols, out, pairs = arguments
+
+        def emit(form: RowFormat) -> None:
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                columns = _columns(context, b, form, tile, cols, loop.index)
+                with b.if_else(pairs) as (paired_columns, single_columns):
+                    with paired_columns:
+                        if multiplies_bfloat(context):
+                            start = b.mul(loop.index, long(64 * BLOCK // 2))
+                            for k in range(0, BLOCK, 2):
+                                couple = paired(b, columns[k], columns[k + 1])
+                                store(b, out, b.add(start, long(64 * k // 2)), couple)
+                    with single_columns:
+                        start = b.mul(loop.index, long(64 * BLOCK))
+                        for k, column in enumerate(columns):
+                            store(b, out, b.add(start, long(64 * k)), column)
+
+        if multiplies_bytes(context):
+            by_kind(b, kind, _TILED, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, types.boolean), build
+
+
+# A kernel of its own, or LLVM would unroll the loops that call it.
+@kernel
+def _widened(kind: int, tile: int, cols: int, out: int, pairs: bool) -> None:
+    _widen_tile(kind, tile, cols, out, pairs)
+
+
+@kernel
+def multiply_tile_rows(rows: Rows, low: int, high: int, x: int, y: Panels, scratch: int) -> None:
+    """Rows low..high, both multiples of 8, of a matrix in tiles times as many panels as `y` has: y[p][r][lane].
+
+    `x`: panels [cols, 16] that come from `pack_panels(kind, ...)`; y: from row 0 on; `scratch` has room for 16 rows of
+    float32.
+    """
+    kind, cols = rows.kind, rows.cols
+    pairs = in_pairs(kind)
+    terms, x_step = (cols // 2, cols * LANES * 2) if pairs else (cols, cols * LANES * 4)
+    for first in range(low // TILE * TILE, high, TILE):
+        _widened(kind, rows.at + first * rows.stride, cols, scratch, pairs)
+        for row in range(max(first, low), min(first + TILE, high), 8):
+            left = Left(scratch + (row - first) * 4, 4, 4 * TILE, terms)
+            multiply(pairs, left, Panels(x, x_step, y.panels), Panels(y.at + row * LANES * 4, y.step, y.panels), 0)
+
+
+@kernel
+def widen_tiled_row(rows: Rows, row: int, out: int) -> None:
+    """Write one row of a matrix in tiles as float32 [cols] to `out`."""
+    kind, cols = rows.kind, rows.cols
+    tile_at, lane = rows.at + row // TILE * TILE * rows.stride, row % TILE
+    per_word = 4 if kind == _Q8 else 8
+    words = carray(words_at(tile_at), (cols // per_word, TILE))
+    scales_at = tile_at + cols // per_word * TILE * 4
+    weights = carray(floats_at(out), (cols,))
+    for block in range(cols // BLOCK):
+        scale = half_at(scales_at + (block * TILE + lane) * 2)
+        if kind == _Q4:
+            minimum = half_at(scales_at + ((cols // BLOCK + block) * TILE + lane) * 2)
+        else:
+            minimum = scale * np.float32(-128 if kind == _Q8 else -8)
+        for k in range(BLOCK):
+            # A word of Q8 holds four columns, of 4 bits four in its low and four in its high nibbles.
+            if kind == _Q8:
+                number = words[block * 8 + k // 4, lane] >> np.uint32(k % 4 * 8) & np.uint32(255)
+            else:
+                shift = k % 4 * 8 + k // 16 * 4
+                number = words[block * 4 + k % 16 // 4, lane] >> np.uint32(shift) & np.uint32(15)
+            weights[block * BLOCK + k] = np.float32(number) * scale + minimum

@@ -1,0 +1,109 @@
+"""Matrices in tiles against float64 numpy.
+
+Run: pytest tests/shared/kernels/test_tiles.py
+"""
+
+import numpy as np
+import pytest
+
+from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
+from warmfront.shared.kernels.gemm import Panels, Rows, pack_panels
+from warmfront.shared.kernels.tiles import (
+    TILE,
+    in_tiles,
+    interleave,
+    multiply_tile,
+    multiply_tile_rows,
+    widen_tiled_row,
+)
+from warmfront.shared.machine.memory import address
+from warmfront.shared.model.formats import Kind, pack, row_bytes, unpack
+
+ROWS = 3 * TILE
+WIDTHS = (32, 96, 544)
+KINDS = [kind for kind in Kind if in_tiles(int(kind))]
+# What an input of 15 bits loses.
+QUANTISED = 1e-4
+
+pytestmark = pytest.mark.skipif(not KINDS, reason="no weight type is held in tiles: this CPU does not multiply bytes")
+
+
+class Tiles:
+    """A random matrix in tiles, between bytes that are NaN in every type, and what it holds in float64."""
+
+    def __init__(self, kind: Kind, cols: int) -> None:
+        values = np.random.default_rng(int(kind) + cols).standard_normal((ROWS, cols)).astype(np.float32)
+        packed = pack(values, kind)
+        self.values = unpack(packed, kind, cols).astype(np.float64)
+        self._memory = np.full(packed.nbytes + 128, 0xFF, np.uint8)
+        self._memory[64:-64] = packed.reshape(-1)
+        self.rows = Rows(int(kind), address(self._memory) + 64, row_bytes(kind, cols), cols)
+        interleave(kind, self.rows.at, ROWS, cols)
+        assert (self._memory[:64] == 0xFF).all()
+        assert (self._memory[-64:] == 0xFF).all()
+
+    def times(self, x: np.ndarray, ahead: int = 0) -> np.ndarray:
+        """The product with one float32 vector."""
+        quantised = np.full(quantised_bytes(self.rows.cols), 0xFF, np.uint8)
+        q_at = quantise_input(address(x), address(quantised), self.rows.cols)
+        y = np.full(ROWS + 2, np.nan, np.float32)
+        for row in range(0, ROWS, TILE):
+            tile_at = self.rows.at + row * self.rows.stride
+            multiply_tile(self.rows.kind, tile_at, q_at, self.rows.cols, address(y[1 + row :]), ahead)
+        assert np.isnan(y[[0, -1]]).all()
+        return y[1:-1]
+
+
+@pytest.fixture(scope="module", params=[(kind, cols) for kind in KINDS for cols in WIDTHS], ids=str)
+def tiles(request: pytest.FixtureRequest) -> Tiles:
+    return Tiles(*request.param)
+
+
+def test_one_input(tiles: Tiles) -> None:
+    x = np.random.default_rng(1).standard_normal(tiles.rows.cols).astype(np.float32)
+    expected = tiles.values @ x.astype(np.float64)
+    np.testing.assert_allclose(tiles.times(x), expected, rtol=QUANTISED, atol=QUANTISED * np.abs(expected).max())
+
+
+def test_whole_numbers_are_exact(tiles: Tiles) -> None:
+    """An input that 15 bits hold loses nothing: what is left is a float32 sum, of the scales of both."""
+    x = np.random.default_rng(2).integers(-100, 100, tiles.rows.cols).astype(np.float32)
+    x[::32] = 127  # the largest of each block: a step is then 2^-7, and whole numbers are multiples of it
+    expected = tiles.values @ x.astype(np.float64)
+    size = np.abs(tiles.values) @ np.abs(x.astype(np.float64))
+    assert (np.abs(tiles.times(x) - expected) <= 2e-6 * size).all()
+
+
+def test_fetching_ahead_changes_no_bit(tiles: Tiles) -> None:
+    x = np.random.default_rng(3).standard_normal(tiles.rows.cols).astype(np.float32)
+    np.testing.assert_array_equal(tiles.times(x), tiles.times(x, 4096))
+
+
+def test_infinities_and_nan_reach_every_row(tiles: Tiles) -> None:
+    for number in (np.nan, np.inf):
+        x = np.ones(tiles.rows.cols, np.float32)
+        x[-1] = number
+        assert not np.isfinite(tiles.times(x)).any()
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize(("low", "high"), [(0, ROWS), (8, 40), (16, 24), (24, 24)])
+def test_panels(tiles: Tiles, tokens: int, low: int, high: int) -> None:
+    kind, cols = tiles.rows.kind, tiles.rows.cols
+    x = np.random.default_rng(4).standard_normal((tokens, cols, 16)).astype(np.float32)
+    packed, scratch = np.zeros(x.nbytes, np.uint8), np.zeros(TILE * cols, np.float32)
+    y = np.full((tokens, ROWS, 16), np.nan, np.float32)
+    x_at = pack_panels(kind, address(x), address(packed), cols, tokens)
+    multiply_tile_rows(tiles.rows, low, high, x_at, Panels(address(y), ROWS * 64, tokens), address(scratch))
+    expected = np.einsum("rk,pkl->prl", tiles.values, x.astype(np.float64))[:, low:high]
+    np.testing.assert_allclose(y[:, low:high], expected, rtol=0, atol=1e-2 * np.abs(expected).max(initial=0))
+    assert np.isnan(y[:, :low]).all()
+    assert np.isnan(y[:, high:]).all()
+
+
+def test_a_row_by_itself(tiles: Tiles) -> None:
+    out = np.full(tiles.rows.cols + 2, np.nan, np.float32)
+    for row in range(ROWS):
+        widen_tiled_row(tiles.rows, row, address(out[1:]))
+        np.testing.assert_array_equal(out[1:-1], tiles.values[row])
+    assert np.isnan(out[[0, -1]]).all()
