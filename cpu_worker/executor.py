@@ -1,9 +1,9 @@
 """The CPU worker's compiled loop: wait on the board, compute the owned neurons of a layer, publish.
 
 One resident thread per core runs `serve`. The neurons that the board's owner table, and with a predicting selector its
-mask, give this worker are split evenly over the threads (by `exact` twice: all gates, then the open neurons); each
-thread adds into sums of its own; after a barrier each adds up a slice of all sums in fixed order, and the last to
-finish publishes. With a given number of threads and a given placement the result is the same bit for bit.
+mask, give this worker are split over the threads, evenly but for whole groups (by `exact` twice: all gates, then the
+open neurons); each thread adds into sums of its own; after a barrier each adds up a slice of all sums, and the last to
+finish publishes. The sums are exact: they do not depend on the number of threads, nor on who owns what.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, pause
+from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
 from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.ffn import (
     Bundles,
     Vectors,
     dense_groups,
+    group_start,
     list_masked,
     listed_neurons,
     open_gates,
@@ -78,7 +79,7 @@ class Worker(NamedTuple):
     opened_count: Any
     # int64 [threads, 16], a cache line each.
     counts: Any
-    # uint8 [threads, n]: the input quantised; float32 [threads, max_tokens * hidden], [threads, n]: see `Vectors`.
+    # uint8 [threads, n]: the input quantised; int64 [threads, max_tokens * hidden], uint8 [threads, n]: see `Vectors`.
     quantised: Any
     sums: Any
     scratch: Any
@@ -92,6 +93,7 @@ class Worker(NamedTuple):
     quit_at: int
     descriptor: Any
     x_at: int
+    inverse_at: int
     y_at: int
     done_at: int
     # int64 [4] on the board.
@@ -105,7 +107,7 @@ class Worker(NamedTuple):
 @inlined
 def _vectors(w: Worker, rank: int, quantised_at: int) -> Vectors:
     """What this thread reads and writes."""
-    return Vectors(w.x_at, quantised_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+    return Vectors(w.x_at, quantised_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
 
 
 @inlined
@@ -136,25 +138,27 @@ def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
     The gates that fire are counted over the threads before they are shared out: each thread would find more or fewer.
     """
     b, slots = w.bundles, w.owned[rank]
-    low, high = share(neurons, 1, rank, rank + 1, w.threads)
+    low, high = share(neurons, GROUP, rank, rank + 1, w.threads)
     w.counts[rank, _GATES] = high - low
-    opened = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
-    for i in range(opened):
+    fired = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
+    for i in range(fired):
         set_bit(w.bits[rank], w.opened[rank, i])
-    w.opened_count[rank, 0] = opened
+    w.opened_count[rank, 0] = fired
     if barrier(w.barrier) != DONE:
         return False
     total = 0
     for other in range(w.threads):
         total += w.opened_count[other, 0]
     low, high = share(total, 1, rank, rank + 1, w.threads)
-    w.counts[rank, _NEURONS] = high - low
-    first = 0
+    first, done = 0, 0
     for other in range(w.threads):
-        count = w.opened_count[other, 0]
-        start, end = max(low - first, 0), min(high - first, count)
-        open_neurons(b, slots, w.gates[other], w.opened[other], start, end, vectors)
+        opened, count = w.opened[other], w.opened_count[other, 0]
+        start = group_start(opened, count, min(max(low - first, 0), count))
+        end = group_start(opened, count, min(max(high - first, 0), count))
+        open_neurons(b, slots, w.gates[other], opened, start, end, vectors)
         first += count
+        done += end - start
+    w.counts[rank, _NEURONS] = done
     return True
 
 
@@ -173,6 +177,7 @@ def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> bool
     listed = w.listed[rank]
     count = list_masked(w.words[rank], groups, listed) if w.predicted else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
+    low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[_GATES] = high - low
     counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, w.skip, vectors, w.bits[rank])
     if w.descriptor[COMPARE_SELECTION] != 0:
@@ -194,10 +199,9 @@ def _note_computed(w: Worker, layer: int, groups: int) -> None:
 @inlined
 def _publish(w: Worker, rank: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
     """Add up this thread's slice of all sums; the last thread to come announces the job done."""
-    y = carray(floats_at(w.y_at), (size,))
-    # In vectors of 16, so that each float has one writer and its sum one order.
+    y = carray(longs_at(w.y_at), (size,))
     low, high = share(size, LANES, rank, rank + 1, w.threads)
-    # Thread by thread, not float by float: the sums of one thread are read in one stream.
+    # Thread by thread, not number by number: the sums of one thread are read in one stream.
     for other in range(w.threads):
         part = w.sums[other]
         for i in range(low, high):

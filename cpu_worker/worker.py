@@ -12,7 +12,7 @@ import numpy.typing as npt
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
+from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
@@ -76,14 +76,15 @@ class CpuWorker:
             opened_count=zeros((threads, 16), np.int64),
             counts=zeros((threads, 16), np.int64),
             quantised=zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
-            sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.float32),
-            scratch=zeros((threads, scratch_floats(sizes.hidden, sizes.max_tokens)), np.float32),
+            sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.int64),
+            scratch=zeros((threads, scratch_bytes(sizes.hidden, sizes.max_tokens)), np.uint8),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),
             quit_at=quit_at,
             descriptor=board.descriptor,
             x_at=address(board.x),
+            inverse_at=address(board.inverse),
             y_at=address(board.y[plan.index]),
             done_at=address(board.done[plan.index]),
             record=board.record[plan.index],

@@ -14,9 +14,8 @@ from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.ffn import Bundles, Vectors, dense_groups, list_masked, listed_neurons
 from warmfront.shared.kernels.jit import kernel
 
-__all__ = ["HostWorkspace", "add_masked", "add_whole"]
+__all__ = ["HostWorkspace", "Tokens", "add_masked", "add_whole"]
 
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
 
@@ -29,9 +28,17 @@ class HostWorkspace(NamedTuple):
     scratch_at: int
 
 
+class Tokens(NamedTuple):
+    """What is computed: see `device.Device`."""
+
+    x: Any
+    inverse: Any
+    out: Any
+
+
 @kernel
 def add_masked(
-    work: HostWorkspace, slots: Ints, listed: Ints, x: Floats, sparse: bool, out: Floats, mask: Words, computed: Words
+    work: HostWorkspace, slots: Ints, listed: Ints, tokens: Tokens, sparse: bool, mask: Words, computed: Words
 ) -> int:
     """One token after the other: the neurons of `mask`, those whose gate does not fire left out if `sparse`.
 
@@ -40,18 +47,21 @@ def add_masked(
     b, groups = work.bundles, len(slots)
     computed[:groups] = 0
     count, total = list_masked(mask, groups, listed), 0
-    for token in range(len(x)):
-        x_at, out_at = address_of(x[token]), address_of(out[token])
-        out[token, :] = 0
+    for token in range(len(tokens.x)):
+        x_at, out = address_of(tokens.x[token]), tokens.out[token]
+        out[:] = 0
         quantised_at = quantise_input(x_at, work.quantised_at, b.hidden)
-        vectors = Vectors(x_at, quantised_at, out_at, work.scratch_at)
+        inverse_at = address_of(tokens.inverse) + 4 * token
+        vectors = Vectors(x_at, quantised_at, inverse_at, address_of(out), work.scratch_at)
         total += listed_neurons(b, slots, listed, 0, count, sparse, vectors, computed)
     return total
 
 
 @kernel
-def add_whole(work: HostWorkspace, slots: Ints, x: Floats, out: Floats, firing: Any) -> None:
+def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens, firing: Any) -> None:
     """All neurons for several tokens in panels, as matrix products; `firing`: empty."""
-    out[:] = 0
-    vectors = Vectors(address_of(x), 0, address_of(out), work.scratch_at)
-    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(x), slots, firing)
+    tokens.out[:] = 0
+    x, inverse, out = (address_of(array) for array in (tokens.x, tokens.inverse, tokens.out))
+    dense_groups(
+        work.bundles, slots, 0, len(slots), Vectors(x, 0, inverse, out, work.scratch_at), len(tokens.x), slots, firing
+    )

@@ -32,13 +32,14 @@ def _against(index: int) -> str | None:
     try:
         device.reserve(layout, ACTIVATIONS.index("relu"), _GROUPS, _TOKENS)
         device.fill(slots, groups)
-        one, panels = np.empty_like(x[:1]), np.zeros((whole_panels(_TOKENS) // LANES, _HIDDEN, LANES), np.float32)
+        panels = np.zeros((whole_panels(_TOKENS) // LANES, _HIDDEN, LANES), np.float32)
         for token, row in enumerate(x):
             panels[token // LANES, :, token % LANES] = row
-        several = np.empty_like(panels)
-        device.execute(slots, x[:1], True, one)
-        device.execute_many(slots, panels, _TOKENS, several)
-        got = np.concatenate((one, several.swapaxes(1, 2).reshape(-1, _HIDDEN)[:_TOKENS]))
+        one, several = np.empty((1, _HIDDEN), np.int64), np.empty(panels.shape, np.int64)
+        inverse = np.full(whole_panels(_TOKENS), 2.0**30, np.float32)
+        device.execute(slots, x[:1], inverse[:1], True, one)
+        device.execute_many(slots, panels, inverse, _TOKENS, several)
+        got = np.concatenate((one, several.swapaxes(1, 2).reshape(-1, _HIDDEN)[:_TOKENS])) / 2.0**30
         expected = np.concatenate((expected[:1], expected))
         if not np.allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
             return f"{device.name} computes wrong numbers"

@@ -15,12 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker import launch
-from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, inside, runs
+from warmfront.gpu_worker.device import (
+    STAGING_BYTES,
+    Bytes,
+    Floats,
+    Ints,
+    Ledger,
+    Longs,
+    Words,
+    ensure_fits,
+    inside,
+    runs,
+)
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.kernels.exact_sums import round_to_sums
 from warmfront.shared.machine.driver import cupy_extra
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import GROUP, BundleLayout
-from warmfront.shared.model.panels import whole_panels
+from warmfront.shared.model.panels import LANES, whole_panels
 
 __all__ = ["CudaDevice"]
 
@@ -132,8 +144,9 @@ class CudaDevice:
         self,
         slots: Ints,
         x: Floats,
+        inverse: Floats,
         sparse: bool,
-        out: Floats,
+        out: Longs,
         mask: Words | None = None,
         computed: Words | None = None,
     ) -> tuple[int, int]:
@@ -146,16 +159,11 @@ class CudaDevice:
         passed = at.out - (groups * GROUP * tokens if sparse else 0)
         words = pinned[at.mask : at.mask + 4 * groups].view(np.uint32)
         words[:] = 0xFFFFFFFF if mask is None else mask
-        out_straight = self._straight(out, _WORTH_A_COPY if sparse else 0)
         with self._timed() as busy:
             self._send(slots, x)
             self._launch(groups, tokens, sparse, self._memory["activations"].ptr + passed)
-            if out_straight:
-                self._download(out, at.out)
-            if sparse or not out_straight:
-                self._download(pinned[passed : at.out if out_straight else out_ends], passed)
-        if not out_straight:
-            out[:] = pinned[at.out : out_ends].view(np.float32).reshape(out.shape)
+            self._download(pinned[passed:out_ends], passed)
+        self._round(inverse, 1, out)
         if not sparse:
             if computed is not None:
                 computed[:] = words
@@ -165,19 +173,23 @@ class CudaDevice:
             computed[:] = np.packbits(whole, bitorder="little").view(np.uint32)
         return int(np.count_nonzero(whole)), busy[0]
 
-    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+    def execute_many(self, slots: Ints, x: Floats, inverse: Floats, tokens: int, out: Longs) -> tuple[int, int]:
         if len(slots) == 0:
             out[:] = 0
             return 0, 0
-        at, straight = self._offsets, self._straight(out, 0)
-        staged = self._pinned[at.out : at.out + out.nbytes].view(np.float32).reshape(out.shape)
+        at = self._offsets
         with self._timed() as busy:
             self._send(slots, x)
             self._launch_many(len(slots), tokens)
-            self._download(out if straight else staged, at.out)
-        if not straight:
-            out[:] = staged
+            self._download(self._pinned[at.out : at.out + x.nbytes], at.out)
+        self._round(inverse, LANES, out)
         return len(slots) * GROUP * tokens, busy[0]
+
+    def _round(self, inverse: Floats, lanes: int, out: Longs) -> None:
+        """The float32 sums that came back, in units of the tokens: the device's own order of adding stays in them."""
+        start = self._offsets.out
+        sums = self._pinned[start : start + out.nbytes // 2].view(np.float32)
+        round_to_sums(sums, inverse, lanes, out.reshape(-1))
 
     def _send(self, slots: Ints, x: Floats) -> None:
         """Enqueue the copy of slots, mask and x; x goes from where it lies if that is worth it."""

@@ -25,6 +25,7 @@ __all__ = [
     "Floats",
     "Ints",
     "Ledger",
+    "Longs",
     "Words",
     "ensure_fits",
     "inside",
@@ -37,6 +38,7 @@ STAGING_BYTES = 8 << 20
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Longs = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int32]
 # Bytes of device memory by purpose: "slots", "activations" (of CUDA), "partials".
@@ -91,22 +93,24 @@ class Device(Protocol):
         self,
         slots: Ints,
         x: Floats,
+        inverse: Floats,
         sparse: bool,
-        out: Floats,
+        out: Longs,
         mask: Words | None = None,
         computed: Words | None = None,
     ) -> tuple[int, int]:
         """Set `out` [tokens, hidden] to the sum over the neurons of `slots` of their outputs for `x` [tokens, hidden].
 
-        At most one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate does not fire
-        contribute nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose
-        bits are 0. `computed`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose
-        gate fires if sparse, else all of the mask, padding included. Returns (their number, summed over the tokens;
-        nanoseconds from the first copy to the device to the last one back). For the same slots in the same order the
-        result is the same to the bit.
+        The sums are in units of each token: `inverse` [tokens] has 1 / unit (`shared/kernels/exact_sums.py`). At most
+        one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate does not fire contribute
+        nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose bits are 0.
+        `computed`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose gate fires if
+        sparse, else all of the mask, padding included. Returns (their number, summed over the tokens; nanoseconds from
+        the first copy to the device to the last one back). For the same slots in the same order the result is the same
+        to the bit.
         """
 
-    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+    def execute_many(self, slots: Ints, x: Floats, inverse: Floats, tokens: int, out: Longs) -> tuple[int, int]:
         """As `execute` of all neurons, as matrix products: for several tokens, in panels of 16.
 
         x, out: [panels, hidden, 16], as on the board. What of x belongs to no token is ignored, of `out` undefined.

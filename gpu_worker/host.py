@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.gpu_worker.arithmetic import HostWorkspace, add_masked, add_whole
-from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Words, ensure_fits, runs
+from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
+from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.ffn import bundles_at, scratch_floats
+from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.topology import read_topology
@@ -42,7 +42,7 @@ class HostDevice:
             # The neurons to compute; x quantised; widened rows and the like.
             "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
-            + 4 * scratch_floats(layout.hidden, max_tokens),
+            + scratch_bytes(layout.hidden, max_tokens),
         }
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
@@ -63,11 +63,11 @@ class HostDevice:
         # What stands for a mask of everything, for bits that nobody asked for, and for a profile that is not made.
         self._all_ones, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)
         self._no_firing = np.zeros((0, GROUP, 0), np.uint16)
-        vectors, words = np.zeros((1, layout.hidden), np.float32), self._all_ones
-        none = np.zeros(0, np.int32)
-        compile_for(add_masked, self._work, none, self._listed, vectors, True, vectors, words, words)
-        panels = np.zeros((1, layout.hidden, LANES), np.float32)
-        compile_for(add_whole, self._work, none, panels, panels, self._no_firing)
+        words, none, inverse = self._all_ones, np.zeros(0, np.int32), np.zeros(LANES, np.float32)
+        row, panel = (1, layout.hidden), (1, layout.hidden, LANES)
+        one, many = (Tokens(np.zeros(s, np.float32), inverse, np.zeros(s, np.int64)) for s in (row, panel))
+        compile_for(add_masked, self._work, none, self._listed, one, True, words, words)
+        compile_for(add_whole, self._work, none, many, self._no_firing)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
@@ -95,19 +95,20 @@ class HostDevice:
         self,
         slots: Ints,
         x: Floats,
+        inverse: Floats,
         sparse: bool,
-        out: Floats,
+        out: Longs,
         mask: Words | None = None,
         computed: Words | None = None,
     ) -> tuple[int, int]:
         started = time.perf_counter_ns()
         words, bits = self._all_ones if mask is None else mask, self._ignored if computed is None else computed
-        count = add_masked(self._work, slots, self._listed, x, sparse, out, words, bits)
+        count = add_masked(self._work, slots, self._listed, Tokens(x, inverse, out), sparse, words, bits)
         return count, time.perf_counter_ns() - started
 
-    def execute_many(self, slots: Ints, x: Floats, tokens: int, out: Floats) -> tuple[int, int]:
+    def execute_many(self, slots: Ints, x: Floats, inverse: Floats, tokens: int, out: Longs) -> tuple[int, int]:
         started = time.perf_counter_ns()
-        add_whole(self._work, slots, x, out, self._no_firing)
+        add_whole(self._work, slots, Tokens(x, inverse, out), self._no_firing)
         return len(slots) * GROUP * tokens, time.perf_counter_ns() - started
 
     def close(self) -> None:

@@ -111,22 +111,23 @@ class GpuWorker:
         x, y = board.x[None, :hidden], board.y[index][None, :hidden]
         mask = board.mask[layer, groups] if self._predicted else None
         computed = np.zeros(len(groups), np.uint32)
-        neurons, _ = self._device.execute(slots, x, self._sparse, y, mask, computed)
+        neurons, _ = self._device.execute(slots, x, board.inverse[:1], self._sparse, y, mask, computed)
         requested = board.requested[index][layer]
         requested[:] = 0
         requested[groups] = 0xFFFFFFFF if mask is None else mask
         board.computed[layer, groups] = computed
         gates = int(np.bitwise_count(requested).sum())
         if board.descriptor[COMPARE_SELECTION] != 0 and mask is not None:
-            fired, _ = self._device.execute(slots, x, True, np.empty_like(x))
+            fired, _ = self._device.execute(slots, x, board.inverse[:1], True, np.empty_like(y))
             self._compared += (1, gates, fired, neurons)
         return gates, neurons
 
     def _several(self, layer: int, tokens: int) -> tuple[int, int]:
         board, slots = self._board, self._groups(layer).slots
         shape = (whole_panels(tokens) // LANES, board.sizes.hidden, LANES)
-        x, y = (part[: math.prod(shape)].reshape(shape) for part in (board.x, board.y[self._plan.index]))
-        neurons, _ = self._device.execute_many(slots, x, tokens, y)
+        x = board.x[: math.prod(shape)].reshape(shape)
+        y = board.y[self._plan.index][: math.prod(shape)].reshape(shape)
+        neurons, _ = self._device.execute_many(slots, x, board.inverse[: whole_panels(tokens)], tokens, y)
         return neurons, neurons
 
     def _note(self, layer: int, tokens: int, started: int, ended: int, gates: int, neurons: int) -> None:

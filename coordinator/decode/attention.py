@@ -16,6 +16,8 @@ from warmfront.shared.kernels.activation import exponentials, highest_of, softma
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at
 from warmfront.shared.kernels.fp16 import to_half
 from warmfront.shared.kernels.gemm import (
+    ADD,
+    Gathered,
     Panels,
     Rows,
     gather_columns,
@@ -218,8 +220,9 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
         for p in range(0, count, _ROWS):
             chunk, x_at = min(_ROWS, count - p), chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
             values = Rows(st.cache_kind, st.values_at + first_row + p * stride, stride, padded)
-            gather_columns(values, chunk, 0, address_of(scratch))
-            multiply_columns(st.cache_kind, address_of(scratch), chunk, padded, x_at, count, sums)
+            gather_columns(values, chunk, 0, address_of(scratch), 0, padded)
+            left = Gathered(st.cache_kind, address_of(scratch), chunk, padded)
+            multiply_columns(left, x_at, count, sums, ADD)
         for head in range(group):
             target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
             source = mixed[head * padded * LANES :]

@@ -17,6 +17,8 @@ activation (`shared/kernels/rows.py`), so that a weight row is a dot product in 
 The rows of q and k are stored with the two halves of a rotated pair side by side.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from numba import carray
@@ -45,7 +47,8 @@ from warmfront.coordinator.decode.network import (
 )
 from warmfront.coordinator.decode.predictor import predict
 from warmfront.coordinator.decode.row_split import portion
-from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, floats_at, load_acquire, longs_at
+from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
+from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
 from warmfront.shared.kernels.gemm import Rows, panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import row_stride, widen
@@ -58,6 +61,8 @@ __all__ = ["serve_team"]
 
 Floats = npt.NDArray[np.float32]
 Longs = npt.NDArray[np.int64]
+# Numbers of the workers' parts that are added up at a time, a multiple of 16 lanes.
+_MERGED = 512
 _START, _QKV, _ATTENTION, _OUTPUT, _PREDICTOR, _POST, _MERGE = range(len(STEPS))
 
 
@@ -84,12 +89,31 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
         cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, x.lanes)
 
 
+@kernel
+def _note_units(inverse: Floats, reach: Any, x: Floats, panels: int, hidden: int, lanes: int) -> None:
+    """The inverse unit of each token's sums."""
+    magnitudes = np.empty(LANES, np.float32)
+    for panel in range(panels):
+        magnitudes[:] = 0
+        values = x[panel * hidden * lanes : (panel + 1) * hidden * lanes]
+        if lanes == 1:
+            for k in range(hidden):
+                magnitudes[0] += abs(values[k])
+        else:
+            for k in range(hidden):
+                for lane in range(LANES):
+                    magnitudes[lane] += abs(values[k * LANES + lane])
+        for lane in range(lanes):
+            inverse[panel * lanes + lane] = inverse_unit(reach, np.float64(magnitudes[lane]))
+
+
 @inlined
-def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lanes: int) -> None:
+def _post(net: Network, st: State, sequence: int, layer: int, values: Floats, panels: int, lanes: int) -> None:
     """Write the job on the board and announce it."""
     handoff = st.handoff
-    for i in range(count):
+    for i in range(panels * net.hidden * lanes):
         handoff.board_x[i] = values[i]
+    _note_units(handoff.inverse, net.reach[layer], values, panels, net.hidden, lanes)
     handoff.descriptor[LAYER] = layer
     handoff.descriptor[JOB_TOKENS] = st.job[TOKENS]
     handoff.descriptor[JOB_LANES] = lanes
@@ -100,8 +124,8 @@ def _post(st: State, sequence: int, layer: int, values: Floats, count: int, lane
 
 
 @inlined
-def _merge(handoff: Handoff, sequence: int, x: Floats, count: int) -> int:
-    """Wait for every worker and add its part to x; the order of the workers is fixed.
+def _await_workers(handoff: Handoff, sequence: int) -> int:
+    """Wait for every worker.
 
     Returns LOST if one has died without an answer: all threads see the same, for its answers are final then. The others
     are waited for nevertheless, since they still read the board.
@@ -117,10 +141,24 @@ def _merge(handoff: Handoff, sequence: int, x: Floats, count: int) -> int:
             continue
         if result != DONE:
             return result
-        y = carray(floats_at(handoff.y_at[worker]), (count,))
-        for i in range(count):
-            x[i] += y[i]
     return LOST if lost else DONE
+
+
+@kernel
+def _merge(handoff: Handoff, x: Floats, panels: int, hidden: int, lanes: int) -> None:
+    """Add all workers' parts to x: their sums as integers first, which is exact, then each number rounded once."""
+    part = np.empty(_MERGED, np.int64)
+    for panel in range(panels):
+        inverse = handoff.inverse[panel * lanes : (panel + 1) * lanes]
+        for start in range(panel * hidden * lanes, (panel + 1) * hidden * lanes, _MERGED):
+            count = min(_MERGED, (panel + 1) * hidden * lanes - start)
+            part[:] = 0
+            for worker in range(handoff.done_at.shape[0]):
+                if handoff.present[worker] != 0:
+                    y = carray(longs_at(handoff.y_at[worker] + 8 * start), (count,))
+                    for i in range(count):
+                        part[i] += y[i]
+            merge_sums(part[:count], inverse, x[start : start + count])
 
 
 @kernel
@@ -246,7 +284,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         _note(st.times, layer, rank, _PREDICTOR)
         sequence = st.job[SEQUENCE] + layer + 1
         if rank == 0:
-            _post(st, sequence, layer, h, count, lanes)
+            _post(net, st, sequence, layer, h, panels, lanes)
             if st.job[CAPTURE] != 0:
                 for i in range(count):
                     st.captured[layer, i] = h[i]
@@ -255,9 +293,10 @@ def forward(rank: int, net: Network, st: State) -> int:
             result = predict(net, st, layer + 1, rank)
             if result != DONE:
                 return result
-        result = _merge(st.handoff, sequence, x, count)
+        result = _await_workers(st.handoff, sequence)
         if result != DONE:
             return result
+        _merge(st.handoff, x, panels, hidden, lanes)
         _note_workers(st, layer, rank)
     if st.job[WANT_LOGITS] != 0:
         _output(net, st, rank, lanes)

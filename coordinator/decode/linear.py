@@ -111,7 +111,7 @@ def _multiply_tiles(matrix: Matrix, low: int, high: int, q_at: int, y_at: int) -
 
 @kernel
 def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
-    """Rows low..high of a packed matrix times x into y [panels, rows, lanes], where row 0 of the matrix belongs at y_at.
+    """Rows low..high of a packed matrix times x into y [panels, rows, lanes], whose row 0 is at y_at.
 
     `scratch_at`: float32 [16, cols] for several tokens.
     """

@@ -92,6 +92,8 @@ class Network(NamedTuple):
     look_ahead: bool
     # Groups of neurons of a layer.
     groups: int
+    # float64 [layers]: see `exact_sums.inverse_unit`.
+    reach: Any
     # Low-rank predictors: whether they take the normed input, and whether a ReLU is between their matrices.
     normed: bool
     rectified: bool
@@ -116,6 +118,8 @@ class Handoff(NamedTuple):
     descriptor: Any
     # float32 [max_tokens * hidden] on the board: the input of the feed-forward layer; by the first thread.
     board_x: Any
+    # float32 [max_tokens] on the board: 1 / unit of each token's sums; by the first thread.
+    inverse: Any
     # uint32 [layers, groups] on the board: the neurons predicted; each thread writes its groups.
     mask: Any
     # int64 [workers]: whether it takes part; changed by the coordinator between two jobs.

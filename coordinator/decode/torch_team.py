@@ -23,6 +23,7 @@ from warmfront.coordinator.decode.network import LOST, STEPS, WORKER_PATIENCE_NS
 from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.torch_network import TorchNetwork
 from warmfront.shared.errors import ResourceError, WorkerError
+from warmfront.shared.kernels.exact_sums import inverse_unit
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.panels import LANES, whole_panels
@@ -167,6 +168,9 @@ class TorchTeam:
             normed = padded.view(-1, LANES, normed.shape[1]).transpose(1, 2).contiguous()
         self._from_device(board.x[: normed.numel()], normed.flatten())
         self._synchronise()
+        values = board.x[: normed.numel()].reshape(-1, normed.shape[-2] if lanes > 1 else normed.shape[-1], lanes)
+        magnitudes = np.abs(values).sum(1, dtype=np.float64).reshape(-1)
+        board.inverse[: len(magnitudes)] = [inverse_unit(self._model.reach[layer], float(m)) for m in magnitudes]
         board.descriptor[:] = layer, tokens, lanes, compare_selection, time.monotonic_ns()
         self._posted += 1
         announce(address(board.job), self._posted)
@@ -185,15 +189,17 @@ class TorchTeam:
         return LOST if lost else DONE
 
     def _merged(self, x: Tensor) -> Tensor:
-        """The residual with the workers' parts added, in fixed order."""
+        """The residual with the workers' parts added: as integers, which is exact, then rounded once."""
         tokens, hidden = x.shape
         lanes = 1 if tokens == 1 else LANES
         panels = -(-tokens // lanes)
-        for worker in np.flatnonzero(self.present):
-            part = torch.from_numpy(self._board.y[worker][: panels * hidden * lanes])
-            part = part.to(x.device, non_blocking=self._pinned).view(panels, hidden, lanes)
-            x = x + part.transpose(1, 2).reshape(-1, hidden)[:tokens]
-        return x
+        parts = [self._board.y[worker][: panels * hidden * lanes] for worker in np.flatnonzero(self.present)]
+        total = torch.zeros(panels * hidden * lanes, dtype=torch.int64, device=x.device)
+        for part in parts:
+            total += torch.from_numpy(part).to(x.device, non_blocking=self._pinned)
+        whole = total.view(panels, hidden, lanes).transpose(1, 2).reshape(-1, hidden)[:tokens]
+        inverse = torch.from_numpy(self._board.inverse[:tokens].astype(np.float64)).to(x.device)
+        return x + (whole / inverse[:, None]).float()
 
     def _from_device(self, to: npt.NDArray[Any], values: Tensor) -> None:
         torch.from_numpy(to).copy_(values, non_blocking=self._pinned)

@@ -23,7 +23,7 @@ from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, writ
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
 from warmfront.shared.model.bundle import GROUP, BundleLayout
-from warmfront.shared.model.formats import Kind, row_bytes
+from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
@@ -137,6 +137,9 @@ class PackingPlan:
             self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
         for i in layers:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
+        # Behind the layers, from which it is found out.
+        self.shapes["largest"] = ("F32", (3 * spec.layers,))
+        self._largest: list[float] = []
 
     def size(self, name: str) -> int:
         """Bytes of one tensor of the packed file."""
@@ -160,6 +163,8 @@ class PackingPlan:
         if name == "tokenizer":
             assert self.source.tokenizer is not None
             return np.frombuffer(self.source.tokenizer.json.encode(), np.uint8)
+        if name == "largest":
+            return np.array(self._largest, np.float32)
         if name.endswith(".ffn"):
             return self._bundles(name.removesuffix(".ffn"))
         return np.ascontiguousarray(self.source.tensor(name).float32())
@@ -172,9 +177,12 @@ class PackingPlan:
             start, kind = layout.place_of(part)
             rows = self.source.tensor(f"{layer}.{part}").packed(kind)
             whole = _with_rows(rows, layout.groups * GROUP)
+            if kind != Kind.Q4C:
+                self._largest.append(largest(rows, kind, layout.hidden))
             bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)
         if layout.down_kind == Kind.Q4C:
             scales = self.source.tensor(f"{layer}.down").column_scales()
+            self._largest.append(largest_of_blocks(scales[:, 0], scales[:, 1]))
             out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
                 layout.groups, -1
             )

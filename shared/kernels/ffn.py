@@ -7,8 +7,9 @@
               those whose gate fires (`activation.fires`)
     prefill   several tokens: small GEMMs over whole groups    `dense_groups`
 
-A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Results are added
-to float32 sums that belong to one thread, in the order of the list.
+A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Who computes some
+neuron of a group computes all that are wanted of it, and adds their sum to exact sums (`exact_sums.py`) that belong to
+one thread: the bits of a layer's output do not depend on how its groups are shared out.
 """
 
 from typing import Any, NamedTuple
@@ -20,13 +21,23 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.activation import activate, activate_times, fires
-from warmfront.shared.kernels.atomics import floats_at
-from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, multiply_columns, multiply_rows, pack_panels
+from warmfront.shared.kernels.atomics import floats_at, longs_at
+from warmfront.shared.kernels.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
+from warmfront.shared.kernels.gemm import (
+    SUM,
+    Gathered,
+    Panels,
+    Rows,
+    gather_columns,
+    in_pairs,
+    multiply_columns,
+    multiply_rows,
+    pack_panels,
+)
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, apply_column_scales, axpy, dot, prefetch
+from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
 from warmfront.shared.kernels.simd import I32, call
 from warmfront.shared.model.bundle import GROUP, BundleLayout
-from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.panels import LANES, whole_panels
 
 __all__ = [
@@ -34,20 +45,21 @@ __all__ = [
     "Vectors",
     "bundles_at",
     "dense_groups",
+    "group_start",
     "list_masked",
     "listed_neurons",
     "open_gates",
     "open_neurons",
-    "scratch_floats",
+    "scratch_bytes",
     "set_bit",
 ]
 
-_Q4C = int(Kind.Q4C)
 # Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
 # fetched, 2 to 5 % faster (docs/log.md).
 _PREFETCHED = 4
-# Groups whose down rows are multiplied at once: the sums, larger than a cache, are read and written once for them all.
-_TOGETHER = 4
+# Several tokens: groups whose factors are kept until their down rows follow, for a stretch of columns at a time whose
+# sums stay in the cache meanwhile: 128 columns of 288 tokens are 0.3 MB of int64.
+_BATCH, _COLUMNS = 64, 128
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
@@ -78,9 +90,11 @@ class Vectors(NamedTuple):
     x: int
     # One token only: what `quantise_input` made of it.
     quantised: int
-    # float32, laid out as x: the outputs are added here.
+    # float32 [tokens]: 1 / unit of each token's sums.
+    inverse: int
+    # int64, laid out as x: the outputs are added here, in units.
     sums: int
-    # float32 [scratch_floats(...)] for several tokens; for one [hidden], used with down rows of Q4C.
+    # [scratch_bytes(...)].
     scratch: int
 
 
@@ -100,10 +114,13 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
     )
 
 
-def scratch_floats(hidden: int, max_tokens: int) -> int:
-    """Floats of scratch for `dense_groups`: widened rows, gate and up of some groups, x and factors as packed."""
-    tokens, neurons = whole_panels(max_tokens), _TOGETHER * GROUP
-    return neurons * hidden + 2 * neurons * tokens + tokens * hidden // 2 + neurons * tokens // 2
+def scratch_bytes(hidden: int, max_tokens: int) -> int:
+    """Bytes that a thread needs beside its sums."""
+    tokens = whole_panels(max_tokens)
+    single = LIST_BYTES + 4 * hidden
+    # 8 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
+    several = 4 * max(8 * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
+    return max(single, several + 4 * _BATCH * GROUP * tokens)
 
 
 @kernel
@@ -124,31 +141,24 @@ def _ahead(b: Bundles) -> int:
 
 
 @kernel
-def _add_output(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, sums_at: int) -> Any:
-    """Add the output of the neuron at `at`, whose gate is known, while fetching the one at `ahead_at`.
+def _note_neuron(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, count: int) -> None:
+    """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the list of down rows.
 
-    Returns the factor of its down row.
+    Fetches the up row of the one at `ahead_at`.
     """
     up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead_at + b.up_offset)
-    factor = activate(b.activation, gate) * up
-    axpy(b.down_kind, factor, at + b.down_offset, sums_at, b.hidden, ahead_at + b.down_offset)
-    return factor
+    rows, later = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + LATER_AT), (GROUP,))
+    factors = carray(floats_at(vectors.scratch + FACTORS_AT), (GROUP + 1,))
+    factor = activate(b.activation, gate) * up * carray(floats_at(vectors.inverse), (1,))[0]
+    rows[count], later[count], factors[count] = at + b.down_offset, ahead_at + b.down_offset, factor
+    factors[GROUP] = factor + (factors[GROUP] if count > 0 else np.float32(0))
 
 
 @kernel
-def _sums_of_group(b: Bundles, vectors: Vectors) -> Any:
-    """Where axpys go: the sums, or for Q4C a group's own, zeroed."""
-    if b.down_kind != _Q4C:
-        return vectors.sums
-    carray(floats_at(vectors.scratch), (b.hidden,))[:] = 0
-    return vectors.scratch
-
-
-@kernel
-def _scale_group(b: Bundles, slots: Ints, neuron: int, factors: Any, group_at: int, sums_at: int) -> None:
-    """Q4C: add what the group of `neuron` has gathered to the sums."""
+def _add_group(b: Bundles, slots: Ints, neuron: int, vectors: Vectors, count: int) -> None:
+    """Add the down rows on the list, of the group of `neuron`, to the sums."""
     tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
-    apply_column_scales(tail_at, group_at, factors, sums_at, b.hidden)
+    add_down_rows(b.down_kind, vectors.scratch, count, tail_at, vectors.sums, b.hidden)
 
 
 @intrinsic
@@ -181,24 +191,24 @@ def list_masked(words: Words, groups: int, listed: Ints) -> int:
 
 
 @kernel
+def group_start(listed: Ints, count: int, i: int) -> int:
+    """The first entry from `i` on of an ascending list of `count` neurons that begins a group; `count` if none does."""
+    while 0 < i < count and listed[i] // GROUP == listed[i - 1] // GROUP:
+        i += 1
+    return i
+
+
+@kernel
 def listed_neurons(
-    b: Bundles,
-    slots: Ints,
-    listed: Ints,
-    low: int,
-    high: int,
-    skip: bool,
-    vectors: Vectors,
-    computed: Words,
+    b: Bundles, slots: Ints, listed: Ints, low: int, high: int, skip: bool, vectors: Vectors, computed: Words
 ) -> int:
-    """Add the outputs of entries low..high of a list of neurons, in ascending order, for one token.
+    """Add the outputs of entries low..high, whole groups, of a list of neurons in ascending order, for one token.
 
     `skip`: leave a neuron out whose gate does not fire. The others get their bit in `computed`, a word for each slot of
     the list; returns how many they are.
     """
     ahead = _ahead(b)
-    group_at = _sums_of_group(b, vectors)
-    factors, count = np.float32(0), 0
+    count, found = 0, 0
     for i in range(low, high):
         neuron = listed[i]
         at = _bundle(b, slots, neuron)
@@ -206,12 +216,13 @@ def listed_neurons(
         _prefetch_later(b, slots, listed, i, high)
         gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead_at)
         if not skip or fires(gate):
-            count += 1
             set_bit(computed, neuron)
-            factors += _add_output(b, at, ahead_at, gate, vectors, group_at)
-        if b.down_kind == _Q4C and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
-            _scale_group(b, slots, neuron, factors, group_at, vectors.sums)
-            factors = np.float32(0)
+            _note_neuron(b, at, ahead_at, gate, vectors, found)
+            found += 1
+            count += 1
+        if found > 0 and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
+            _add_group(b, slots, neuron, vectors, found)
+            found = 0
     return count
 
 
@@ -232,18 +243,18 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, g
 
 @kernel
 def open_neurons(b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors) -> None:
-    """Add the outputs of entries low..high of a list that `open_gates` made."""
+    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made."""
     ahead = _ahead(b)
-    group_at = _sums_of_group(b, vectors)
-    factors = np.float32(0)
+    found = 0
     for i in range(low, high):
         neuron = opened[i]
         ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
         _prefetch_later(b, slots, opened, i, high)
-        factors += _add_output(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, group_at)
-        if b.down_kind == _Q4C and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
-            _scale_group(b, slots, neuron, factors, group_at, vectors.sums)
-            factors = np.float32(0)
+        _note_neuron(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, found)
+        found += 1
+        if i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP:
+            _add_group(b, slots, neuron, vectors, found)
+            found = 0
 
 
 @kernel
@@ -260,15 +271,29 @@ def _note_firing(gate_at: int, panels: int, neurons: int, ids: Ints, firing: Any
 
 
 @kernel
+def _scale_tokens(at: int, inverse_at: int, panels: int) -> None:
+    """Multiply float32 [panels, 32, 16] by each token's inverse [panels, 16]."""
+    values, inverse = carray(floats_at(at), (panels, GROUP, LANES)), carray(floats_at(inverse_at), (panels, LANES))
+    for panel in range(panels):
+        for neuron in range(GROUP):
+            for lane in range(LANES):
+                values[panel, neuron, lane] *= inverse[panel, lane]
+
+
+@kernel
+def _keep(kind: int, at: int, out: int, panels: int) -> None:
+    """Copy a group's factors [panels, 32, 16] as rows of `kind` want them."""
+    if in_pairs(kind):
+        pack_panels(kind, at, out, GROUP, panels)
+        return
+    values, kept = carray(floats_at(at), (panels * GROUP * LANES,)), carray(floats_at(out), (panels * GROUP * LANES,))
+    for i in range(len(values)):
+        kept[i] = values[i]
+
+
+@kernel
 def dense_groups(
-    b: Bundles,
-    slots: Ints,
-    low: int,
-    high: int,
-    vectors: Vectors,
-    panels: int,
-    ids: Ints,
-    firing: Any,
+    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, panels: int, ids: Ints, firing: Any
 ) -> None:
     """Add the outputs of slots low..high for all tokens of so many panels.
 
@@ -276,29 +301,33 @@ def dense_groups(
     neurons; if it is empty, nothing.
     """
     hidden, scratch_at = b.hidden, vectors.scratch
-    # Scratch: widened rows, gates and h in their place, ups, x packed, h packed.
-    gate_at = scratch_at + _TOGETHER * GROUP * hidden * 4
-    up_at = gate_at + 4 * panels * _TOGETHER * GROUP * LANES
-    input_at = up_at + 4 * panels * _TOGETHER * GROUP * LANES
-    factors_at = input_at + panels * LANES * hidden * 2
+    size = 4 * panels * GROUP * LANES
+    gate_at = scratch_at + 4 * max(8 * hidden, GROUP * _COLUMNS)
+    up_at = gate_at + size
+    input_at = up_at + size
+    factors_at = input_at + 2 * panels * LANES * hidden
     x_at = pack_panels(b.gate_kind, vectors.x, input_at, hidden, panels)
-    sums = Panels(vectors.sums, hidden * LANES * 4, panels)
-    for first in range(low, high, _TOGETHER):
-        groups = min(_TOGETHER, high - first)
-        neurons = groups * GROUP
-        step = neurons * LANES * 4
-        for row in range(0, neurons, 8):
-            at, offset = _bundle(b, slots, first * GROUP + row), row * LANES * 4
-            gates, ups = Panels(gate_at + offset, step, panels), Panels(up_at + offset, step, panels)
-            multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, hidden), x_at, gates, scratch_at)
-            multiply_rows(Rows(b.gate_kind, at + b.up_offset, b.bundle_bytes, hidden), x_at, ups, scratch_at)
-        if firing.size > 0:
-            _note_firing(gate_at, panels, neurons, ids[first : first + groups], firing)
-        activate_times(b.activation, gate_at, up_at, panels * neurons * LANES)
-        h_at = pack_panels(b.down_kind, gate_at, factors_at, neurons, panels)
-        next_at = scratch_at
-        for slot in range(first, first + groups):
-            at = _bundle(b, slots, slot * GROUP)
-            rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
-            next_at = gather_columns(rows, GROUP, at + b.tail_offset, next_at)
-        multiply_columns(b.down_kind, scratch_at, neurons, hidden, h_at, neurons, sums)
+    for start in range(low, high, _BATCH):
+        groups = min(_BATCH, high - start)
+        for i in range(groups):
+            group_at = _bundle(b, slots, (start + i) * GROUP)
+            for row in range(0, GROUP, 8):
+                at, offset = group_at + row * b.bundle_bytes, row * LANES * 4
+                gates = Panels(gate_at + offset, GROUP * LANES * 4, panels)
+                ups = Panels(up_at + offset, GROUP * LANES * 4, panels)
+                multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, hidden), x_at, gates, scratch_at)
+                multiply_rows(Rows(b.gate_kind, at + b.up_offset, b.bundle_bytes, hidden), x_at, ups, scratch_at)
+            if firing.size > 0:
+                _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
+            activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
+            _scale_tokens(gate_at, vectors.inverse, panels)
+            _keep(b.down_kind, gate_at, factors_at + i * size, panels)
+        for first in range(0, hidden, _COLUMNS):
+            columns = min(_COLUMNS, hidden - first)
+            sums = Panels(vectors.sums + first * LANES * 8, hidden * LANES * 8, panels)
+            for i in range(groups):
+                at = _bundle(b, slots, (start + i) * GROUP)
+                rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
+                gather_columns(rows, GROUP, at + b.tail_offset, scratch_at, first, columns)
+                left = Gathered(b.down_kind, scratch_at, GROUP, columns)
+                multiply_columns(left, factors_at + i * size, GROUP, sums, SUM)

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import has
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, PLAIN, RowFormat, by_kind, column_scales
@@ -40,6 +41,10 @@ from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
 __all__ = [
+    "ADD",
+    "SUM",
+    "WRITE",
+    "Gathered",
     "Left",
     "Panels",
     "Rows",
@@ -56,8 +61,9 @@ __all__ = [
 
 ROWS = 8
 PANELS = 3
-_F32, _Q4C = int(Kind.F32), int(Kind.Q4C)
-_COLUMN_SCALED = next(form for form in FORMATS if form.kind == Kind.Q4C)
+_F32 = int(Kind.F32)
+# What `multiply` does with its products: write them, add them to floats, or to int64 sums (`exact_sums.py`).
+WRITE, ADD, SUM = range(3)
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -138,15 +144,20 @@ def _narrow_row(context, kind, row, out, cols):
 
 
 @intrinsic
-def _interleave_rows(context, kind, even, odd, tail, out, cols):
-    """Write two packed rows as pairs [cols]; `tail`: of their group, for Q4C."""
+def _interleave_rows(context, rows, tail, out, cols, first, count):
+    """Write the columns of `count` blocks, from block `first` on, of two packed rows (kind, even, odd) as pairs.
+
+    `tail`: of their group, for Q4C.
+    """
 
     def build(context, b, _signature, arguments):
-        kind, even, odd, tail, out, cols = arguments
+        rows, tail, out, cols, first, count = arguments
+        kind, even, odd = cgutils.unpack_tuple(b, rows, 3)
 
         def emit(form: RowFormat) -> None:
-            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                blocks = (_row_block(context, b, form, row, tail, cols, loop.index) for row in (even, odd))
+            with cgutils.for_range(b, count, intp=I64) as loop:
+                block = b.add(first, loop.index)
+                blocks = (_row_block(context, b, form, row, tail, cols, block) for row in (even, odd))
                 for half, couple in enumerate(zip(*blocks, strict=True)):
                     at = b.add(b.mul(loop.index, long(128)), long(64 * half))
                     store(b, out, at, paired(b, *couple))
@@ -155,7 +166,7 @@ def _interleave_rows(context, kind, even, odd, tail, out, cols):
             by_kind(b, kind, [form for form in FORMATS if form.kind != Kind.F32], emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), build
+    return types.void(rows, *[types.int64] * 5), build
 
 
 def _row_block(context: Any, b: Any, form: RowFormat, row: Any, tail: Any, cols: Any, block: Any) -> list[Any]:
@@ -170,37 +181,40 @@ def _row_block(context: Any, b: Any, form: RowFormat, row: Any, tail: Any, cols:
 
 
 @intrinsic
-def _widen_q4c(context, row, tail, out, cols):
-    """Write a Q4C row as float32 [cols]."""
+def _widen_columns(context, kind, row, tail, out, cols, first, count):
+    """Write the columns of `count` blocks, from block `first` on, of a packed row as float32; `tail`: for Q4C."""
 
     def build(context, b, _signature, arguments):
-        row, tail, out, cols = arguments
-        with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-            for half, weights in enumerate(_row_block(context, b, _COLUMN_SCALED, row, tail, cols, loop.index)):
-                store(b, out, b.add(b.mul(loop.index, long(128)), long(64 * half)), weights)
+        kind, row, tail, out, cols, first, count = arguments
+
+        def emit(form: RowFormat) -> None:
+            with cgutils.for_range(b, count, intp=I64) as loop:
+                block = b.add(first, loop.index)
+                for half, weights in enumerate(_row_block(context, b, form, row, tail, cols, block)):
+                    store(b, out, b.add(b.mul(loop.index, long(128)), long(64 * half)), weights)
+
+        by_kind(b, kind, FORMATS, emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), build
+    return types.void(*[types.int64] * 7), build
 
 
 def _make_product(panels: int, pairs: bool) -> Any:
     @intrinsic
-    def product(context, left, x, x_step, y, y_step, adding):
-        """`panels` panels: y[p][r][:] (+)= sum over k of left[r][k] * x[p][k][:] for 8 rows r."""
+    def product(context, left, x, x_step, y, y_step, then):
+        """`panels` panels: y[p][r][:] = or += sum over k of left[r][k] * x[p][k][:] for 8 rows r; then: WRITE, ..."""
 
         def build(context, b, _signature, arguments):
-            left, x, x_step, y, y_step, adding = arguments
+            left, x, x_step, y, y_step, then = arguments
             if pairs and not multiplies_bfloat(context):
                 return context.get_dummy_value()
             w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
             # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
             sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
-            cells = [
-                (sums[r][p], b.add(b.mul(y_step, long(p)), long(64 * r))) for r in range(ROWS) for p in range(panels)
-            ]
-            with b.if_then(b.icmp_signed("!=", adding, long(0))):
-                for cell, at in cells:
-                    b.store(load(b, y, at, V16), cell)
+            cells = [(sums[r][p], b.mul(y_step, long(p)), r) for r in range(ROWS) for p in range(panels)]
+            with b.if_then(b.icmp_signed("==", then, long(ADD))):
+                for cell, panel, r in cells:
+                    b.store(load(b, y, b.add(panel, long(64 * r)), V16), cell)
             rows = [b.add(w, b.mul(row_step, long(r))) for r in range(ROWS)]
             element = I32 if pairs else FLOAT
             with cgutils.for_range(b, count, intp=I64) as loop:
@@ -211,8 +225,13 @@ def _make_product(panels: int, pairs: bool) -> Any:
                     weight = splat(b, load(b, rows[r], k, element))
                     for p in range(panels):
                         b.store(_accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
-            for cell, at in cells:
-                store(b, y, at, b.load(cell))
+            with b.if_else(b.icmp_signed("==", then, long(SUM))) as (summing, storing):
+                with summing:
+                    for cell, panel, r in cells:
+                        add_to_sums(context, b, y, b.add(panel, long(128 * r)), b.load(cell))
+                with storing:
+                    for cell, panel, r in cells:
+                        store(b, y, b.add(panel, long(64 * r)), b.load(cell))
             return context.get_dummy_value()
 
         return types.void(left, *[types.int64] * 5), build
@@ -239,8 +258,13 @@ def _narrow(kind: int, row: int, out: int, cols: int) -> None:
 
 
 @kernel
-def _interleave(kind: int, even: int, odd: int, tail: int, out: int, cols: int) -> None:
-    _interleave_rows(kind, even, odd, tail, out, cols)
+def _interleave(rows: tuple[int, int, int], tail: int, out: int, cols: int, first: int, count: int) -> None:
+    _interleave_rows(rows, tail, out, cols, first, count)
+
+
+@kernel
+def _columns(kind: int, row: int, tail: int, out: int, cols: int, first: int, count: int) -> None:
+    _widen_columns(kind, row, tail, out, cols, first, count)
 
 
 class Rows(NamedTuple):
@@ -273,28 +297,28 @@ class Left(NamedTuple):
 
 
 @kernel
-def multiply(pairs: bool, left: Left, x: Panels, y: Panels, adding: int) -> None:
-    """8 rows times panels of features, or pairs: y[p][r] (+)= sum_k left[r][k] * x[p][k]."""
+def multiply(pairs: bool, left: Left, x: Panels, y: Panels, then: int) -> None:
+    """8 rows times panels of features, or pairs: y[p][r] = or += sum_k left[r][k] * x[p][k], as `then` says."""
     p = 0
     while p < x.panels:
         x_at, y_at, rest = x.at + p * x.step, y.at + p * y.step, x.panels - p
         if rest >= PANELS:
             if pairs:
-                _pairs_3(left, x_at, x.step, y_at, y.step, adding)
+                _pairs_3(left, x_at, x.step, y_at, y.step, then)
             else:
-                _singles_3(left, x_at, x.step, y_at, y.step, adding)
+                _singles_3(left, x_at, x.step, y_at, y.step, then)
             p += 3
         elif rest == 2:
             if pairs:
-                _pairs_2(left, x_at, x.step, y_at, y.step, adding)
+                _pairs_2(left, x_at, x.step, y_at, y.step, then)
             else:
-                _singles_2(left, x_at, x.step, y_at, y.step, adding)
+                _singles_2(left, x_at, x.step, y_at, y.step, then)
             p += 2
         else:
             if pairs:
-                _pairs_1(left, x_at, x.step, y_at, y.step, adding)
+                _pairs_1(left, x_at, x.step, y_at, y.step, then)
             else:
-                _singles_1(left, x_at, x.step, y_at, y.step, adding)
+                _singles_1(left, x_at, x.step, y_at, y.step, then)
             p += 1
 
 
@@ -317,45 +341,55 @@ def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
     if in_pairs(kind):
         for r in range(ROWS):
             _narrow(kind, rows.at + r * rows.stride, scratch + r * cols * 2, cols)
-        multiply(True, Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, 0)
+        multiply(True, Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, WRITE)
     else:
         for r in range(ROWS):
             widen(kind, rows.at + r * rows.stride, scratch + r * cols * 4, cols)
-        multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, 0)
+        multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, WRITE)
 
 
 @kernel
-def gather_columns(rows: Rows, count: int, tail: int, out: int) -> Any:
-    """Widen `count` packed rows (an even number) for `multiply_columns`; returns where the next ones belong.
+def gather_columns(rows: Rows, count: int, tail: int, out: int, first: int, columns: int) -> Any:
+    """Widen `columns` columns, from column `first` on (multiples of 32), of `count` packed rows (an even number).
 
-    `out` has room for them in float32; `tail`: of the rows' group, for Q4C.
+    As `multiply_columns` wants them; returns where the next ones belong. `out` has room for them in float32; `tail`: of
+    the rows' group, for Q4C.
     """
-    kind, cols, step = rows.kind, rows.cols, rows.cols * 4
+    kind, cols, step = rows.kind, rows.cols, columns * 4
+    block, blocks = first // BLOCK, columns // BLOCK
     if in_pairs(kind):
         for r in range(0, count, 2):
             row = rows.at + r * rows.stride
-            _interleave(kind, row, row + rows.stride, tail, out + r // 2 * step, cols)
+            _interleave((kind, row, row + rows.stride), tail, out + r // 2 * step, cols, block, blocks)
         return out + count // 2 * step
     for r in range(count):
-        if kind == _Q4C:
-            _widen_q4c(rows.at + r * rows.stride, tail, out + r * step, cols)
-        else:
-            widen(kind, rows.at + r * rows.stride, out + r * step, cols)
+        _columns(kind, rows.at + r * rows.stride, tail, out + r * step, cols, block, blocks)
     return out + count * step
 
 
+class Gathered(NamedTuple):
+    """Rows that `gather_columns` widened."""
+
+    # Weight type of the rows.
+    kind: int
+    at: int
+    rows: int
+    cols: int
+
+
 @kernel
-def multiply_columns(kind: int, gathered: int, rows: int, cols: int, x: int, x_rows: int, y: Panels) -> None:
-    """y[p][column] += sum over `rows` gathered rows of row[column] * x[p][row].
+def multiply_columns(left: Gathered, x: int, x_rows: int, y: Panels, then: int) -> None:
+    """Add to y[p][column] the sum over the gathered rows of row[column] * x[p][row]; `then`: ADD to floats, or SUM.
 
     `x`: panels [x_rows, 16] that come from `pack_panels(kind, ...)`, from the first row's place on.
     """
-    pairs = in_pairs(kind)
+    pairs = in_pairs(left.kind)
     per_word = 2 if pairs else 1
     inputs = Panels(x, x_rows // per_word * LANES * 4, y.panels)
-    for column in range(0, cols, ROWS):
-        left = Left(gathered + column * 4, 4, cols * 4, rows // per_word)
-        multiply(pairs, left, inputs, Panels(y.at + column * LANES * 4, y.step, y.panels), 1)
+    size = 8 if then == SUM else 4
+    for column in range(0, left.cols, ROWS):
+        eight = Left(left.at + column * 4, 4, left.cols * 4, left.rows // per_word)
+        multiply(pairs, eight, inputs, Panels(y.at + column * LANES * size, y.step, y.panels), then)
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Compiled arithmetic on packed rows (layouts: `shared/model/formats.py`): dot, axpy and widen for every weight type.
+"""Compiled arithmetic on packed rows (layouts: `shared/model/formats.py`): dot and widen for every weight type.
 
 Rows are fetched ahead by the caller's hint. Inner products with rows of whole numbers take the input quantised where
 the CPU multiplies bytes (`byte_dot.py`); elsewhere they take it as it is.
@@ -20,18 +20,14 @@ from warmfront.shared.kernels.row_formats import (
     ByteFormat,
     RowFormat,
     by_kind,
-    column_scales,
     prefetch_blocks,
     stride,
 )
-from warmfront.shared.kernels.simd import I64, V16, constants, fma, load, long, splat, store
+from warmfront.shared.kernels.simd import I64, V16, fma, load, long, store
 from warmfront.shared.model.formats import BLOCK
-from warmfront.shared.model.panels import LANES
 
 __all__ = [
     "AHEAD_BYTES",
-    "apply_column_scales",
-    "axpy",
     "dot",
     "prefetch",
     "row_stride",
@@ -88,25 +84,6 @@ def _dot(context, kind, row, x, q, cols, ahead):
 
 
 @intrinsic
-def _axpy(context, kind, factor, row, y, cols, ahead):
-    def build(context, b, _signature, arguments):
-        kind, factor, row, y, cols, ahead = arguments
-        factors = splat(b, factor)
-
-        def emit(form: RowFormat) -> None:
-            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                prefetch_blocks(b, form.kind, ahead, loop.index)
-                for half, weights in enumerate(form.weights(context, b, row, cols, loop.index)):
-                    at = b.add(b.mul(loop.index, long(128)), long(64 * half))
-                    store(b, y, at, fma(b, weights, factors, load(b, y, at, V16)))
-
-        by_kind(b, kind, FORMATS, emit)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32, *[types.int64] * 4), build
-
-
-@intrinsic
 def _widen(context, kind, row, out, cols):
     def build(context, b, _signature, arguments):
         kind, row, out, cols = arguments
@@ -155,15 +132,6 @@ def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
 
 
 @kernel
-def axpy(kind: int, factor: Any, row: int, y: int, cols: int, ahead: int) -> None:
-    """Add `factor` times the packed row at `row` to float32 [cols] at `y`, while fetching the row at `ahead`.
-
-    A row of Q4C adds its bare numbers: see `apply_column_scales`.
-    """
-    _axpy(kind, factor, row, y, cols, ahead)
-
-
-@kernel
 def widen(kind: int, row: int, out: int, cols: int) -> None:
     """Write the packed row at `row`, not of Q4C, as float32 [cols] to `out`."""
     _widen(kind, row, out, cols)
@@ -173,27 +141,6 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
 def row_stride(kind: int, cols: int) -> int:
     """Compiled `formats.row_bytes`."""
     return _row_stride(kind, cols)
-
-
-@intrinsic
-def apply_column_scales(context, tail, numbers, factors, y, cols):
-    """Q4C: after a group's axpys into `numbers`, y += scale * numbers + minimum * sum of factors; zeroes numbers.
-
-    32 rows share their columns' scales, so these are multiplied in once a group instead of once a neuron.
-    """
-
-    def build(context, b, _signature, arguments):
-        tail, numbers, factors, y, cols = arguments
-        sums = splat(b, factors)
-        with cgutils.for_range(b, b.udiv(cols, long(LANES)), intp=I64) as loop:
-            at = b.mul(loop.index, long(64))
-            scale, minimum = column_scales(context, b, tail, cols, b.mul(loop.index, long(32)))
-            result = fma(b, scale, load(b, numbers, at, V16), load(b, y, at, V16))
-            store(b, y, at, fma(b, minimum, sums, result))
-            store(b, numbers, at, constants(0.0))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), build
 
 
 @intrinsic

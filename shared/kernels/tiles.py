@@ -24,7 +24,7 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
 from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
 from warmfront.shared.kernels.fp16 import half_at, widened
-from warmfront.shared.kernels.gemm import Left, Panels, Rows, in_pairs, multiplies_bfloat, multiply, paired
+from warmfront.shared.kernels.gemm import WRITE, Left, Panels, Rows, in_pairs, multiplies_bfloat, multiply, paired
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
 from warmfront.shared.kernels.rows import row_stride
@@ -266,7 +266,7 @@ def multiply_tile_rows(rows: Rows, low: int, high: int, x: int, y: Panels, scrat
         _widened(kind, rows.at + first * rows.stride, cols, scratch, pairs)
         for row in range(max(first, low), min(first + TILE, high), 8):
             left = Left(scratch + (row - first) * 4, 4, 4 * TILE, terms)
-            multiply(pairs, left, Panels(x, x_step, y.panels), Panels(y.at + row * LANES * 4, y.step, y.panels), 0)
+            multiply(pairs, left, Panels(x, x_step, y.panels), Panels(y.at + row * LANES * 4, y.step, y.panels), WRITE)
 
 
 @kernel

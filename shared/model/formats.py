@@ -23,7 +23,20 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "Kind", "finite", "join_nibbles", "join_q4", "pack", "row_bytes", "row_cols", "split_q4", "unpack"]
+__all__ = [
+    "BLOCK",
+    "Kind",
+    "finite",
+    "join_nibbles",
+    "join_q4",
+    "largest",
+    "largest_of_blocks",
+    "pack",
+    "row_bytes",
+    "row_cols",
+    "split_q4",
+    "unpack",
+]
 
 BLOCK = 32
 
@@ -139,6 +152,29 @@ def finite(data: Bytes, kind: int, cols: int) -> bool:
         return not bool((data.view(np.uint16) & 0x7F80 == 0x7F80).any())
     start = 0 if kind == Kind.F16 else cols if kind == Kind.Q8 else cols // 2
     return bool(np.isfinite(np.ascontiguousarray(data[:, start:]).view(np.float16)).all())
+
+
+def largest(data: Bytes, kind: int, cols: int) -> float:
+    """No weight of packed rows, not of Q4C, has a larger magnitude; of quantised blocks, what their scales allow."""
+    if kind == Kind.F32:
+        return float(np.abs(data.view(np.float32)).max(initial=0))
+    if kind == Kind.F16:
+        return float(np.abs(data.view(np.float16)).max(initial=0))
+    if kind == Kind.BF16:
+        # Magnitudes are ordered as their bits are.
+        bits = np.uint32((data.view(np.uint16) & 0x7FFF).max(initial=0)) << 16
+        return float(np.array(bits, np.uint32).view(np.float32))
+    if kind == Kind.Q4:
+        _, scale, minimum = split_q4(data, cols)
+        return largest_of_blocks(scale, minimum)
+    start, steps = (cols, 128) if kind == Kind.Q8 else (cols // 2, 8)
+    return steps * float(np.abs(np.ascontiguousarray(data[:, start:]).view(np.float16)).max(initial=0))
+
+
+def largest_of_blocks(scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.float16]) -> float:
+    """No 4-bit weight of blocks with these scales and minima has a larger magnitude."""
+    low = minimum.astype(np.float32)
+    return float(np.maximum(np.abs(low), np.abs(low + 15 * scale.astype(np.float32))).max(initial=0))
 
 
 def unpack(data: Bytes, kind: int, cols: int) -> Floats:

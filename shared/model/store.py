@@ -7,6 +7,7 @@ Tensors:
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
     norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
+    largest                              F32 [3 * layers]: no weight of gate, up, down of a layer is larger in magnitude
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
     profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
                                          text that was counted (absent until then; `profile/counts.py`)
@@ -36,6 +37,7 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +56,7 @@ from warmfront.shared.model.tensors import layer_shapes, top_shapes
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
-FORMAT = "warmfront-6"
+FORMAT = "warmfront-7"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 
@@ -168,7 +170,7 @@ class PackedModel:
 
     def _check_shapes(self) -> None:
         """Raise ValueError unless the tensors are as large as the spec says: compiled code relies on it."""
-        top, parts = top_shapes(self.spec), layer_shapes(self.spec)
+        top, parts = top_shapes(self.spec) | {"largest": (3 * self.spec.layers,)}, layer_shapes(self.spec)
         for name, entry in self.entries.items():
             *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
             shape: tuple[int, ...] | None = (parts if layer else top).get(part)
@@ -181,6 +183,8 @@ class PackedModel:
         last = f"layers.{self.spec.layers - 1}.ffn"
         if "embed" in self.entries and last not in self.entries:  # a file of copies of the gates has neither
             raise ValueError(f"tensor {last} is missing")
+        if last in self.entries and "largest" not in self.entries:
+            raise ValueError("tensor largest is missing")
 
     def _neuron_shape(self, layer: str, part: str) -> tuple[int, ...]:
         """What shape the bundles (ffn) or a predictor's matrix must have; the predictor's rank is that of fc1."""
@@ -235,6 +239,12 @@ class PackedModel:
     def floats(self, name: str) -> npt.NDArray[np.float32]:
         """A float32 vector of the file (norms, biases)."""
         return self.bytes_of(name).view(np.float32)
+
+    @cached_property
+    def reach(self) -> npt.NDArray[np.float64]:
+        """Float64 [layers]: neurons times the largest magnitudes in gate, up and down (`exact_sums.inverse_unit`)."""
+        largest = self.floats("largest").astype(np.float64).reshape(-1, 3)
+        return np.asarray(self.spec.ffn * largest.prod(1))
 
     def places(self) -> npt.NDArray[np.int64]:
         """The published index of the neuron at each place: int64 [layers, neurons]."""

@@ -28,6 +28,8 @@
                 ├────────────────────────────────────────────────────────────────┤
                 │ x           float32 [panels, hidden, lanes]: the input, room   │
                 │             for max_tokens tokens; padded to 128               │
+                │ inverse     float32 [max_tokens]: 1 / unit of each token's     │
+                │             sums (`shared/kernels/exact_sums.py`); padded      │
                 ├────────────────────────────────────────────────────────────────┤
     for each    │ done        a handoff line: sequence of the last job finished  │
     worker      │ record      start ns, end ns, neurons, bytes of that job       │
@@ -36,13 +38,14 @@
                 │             group lies; only that of owned groups counts       │
                 │ requested   uint32 [layers, groups]: the neurons that it was   │
                 │             asked for, of the last single token                │
-                │ y           float32 like x: its part of the feed-forward sum   │
+                │ y           int64 like x: its part of the feed-forward sums,   │
+                │             in units                                           │
                 └────────────────────────────────────────────────────────────────┘
 
-The coordinator writes descriptor, mask and x, then announces job = n. Each worker computes the groups that `owner`
-gives it, writes computed, requested, y and its record, then announces done = n. The coordinator adds the parts up. It
-changes `owner` and `slot` only while no job is under way: that is how a group moves, all at once. Everything is in the
-machine's byte order: the board never leaves the machine.
+The coordinator writes descriptor, mask, x and inverse, then announces job = n. Each worker computes the groups that
+`owner` gives it, writes computed, requested, y and its record, then announces done = n. The coordinator adds the parts
+up. It changes `owner` and `slot` only while no job is under way: that is how a group moves, all at once. Everything is
+in the machine's byte order: the board never leaves the machine.
 
 The mask holds for single tokens; several are computed densely. If the selection is to be compared, the workers compute
 the gates that were not selected, too, and count what the selection missed (`messages.LoadReport`). A board that
@@ -76,7 +79,7 @@ __all__ = [
 ]
 
 MAGIC = b"WARMFRNT"
-VERSION = 4
+VERSION = 5
 LINE = 128
 ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
 # Words of the descriptor.
@@ -129,13 +132,15 @@ class BoardSizes:
         return self.firing_at + _padded(2 * math.prod(self.firing_shape))
 
     @property
-    def vector_bytes(self) -> int:
-        """Bytes of x, and of each y."""
-        return _padded(4 * self.hidden * self.max_tokens)
+    def inverse_at(self) -> int:
+        """Offset of inverse."""
+        return self.x_at + _padded(4 * self.hidden * self.max_tokens)
 
     def worker_at(self, index: int) -> int:
         """Offset of worker `index`'s done line; its other parts follow."""
-        return self.x_at + self.vector_bytes + index * (3 * LINE + 2 * self.words_bytes + self.vector_bytes)
+        y_bytes = _padded(8 * self.hidden * self.max_tokens)
+        first = self.inverse_at + _padded(4 * self.max_tokens)
+        return first + index * (3 * LINE + 2 * self.words_bytes + y_bytes)
 
     @property
     def total(self) -> int:
@@ -164,14 +169,16 @@ class Board:
         self.computed = self._table(sizes.mask_at + sizes.words_bytes, np.uint32)
         firing = mapping[sizes.firing_at : sizes.firing_at + 2 * math.prod(sizes.firing_shape)]
         self.firing = firing.view(np.uint16).reshape(sizes.firing_shape)
-        self.x = self._vector(sizes.x_at)
+        vector = sizes.hidden * sizes.max_tokens
+        self.x = mapping[sizes.x_at : sizes.x_at + 4 * vector].view(np.float32)
+        self.inverse = mapping[sizes.inverse_at : sizes.inverse_at + 4 * sizes.max_tokens].view(np.float32)
         starts = [sizes.worker_at(index) for index in range(sizes.workers)]
         self.done = [self._words(start, 2) for start in starts]
         self.record = [self._words(start + LINE, 4) for start in starts]
         self.quit = [self._words(start + 2 * LINE, 1) for start in starts]
         self.slot = [self._table(start + 3 * LINE, np.int32) for start in starts]
         self.requested = [self._table(start + 3 * LINE + sizes.words_bytes, np.uint32) for start in starts]
-        self.y = [self._vector(start + 3 * LINE + 2 * sizes.words_bytes) for start in starts]
+        self.y = [self._words(start + 3 * LINE + 2 * sizes.words_bytes, vector) for start in starts]
 
     @classmethod
     def create(cls, mapping: npt.NDArray[np.uint8], sizes: BoardSizes) -> "Board":
@@ -212,7 +219,3 @@ class Board:
         sizes = self.sizes
         table: npt.NDArray[Any] = self.mapping[start : start + 4 * sizes.layers * sizes.groups].view(kind)
         return table.reshape(sizes.layers, sizes.groups)
-
-    def _vector(self, start: int) -> npt.NDArray[np.float32]:
-        size = 4 * self.sizes.hidden * self.sizes.max_tokens
-        return self.mapping[start : start + size].view(np.float32)
