@@ -23,6 +23,7 @@ from warmfront.shared.kernels.ffn import (
     open_gates,
     open_neurons,
     set_bit,
+    whole_groups,
 )
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
@@ -174,6 +175,13 @@ def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> bool
     vectors = _vectors(w, rank, quantise_input(w.x_at, address_of(w.quantised[rank]), w.bundles.hidden))
     if w.exact:
         return _sparse(w, rank, groups * GROUP, vectors)
+    if w.bundles.tiled:
+        low, high = share(groups, 1, rank, rank + 1, w.threads)
+        whole_groups(w.bundles, slots, low, high, vectors)
+        for i in range(low, high):
+            w.bits[rank, i] = 0xFFFFFFFF
+        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP
+        return True
     listed = w.listed[rank]
     count = list_masked(w.words[rank], groups, listed) if w.predicted else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes
+from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes, tile_group
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
@@ -57,7 +57,9 @@ class CpuWorker:
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
             slow=plan.slowdown,
-            bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward.activation_code),
+            bundles=bundles_at(
+                address(self._weights), layout, spec.architecture.feed_forward.activation_code, plan.selector == "all"
+            ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
             slot=board.slot[plan.index],
@@ -128,15 +130,24 @@ class CpuWorker:
             run = run_of(self._places[low:high])
             out = self._weights[low * size : (low + run) * size]
             self._model.read_groups(int(layer), int(group), out.reshape(run, size))
+            self._arrange(out)
             self._loaded[rank] += run * size
             low += run
         collapse(self._weights[count * rank // threads * size : high * size])
+
+    def _arrange(self, groups: npt.NDArray[np.uint8]) -> None:
+        """Lay groups that have been read out as they are computed."""
+        if self._worker.bundles.tiled:
+            for at in range(0, groups.nbytes, self._model.layout.group_bytes):
+                tile_group(self._worker.bundles, address(groups) + at)
 
     def move(self, places: Places) -> int:
         """Read groups into slots of this worker; returns the ns of work that it took. Nobody computes with them yet."""
         size, started = self._model.layout.group_bytes, time.thread_time_ns()
         for layer, group, slot in places.tolist():
-            self._model.read_groups(layer, group, self._weights[slot * size : (slot + 1) * size].reshape(1, size))
+            out = self._weights[slot * size : (slot + 1) * size]
+            self._model.read_groups(layer, group, out.reshape(1, size))
+            self._arrange(out)
         return time.thread_time_ns() - started
 
     def progress(self) -> tuple[int, int]:

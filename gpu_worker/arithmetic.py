@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.byte_dot import quantise_input
-from warmfront.shared.kernels.ffn import Bundles, Vectors, dense_groups, list_masked, listed_neurons
+from warmfront.shared.kernels.ffn import Bundles, Vectors, dense_groups, list_masked, listed_neurons, whole_groups
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.model.bundle import GROUP
 
 __all__ = ["HostWorkspace", "Tokens", "add_masked", "add_whole"]
 
@@ -53,7 +54,13 @@ def add_masked(
         quantised_at = quantise_input(x_at, work.quantised_at, b.hidden)
         inverse_at = address_of(tokens.inverse) + 4 * token
         vectors = Vectors(x_at, quantised_at, inverse_at, address_of(out), work.scratch_at)
-        total += listed_neurons(b, slots, listed, 0, count, sparse, vectors, computed)
+        if b.tiled:
+            whole_groups(b, slots, 0, groups, vectors)
+            total += groups * GROUP
+        else:
+            total += listed_neurons(b, slots, listed, 0, count, sparse, vectors, computed)
+    if b.tiled:
+        computed[:groups] = 0xFFFFFFFF
     return total
 
 

@@ -78,7 +78,7 @@ class CudaDevice:
             "partials": launch.partial_rows(layout, max_tokens) * layout.hidden * 4,
         }
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
+    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
         self._layout = layout

@@ -61,8 +61,10 @@ class Device(Protocol):
     def ledger(self, layout: BundleLayout, slots: int, max_tokens: int) -> Ledger:
         """What `reserve` would allocate for `slots` slots, in bytes by purpose."""
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
+    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
         """Allocate what `ledger` says; `activation` is an index into ACTIVATIONS.
+
+        `whole`: there will be no masks, and nothing is sparse: a device may lay groups out for that.
 
         Raises ResourceError if it does not fit.
         """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes
+from warmfront.shared.kernels.ffn import bundles_at, scratch_bytes, tile_group
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.topology import read_topology
@@ -45,7 +45,7 @@ class HostDevice:
             + scratch_bytes(layout.hidden, max_tokens),
         }
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int) -> None:
+    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
         self._memory = {purpose: anonymous(size, huge=purpose == "slots") for purpose, size in plan.items()}
@@ -56,7 +56,7 @@ class HostDevice:
         self._listed = partials[:listed_bytes].view(np.int32)
         quantised_at = address(partials) + listed_bytes
         self._work = HostWorkspace(
-            bundles=bundles_at(address(self._memory["slots"]), layout, activation),
+            bundles=bundles_at(address(self._memory["slots"]), layout, activation, whole),
             quantised_at=quantised_at,
             scratch_at=quantised_at + quantised_bytes(layout.hidden),
         )
@@ -89,6 +89,9 @@ class HostDevice:
         for low, high in runs(slots):
             first = int(slots[low])
             places[first : first + high - low] = groups[low:high]
+            if self._work.bundles.tiled:
+                for slot in range(first, first + high - low):
+                    tile_group(self._work.bundles, address(places[slot]))
         return time.perf_counter_ns() - started
 
     def execute(

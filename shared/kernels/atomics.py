@@ -18,6 +18,7 @@ from warmfront.shared.kernels.simd import I32, I64
 
 __all__ = [
     "address_of",
+    "bytes_at",
     "clock_ns",
     "fence",
     "fetch_add",
@@ -142,6 +143,7 @@ floats_at = _pointer_to(types.float32, ir.FloatType())
 longs_at = _pointer_to(types.int64, I64)
 shorts_at = _pointer_to(types.uint16, ir.IntType(16))
 words_at = _pointer_to(types.uint32, I32)
+bytes_at = _pointer_to(types.uint8, ir.IntType(8))
 
 
 @kernel

@@ -7,7 +7,7 @@ feature is below what rounding the weights to 8 bits has already lost.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -37,10 +37,12 @@ from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES
 
 __all__ = [
+    "QuantisedBlock",
     "block_offset",
     "byte_dot",
     "multiplies_bytes",
     "quantise_input",
+    "quantised_block",
     "quantised_bytes",
     "quantised_parts",
 ]
@@ -82,9 +84,19 @@ def block_offset(b: Any, block: Any) -> Any:
     return b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
 
 
-def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
-    at = b.mul(block, long(128))
-    halves = [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)]
+class QuantisedBlock(NamedTuple):
+    """32 numbers x = (128 * high + low) * scale."""
+
+    # The two halves: vectors of 16 int8.
+    high: list[Any]
+    low: list[Any]
+    scale: Any
+    # The sum of 128 * high + low.
+    sum: Any
+
+
+def quantised_block(b: Any, halves: list[Any]) -> QuantisedBlock:
+    """Quantise 32 floats, two vectors."""
     magnitudes = (call(b, "llvm.fabs.v16f32", V16, half) for half in halves)
     largest = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, call(b, "llvm.maxnum.v16f32", V16, *magnitudes))
     # maxnum passes over NaN, and no integer stands for it: the scale has to.
@@ -94,22 +106,31 @@ def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
     not_zero = b.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
     inverse = b.select(not_zero, b.fdiv(ir.Constant(FLOAT, _STEPS), largest), ir.Constant(FLOAT, 0.0))
     scale = b.fdiv(largest, ir.Constant(FLOAT, _STEPS))
-    place = block_offset(b, block)
-    low_at, scales_at, sums_at = quantised_parts(b, out, cols)
-    whole = []
-    for half, values in enumerate(halves):
+    whole, highs, lows = [], [], []
+    for values in halves:
         rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
-        whole.append(b.fptosi(rounded, vector(I32)))
+        number = b.fptosi(rounded, vector(I32))
         # Adding half a step makes the low part signed, -64..63: both parts then fit the signed side of VNNI.
         seven = constants(7, vector(I32))
-        high = b.ashr(b.add(whole[half], constants(64, vector(I32))), seven)
-        low = b.sub(whole[half], b.shl(high, seven))
-        at = b.add(place, long(32 * half))
-        store(b, out, at, b.trunc(high, vector(I8)))
-        store(b, low_at, at, b.trunc(low, vector(I8)))
+        high = b.ashr(b.add(number, constants(64, vector(I32))), seven)
+        whole.append(number)
+        highs.append(b.trunc(high, vector(I8)))
+        lows.append(b.trunc(b.sub(number, b.shl(high, seven)), vector(I8)))
     summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
-    store(b, scales_at, b.mul(block, long(4)), scale)
-    store(b, sums_at, b.mul(block, long(4)), summed)
+    return QuantisedBlock(highs, lows, scale, summed)
+
+
+def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
+    at = b.mul(block, long(128))
+    quantised = quantised_block(b, [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)])
+    place = block_offset(b, block)
+    low_at, scales_at, sums_at = quantised_parts(b, out, cols)
+    for half, (high, low) in enumerate(zip(quantised.high, quantised.low, strict=True)):
+        at = b.add(place, long(32 * half))
+        store(b, out, at, high)
+        store(b, low_at, at, low)
+    store(b, scales_at, b.mul(block, long(4)), quantised.scale)
+    store(b, sums_at, b.mul(block, long(4)), quantised.sum)
 
 
 @intrinsic

@@ -1,6 +1,6 @@
 """Compiled feed-forward arithmetic over neuron bundles: what every worker on a CPU computes.
 
-    all       gate and up dot, axpy of the down row            `listed_neurons`
+    all       gate and up dot, axpy of the down row            `whole_groups` of tiles, else `listed_neurons`
     lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
     lowbit    gate does not fire end there
     exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
@@ -21,8 +21,9 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.activation import activate, activate_times, fires
-from warmfront.shared.kernels.atomics import floats_at, longs_at
+from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, longs_at
 from warmfront.shared.kernels.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
+from warmfront.shared.kernels.down_tiles import add_down_tile, down_in_tiles, gather_down_tile, interleave_down
 from warmfront.shared.kernels.gemm import (
     SUM,
     Gathered,
@@ -37,6 +38,7 @@ from warmfront.shared.kernels.gemm import (
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
 from warmfront.shared.kernels.simd import I32, call
+from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile, multiply_tile_rows
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
 
@@ -52,6 +54,8 @@ __all__ = [
     "open_neurons",
     "scratch_bytes",
     "set_bit",
+    "tile_group",
+    "whole_groups",
 ]
 
 # Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
@@ -81,6 +85,8 @@ class Bundles(NamedTuple):
     hidden: int
     # Index into `ACTIVATIONS`.
     activation: int
+    # Whether the groups are in tiles: see `tile_group`.
+    tiled: bool
 
 
 class Vectors(NamedTuple):
@@ -98,8 +104,11 @@ class Vectors(NamedTuple):
     scratch: int
 
 
-def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
-    """Describe slots at address `at`; `activation` is an index into `ACTIVATIONS`."""
+def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = False) -> Bundles:
+    """Describe slots at address `at`; `activation` is an index into `ACTIVATIONS`.
+
+    `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them.
+    """
     return Bundles(
         at=at,
         bundle_bytes=layout.bundle_bytes,
@@ -111,6 +120,7 @@ def bundles_at(at: int, layout: BundleLayout, activation: int) -> Bundles:
         down_kind=int(layout.down_kind),
         hidden=layout.hidden,
         activation=activation,
+        tiled=whole and bool(in_tiles(layout.gate_kind)) and bool(down_in_tiles(layout.down_kind)),
     )
 
 
@@ -118,14 +128,52 @@ def scratch_bytes(hidden: int, max_tokens: int) -> int:
     """Bytes that a thread needs beside its sums."""
     tokens = whole_panels(max_tokens)
     single = LIST_BYTES + 4 * hidden
-    # 8 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
-    several = 4 * max(8 * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
+    # 16 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
+    several = 4 * max(TILE * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
     return max(single, several + 4 * _BATCH * GROUP * tokens)
 
 
 @kernel
 def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
     return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
+
+
+@kernel
+def tile_group(b: Bundles, at: int) -> None:
+    """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail."""
+    kept = np.empty(b.tail_offset, np.uint8)
+    kept_at = address_of(kept)
+    group = carray(bytes_at(at), (b.tail_offset,))
+    kept[:] = group
+    for part in range(2):
+        rows_at = at + part * GROUP * b.up_offset
+        for neuron in range(GROUP):
+            source = kept[neuron * b.bundle_bytes + part * b.up_offset :]
+            row = carray(bytes_at(rows_at + neuron * b.up_offset), (b.up_offset,))
+            for i in range(b.up_offset):
+                row[i] = source[i]
+        interleave(b.gate_kind, rows_at, GROUP, b.hidden)
+    down_at = at + GROUP * b.down_offset
+    interleave_down(b.down_kind, kept_at + b.down_offset, b.bundle_bytes, b.hidden, down_at)
+
+
+@kernel
+def whole_groups(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors) -> None:
+    """Add the outputs of all neurons of slots low..high, which are in tiles, for one token."""
+    gates_at, ups_at = vectors.scratch, vectors.scratch + GROUP * 4
+    gates = carray(floats_at(gates_at), (GROUP,))
+    for i in range(low, high):
+        at = _bundle(b, slots, i * GROUP)
+        for part in range(2):
+            for row in range(0, GROUP, TILE):
+                tile_at = at + (part * GROUP + row) * b.up_offset
+                out_at = gates_at + (part * GROUP + row) * 4
+                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, out_at, AHEAD_BYTES)
+        activate_times(b.activation, gates_at, ups_at, GROUP)
+        inverse = carray(floats_at(vectors.inverse), (1,))[0]
+        for neuron in range(GROUP):
+            gates[neuron] *= inverse
+        add_down_tile(b.down_kind, at + GROUP * b.down_offset, gates_at, at + b.tail_offset, vectors.sums, b.hidden)
 
 
 @kernel
@@ -292,6 +340,21 @@ def _keep(kind: int, at: int, out: int, panels: int) -> None:
 
 
 @kernel
+def _gates_and_ups(b: Bundles, group_at: int, x_at: int, gates: Panels, up_at: int, scratch_at: int) -> None:
+    """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups."""
+    for part in range(2):
+        out_at = up_at if part else gates.at
+        if b.tiled:
+            rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
+            multiply_tile_rows(rows, 0, GROUP, x_at, Panels(out_at, gates.step, gates.panels), scratch_at)
+        else:
+            for row in range(0, GROUP, 8):
+                at = group_at + row * b.bundle_bytes + part * b.up_offset
+                eight = Panels(out_at + row * LANES * 4, gates.step, gates.panels)
+                multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, b.hidden), x_at, eight, scratch_at)
+
+
+@kernel
 def dense_groups(
     b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, panels: int, ids: Ints, firing: Any
 ) -> None:
@@ -302,7 +365,7 @@ def dense_groups(
     """
     hidden, scratch_at = b.hidden, vectors.scratch
     size = 4 * panels * GROUP * LANES
-    gate_at = scratch_at + 4 * max(8 * hidden, GROUP * _COLUMNS)
+    gate_at = scratch_at + 4 * max(TILE * hidden, GROUP * _COLUMNS)
     up_at = gate_at + size
     input_at = up_at + size
     factors_at = input_at + 2 * panels * LANES * hidden
@@ -311,12 +374,7 @@ def dense_groups(
         groups = min(_BATCH, high - start)
         for i in range(groups):
             group_at = _bundle(b, slots, (start + i) * GROUP)
-            for row in range(0, GROUP, 8):
-                at, offset = group_at + row * b.bundle_bytes, row * LANES * 4
-                gates = Panels(gate_at + offset, GROUP * LANES * 4, panels)
-                ups = Panels(up_at + offset, GROUP * LANES * 4, panels)
-                multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, hidden), x_at, gates, scratch_at)
-                multiply_rows(Rows(b.gate_kind, at + b.up_offset, b.bundle_bytes, hidden), x_at, ups, scratch_at)
+            _gates_and_ups(b, group_at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
             activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
@@ -327,7 +385,12 @@ def dense_groups(
             sums = Panels(vectors.sums + first * LANES * 8, hidden * LANES * 8, panels)
             for i in range(groups):
                 at = _bundle(b, slots, (start + i) * GROUP)
-                rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
-                gather_columns(rows, GROUP, at + b.tail_offset, scratch_at, first, columns)
+                tail_at = at + b.tail_offset
+                if b.tiled:
+                    tile_at = at + GROUP * b.down_offset
+                    gather_down_tile(b.down_kind, tile_at, tail_at, hidden, scratch_at, first, columns)
+                else:
+                    rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
+                    gather_columns(rows, GROUP, tail_at, scratch_at, first, columns)
                 left = Gathered(b.down_kind, scratch_at, GROUP, columns)
                 multiply_columns(left, factors_at + i * size, GROUP, sums, SUM)

@@ -1,0 +1,232 @@
+"""Down rows in tiles: those of a whole group, for products in which all of its neurons are computed.
+
+As in a tile of a matrix (`tiles.py`), where the input's bytes are those of a group's factors now: a register holds 16
+columns of 4 neurons. The bytes of the 32 rows, at the same place in another order:
+
+    numbers   for each 32 columns, for each 4 neurons: for each of 16 columns a byte of each neuron; in 4 bits the low
+              and the high nibbles are columns 16 apart, of Q8 one such vector after the other, with 128 added
+    scales    for each 32 columns: float16 [32] of the neurons; of Q4 then minima likewise; of Q4C none
+
+The factors are quantised to 15 bits as inputs are (`byte_dot.py`). Where the scale is a row's, it is multiplied into
+the factor before, so the factors are quantised anew for each 32 columns; of Q4C once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from warmfront.shared.kernels.atomics import bytes_at, shorts_at
+from warmfront.shared.kernels.byte_dot import QuantisedBlock, multiplies_bytes, quantised_block
+from warmfront.shared.kernels.exact_sums import add_to_sums
+from warmfront.shared.kernels.fp16 import widened
+from warmfront.shared.kernels.gemm import in_pairs, multiplies_bfloat, paired
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales
+from warmfront.shared.kernels.simd import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    V16,
+    call,
+    constants,
+    fma,
+    load,
+    long,
+    splat,
+    store,
+    vector,
+)
+from warmfront.shared.kernels.simd import (
+    total as total_of,
+)
+from warmfront.shared.kernels.tiles import in_tiles
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.panels import LANES
+
+__all__ = ["add_down_tile", "down_in_tiles", "gather_down_tile", "interleave_down"]
+
+V64 = vector(I8, 64)
+_Q8, _Q4, _Q4C = int(Kind.Q8), int(Kind.Q4), int(Kind.Q4C)
+_TILED = tuple(form for form in FORMATS if form.bytes is not None or form.kind == Kind.Q4C)
+
+
+@kernel
+def down_in_tiles(kind: int) -> bool:
+    """Whether down rows of this type can be in tiles on this machine."""
+    return in_tiles(_Q4 if kind == _Q4C else kind)
+
+
+@kernel
+def interleave_down(kind: int, rows_at: int, stride: int, cols: int, out: int) -> None:
+    """Write a group's 32 packed down rows, `stride` bytes apart, as a tile to `out`, another place."""
+    blocks = cols // BLOCK
+    size = BLOCK if kind == _Q8 else BLOCK // 2
+    flip = np.uint8(128) if kind == _Q8 else np.uint8(0)
+    per_block = 0 if kind == _Q4C else 2 if kind == _Q4 else 1
+    numbers = carray(bytes_at(out), (blocks, size // LANES, GROUP // 4, LANES, 4))
+    scales = carray(shorts_at(out + blocks * size * GROUP), (per_block, blocks, GROUP))
+    for neuron in range(GROUP):
+        row = carray(bytes_at(rows_at + neuron * stride), (blocks, size // LANES, LANES))
+        halves = carray(shorts_at(rows_at + neuron * stride + blocks * size), (per_block, blocks))
+        for block in range(blocks):
+            for half in range(size // LANES):
+                for i in range(LANES):
+                    numbers[block, half, neuron // 4, i, neuron % 4] = row[block, half, i] ^ flip
+            for part in range(per_block):
+                scales[part, block, neuron] = halves[part, block]
+
+
+def _numbers(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons."""
+    count = 16 if form.kind == Kind.Q8 else 8
+    start = b.mul(block, long(64 * count))
+    loaded = [load(b, tile, b.add(start, long(64 * i)), V64) for i in range(count)]
+    if form.kind == Kind.Q8:
+        return loaded[:8], loaded[8:]
+    return [b.and_(each, constants(15, V64)) for each in loaded], [b.lshr(each, constants(4, V64)) for each in loaded]
+
+
+def _neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[list[Any]]:
+    """Scales, and of Q4 minima, of the 32 neurons in 32 columns: two vectors each."""
+    first = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
+    parts = []
+    for part in range(2 if form.kind == Kind.Q4 else 1):
+        at = b.add(b.mul(block, long(2 * GROUP)), b.mul(cols, long(2 * part)))
+        halves = (load(b, first, b.add(at, long(32 * half)), vector(I16)) for half in (0, 1))
+        parts.append([widened(context, b, half) for half in halves])
+    return parts
+
+
+def _zero(form: RowFormat) -> int:
+    """The number that stands for weight 0; Q4 and Q4C have minima instead."""
+    assert form.bytes is None or form.kind == Kind.Q4 or isinstance(form.bytes.zero, int)
+    return form.bytes.zero if form.bytes is not None and isinstance(form.bytes.zero, int) else 0
+
+
+def _products(b: Any, numbers: list[Any], factors: QuantisedBlock) -> Any:
+    """Number times factor, added up over the 32 neurons: 16 integers."""
+    parts = []
+    for halves in (factors.high, factors.low):
+        total = constants(0, vector(I32))
+        for i, each in enumerate(numbers):
+            words = b.bitcast(halves[i // 4], vector(I32, 4))
+            four = b.bitcast(splat(b, b.extract_element(words, ir.Constant(I32, i % 4))), V64)
+            total = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), total, each, four)
+        parts.append(total)
+    return b.add(b.shl(parts[0], constants(7, vector(I32))), parts[1])
+
+
+@intrinsic
+def _add_tile(context, kind, tile, factors, tail, sums, cols):
+    def build(context, b, _signature, arguments):
+        kind, tile, factors, tail, sums, cols = arguments
+
+        def emit(form: RowFormat) -> None:
+            if not multiplies_bytes(context):
+                return
+            given = [load(b, factors, long(64 * half), V16) for half in (0, 1)]
+            fixed = quantised_block(b, given) if form.kind == Kind.Q4C else None
+            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+                block = loop.index
+                parts, offset = fixed, None
+                if parts is None:
+                    scales, *minima = _neuron_scales(context, b, form, tile, cols, block)
+                    parts = quantised_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
+                    if minima:
+                        products = [b.fmul(f, low) for f, low in zip(given, minima[0], strict=True)]
+                        offset = splat(b, total_of(b, b.fadd(*products)))
+                for half, numbers in enumerate(_numbers(b, form, tile, block)):
+                    whole = _products(b, numbers, parts)
+                    if zero := _zero(form):
+                        whole = b.sub(whole, splat(b, b.mul(parts.sum, ir.Constant(I32, zero))))
+                    total = b.fmul(b.sitofp(whole, V16), splat(b, parts.scale))
+                    if form.kind == Kind.Q4C:
+                        at = b.add(b.mul(block, long(64)), long(32 * half))
+                        scale, minimum = column_scales(context, b, tail, cols, at)
+                        factor_sum = splat(b, b.fmul(b.sitofp(parts.sum, FLOAT), parts.scale))
+                        total = fma(b, total, scale, b.fmul(minimum, factor_sum))
+                    if offset is not None:
+                        total = b.fadd(total, offset)
+                    add_to_sums(context, b, sums, b.add(b.mul(block, long(256)), long(128 * half)), total)
+
+        by_kind(b, kind, _TILED, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), build
+
+
+@kernel
+def add_down_tile(kind: int, tile_at: int, factors_at: int, tail_at: int, sums_at: int, cols: int) -> None:
+    """Add the sum of factor times row over the 32 rows of a tile to int64 sums [cols]; factors: float32 [32].
+
+    `tail_at`: the group's tail, for Q4C.
+    """
+    _add_tile(kind, tile_at, factors_at, tail_at, sums_at, cols)
+
+
+def _weights(
+    context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any], block: Any, half: int, numbers: list[Any]
+) -> Iterator[Any]:
+    """16 columns as float32, neuron by neuron; place: tile, tail of the group, columns of a row."""
+    tile, tail, cols = place
+    columns = b.add(b.mul(block, long(64)), long(32 * half))
+    scale_at = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
+    if form.kind == Kind.Q4C:
+        scale, minimum = column_scales(context, b, tail, cols, columns)
+    for i, each in enumerate(numbers):
+        four = b.bitcast(each, vector(I32))
+        for shift in range(4):
+            number = b.and_(b.lshr(four, constants(8 * shift, vector(I32))), constants(255, vector(I32)))
+            if form.kind != Kind.Q4C:
+                at = b.add(b.mul(block, long(2 * GROUP)), long(2 * (4 * i + shift)))
+                scale = widened(context, b, splat(b, load(b, scale_at, at, I16)))
+                if form.kind == Kind.Q4:
+                    minimum = widened(context, b, splat(b, load(b, scale_at, b.add(at, b.mul(cols, long(2))), I16)))
+                else:
+                    minimum = b.fmul(scale, constants(-float(_zero(form))))
+            yield fma(b, b.sitofp(number, V16), scale, minimum)
+
+
+@intrinsic
+def _gather(context, kind, place, out, first, count, pairs):
+    """Columns of `count` blocks from block `first` on, as `gemm.gather_columns` leaves them."""
+
+    def build(context, b, _signature, arguments):
+        kind, place, out, first, count, pairs = arguments
+        place = cgutils.unpack_tuple(b, place, 3)
+        step = b.mul(count, long(4 * BLOCK))
+
+        def emit(form: RowFormat) -> None:
+            with cgutils.for_range(b, count, intp=I64) as loop:
+                block = b.add(first, loop.index)
+                for half, numbers in enumerate(_numbers(b, form, place[0], block)):
+                    at = b.add(out, b.add(b.mul(loop.index, long(128)), long(64 * half)))
+                    weights = list(_weights(context, b, form, place, block, half, numbers))
+                    with b.if_else(pairs) as (paired_rows, single_rows):
+                        with paired_rows:
+                            for row in range(GROUP // 2 if multiplies_bfloat(context) else 0):
+                                couple = paired(b, weights[2 * row], weights[2 * row + 1])
+                                store(b, at, b.mul(step, long(row)), couple)
+                        with single_rows:
+                            for row, each in enumerate(weights):
+                                store(b, at, b.mul(step, long(row)), each)
+
+        if multiplies_bytes(context):
+            by_kind(b, kind, _TILED, emit)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, place, *[types.int64] * 3, types.boolean), build
+
+
+@kernel
+def gather_down_tile(kind: int, tile_at: int, tail_at: int, cols: int, out: int, first: int, columns: int) -> None:
+    """As `gemm.gather_columns` of the 32 rows of a tile: `columns` columns from column `first` on."""
+    _gather(kind, (tile_at, tail_at, cols), out, first // BLOCK, columns // BLOCK, in_pairs(kind))
