@@ -68,7 +68,6 @@ def add_masked(
 def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens, firing: Any) -> None:
     """All neurons for several tokens in panels, as matrix products; `firing`: empty."""
     tokens.out[:] = 0
-    x, inverse, out = (address_of(array) for array in (tokens.x, tokens.inverse, tokens.out))
-    dense_groups(
-        work.bundles, slots, 0, len(slots), Vectors(x, 0, inverse, out, work.scratch_at), len(tokens.x), slots, firing
-    )
+    x_at, inverse_at, out_at = address_of(tokens.x), address_of(tokens.inverse), address_of(tokens.out)
+    vectors = Vectors(x_at, 0, inverse_at, out_at, work.scratch_at)
+    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x), slots, firing)

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
@@ -27,6 +25,8 @@ from warmfront.shared.model.panels import LANES
 
 __all__ = ["add_to_sums", "inverse_unit", "merge_sums", "round_to_sums"]
 
+# Bits of a sum, without the sign and one in reserve for roundings.
+_BITS = 61
 # Beyond this magnitude float32 products may have overflowed before they came here; such a token's output is NaN.
 _LIMIT = 2.0**100
 DOUBLE = ir.DoubleType()
@@ -37,16 +37,6 @@ Longs = npt.NDArray[np.int64]
 def _converts(context: Any) -> bool:
     """Whether the CPU converts vectors of floats to 64-bit integers."""
     return has(context, "avx512dq") or bool(context.codegen().magic_tuple()[0].startswith("aarch64"))
-
-
-@intrinsic
-def _bits(context):
-    """How many bits a sum has, sign and a reserve for roundings excluded."""
-
-    def build(context, _b, _signature, _arguments):
-        return ir.Constant(I64, 61 if _converts(context) else 50)
-
-    return types.int64(), build
 
 
 @kernel
@@ -62,20 +52,29 @@ def inverse_unit(reach: float, magnitude: float) -> Any:
     if bound > 0:
         exponent = np.int64(np.ceil(np.log2(bound)))
     # Within float32 on both sides: tiny sums need no finer unit.
-    return np.float32(2.0 ** min(_bits() - exponent, np.int64(100)))
+    return np.float32(2.0 ** min(_BITS - exponent, np.int64(100)))
 
 
 def add_to_sums(context: Any, b: Any, sums: Any, offset: Any, values: Any) -> None:
     """Round 16 floats to integers and add them to int64 at byte `offset` of `sums`."""
-    wide = vector(I64)
-    if _converts(context):
-        whole = b.fptosi(values, wide)
-    else:
-        # Added to 1.5 * 2^52, a double's last place is 1: its bits are the integer beside those of that number.
-        magic = ir.Constant(vector(DOUBLE), [1.5 * 2.0**52] * LANES)
-        shifted = b.fadd(b.fpext(values, vector(DOUBLE)), magic)
-        whole = b.sub(b.bitcast(shifted, wide), simd.constants(0x4338 << 48, wide))
-    store(b, sums, offset, b.add(whole, load(b, sums, offset, wide)))
+    whole = b.fptosi(values, vector(I64)) if _converts(context) else _by_doubles(b, values)
+    store(b, sums, offset, b.add(whole, load(b, sums, offset, vector(I64))))
+
+
+def _by_doubles(b: Any, values: Any) -> Any:
+    """16 floats below 2^62 as integers, in two halves: 1.5 * 2^52 added, the last place of a double is 1.
+
+    Its bits are then the integer beside those of that number. All steps but the last rounding are exact.
+    """
+    double, wide = vector(DOUBLE), vector(I64)
+    magic, high_unit, per_high_unit = (
+        ir.Constant(double, [value] * LANES) for value in (1.5 * 2.0**52, 2.0**32, 2.0**-32)
+    )
+    number = b.fpext(values, double)
+    high = b.fadd(b.fmul(number, per_high_unit), magic)
+    low = b.fadd(b.fsub(number, b.fmul(b.fsub(high, magic), high_unit)), magic)
+    high_bits, low_bits = (b.sub(b.bitcast(half, wide), simd.constants(0x4338 << 48, wide)) for half in (high, low))
+    return b.add(b.shl(high_bits, simd.constants(32, wide)), low_bits)
 
 
 @kernel

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from warmfront.gpu_worker.device import Device
 from warmfront.shared.machine.memory import zeros
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind, pack
@@ -123,7 +124,7 @@ def to_panels(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return panels
 
 
-def from_panels(panels: npt.NDArray[np.float32], tokens: int) -> npt.NDArray[np.float32]:
+def from_panels(panels: npt.NDArray[Any], tokens: int) -> npt.NDArray[Any]:
     """The inverse."""
     return panels.swapaxes(1, 2).reshape(-1, panels.shape[1])[:tokens]
 
@@ -131,6 +132,27 @@ def from_panels(panels: npt.NDArray[np.float32], tokens: int) -> npt.NDArray[np.
 def bits_of(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """The neurons of a mask, one after the other."""
     return np.array([word >> bit & 1 for word in words.tolist() for bit in range(GROUP)], bool)
+
+
+def units(tokens: int) -> npt.NDArray[np.float32]:
+    """1 / unit of each token's sums, different for neighbours."""
+    return (2.0 ** (30 + np.arange(tokens) % 5)).astype(np.float32)
+
+
+def execute(device: Device, slots: Any, x: Any, sparse: bool, out: Any, *words: Any) -> tuple[int, int]:
+    """`Device.execute` with a unit for each token, and the sums as floats in `out`."""
+    sums = np.full(x.shape, -1 << 62, np.int64)
+    done = device.execute(slots, x, units(len(x)), sparse, sums, *words)
+    out[:] = sums / units(len(x))[:, None].astype(np.float64)
+    return done
+
+
+def execute_many(device: Device, slots: Any, x: Any, tokens: int, out: Any) -> tuple[int, int]:
+    """The same of `Device.execute_many`."""
+    sums, inverse = np.full(x.shape, -1 << 62, np.int64), units(16 * len(x))
+    done = device.execute_many(slots, x, inverse, tokens, sums)
+    out[:] = sums / inverse.reshape(-1, 1, 16).astype(np.float64)
+    return done
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
+from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panels, to_panels
 from warmfront.gpu_worker.device import Device
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
@@ -55,9 +55,9 @@ def check(device: Device, case: Any, sparse: bool) -> None:
     assert device.allocated() == plan
     picked = [*range(case.layout.groups - 1, 0, -2), 0]
     places = places_of(picked)
-    first, second = np.full((2, *case.x.shape), np.nan, np.float32)
-    computed, nanoseconds = device.execute(places, case.x, sparse, first)
-    assert device.execute(places, case.x, sparse, second)[0] == computed
+    first, second = np.full((2, *case.x.shape), np.nan)
+    computed, nanoseconds = execute(device, places, case.x, sparse, first)
+    assert execute(device, places, case.x, sparse, second)[0] == computed
     expected, visited = case.expect(picked, sparse)
     assert_close(first, expected)
     assert first.tobytes() == second.tobytes()
@@ -68,10 +68,10 @@ def check(device: Device, case: Any, sparse: bool) -> None:
         assert several(device, case, picked).tobytes() == several(device, case, picked).tobytes()
     mask = np.resize(np.array([0x80000001, 0, 0xFFFFFFFF, 0x00F0], np.uint32), len(places))
     expected, visited = case.expect(picked, sparse, bits_of(mask))
-    assert device.execute(places, case.x, sparse, first, mask)[0] == visited.sum()
+    assert execute(device, places, case.x, sparse, first, mask)[0] == visited.sum()
     assert_close(first, expected)
     check_computed(device, case, sparse, picked, mask)
-    assert device.execute(places[:0], case.x, sparse, first) == (0, 0)
+    assert execute(device, places[:0], case.x, sparse, first) == (0, 0)
     assert not first.any()
     device.close()
     device.close()
@@ -81,8 +81,8 @@ def check(device: Device, case: Any, sparse: bool) -> None:
 def several(device: Device, case: Any, picked: list[int]) -> Any:
     """By `execute_many`, from and to panels."""
     x = to_panels(case.x)
-    out = np.full_like(x, np.nan)
-    computed, nanoseconds = device.execute_many(places_of(picked), x, len(case.x), out)
+    out = np.full(x.shape, np.nan)
+    computed, nanoseconds = execute_many(device, places_of(picked), x, len(case.x), out)
     assert computed == 32 * len(picked) * len(case.x)
     assert nanoseconds > 0
     return from_panels(out, len(case.x))
@@ -93,7 +93,7 @@ def check_computed(device: Device, case: Any, sparse: bool, picked: list[int], m
     x, out = case.x[:1], np.empty_like(case.x[:1])
     for given, chosen in ((None, None), (mask, bits_of(mask))):
         words = np.full(len(picked), 0xDEADBEEF, np.uint32)
-        computed, _ = device.execute(places_of(picked), x, sparse, out, given, words)
+        computed, _ = execute(device, places_of(picked), x, sparse, out, given, words)
         _, visited = case.expect(picked, sparse, chosen)
         assert (bits_of(words) == visited[0]).all()
         assert computed == visited[0].sum()

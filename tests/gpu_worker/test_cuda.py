@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.gpu_worker.conftest import to_panels
+from tests.gpu_worker.conftest import execute_many, to_panels
 from tests.gpu_worker.devices import (
     PAIRS,
     MakeCase,
@@ -77,7 +77,7 @@ def test_products_on_cpu(
     picked = [4, 0, 3, 2]
     assert_close(several(device, case, picked), case.expect(picked, False)[0])
     out = np.full_like(to_panels(case.x), np.nan)
-    assert device.execute_many(places_of([]), out, tokens, out) == (0, 0)
+    assert execute_many(device, places_of([]), out, tokens, out) == (0, 0)
     assert not out.any()
     assert "runtime error" not in capfd.readouterr().err
     device.close()

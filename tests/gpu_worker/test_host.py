@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu_worker.conftest import bits_of, from_panels, to_panels
+from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panels, to_panels
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
@@ -54,7 +54,7 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     case = random_case(layout_of(gate, down), "relu", tokens)
     device = filled(case)
     out = np.full(case.x.shape, np.nan, np.float32)
-    computed, nanoseconds = device.execute(np.array(picked, np.int32) + 2, case.x, sparse, out)
+    computed, nanoseconds = execute(device, np.array(picked, np.int32) + 2, case.x, sparse, out)
     expected, visited = case.expect(picked, sparse)
     assert_close(out, expected, QUANTISED if gate in (Kind.Q8, Kind.Q4, Kind.Q4S) else 1e-5)
     assert computed == visited.sum()
@@ -62,7 +62,7 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     if not sparse:
         panels = to_panels(case.x)
         sums = np.full_like(panels, np.nan)
-        assert device.execute_many(np.array(picked, np.int32) + 2, panels, tokens, sums)[0] == visited.sum()
+        assert execute_many(device, np.array(picked, np.int32) + 2, panels, tokens, sums)[0] == visited.sum()
         assert_close(from_panels(sums, tokens), expected, 1e-5 if gate == down == Kind.F32 else BFLOAT)
 
 
@@ -74,7 +74,7 @@ def test_a_mask_leaves_neurons_out(random_case: MakeCase, sparse: bool, tokens: 
     mask = np.array([0, 0xFFFFFFFF, 0x80000001, 0x00F0], np.uint32)
     chosen = bits_of(mask)
     out = np.full(case.x.shape, np.nan, np.float32)
-    computed, _ = filled(case).execute(np.arange(2, 6, dtype=np.int32), case.x, sparse, out, mask)
+    computed, _ = execute(filled(case), np.arange(2, 6, dtype=np.int32), case.x, sparse, out, mask)
     expected, visited = case.expect([0, 1, 2, 3], sparse, chosen)
     assert_close(out, expected, 1e-5)
     assert computed == visited.sum()
@@ -88,7 +88,7 @@ def test_which_neurons_fired(random_case: MakeCase, sparse: bool, masked: bool) 
     mask = np.array([0x80000001, 0xFFFFFFFF, 0, 0xF0F0F0F0], np.uint32) if masked else None
     out, fired = np.empty_like(case.x), np.full(4, 0xDEADBEEF, np.uint32)
     picked = [5, 0, 3, 6]
-    computed, _ = filled(case).execute(np.array(picked, np.int32) + 2, case.x, sparse, out, mask, fired)
+    computed, _ = execute(filled(case), np.array(picked, np.int32) + 2, case.x, sparse, out, mask, fired)
     expected, visited = case.expect(picked, sparse, None if mask is None else bits_of(mask))
     assert_close(out, expected)
     assert (bits_of(fired) == visited[0]).all()
@@ -100,7 +100,7 @@ def test_which_neurons_fired(random_case: MakeCase, sparse: bool, masked: bool) 
 def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> None:
     case = random_case(layout_of(Kind.F16, Kind.F16), activation, 5)
     out = np.empty_like(case.x)
-    computed, _ = filled(case).execute(np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
+    computed, _ = execute(filled(case), np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
     expected, visited = case.expect(list(range(7)), sparse)
     assert_close(out, expected)
     assert computed == visited.sum()
@@ -112,7 +112,7 @@ def test_large_gates(random_case: MakeCase, activation: str) -> None:
     case = random_case(layout_of(Kind.F32, Kind.F32), activation, 1)
     case.x[:] *= 200
     out = np.empty_like(case.x)
-    filled(case).execute(np.array([2], np.int32), case.x, False, out)
+    execute(filled(case), np.array([2], np.int32), case.x, False, out)
     expected, _ = case.expect([0], False)
     assert_close(out, expected)
 
@@ -121,7 +121,7 @@ def test_large_gates(random_case: MakeCase, activation: str) -> None:
 def test_no_slots(random_case: MakeCase, sparse: bool) -> None:
     case = random_case(layout_of(Kind.Q4, Kind.Q4), "relu", 3)
     out = np.full(case.x.shape, np.nan, np.float32)
-    computed, _ = filled(case).execute(np.empty(0, np.int32), case.x, sparse, out)
+    computed, _ = execute(filled(case), np.empty(0, np.int32), case.x, sparse, out)
     assert computed == 0
     assert not out.any()
 
@@ -129,7 +129,7 @@ def test_no_slots(random_case: MakeCase, sparse: bool) -> None:
 def test_all_gates_closed(random_case: MakeCase) -> None:
     case = random_case(layout_of(Kind.F32, Kind.F32), "relu", 2)
     out = np.full(case.x.shape, np.nan, np.float32)
-    assert filled(case).execute(np.array([2, 4], np.int32), np.zeros_like(case.x), True, out)[0] == 0
+    assert execute(filled(case), np.array([2, 4], np.int32), np.zeros_like(case.x), True, out)[0] == 0
     assert not out.any()
 
 
@@ -138,7 +138,7 @@ def test_a_slot_takes_another_group(random_case: MakeCase) -> None:
     device = filled(case)
     device.fill(np.array([2], np.int32), case.groups[6:])
     out = np.empty_like(case.x)
-    device.execute(np.array([2], np.int32), case.x, False, out)
+    execute(device, np.array([2], np.int32), case.x, False, out)
     expected, _ = case.expect([6], False)
     assert_close(out, expected, QUANTISED)
 
@@ -154,10 +154,10 @@ def test_filling_scattered_slots_from_the_staging(random_case: MakeCase) -> None
     slots = np.array([9, 3, 4, 0], np.int32)
     assert device.fill(slots, staged) > 0
     out = np.empty_like(case.x)
-    device.execute(slots, case.x, False, out)
+    execute(device, slots, case.x, False, out)
     assert_close(out, case.expect(picked, False)[0])
     # Slot 2 was left alone.
-    device.execute(np.array([2], np.int32), case.x, False, out)
+    execute(device, np.array([2], np.int32), case.x, False, out)
     assert_close(out, case.expect([0], False)[0])
 
 
@@ -174,10 +174,10 @@ def test_the_host_pins_nothing() -> None:
 
 
 # What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. Number of every neuron to
-# compute; x in two bytes (padded to 64) and two floats a block (padded to 16); 128 rows widened, gates and ups of four
-# groups; x and the products of gate and up as bfloat16.
-PANEL_BYTES = 4 * (2 * 128 * 16) + 2 * 16 * 96 + 2 * 128 * 16
-PARTIAL_BYTES = 4 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 128 * 96 + PANEL_BYTES
+# compute; x in two bytes (padded to 64) and two floats a block (padded to 16); 128 columns of 32 rows widened; gates
+# and ups of a group, x as bfloat16, and the products of gate and up of 64 groups.
+PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 4 * 64 * 32 * 16
+PARTIAL_BYTES = 4 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 32 * 128 + PANEL_BYTES
 
 
 def test_ledger() -> None:
@@ -209,7 +209,7 @@ def test_capacity() -> None:
     layout = layout_of(Kind.F16, Kind.F16)
     needed = 3 * 32 * 576 + PARTIAL_BYTES
     HostDevice(capacity=needed).reserve(layout, 0, 3, 2)
-    with pytest.raises(ResourceError, match=r"^host \(emulated GPU\): 3 slots need 0.1 MiB[^\n]*$"):
+    with pytest.raises(ResourceError, match=r"^host \(emulated GPU\): 3 slots need 0.2 MiB[^\n]*$"):
         HostDevice(capacity=needed - 1).reserve(layout, 0, 3, 2)
 
 

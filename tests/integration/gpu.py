@@ -14,9 +14,9 @@ from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
 
-def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512) -> int:
-    """Bytes of device memory for so many float32 groups, with all else that the worker puts there."""
-    layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=Kind.F32, down_kind=Kind.F32)
+def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512, kind: Kind = Kind.F32) -> int:
+    """Bytes of device memory for so many groups of one weight type, with all else that the worker puts there."""
+    layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=kind, down_kind=kind)
     return sum(HostDevice().ledger(layout, slots, min(288, -(-context // 16) * 16)).values())
 
 

@@ -32,13 +32,13 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-6"
+    assert metadata["format"] == "warmfront-7"
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))
     vectors = {name for name in source.names() if name.endswith(("norm", "bias"))}
     assert len(vectors) == 1 + 2 * (2 + 4)
-    assert set(tensors) == matrices | vectors | {"tokenizer", "layers.0.ffn", "layers.1.ffn"}
+    assert set(tensors) == matrices | vectors | {"tokenizer", "largest", "layers.0.ffn", "layers.1.ffn"}
     for name in matrices:
         np.testing.assert_array_equal(tensors[name], source.tensor(name).packed(kind))
     for name in vectors:
@@ -48,6 +48,22 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     q, exact = tensors["layers.1.q"], source.tensor("layers.1.q").float32()
     tolerance = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 4e-3, Kind.Q8: 4e-3, Kind.Q4S: 0.1}[kind]
     np.testing.assert_allclose(unpack(q, kind, 64), exact, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["auto", *KINDS])
+def test_largest_bounds_every_weight_of_a_layer(folder: Path, dtype: str) -> None:
+    """Of gate, up and down, layer by layer; what is not quantised has exactly that."""
+    source, kind = open_source(folder), KINDS.get(dtype, Kind.F32)
+    with PackedModel(pack(folder, dtype)) as model:
+        found, reach = model.floats("largest").reshape(2, 3), model.reach
+    exact = np.zeros((2, 3), np.float32)
+    for layer in range(2):
+        for i, part in enumerate(("gate", "up", "down")):
+            rows = source.tensor(f"layers.{layer}.{part}").packed(kind)
+            exact[layer, i] = np.abs(unpack(rows, kind, 64)).max()
+    assert (exact <= found).all()
+    assert (found <= (2.3 if kind in (Kind.Q8, Kind.Q4S) else 1) * exact).all()
+    np.testing.assert_allclose(reach, 80 * found.astype(np.float64).prod(1), rtol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["auto", *KINDS])
@@ -92,6 +108,9 @@ def test_down_of_four_bits_is_kept_exactly(tiny_gguf: Make, published: str, gate
     tails = groups[:, 32 * 448 :].copy().view(np.float16).astype(np.float32).reshape(16, 2, 1, 256)
     down = (numbers * tails[:, 0] + tails[:, 1]).reshape(512, 256)
     np.testing.assert_array_equal(down, source.tensor("layers.0.down").float32())
+    with PackedModel(packed) as model:
+        bound = model.floats("largest")[2]
+    assert np.abs(down).max() <= bound <= 2.3 * np.abs(down).max()
 
 
 @pytest.mark.parametrize("dtype", ["auto", "q4"])
@@ -282,10 +301,11 @@ def test_file_size(folder: Path, dtype: str) -> None:
     rows = row_bytes(kind, 64)
     matrices = (2 * vocab + 2 * (64 + 32 + 32 + 64)) * rows
     bundles = 2 * 96 * (-(-3 * rows // 64) * 64)
-    floats = 4 * (64 + 2 * (2 * 64 + 64 + 32 + 32 + 64))
+    floats = 4 * (64 + 2 * (2 * 64 + 64 + 32 + 32 + 64) + 2 * 3)
     tokenizer = len((folder / "tokenizer.json").read_bytes())
-    # Of eight rows of each matrix, the three groups of each layer, each vector, the tokenizer; and two checksums.
-    sums = 8 * (2 * -(-vocab // 8) + 2 * (8 + 4 + 4 + 8) + 2 * 3 + 1 + 2 * 6 + 1 + 2)
+    # Of eight rows of each matrix, the three groups of each layer, each vector, the largest magnitudes, the tokenizer;
+    # and two checksums.
+    sums = 8 * (2 * -(-vocab // 8) + 2 * (8 + 4 + 4 + 8) + 2 * 3 + 1 + 2 * 6 + 1 + 1 + 2)
     assert (8 + header) % 8 == 0
     assert packed.stat().st_size == 8 + header + matrices + bundles + floats + tokenizer + sums
 

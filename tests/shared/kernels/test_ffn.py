@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
+from warmfront.shared.kernels.exact_sums import inverse_unit
 from warmfront.shared.kernels.ffn import (
     Bundles,
     Vectors,
     bundles_at,
     dense_groups,
+    group_start,
     list_masked,
     listed_neurons,
     open_gates,
     open_neurons,
-    scratch_floats,
+    scratch_bytes,
     set_bit,
 )
 from warmfront.shared.machine.memory import address
@@ -74,6 +76,12 @@ class Slots:
                 part[:] = unpack(rows, kind, HIDDEN)
             bundles[:, :, start : start + rows.shape[1]] = rows.reshape(SLOTS, 32, -1)
 
+    def inverse(self, x: np.ndarray) -> np.ndarray:
+        """1 / unit of the sums of float [tokens, hidden]."""
+        reach = SLOTS * 32 * math.prod(float(np.abs(part).max()) for part in (self.gate, self.up, self.down))
+        magnitudes = np.abs(x).sum(1, dtype=np.float64)
+        return np.array([inverse_unit(reach, float(magnitude)) for magnitude in magnitudes], np.float32)
+
     def neurons(self, order: list[int]) -> np.ndarray:
         return np.concatenate([np.arange(32) + 32 * slot for slot in order])
 
@@ -101,31 +109,75 @@ def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 2e-5)
 QUANTISED, BFLOAT = 2e-4, 2e-2
 
 
-class Input:
-    """One token, as itself and as quantised rows want it, with sums and scratch memory."""
+def begun(start: float, inverse: np.ndarray) -> np.ndarray:
+    """`start` in units of each token."""
+    return np.rint(start * inverse.astype(np.float64) if start else np.zeros(len(inverse))).astype(np.int64)
 
-    def __init__(self, x: np.ndarray, sums: np.ndarray) -> None:
-        self._x, self._sums = np.ascontiguousarray(x, np.float32), sums
+
+class Input:
+    """One token, as itself and as quantised rows want it, with sums that begin at `start` and scratch memory."""
+
+    def __init__(self, slots: Slots, x: np.ndarray, start: float = 0) -> None:
+        self._x = np.ascontiguousarray(x, np.float32)
+        self._inverse = slots.inverse(self._x[None])
+        self._sums = begun(start, self._inverse).repeat(HIDDEN)
         self._quantised = np.zeros(quantised_bytes(HIDDEN), np.uint8)
-        self._scratch = np.full(HIDDEN, np.nan, np.float32)
+        size = scratch_bytes(HIDDEN, 1)
+        self._scratch = np.full(size + 64, 0xFF, np.uint8)
+        self._behind = self._scratch[size:]
         x_at = address(self._x)
         quantised_at = quantise_input(x_at, address(self._quantised), HIDDEN)
-        self.vectors = Vectors(x_at, quantised_at, address(sums), address(self._scratch))
+        addresses = map(address, (self._inverse, self._sums, self._scratch))
+        self.vectors = Vectors(x_at, quantised_at, *addresses)
+
+    @property
+    def sums(self) -> np.ndarray:
+        """As float64; what lies behind the scratch memory is untouched."""
+        assert (self._behind == 0xFF).all()
+        return np.asarray(self._sums / self._inverse.astype(np.float64))
+
+    def bits(self) -> bytes:
+        return self._sums.tobytes()
+
+
+class Panels:
+    """Several tokens in panels, with sums [tokens, hidden] that begin at `start` and scratch memory."""
+
+    def __init__(self, slots: Slots, x: np.ndarray, start: float = 0) -> None:
+        self._x = panels_of(x)
+        self.count = len(self._x)
+        padded = self._x.transpose(0, 2, 1).reshape(-1, HIDDEN)
+        self._inverse = slots.inverse(padded)
+        begin = begun(start, self._inverse).reshape(-1, 1, 16)
+        self._sums = np.broadcast_to(begin, self._x.shape).copy()
+        size = scratch_bytes(HIDDEN, len(x))
+        self._scratch = np.full(size + 64, 0xFF, np.uint8)
+        self._behind = self._scratch[size:]
+        addresses = map(address, (self._inverse, self._sums, self._scratch))
+        self.vectors = Vectors(address(self._x), 0, *addresses)
+
+    @property
+    def sums(self) -> np.ndarray:
+        """As float64 [tokens padded to 16, hidden]; what lies behind the scratch memory is untouched."""
+        assert (self._behind == 0xFF).all()
+        rows = self._sums.transpose(0, 2, 1).reshape(-1, HIDDEN)
+        return np.asarray(rows / self._inverse.astype(np.float64)[:, None])
+
+    def bits(self) -> bytes:
+        return self._sums.tobytes()
 
 
 def run_listed(
     bundles: Bundles,
     ids: np.ndarray,
     listed: Iterable[int],
-    x: np.ndarray,
-    sums: np.ndarray,
+    one: Input,
     low: int = 0,
     high: int | None = None,
     *,
     skip: bool = False,
 ) -> list[int]:
     """The neurons that were computed, by number in the list of slots, after a check of the count."""
-    one = Input(x, sums)
     neurons, words = np.array([*listed], np.int32), np.zeros(len(ids) + 1, np.uint32)
     end = len(neurons) if high is None else high
     count = listed_neurons(bundles, ids, neurons, low, end, skip, one.vectors, words)
@@ -148,10 +200,10 @@ def test_listed_neurons(gate: Kind, down: Kind, activation: str) -> None:
     for order in ORDERS:
         neurons = slots.neurons(order)
         for low, high in ((0, len(neurons)), (5, 23), (31, min(33, len(neurons))), (7, 7)):
-            sums = np.full(HIDDEN, 0.5, np.float32)
-            computed = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), x[0], sums, low, high)
+            one = Input(slots, x[0], 0.5)
+            computed = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), one, low, high)
             assert computed == list(range(low, high))
-            assert_close(sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
+            assert_close(one.sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
 
 
 @pytest.mark.parametrize(("gate", "down"), KINDS)
@@ -166,9 +218,9 @@ def test_listed_neurons_with_gaps(gate: Kind, down: Kind) -> None:
         opened = listed[slots.gate[neurons[listed]] @ x[0].astype(np.float64) > 0]
         assert 0 < len(opened) < len(listed)
         for skip, fired in ((False, listed), (True, opened)):
-            sums = np.zeros(HIDDEN, np.float32)
-            assert run_listed(bundles, ids, listed, x[0], sums, skip=skip) == fired.tolist()
-            assert_close(sums, expected, QUANTISED)
+            one = Input(slots, x[0])
+            assert run_listed(bundles, ids, listed, one, skip=skip) == fired.tolist()
+            assert_close(one.sums, expected, QUANTISED)
 
 
 def test_set_bit() -> None:
@@ -176,6 +228,14 @@ def test_set_bit() -> None:
     for neuron in (0, 31, 32, 70, 31):
         set_bit(words, neuron)
     assert words.tolist() == [1 | 1 << 31, 1, 1 << 6]
+
+
+def test_group_start() -> None:
+    listed = np.array([0, 5, 31, 32, 64, 65, 95], np.int32)
+    assert [group_start(listed, 7, i) for i in range(8)] == [0, 3, 3, 3, 4, 7, 7, 7]
+    # Of the first five alone.
+    assert [group_start(listed, 5, i) for i in range(6)] == [0, 3, 3, 3, 4, 5]
+    assert group_start(listed, 0, 0) == 0
 
 
 def test_list_masked() -> None:
@@ -197,45 +257,50 @@ def test_open_gates_and_neurons(gate: Kind, down: Kind) -> None:
         exact = slots.gate[neurons] @ x[0].astype(np.float64)
         for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
             gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
-            sums = np.full(HIDDEN, -0.25, np.float32)
-            one = Input(x[0], sums)
+            one = Input(slots, x[0], -0.25)
             count = open_gates(bundles, ids, low, high, one.vectors, gates, opened)
             wanted = [i for i in range(low, high) if exact[i] > 0]
             assert opened[:count].tolist() == wanted
             assert_close(gates[:count], exact[wanted], QUANTISED)
             assert np.isnan(gates[count:]).all()
             # In two parts, as two threads take them.
-            for first, last in ((0, count // 3), (count // 3, count)):
+            middle = group_start(opened, count, count // 3)
+            for first, last in ((0, middle), (middle, count)):
                 open_neurons(bundles, ids, gates, opened, first, last, one.vectors)
-            assert_close(sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25, QUANTISED)
+            assert_close(one.sums, slots.expect("relu", neurons[low:high], x)[0] - 0.25, QUANTISED)
 
 
 def test_a_gate_that_is_nan_is_open() -> None:
-    """So that every way of computing shows it: the sum is NaN, with gates skipped or not, for one token or several."""
+    """So that every way of computing shows it, with gates skipped or not, for one token or several.
+
+    That the output is NaN is said by the unit: integers have none (tests/shared/kernels/test_exact_sums.py).
+    """
     slots = Slots(Kind.F32, Kind.F32)
     listed, x = np.arange(SLOTS * 32, dtype=np.int32), np.full(HIDDEN, np.nan, np.float32)
     gates, opened = np.zeros(len(listed), np.float32), np.zeros(len(listed), np.int32)
     order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
-    sums = np.zeros(HIDDEN, np.float32)
-    scratch = np.zeros(scratch_floats(HIDDEN, 16), np.float32)
-    vectors = Vectors(address(x), address(x), address(sums), address(scratch))
-    assert open_gates(bundles, order, 0, 64, vectors, gates, opened) == 64
-    assert listed_neurons(bundles, order, listed, 0, 64, True, vectors, computed) == 64
-    assert np.isnan(sums).all()
-    panel, sums = np.full(HIDDEN * 16, np.nan, np.float32), np.zeros(HIDDEN * 16, np.float32)
-    firing = np.zeros((SLOTS, 32, 1), np.uint16)
-    vectors = Vectors(address(panel), 0, address(sums), address(scratch))
-    dense_groups(bundles, order, 0, 2, vectors, 1, order, firing)
-    assert np.isnan(sums).all()
-    assert (firing[:2] == 0xFFFF).all()
+    one = Input(slots, x)
+    assert open_gates(bundles, order, 0, 64, one.vectors, gates, opened) == 64
+    assert listed_neurons(bundles, order, listed, 0, 64, True, one.vectors, computed) == 64
+    assert np.isnan(one.sums).all()
+    panel = np.concatenate((inputs(5), x[None]))
+    several, firing = Panels(slots, panel), np.zeros((SLOTS, 32, 1), np.uint16)
+    dense_groups(bundles, order, 0, 2, several.vectors, 1, order, firing)
+    assert np.isnan(several.sums[5]).all()
+    assert (firing[:2] & 1 << 5).all()
+    # The tokens beside it are as ever.
+    alone = Panels(slots, np.concatenate((panel[:5], np.zeros((1, HIDDEN), np.float32))))
+    dense_groups(bundles, order, 0, 2, alone.vectors, 1, order, firing)
+    assert np.isfinite(alone.sums).all()
+    np.testing.assert_array_equal(several.sums[:5], alone.sums[:5])
 
 
 def test_no_gate_is_open_at_zero() -> None:
     slots, x = slots_of(Kind.F32, Kind.F32), np.zeros((1, HIDDEN), np.float32)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
     gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
-    one = Input(x[0], np.zeros(HIDDEN, np.float32))
+    one = Input(slots, x[0])
     ids = np.arange(SLOTS, dtype=np.int32)
     assert open_gates(bundles, ids, 0, SLOTS * 32, one.vectors, gates, opened) == 0
 
@@ -257,20 +322,15 @@ def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
     for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
         x = inputs(tokens)
-        wide = panels_of(x)
-        size = scratch_floats(HIDDEN, tokens)
-        scratch = np.full(size + 16, np.nan, np.float32)
         for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
-            sums = np.full_like(wide, 0.5)
-            vectors = Vectors(address(wide), 0, address(sums), address(scratch))
-            dense_groups(bundles, np.array(order, np.int32), low, high, vectors, len(wide), NO_IDS, NO_FIRING)
-            expected = np.zeros((len(wide) * 16, HIDDEN))
+            several = Panels(slots, x, 0.5)
+            ids = np.array(order, np.int32)
+            dense_groups(bundles, ids, low, high, several.vectors, several.count, NO_IDS, NO_FIRING)
+            expected = np.zeros((several.count * 16, HIDDEN))
             if low < high:
                 expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
             exact = gate == down == Kind.F32
-            assert_close(sums.transpose(0, 2, 1).reshape(-1, HIDDEN), expected + 0.5, 2e-5 if exact else BFLOAT)
-        # It keeps to its scratch memory.
-        assert np.isnan(scratch[size:]).all()
+            assert_close(several.sums, expected + 0.5, 2e-5 if exact else BFLOAT)
 
 
 @pytest.mark.parametrize(("gate", "down"), KINDS)
@@ -281,13 +341,11 @@ def test_dense_groups_note_which_tokens_open_which_gates(gate: Kind, down: Kind)
     told = 0
     for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
         x = inputs(tokens)
-        wide = panels_of(x)
+        several = Panels(slots, x)
         ids = np.random.default_rng(tokens).permutation(groups)[: len(order)].astype(np.int32)
         low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
-        firing = np.full((groups, 32, len(wide)), 0xAAAA, np.uint16)
-        sums, scratch = np.zeros_like(wide), np.empty(scratch_floats(HIDDEN, tokens), np.float32)
-        vectors = Vectors(address(wide), 0, address(sums), address(scratch))
-        dense_groups(bundles, np.array(order, np.int32), low, high, vectors, len(wide), ids, firing)
+        firing = np.full((groups, 32, several.count), 0xAAAA, np.uint16)
+        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.count, ids, firing)
         for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
             exact = x.astype(np.float64) @ slots.gate[32 * slot : 32 * slot + 32].T
             bits = np.unpackbits(firing[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
@@ -304,15 +362,12 @@ def test_dense_groups_note_which_tokens_open_which_gates(gate: Kind, down: Kind)
 def test_results_repeat_to_the_bit() -> None:
     slots, x = slots_of(Kind.Q4, Kind.Q4), inputs(16)
     bundles = bundles_at(slots.at, slots.layout, 0)
-    ids, wide = np.arange(SLOTS, dtype=np.int32), panels_of(x)
-    scratch = np.empty(scratch_floats(HIDDEN, 16), np.float32)
-    results = set()
+    ids, results = np.arange(SLOTS, dtype=np.int32), set()
     for _ in range(3):
-        one, many = np.zeros(HIDDEN, np.float32), np.zeros_like(wide)
-        run_listed(bundles, ids, range(SLOTS * 32), x[0], one)
-        vectors = Vectors(address(wide), 0, address(many), address(scratch))
-        dense_groups(bundles, ids, 0, SLOTS, vectors, 1, NO_IDS, NO_FIRING)
-        results.add((one.tobytes(), many.tobytes()))
+        one, many = Input(slots, x[0]), Panels(slots, x)
+        run_listed(bundles, ids, range(SLOTS * 32), one)
+        dense_groups(bundles, ids, 0, SLOTS, many.vectors, 1, NO_IDS, NO_FIRING)
+        results.add((one.bits(), many.bits()))
     assert len(results) == 1
 
 
@@ -321,6 +376,6 @@ def test_far_from_zero_nothing_overflows(activation: str) -> None:
     """There every activation is the gate or nothing."""
     slots, x = slots_of(Kind.F32, Kind.F32), 300 * inputs()
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
-    sums = np.zeros(HIDDEN, np.float32)
-    run_listed(bundles, np.arange(SLOTS, dtype=np.int32), range(SLOTS * 32), x[0], sums)
-    assert_close(sums, slots.expect("relu", np.arange(SLOTS * 32), x)[0])
+    one = Input(slots, x[0])
+    run_listed(bundles, np.arange(SLOTS, dtype=np.int32), range(SLOTS * 32), one)
+    assert_close(one.sums, slots.expect("relu", np.arange(SLOTS * 32), x)[0])

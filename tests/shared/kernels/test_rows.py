@@ -22,7 +22,7 @@ COLS = 96
 PAGE = 4096
 
 
-# Q4C rows are bare numbers: tests/shared/kernels/test_ffn.py.
+# Q4C rows are bare numbers: tests/shared/kernels/test_down_rows.py.
 ROW_KINDS = [kind for kind in Kind if kind != Kind.Q4C]
 
 
@@ -49,16 +49,13 @@ def rows_of(kind: Kind, rows: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
-def test_dot_axpy_widen(kind: Kind) -> None:
+def test_dot_and_widen(kind: Kind) -> None:
     packed, values = rows_of(kind)
     x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
     assert rows.row_stride(kind, COLS) == packed.shape[1]
     ahead = [*map(address, packed[1:]), address(packed[-1])]
     for row, reference, ahead_at in zip(packed, values, ahead, strict=True):
         assert dot(kind, address(row), x, ahead_at) == pytest.approx(reference @ x, abs=2e-3)
-        y = x.copy()
-        rows.axpy(kind, np.float32(0.37), address(row), address(y), COLS, ahead_at)
-        np.testing.assert_allclose(y, x + np.float32(0.37) * reference, atol=1e-6)
         wide = np.empty(COLS, np.float32)
         rows.widen(kind, address(row), address(wide), COLS)
         np.testing.assert_allclose(wide, reference, rtol=1e-7, atol=1e-7)
@@ -90,11 +87,7 @@ def test_fetching_ahead_changes_nothing(kind: Kind) -> None:
     """Not the result, and an address where nothing is does not fault."""
     packed, _ = rows_of(kind, 1)
     x = np.random.default_rng(9).standard_normal(COLS).astype(np.float32)
-    results = []
-    for ahead_at in (address(packed), 0, PAGE, -PAGE):
-        y = np.zeros(COLS, np.float32)
-        rows.axpy(kind, np.float32(0.37), address(packed), address(y), COLS, ahead_at)
-        results.append((dot(kind, address(packed), x, ahead_at), *y))
+    results = [dot(kind, address(packed), x, ahead_at) for ahead_at in (address(packed), 0, PAGE, -PAGE)]
     assert len(set(results)) == 1
 
 
@@ -105,16 +98,13 @@ def test_stays_within_its_row(kind: Kind) -> None:
     fenced = np.full(packed.size + 256, 0xFF, np.uint8)
     fenced[128:-128] = packed[0]
     row = address(fenced) + 128
-    x, y, wide = (np.full(COLS + 64, np.nan, np.float32) for _ in range(3))
+    x, wide = (np.full(COLS + 64, np.nan, np.float32) for _ in range(2))
     inner = slice(32, 32 + COLS)
-    x[inner] = y[inner] = 1
-    y_at, wide_at = (address(vector[inner]) for vector in (y, wide))
+    x[inner] = 1
     assert dot(kind, row, x[inner], row) == pytest.approx(values.sum(), abs=2e-3)
-    rows.axpy(kind, np.float32(1), row, y_at, COLS, row)
-    rows.widen(kind, row, wide_at, COLS)
-    for vector in (y, wide):
-        assert np.isnan(vector).sum() == 64
-        assert not np.isnan(vector[inner]).any()
+    rows.widen(kind, row, address(wide[inner]), COLS)
+    assert np.isnan(wide).sum() == 64
+    assert not np.isnan(wide[inner]).any()
 
 
 def test_every_half_is_widened_exactly() -> None:
@@ -163,7 +153,7 @@ def test_other_machines(tmp_path: Path, cpu: str, features: str) -> None:
     }
     files = [
         Path(__file__).with_name(f"test_{module}.py")
-        for module in ("rows", "multi_rows", "lowbit", "gemm", "activation")
+        for module in ("rows", "down_rows", "exact_sums", "multi_rows", "lowbit", "gemm", "activation", "ffn")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
     run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)

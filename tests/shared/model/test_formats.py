@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from warmfront.shared.model.formats import Kind, finite, pack, row_bytes, row_cols, unpack
+from warmfront.shared.model.formats import Kind, finite, largest, largest_of_blocks, pack, row_bytes, row_cols, unpack
 
 
 def random_rows(rows: int = 40, cols: int = 160) -> np.ndarray:
@@ -202,3 +202,42 @@ def test_finite(kind: Kind) -> None:
             spoilt = rows.copy()
             spoilt[1, at : at + values.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
             assert not finite(spoilt, kind, 64), at
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind != Kind.Q4C])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest(kind: Kind, sign: int) -> None:
+    """At least the largest magnitude, and no more than the type's steps allow, wherever and of whatever sign it is."""
+    # What 128, 8, or 15 and a minimum, steps of a block allow: 128 / 127 of what Q8 has, 16 / 7 of what Q4S may have.
+    slack = {Kind.Q8: 129 / 127, Kind.Q4: 2.01, Kind.Q4S: 16 / 7}.get(kind, 1.0)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values = rng.standard_normal((5, 96)).astype(np.float32)
+        values[rng.integers(5), rng.integers(96)] = sign * rng.uniform(5, 50)
+        packed = pack(values, kind)
+        exact = float(np.abs(unpack(packed, kind, 96)).max())
+        assert exact <= largest(packed, kind, 96) <= slack * exact
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind != Kind.Q4C])
+def test_largest_of_zeros(kind: Kind) -> None:
+    assert largest(pack(np.zeros((3, 64), np.float32), kind), kind, 64) == 0
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4S, Kind.Q4])
+def test_largest_holds_whatever_the_numbers_of_blocks_are(kind: Kind) -> None:
+    """A published file may hold any bits: -128 of Q8, scales below 0."""
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        rows = rng.integers(0, 256, (4, row_bytes(kind, 64)), dtype=np.uint8)
+        start = 64 if kind == Kind.Q8 else 32
+        scales = rng.normal(0, 1, (4, (rows.shape[1] - start) // 2)).astype(np.float16)
+        rows[:, start:] = scales.view(np.uint8).reshape(4, -1)
+        assert np.abs(unpack(rows, kind, 64)).max() <= largest(rows, kind, 64)
+
+
+def test_largest_of_blocks() -> None:
+    scale, minimum = np.array([0.5, -1, 0, 2], np.float16), np.array([-1, 3, -9, -20], np.float16)
+    for i, expected in enumerate((6.5, 12, 9, 20)):
+        assert largest_of_blocks(scale[i : i + 1], minimum[i : i + 1]) == expected
+    assert largest_of_blocks(scale, minimum) == 20

@@ -23,14 +23,16 @@ from warmfront.shared.wire.worker_main import open_assigned
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-6",
+    "format": "warmfront-7",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
 }
-TENSORS: dict[str, tuple[str, np.ndarray]] = {
+Tensors = dict[str, tuple[str, np.ndarray]]
+TENSORS: Tensors = {
     "embed": ("U8", np.arange(5 * 64, dtype=np.uint8).reshape(5, 64)),
     "norm": ("F32", np.linspace(0, 1, 32, dtype=np.float32)),
+    "largest": ("F32", np.array([0.5, 2.0, 0.25, 3.0, 1.0, 0.125], np.float32)),
     **{
         f"layers.{i}.ffn": (
             "U8",
@@ -44,28 +46,32 @@ Write = Callable[..., Path]
 
 
 # A piece of each: eight rows (embed has five), all of a vector, a group of neurons.
-PIECES = {"embed": 320, "norm": 128, "layers.0.ffn": 4096, "layers.1.ffn": 4096}
-SUMS = 1 + 1 + 3 + 3
+PIECES = {"embed": 320, "norm": 128, "largest": 1 << 20, "layers.0.ffn": 4096, "layers.1.ffn": 4096}
+SUMS = 1 + 1 + 1 + 3 + 3
 
 
-def fields_of() -> Fields:
+def fields_of(tensors: Tensors = TENSORS) -> Fields:
     fields: Fields = {"__metadata__": dict(METADATA)}
     offset = 0
-    for name, (element, values) in TENSORS.items():
+    for name, (element, values) in tensors.items():
         end = offset + values.nbytes
         fields[name] = {"dtype": element, "shape": list(values.shape), "data_offsets": [offset, end]}
         offset = end
-    return fields | {"sums": {"dtype": "U64", "shape": [SUMS + 2], "data_offsets": [offset, offset + 8 * (SUMS + 2)]}}
+    words = 2 + sum(
+        -(-values.nbytes // max(1, min(PIECES[name], values.nbytes))) for name, (_, values) in tensors.items()
+    )
+    return fields | {"sums": {"dtype": "U64", "shape": [words], "data_offsets": [offset, offset + 8 * words]}}
 
 
-def bytes_of(fields: object) -> bytes:
+def bytes_of(fields: object, tensors: Tensors = TENSORS) -> bytes:
     header = json.dumps(fields).encode()
     data, sums = b"", []
-    for name, (_, values) in TENSORS.items():
+    for name, (_, values) in tensors.items():
         data += (tensor := values.tobytes())
-        pieces = (tensor[at : at + PIECES[name]] for at in range(0, len(tensor), PIECES[name]))
+        piece = max(1, min(PIECES[name], len(tensor)))
+        pieces = (tensor[at : at + piece] for at in range(0, len(tensor), piece))
         sums += [sum(struct.unpack(f"<{len(piece) // 8}Q", piece)) % 2**64 for piece in pieces]
-    words = struct.pack(f"<{SUMS + 1}Q", *sums, zlib.crc32(header))
+    words = struct.pack(f"<{len(sums) + 1}Q", *sums, zlib.crc32(header))
     return struct.pack("<Q", len(header)) + header + data + words + struct.pack("<Q", zlib.crc32(words))
 
 
@@ -85,11 +91,12 @@ def test_what_the_file_says(path: Path) -> None:
         assert {name: entry.shape for name, entry in model.entries.items()} == {
             "embed": (5, 64),
             "norm": (32,),
+            "largest": (6,),
             "layers.0.ffn": (3, 4096),
             "layers.1.ffn": (3, 4096),
         }
-        assert [entry.kind for entry in model.entries.values()] == [Kind.F16, None, None, None]
-        assert [entry.nbytes for entry in model.entries.values()] == [320, 128, 12288, 12288]
+        assert [entry.kind for entry in model.entries.values()] == [Kind.F16, None, None, None, None]
+        assert [entry.nbytes for entry in model.entries.values()] == [320, 128, 24, 12288, 12288]
 
 
 def test_spec_with_a_predictor(tmp_path: Path) -> None:
@@ -233,7 +240,7 @@ def as_a_worker(path: Path) -> None:
         ("vocab", 6, "tensor embed has shape (5, 64) and 320 bytes, not shape (6, 64)"),
         ("hidden", 64, "tensor embed has shape (5, 64) and 320 bytes, not shape (5, 128)"),
         ("ffn", 33, "tensor layers.0.ffn has shape (3, 4096) and 12288 bytes, not shape (2, 4096)"),
-        ("layers", 2**31 - 1, "tensor layers.2147483646.ffn is missing"),
+        ("layers", 2**31 - 1, "tensor largest has shape (6,) and 24 bytes, not shape (6442450941,)"),
     ],
 )
 def test_a_description_that_no_model_can_have(
@@ -246,6 +253,31 @@ def test_a_description_that_no_model_can_have(
         open_file(path)
     assert os.listdir("/proc/self/fd") == before
     assert str(caught.value) == f"the packed model {path} is damaged ({complaint}); delete it, it will be made again"
+
+
+@pytest.mark.parametrize("open_file", [as_the_coordinator, as_a_worker])
+@pytest.mark.parametrize("name", ["largest", "layers.1.ffn"])
+def test_a_tensor_that_is_missing(tmp_path: Path, open_file: Callable[[Path], None], name: str) -> None:
+    tensors = {other: tensor for other, tensor in TENSORS.items() if other != name}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes_of(fields_of(tensors), tensors))
+    with pytest.raises(DamagedError, match=rf"is damaged \(tensor {name} is missing\)"):
+        open_file(path)
+
+
+@pytest.mark.parametrize("shape", [(4,), (8,), (2, 3), (0,)])
+def test_largest_magnitudes_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """There are three for each layer."""
+    tensors = TENSORS | {"largest": ("F32", np.ones(shape, np.float32))}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes_of(fields_of(tensors), tensors))
+    assert "tensor largest has shape" in refused(path)
+
+
+def test_reach(path: Path) -> None:
+    """70 neurons times what gate, up and down of a layer have at most."""
+    with PackedModel(path) as model:
+        assert model.reach.tolist() == [70 * 0.5 * 2 * 0.25, 70 * 3 * 1 * 0.125]
 
 
 @pytest.mark.parametrize("open_file", [as_the_coordinator, as_a_worker])
@@ -330,13 +362,14 @@ def test_damaged_weights_are_never_handed_out(path: Path, name: str, at: int, da
     assert not path.exists()
 
 
-def test_damaged_norms_are_found_at_once(path: Path) -> None:
-    offset = at_of(path, "norm")
+@pytest.mark.parametrize("name", ["norm", "largest"])
+def test_damaged_vectors_are_found_at_once(path: Path, name: str) -> None:
+    offset = at_of(path, name)
     data = bytearray(path.read_bytes())
-    data[offset : offset + 64] = bytes(64)
+    data[offset + 4 : offset + 8] = bytes(4)
     path.write_bytes(data)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(DamagedError, match=r"is damaged \(norm\)"):
+    with pytest.raises(DamagedError, match=rf"is damaged \({name}\)"):
         PackedModel(path)
     assert os.listdir("/proc/self/fd") == before
 

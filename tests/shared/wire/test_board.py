@@ -13,11 +13,12 @@ from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.wire.board import Board, BoardSizes
 
 # 15 owners, and 15 words of a table, are padded to 128 bytes; the firing of one panel, 15 * 32 * 2 = 960 bytes, to
-# 1024; x and y are 4 * 32 * 16 = 2048 bytes.
+# 1024; x is 4 * 32 * 16 = 2048 bytes, y twice as much; inverse, 4 * 16 bytes, is padded to 128.
 SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1)
 X_AT = 512 + 128 + 128 + 128 + 1024
-WORKER_BYTES = 128 + 128 + 128 + 128 + 128 + 2048
-TOTAL = X_AT + 2048 + 2 * WORKER_BYTES
+INVERSE_AT = X_AT + 2048
+WORKER_BYTES = 128 + 128 + 128 + 128 + 128 + 4096
+TOTAL = INVERSE_AT + 128 + 2 * WORKER_BYTES
 
 
 def board_of(sizes: BoardSizes = SIZES) -> Board:
@@ -25,10 +26,10 @@ def board_of(sizes: BoardSizes = SIZES) -> Board:
 
 
 def test_sizes_by_hand() -> None:
-    assert TOTAL == 9344
+    assert TOTAL == 13568
     assert SIZES.x_at == X_AT == 1920
-    assert SIZES.vector_bytes == 2048
-    assert [SIZES.worker_at(index) for index in range(2)] == [3968, 6656]
+    assert SIZES.inverse_at == INVERSE_AT == 3968
+    assert [SIZES.worker_at(index) for index in range(2)] == [4096, 8832]
     assert SIZES.total == TOTAL
     assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024  # that does not profile
     # 130 owners take two lines, 130 words five; 33 words take two.
@@ -41,7 +42,8 @@ def test_sizes_by_hand() -> None:
 def test_every_byte() -> None:
     """Each field written with values of its own lies where the diagram says, and nowhere else."""
     board = board_of()
-    x, y = np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32) * 3 + 0.25
+    x, y = np.arange(512, dtype=np.float32) + 0.25, np.arange(512) * 3 - (1 << 61)
+    inverse = 2.0 ** np.arange(-39, 61, 6.25)
     board.abort[:] = 11
     board.job[:] = 21, 22
     board.descriptor[:] = -1, 32, 33, 34, 35
@@ -50,6 +52,7 @@ def test_every_byte() -> None:
     board.computed[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
     board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
+    board.inverse[:] = inverse
     for index in range(2):
         board.done[index][:] = 50 + index, 60 + index
         board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
@@ -58,7 +61,7 @@ def test_every_byte() -> None:
         board.requested[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=7q", 4, 2, 3, 5, 32, 16, 1)),
+        (0, b"WARMFRNT" + struct.pack("=7q", 5, 2, 3, 5, 32, 16, 1)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
         (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
@@ -67,15 +70,16 @@ def test_every_byte() -> None:
         (768, struct.pack("=15I", *range(0xEEEEEE00, 0xEEEEEE0F))),
         (896, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
         (1920, struct.pack("=512f", *x)),
+        (3968, struct.pack("=16f", *inverse)),
     ]
-    for index, at in enumerate((3968, 6656)):
+    for index, at in enumerate((4096, 8832)):
         parts += [
             (at, struct.pack("=2q", 50 + index, 60 + index)),
             (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
             (at + 256, struct.pack("=q", 110 + index)),
             (at + 384, struct.pack("=15i", *(each - 7 - 100 * index for each in range(15)))),
             (at + 512, struct.pack("=15I", *(0xDDDDDD00 + 32 * index + each for each in range(15)))),
-            (at + 640, struct.pack("=512f", *(y + index))),
+            (at + 640, struct.pack("=512q", *(y + index))),
         ]
     expected = bytearray(TOTAL)
     for at, data in parts:
@@ -107,7 +111,7 @@ def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
     assert all(at % 128 == 0 for at in lines)
     assert len(set(lines)) == len(lines)
     tables = (board.owner, board.mask, board.computed, board.firing, *board.slot, *board.requested)
-    assert all(address(field) % 128 == 0 for field in (*tables, board.x, *board.y))
+    assert all(address(field) % 128 == 0 for field in (*tables, board.x, board.inverse, *board.y))
 
 
 OTHER = """
@@ -115,8 +119,8 @@ import dataclasses, sys
 from warmfront.shared.wire.board import Board
 from warmfront.shared.machine.memory import map_shared
 board = Board.attach(map_shared(int(sys.argv[1])))
-print(*dataclasses.astuple(board.sizes), *board.descriptor, board.x[5], flush=True)
-board.y[1][:3] = 1.5, 2.5, board.x[5]
+print(*dataclasses.astuple(board.sizes), *board.descriptor, board.x[5], board.inverse[15], flush=True)
+board.y[1][:3] = 1 << 60, -2, int(board.x[5] * board.inverse[15])
 board.done[1][0] = board.job[0]
 board.owner[1] = 9
 board.requested[1][2] = 0xFFFFFFFF
@@ -130,15 +134,15 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
         board = Board.create(map_shared(fd), SIZES)
         board.descriptor[:] = 2, 16, 16, 0, 77
         board.job[0] = 41
-        board.x[5] = -3.5
+        board.x[5], board.inverse[15] = -3.5, 2.0**40
         board.slot[1][1, 4] = 1 << 20
         run = subprocess.run(
             [sys.executable, "-c", OTHER, str(fd)], pass_fds=[fd], check=True, capture_output=True, text=True
         )
     finally:
         os.close(fd)
-    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "77", "-3.5"]
-    assert board.y[1][:4].tolist() == [1.5, 2.5, -3.5, 0]
+    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "77", "-3.5", "1.0995116e+12"]
+    assert board.y[1][:4].tolist() == [1 << 60, -2, -7 << 39, 0]
     assert not board.y[0].any()
     assert board.done[1][0] == 41
     assert board.done[0][0] == 0
@@ -167,7 +171,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 4"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 5"):
         Board.attach(board.mapping)
 
 
