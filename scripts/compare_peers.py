@@ -1,60 +1,69 @@
-"""warmfront and its peers on the same model, alternately in one run: tokens a second of decode and of prefill.
+"""warmfront and its peers on the same model, in turns in one run: tokens a second of decode and of prefill.
 
 For each token decode reads every weight that it needs once, so tok/s <= read bandwidth / bytes a token: an engine gains
 by needing fewer bytes (neurons skipped, narrower weights) or by coming closer to the bandwidth. Prefill uses a weight
 for many tokens and is bound by arithmetic. Machines are shared and their bandwidth moves, so only neighbours in time
-can be compared: a turn is bandwidth, ours, a peer; a ratio is the median of the turns' ratios. Other programs distort
-more than that: peers' threads spin at barriers, and a busy core costs them most of their speed. A turn waits up to
-20 s until others are quiet.
+can be compared: in a round every engine has a turn, in random order, and a ratio is the median of the rounds' ratios.
+The bandwidth is measured before and after every turn. Other programs distort more than that: peers' threads spin at
+barriers, and a busy core costs them most of their speed. A turn waits up to 20 s until others are quiet.
 
 MODEL is a folder made by make_synthetic_model.py, or one GGUF file (default: SmolLM2-135M): row `gguf`.
 
-    row    warmfront       peers
-    f16    f16, lowrank    PowerInfer (powerinfer-f16.gguf), llama.cpp (f16.gguf), warmfront with the selector `exact`;
-                           with --transformers also transformers in bfloat16 (hf/), which is slow
-    q8     q8, lowrank     llama.cpp (q8_0.gguf)
-    q4     q4, lowrank     llama.cpp (q4_0.gguf)
-    gguf   auto            llama.cpp
+    row    warmfront       llama.cpp, ik_llama.cpp    PowerInfer
+    f16    f16             f16.gguf                   powerinfer-f16.gguf
+    q8     q8              q8_0.gguf
+    q4     q4              q4_0.gguf
+    gguf   auto            the file
 
-A peer that is missing is skipped with a line. The peers: `pip install llama-cpp-python transformers`; PowerInfer is
-built from its source, WARMFRONT_POWERINFER is the path of its `main`. All answer the same prompts greedily and go on
-after an end token; loading and a warm-up are not timed. Different answers of an engine are counted. PowerInfer may have
-several: its threads add to one sum without a lock. The last line of stdout is JSON.
+The peers are built from their sources. An environment variable has the path of a program, and a peer that is missing
+is skipped with a line:
 
-    python scripts/compare_peers.py [MODEL] [--threads 2] [--rounds 5] [--tokens 64] [--prompt-tokens 16]
-                                    [--prefill 512] [--only f16,powerinfer,...] [--transformers]
+    WARMFRONT_LLAMA_CPP       llama.cpp's `llama-bench`
+    WARMFRONT_IK_LLAMA_CPP    ik_llama.cpp's `llama-bench`; it interleaves the weights' rows as it loads (-rtr 1)
+    WARMFRONT_POWERINFER      PowerInfer's `main`
+
+Decode is measured behind prompts of --contexts tokens, past any end of the text. Loading and a warm-up are not timed.
+The last line of stdout is JSON.
+
+    python scripts/compare_peers.py [MODEL] [--threads 2] [--rounds 5] [--tokens 64] [--contexts 16] [--prefill 512]
+        [--rows f16,q8,q4] [--selectors all,lowrank] [--peers llama.cpp,ik_llama.cpp,powerinfer] [--flash-attention 0,1]
 """
 
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
+import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from warmfront.coordinator import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL, find_model
+from warmfront.shared.config import SELECTORS
 from warmfront.shared.errors import WarmfrontError
 
-POWERINFER = "WARMFRONT_POWERINFER"
+LLAMA_CPP, IK_LLAMA_CPP, POWERINFER = "llama.cpp", "ik_llama.cpp", "powerinfer"
+PROGRAMS = {
+    LLAMA_CPP: "WARMFRONT_LLAMA_CPP",
+    IK_LLAMA_CPP: "WARMFRONT_IK_LLAMA_CPP",
+    POWERINFER: "WARMFRONT_POWERINFER",
+}
+FILES = {"f16": "f16.gguf", "q8": "q8_0.gguf", "q4": "q4_0.gguf"}
 BOS, FIRST_ID, IDS = 1, 300, 211  # prompts: begin of sequence, then ids from 300 to 510 in turn
+QUIET, PATIENCE_S = 0.1, 20.0  # others may use a tenth of the cores
 
-QUIET, PATIENCE_S = 0.1, 20.0  # a turn waits until others use less than this of the cores, so long at most
+Rates = dict[str, float]  # tok/s by column: "prefill 512", "decode @16"
 
 
 class Skip(Exception):
@@ -62,41 +71,159 @@ class Skip(Exception):
 
 
 class Task(NamedTuple):
-    """A turn: prefill of a long prompt; then, after a short one, `tokens` decoded after the first."""
+    """What is done in a turn: prefill of `prefill` tokens; behind prompts of each length, decode of `tokens`."""
 
     threads: int
     tokens: int
-    prompt: list[int]
-    prefill: list[int]
+    prefill: int
+    contexts: tuple[int, ...]
 
-    @property
-    def context(self) -> int:
-        return max(len(self.prompt), len(self.prefill)) + self.tokens + 8
-
-
-class Sample(NamedTuple):
-    """What a turn gave: two rates in tok/s and the answer."""
-
-    decode: float
-    prefill: float
-    answer: tuple[int, ...] | str
-
-
-Measure = Callable[[], Sample]
-# Takes tokens, first forgetting all before them if the flag is set; returns the most probable next one.
-Feed = Callable[[list[int], bool], int]
+    def rates(self, prefill: float, decode: Sequence[float]) -> Rates:
+        """The measured tok/s by column."""
+        behind = {f"decode @{context}": rate for context, rate in zip(self.contexts, decode, strict=True)}
+        return {f"prefill {self.prefill}": prefill, **behind}
 
 
 @dataclass
 class Contender:
-    """An engine on a file."""
+    """An engine on a file, and what its turns gave."""
 
     name: str
-    path: Path
-    load: Callable[[], AbstractContextManager[Measure]]  # yields what takes a turn
-    samples: list[Sample] = field(default_factory=list)
-    ratios: list[tuple[float, float]] = field(default_factory=list)  # ours over this one: decode, prefill
-    facts: dict[str, int] = field(default_factory=dict)
+    load: Callable[["Contender"], AbstractContextManager[Callable[[Task], Rates]]]  # yields what takes a turn
+    ours: bool = False
+    bytes_per_token: int = 0  # weights that a token reads, where they are known
+    samples: list[Rates] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)  # around each sample
+
+
+def prompt(count: int) -> list[int]:
+    """Ids of a prompt."""
+    return [BOS, *(FIRST_ID + at % IDS for at in range(count - 1))]
+
+
+@contextlib.contextmanager
+def warmfront(
+    path: Path, dtype: str, selector: str, task: Task, contender: Contender
+) -> Iterator[Callable[[Task], Rates]]:
+    """Our engine, resident, as it is used."""
+    context = max(task.prefill, *task.contexts) + task.tokens + 8
+    load = partial(Engine.load, str(path), threads=task.threads, context=context, gpu="none")
+    try:
+        engine = load(dtype=dtype, selector=selector)
+    except WarmfrontError as error:
+        raise Skip(str(error)) from error
+
+    def turn(task: Task) -> Rates:
+        engine.reset()
+        list(engine.generate(prompt(task.prefill), max_new_tokens=1))
+        prefill, decode = engine.stats.prefill_tps, []
+        for count in task.contexts:
+            engine.reset()
+            engine.decode_ids(prompt(count), task.tokens)
+            decode.append(engine.stats.decode_tps)
+        return task.rates(prefill, decode)
+
+    with engine:
+        turn(task._replace(contexts=task.contexts[:1]))
+        workers = engine.statistics.workers()
+        neurons = sum(worker.bytes for worker in workers) * engine.model.spec.layers / workers[0].jobs
+        contender.bytes_per_token = round(sum(engine.statistics.coordinator_bytes().values()) + neurons)
+        yield turn
+
+
+def program(peer: str) -> str:
+    """The path of a peer's program."""
+    variable = PROGRAMS[peer]
+    path = os.environ.get(variable)
+    if not path or not os.access(path, os.X_OK):
+        raise Skip(f"{variable}={path} cannot be run" if path else f"{variable} is not set to the path of its program")
+    return os.path.abspath(path)
+
+
+def output_of(command: list[str]) -> tuple[str, str]:
+    """What a peer's program printed, on stdout and on stderr."""
+    with tempfile.TemporaryDirectory() as folder:  # where it may leave a log
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise Skip(errors[0] if errors else f"exit code {done.returncode}")
+    return done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def llama_bench(
+    peer: str, file: Path, flash: str, task: Task, _contender: Contender
+) -> Iterator[Callable[[Task], Rates]]:
+    """llama.cpp or ik_llama.cpp: their `llama-bench`, a process for prefill and one for decode."""
+    base = f"-m {file.resolve()} -t {task.threads} -fa {flash} -r 1 -o json".split()
+    if peer == IK_LLAMA_CPP:
+        base += ["-rtr", "1"]
+
+    def run(*options: str) -> list[float]:
+        out, _ = output_of([program(peer), *base, *options])
+        try:
+            return [float(test["avg_ts"]) for test in json.loads(out)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise Skip("its output is not llama-bench's JSON") from error
+
+    def turn(task: Task) -> Rates:
+        tokens = str(task.tokens)
+        if peer == IK_LLAMA_CPP:  # which has no -d
+            behind = ["-n", "0", *(part for count in task.contexts for part in ("-gp", f"{count},{tokens}"))]
+        else:
+            behind = ["-n", tokens, "-d", ",".join(map(str, task.contexts))]
+        (prefill,) = run("-p", str(task.prefill), "-n", "0")
+        return task.rates(prefill, run("-p", "0", *behind))
+
+    run("-p", "8", "-n", "0")
+    yield turn
+
+
+@contextlib.contextmanager
+def powerinfer(file: Path, task: Task, _contender: Contender) -> Iterator[Callable[[Task], Rates]]:
+    """PowerInfer's `main`, a process for each prompt; its own timing lines leave loading out."""
+
+    def run(count: int, tokens: int, phase: str) -> float:
+        # It takes text, puts BOS before it and finds the words of the synthetic models in their vocabulary.
+        text = "".join(f"▁w{token}" for token in prompt(count)[1:])
+        options = f"-t {task.threads} -c {count + tokens + 8} --temp 0 --repeat-penalty 1.0 --ignore-eos"
+        command = [program(POWERINFER), "-m", str(file.resolve()), "-n", str(tokens), "-p", text, *options.split()]
+        _, said = output_of([*command, "--verbose-prompt"])
+        if [int(token) for token in re.findall(r"^ *(\d+) -> '", said, re.MULTILINE)] != prompt(count):
+            raise Skip("it reads other tokens than the prompt's; the vocabulary must have ▁w300 to ▁w510 as 300 to 510")
+        rate = re.search(rf": +{phase} time = .* ([\d.]+) tokens per second", said)
+        if rate is None:
+            raise Skip("no times among its last lines")
+        return float(rate[1])
+
+    def turn(task: Task) -> Rates:
+        prefill = run(task.prefill, 1, "prompt eval")
+        return task.rates(prefill, [run(count, task.tokens + 1, "eval") for count in task.contexts])
+
+    run(8, 2, "eval")
+    yield turn
+
+
+def rows_of(model: Path, task: Task, wish: argparse.Namespace) -> dict[str, list[Contender]]:
+    """The contenders by row, ours first."""
+    rows = {}
+    sparse = model / "powerinfer-f16.gguf"
+    source = model if model.is_file() else sparse if sparse.is_file() else model / "hf"
+    for row in ["gguf"] if model.is_file() else wish.rows:
+        file, dtype = (model, "auto") if model.is_file() else (model / FILES[row], row)
+        selectors = ["auto"] if model.is_file() else wish.selectors
+        rows[row] = [
+            Contender(f"warmfront {row} {selector}", partial(warmfront, source, dtype, selector, task), ours=True)
+            for selector in selectors
+        ]
+        for peer in wish.peers:
+            if peer != POWERINFER:
+                for flash in wish.flash_attention:
+                    load = partial(llama_bench, peer, file, flash, task)
+                    rows[row].append(Contender(f"{peer} {row}{' flash' * int(flash)}", load))
+            elif row == "f16":
+                rows[row].append(Contender("PowerInfer f16", partial(powerinfer, sparse, task)))
+    return rows
 
 
 def others_share() -> float:
@@ -112,265 +239,134 @@ def others_share() -> float:
     return 1 - (idle_now - idle) / max(total_now - total, 1)
 
 
-@contextlib.contextmanager
-def warmfront(path: Path, dtype: str, selector: str, task: Task, facts: dict[str, int]) -> Iterator[Measure]:
-    """Our engine; the bytes of weights that a token reads are added to `facts`."""
-    load = partial(Engine.load, str(path), threads=task.threads, context=task.context, gpu="none")
-    try:
-        engine = load(dtype=dtype, selector=selector)
-    except WarmfrontError as error:
-        raise Skip(str(error)) from error
-
-    def turn(task: Task) -> Sample:
-        engine.reset()
-        list(engine.generate(task.prefill, max_new_tokens=1))
-        prefill = engine.stats.prefill_tps
-        engine.reset()
-        answer = tuple(engine.decode_ids(task.prompt, task.tokens))
-        return Sample(engine.stats.decode_tps, prefill, answer)
-
-    with engine:
-        turn(task)
-        workers = engine.statistics.workers()
-        neurons = sum(worker.bytes for worker in workers) * engine.model.spec.layers / workers[0].jobs
-        facts["bytes_per_token"] = round(sum(engine.statistics.coordinator_bytes().values()) + neurons)
-        yield partial(turn, task)
+def take_turn(contender: Contender, turn: Callable[[Task], Rates], task: Task, meter: Bandwidth) -> float:
+    """Add a sample, once others are quiet; returns the share of the cores that they used all the same."""
+    patience = time.monotonic() + PATIENCE_S
+    while (busy := others_share()) > QUIET and time.monotonic() < patience:
+        pass
+    before = meter.measure()
+    rates = turn(task)
+    contender.samples.append(rates)
+    contender.bandwidth.append((before + meter.measure()) / 2)
+    return busy
 
 
-@contextlib.contextmanager
-def powerinfer(path: Path, task: Task) -> Iterator[Measure]:
-    """PowerInfer's `main`, a process for each prompt; its own timing lines leave loading out."""
-    main = os.environ.get(POWERINFER)
-    if not main or not os.access(main, os.X_OK):
-        raise Skip(f"{POWERINFER}={main} cannot be run" if main else f"{POWERINFER} is not set to the path of its main")
-    options = f"-t {task.threads} -c {task.context} --temp 0 --repeat-penalty 1.0 --ignore-eos --verbose-prompt"
+def compare(contenders: list[Contender], rounds: int, task: Task) -> tuple[list[Contender], list[float]]:
+    """All turns. Returns the contenders that could take theirs, and the shares of the cores that others used."""
+    meter = Bandwidth(sorted(os.sched_getaffinity(0)))
+    others: list[float] = []
+    order = random.Random(0)
+    with ExitStack() as stack:
+        turns: dict[str, Callable[[Task], Rates]] = {}
 
-    def run(ids: list[int], tokens: int, phase: str) -> tuple[float, str]:
-        # It takes text, puts BOS before it and finds the words of the synthetic models in their vocabulary.
-        text = "".join(f"▁w{token}" for token in ids[1:])
-        command = [os.path.abspath(main), "-m", str(path.resolve()), "-n", str(tokens), "-p", text, *options.split()]
-        with tempfile.TemporaryDirectory() as folder:  # where it leaves a log
-            done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
-        rate = re.search(rf": +{phase} time = .* ([\d.]+) tokens per second", done.stderr)
-        if done.returncode != 0 or rate is None:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise Skip(errors[0] if errors else f"exit code {done.returncode}, no times among its last lines")
-        if [int(token) for token in re.findall(r"^ *(\d+) -> '", done.stderr, re.MULTILINE)] != ids:
-            raise Skip("it reads other tokens than the prompt's; the vocabulary must have ▁w300 to ▁w510 as 300 to 510")
-        return float(rate[1]), done.stdout
-
-    def turn() -> Sample:
-        prefill, _ = run(task.prefill, 1, "prompt eval")
-        decode, answer = run(task.prompt, task.tokens + 1, "eval")
-        return Sample(decode, prefill, answer)
-
-    turn()
-    yield turn
-
-
-def llama_cpp_feed(path: str, task: Task) -> Feed:
-    import llama_cpp as api
-
-    sizes = {"n_ctx": task.context, "n_batch": task.context}
-    model = api.Llama(path, n_threads=task.threads, n_threads_batch=task.threads, verbose=False, **sizes)
-
-    def feed(ids: list[int], restart: bool) -> int:
-        if restart:
-            api.llama_memory_clear(api.llama_get_memory(model.ctx), True)
-        tokens = (api.llama_token * len(ids))(*ids)  # the batch only points to it
-        if api.llama_decode(model.ctx, api.llama_batch_get_one(tokens, len(ids))) != 0:
-            raise RuntimeError("llama_decode failed")
-        return int(np.ctypeslib.as_array(api.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).argmax())
-
-    return feed
-
-
-def transformers_feed(path: str, task: Task) -> Feed:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    torch.set_num_threads(task.threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    cache: list[Any] = [None]
-
-    @torch.inference_mode()
-    def feed(ids: list[int], restart: bool) -> int:
-        past = None if restart else cache[0]
-        out = model(torch.tensor([ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
-        cache[0] = out.past_key_values
-        return int(out.logits[0, -1].argmax())
-
-    return feed
-
-
-_feed: list[Feed] = []  # in a child: the engine that it has loaded
-
-
-def load_feed(load: Callable[[str, Task], Feed], path: str, task: Task) -> None:
-    _feed.append(load(path, task))
-    feed_turn(task)
-
-
-def feed_turn(task: Task) -> Sample:
-    feed = _feed[0]
-    started = time.perf_counter()
-    feed(task.prefill, True)
-    prefill = len(task.prefill) / (time.perf_counter() - started)
-    answer = [feed(task.prompt, True)]
-    started = time.perf_counter()
-    for _ in range(task.tokens):
-        answer.append(feed(answer[-1:], False))
-    return Sample(task.tokens / (time.perf_counter() - started), prefill, tuple(answer))
-
-
-@contextlib.contextmanager
-def child(load: Callable[[str, Task], Feed], path: Path, task: Task) -> Iterator[Measure]:
-    """A peer that runs in Python, in a process of its own: its threads and memory end with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-
-        def ask(what: Callable[..., Any], *arguments: Any) -> Any:
+        def attempt(contender: Contender, act: Callable[[], None]) -> bool:
             try:
-                return pool.submit(what, *arguments).result()
-            except Exception as error:
-                raise Skip(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
-
-        ask(load_feed, load, str(path), task)
-        yield partial(ask, feed_turn, task)
-
-
-def rows_of(model: Path, task: Task, options: argparse.Namespace) -> dict[str, list[Contender]]:
-    """The contenders by row, ours first."""
-
-    def ours(path: Path, dtype: str, selector: str) -> Contender:
-        contender = Contender("", path, lambda: warmfront(path, dtype, selector, task, contender.facts))
-        contender.name = f"warmfront {dtype} {selector}"
-        return contender
-
-    def theirs(name: str, file: str, load: Callable[[str, Task], Feed] = llama_cpp_feed) -> Contender:
-        return Contender(name, model / file, lambda: child(load, model / file, task))
-
-    if model.is_file():
-        return {"gguf": [ours(model, "auto", "auto"), theirs("llama.cpp", "")]}
-    sparse = model / "powerinfer-f16.gguf"
-    source = sparse if sparse.is_file() else model / "hf"
-    f16 = [ours(source, "f16", "lowrank"), Contender("PowerInfer f16", sparse, lambda: powerinfer(sparse, task))]
-    f16 += [theirs("llama.cpp f16", "f16.gguf"), ours(source, "f16", "exact")]
-    if options.transformers:
-        f16.append(theirs("transformers bf16", "hf", transformers_feed))
-    q8 = [ours(source, "q8", "lowrank"), theirs("llama.cpp q8_0", "q8_0.gguf")]
-    q4 = [ours(source, "q4", "lowrank"), theirs("llama.cpp q4_0", "q4_0.gguf")]
-    return {"f16": f16, "q8": q8, "q4": q4}
-
-
-def compare(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Take turns with one peer after the other; returns what was measured of the machine meanwhile."""
-    ours, *peers = contenders
-    bandwidth = Bandwidth(sorted(os.sched_getaffinity(0)))
-    seen: dict[str, list[float]] = {"bandwidth": [], "others": []}
-
-    def look() -> None:
-        patience = time.monotonic() + PATIENCE_S
-        while (busy := others_share()) > QUIET and time.monotonic() < patience:
-            pass
-        seen["others"].append(busy)
-        seen["bandwidth"].append(bandwidth.measure())
-
-    def turns(mine: Measure, peer: Contender | None = None, theirs: Measure | None = None) -> None:
-        for _ in range(rounds):
-            look()
-            ours.samples.append(mine())
-            if peer is not None and theirs is not None:
-                peer.samples.append(theirs())
-                (mine_decode, mine_prefill, _), (decode, prefill, _) = ours.samples[-1], peer.samples[-1]
-                peer.ratios.append((mine_decode / decode, mine_prefill / prefill))
-        look()
-
-    with ours.load() as mine:
-        for peer in peers:
-            try:
-                with peer.load() as theirs:
-                    turns(mine, peer, theirs)
+                act()
             except Skip as skip:
-                print(f"{peer.name} skipped: {skip}", flush=True)
-        if not ours.samples:
-            turns(mine)
-    return seen
+                print(f"{contender.name} skipped: {skip}", flush=True)
+                return False
+            return True
+
+        def load(contender: Contender) -> None:
+            turns[contender.name] = stack.enter_context(contender.load(contender))
+
+        def measure(contender: Contender) -> None:
+            others.append(take_turn(contender, turns[contender.name], task, meter))
+
+        left = [one for one in contenders if attempt(one, partial(load, one))]
+        for _ in range(rounds):
+            for one in order.sample(left, len(left)):
+                if not attempt(one, partial(measure, one)):
+                    left.remove(one)
+    return left, others
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def report(contenders: list[Contender], seen: dict[str, list[float]]) -> dict[str, Any]:
-    """Print a row as a table; returns it for JSON."""
-    result: dict[str, Any] = {name: spread(values) for name, values in seen.items()}
-    table: list[tuple[str, ...]] = [("", "decode tok/s", "prefill tok/s", "ours: decode, prefill", "answers")]
+def report(contenders: list[Contender], others: list[float]) -> dict[str, Any]:
+    """Print a row as tables; returns it for JSON."""
+    columns = list(contenders[0].samples[0])
+    result: dict[str, Any] = {"others": spread(others), "engines": {}, "ratios": {}}
     shown = "{median:.1f} ({min:.1f}-{max:.1f})"
+    line = "{:40}" + "{:>22}" * (len(columns) + 1) + "{:>8}"
+    print(line.format("", *columns, "GB/s around", "share"))
     for one in contenders:
-        if not one.samples:
-            continue
-        rates = {name: spread([getattr(sample, name) for sample in one.samples]) for name in ("decode", "prefill")}
-        answers = len({sample.answer for sample in one.samples})
-        entry: dict[str, Any] = {**rates, "turns": len(one.samples), "distinct_answers": answers, **one.facts}
-        result[one.name] = entry
-        if "bytes_per_token" in entry:
-            used = rates["decode"]["median"] * entry["bytes_per_token"] / 1e9
-            entry["bandwidth_share"] = round(used / result["bandwidth"]["median"], 3)
-        if one.ratios:
-            entry["ratio"] = [round(statistics.median(values), 3) for values in zip(*one.ratios, strict=True)]
-        ratio = "{:.2f}x, {:.2f}x".format(*entry["ratio"]) if one.ratios else ""
-        table.append((one.name, *(shown.format(**rate) for rate in rates.values()), ratio, f"{answers}"))
-    print("\n".join("{:24}{:>24}{:>26}{:>24}{:>10}".format(*cells) for cells in table))
+        entry: dict[str, Any] = {name: spread([rates[name] for rates in one.samples]) for name in columns}
+        entry["bandwidth"] = spread(one.bandwidth)
+        share = ""
+        if one.bytes_per_token:
+            pairs = zip(one.samples, one.bandwidth, strict=True)
+            shares = [rates[columns[1]] * one.bytes_per_token / 1e9 / around for rates, around in pairs]
+            entry |= {"bytes_per_token": one.bytes_per_token, "share": round(statistics.median(shares), 3)}
+            share = f"{entry['share']:.0%}"
+        result["engines"][one.name] = entry
+        print(line.format(one.name, *(shown.format(**entry[name]) for name in [*columns, "bandwidth"]), share))
+    for mine in (one for one in contenders if one.ours):
+        result["ratios"][mine.name] = {}
+        for peer in (one for one in contenders if not one.ours):
+            pairs = list(zip(mine.samples, peer.samples, strict=True))
+            ratios = {name: statistics.median(a[name] / b[name] for a, b in pairs) for name in columns}
+            result["ratios"][mine.name][peer.name] = {name: round(value, 3) for name, value in ratios.items()}
+            cells = [f"{value:.2f}x" for value in ratios.values()]
+            print(line.format(f"{mine.name.removeprefix('warmfront ')} / {peer.name}", *cells, "", ""))
     busy = "others used {median:.0%} of the cores ({min:.0%}-{max:.0%})".format(**result["others"])
-    warning = "; engines whose threads spin lose most by that" if result["others"]["max"] > QUIET else ""
-    said = ", {} reads {:.0f} MB a token: {:.0%} of it"
-    share = "".join(
-        said.format(one.name, one.facts["bytes_per_token"] / 1e6, result[one.name]["bandwidth_share"])
-        for one in contenders
-        if one.samples and one.facts
-    )
-    print(f"read bandwidth {shown.format(**result['bandwidth'])} GB/s{share}; {busy}{warning}\n", flush=True)
+    warning = "; engines whose threads spin lose most by that" if max(others) > QUIET else ""
+    print(f"{busy}{warning}\n", flush=True)
     return result
+
+
+def names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads names with commas between them."""
+
+    def names(text: str) -> list[str]:
+        found = [name for name in text.lower().split(",") if name]
+        if unknown := [name for name in found if name not in choices]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(choices)}")
+        return found
+
+    return names
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: give a number, 2 or more")
+    return int(text)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    for name, default in (("threads", 2), ("rounds", 5), ("tokens", 64), ("prompt-tokens", 16), ("prefill", 512)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", help="rows, or first words of peers' names, with commas between them")
-    parser.add_argument("--transformers", action="store_true")
-    options = parser.parse_args()
-    counts = (options.threads, options.rounds, options.tokens, options.prompt_tokens, options.prefill)
-    if min(counts) < 1:
-        sys.exit("all counts must be 1 or more")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    for name, default in (("tokens", 64), ("prefill", 512)):
+        parser.add_argument(f"--{name}", type=count, default=default)
+    parser.add_argument("--contexts", type=lambda text: tuple(map(count, text.split(","))), default=(16,))
+    for name, choices, default in (
+        ("rows", list(FILES), ",".join(FILES)),
+        ("selectors", SELECTORS, "all,lowrank"),
+        ("peers", list(PROGRAMS), ",".join(PROGRAMS)),
+        ("flash-attention", ["0", "1"], "0,1"),
+    ):
+        parser.add_argument(f"--{name}", type=names_of(choices), default=default)
+    wish = parser.parse_args()
+    if min(wish.threads, wish.rounds) < 1:
+        parser.error("--threads and --rounds must be 1 or more")
     try:
-        model = find_model(options.model, print)
+        model = find_model(wish.model, print)
     except WarmfrontError as error:
         sys.exit(str(error))
-    prompts = [[BOS, *(FIRST_ID + at % IDS for at in range(count - 1))] for count in counts[3:]]
-    rows = rows_of(model, Task(options.threads, options.tokens, *prompts), options)
-    result: dict[str, Any] = {"wish": vars(options), "rows": {}}
-    for row, (ours, *peers) in rows.items():
-        names = (options.only or row).lower().split(",")
-        peers = [peer for peer in peers if row in names or peer.name.lower().split()[0] in names]
-        if row not in names and not peers:
-            continue
-        try:
-            for peer in [peer for peer in peers if not peer.path.exists()]:
-                print(f"{peer.name} skipped: no {peer.path}")
-                peers.remove(peer)
-            seen = compare([ours, *peers], options.rounds)
-        except Skip as skip:
-            print(f"row {row} skipped: {skip}", flush=True)
-        else:
-            result["rows"][row] = report([ours, *peers], seen)
+    task = Task(wish.threads, wish.tokens, wish.prefill, wish.contexts)
+    result: dict[str, Any] = {"wish": vars(wish), "rows": {}}
+    for row, contenders in rows_of(model, task, wish).items():
+        left, others = compare(contenders, wish.rounds, task)
+        if left:
+            result["rows"][row] = report(left, others)
     if not result["rows"]:
-        sys.exit(f"nothing was measured; --only takes rows ({', '.join(rows)}) and peers")
+        sys.exit("nothing was measured")
     print(json.dumps(result))
 
 

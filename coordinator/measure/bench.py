@@ -4,8 +4,9 @@ A decoded token reads every weight that it needs once, and the keys and values o
 
     tok/s <= bandwidth / (attention + active feed-forward + predictor + head + KV)
 
-The bandwidth is measured before, between and after; the share of this roofline is of the bandwidth measured around each
-decode. Prefill uses each weight for many tokens and is bound by arithmetic.
+What is read is printed beside the bandwidth: each share is of what was measured around that decode. Weights that fit
+the last cache come faster, and their share may exceed 100 %. Prefill uses each weight for many tokens: arithmetic binds
+it.
 """
 
 import statistics
@@ -100,6 +101,7 @@ def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, 
     return {
         **{name: round(statistics.median(values), 2) for name, values in columns.items()},
         "decode_range": [round(min(columns["decode_tps"]), 2), round(max(columns["decode_tps"]), 2)],
+        "read": round(statistics.median(sample["decode_tps"] for sample in samples) * total / 1e9, 2),
         "roofline_share": round(statistics.median(shares), 3),
         "bytes_per_token": {name: round(size) for name, size in parts.items()},
     }
@@ -108,7 +110,7 @@ def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, 
 def render(result: dict[str, Any], width: int) -> Iterator[str]:
     """The table for people, or a paragraph for each row where the terminal's `width` columns do not hold it."""
     yield f"{result['name']} · {result['dtype']} · {result['threads']} threads · medians of {result['rounds']}"
-    head = "selector   context   prefill    decode   (range)            GB/s   roofline   MB a token"
+    head = "selector   context   prefill    decode   (range)            reads   of GB/s    share   MB a token"
     lines = [head, *_table(result)]
     yield from lines if max(map(len, lines)) <= width else _paragraphs(result)
 
@@ -118,8 +120,8 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         low, high = row["decode_range"]
         yield (
             f"{row['selector']:<10} {row['context']:7} {row['prefill_tps']:9.1f} {row['decode_tps']:9.1f}"
-            f"   {f'({low:.1f} to {high:.1f})':<17} {row['bandwidth']:5.1f} {row['roofline_share']:10.0%}"
-            f"   {', '.join(_parts(row))}"
+            f"   {f'({low:.1f} to {high:.1f})':<17} {row['read']:6.1f} {row['bandwidth']:9.1f}"
+            f" {row['roofline_share']:8.0%}   {', '.join(_parts(row))}"
         )
 
 
@@ -129,7 +131,7 @@ def _paragraphs(result: dict[str, Any]) -> Iterator[str]:
         yield f"selector {row['selector']}, context {row['context']}"
         yield f"  prefill {row['prefill_tps']:.1f} tok/s"
         yield f"  decode {row['decode_tps']:.1f} ({low:.1f} to {high:.1f})"
-        yield f"  {row['bandwidth']:.1f} GB/s, roofline {row['roofline_share']:.0%}"
+        yield f"  reads {row['read']:.1f} of {row['bandwidth']:.1f} GB/s: {row['roofline_share']:.0%}"
         yield from (f"  {part} MB a token" for part in _parts(row))
 
 

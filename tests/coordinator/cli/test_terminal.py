@@ -62,13 +62,15 @@ def test_a_plan_stays_in_its_columns(width: int) -> None:
 
 def test_a_benchmark_is_a_table_or_paragraphs() -> None:
     row = {"selector": "exact", "context": 16, "prefill_tps": 1234.5, "decode_tps": 99.9, "decode_range": [90.1, 100.0]}
-    row |= {"bandwidth": 12.5, "roofline_share": 0.83, "bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}}
+    row |= {"read": 10.4, "bandwidth": 12.5, "roofline_share": 0.83}
+    row |= {"bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}}
     result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": [row, row]}
     wide = list(bench.render(result, 200))
     assert len(wide) == 4
     assert len(wide[2]) > 80
     narrow = list(bench.render(result, 40))[1:]
     assert max(map(len, narrow)) <= 40
-    for figure in ("exact", "16", "1234.5", "99.9", "90.1 to 100.0", "12.5", "83%", "attention 100.0", "head 20.0"):
+    figures = ("exact", "16", "1234.5", "99.9", "90.1 to 100.0", "10.4", "12.5", "83%", "attention 100.0", "head 20.0")
+    for figure in figures:
         assert any(figure in line for line in narrow)
         assert figure in wide[2]
