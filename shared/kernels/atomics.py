@@ -14,10 +14,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import I32, I64
+from warmfront.shared.kernels.simd import I8, I32, I64
 
 __all__ = [
     "address_of",
+    "bytes_at",
     "clock_ns",
     "fence",
     "fetch_add",
@@ -140,6 +141,7 @@ def _pointer_to(element: Any, llvm: Any) -> Any:
 floats_at = _pointer_to(types.float32, ir.FloatType())
 longs_at = _pointer_to(types.int64, I64)
 shorts_at = _pointer_to(types.uint16, ir.IntType(16))
+bytes_at = _pointer_to(types.uint8, I8)
 
 
 @kernel

@@ -7,7 +7,7 @@ feature is below what rounding the weights to 8 bits has already lost.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -20,7 +20,6 @@ from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
-    I16,
     I32,
     I64,
     V16,
@@ -36,7 +35,7 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["byte_dot", "multiplies_bytes", "quantise_input", "quantised_bytes"]
+__all__ = ["Split", "byte_dot", "multiplies_bytes", "quantise_input", "quantised_bytes", "split_block"]
 
 V64 = vector(I8, 64)
 # The largest feature of a block, 127 * 128: the high part stays a signed byte when the low part rounds into it.
@@ -68,34 +67,48 @@ def _quantised_parts(b: Any, q: Any, cols: Any) -> tuple[Any, Any]:
     return scales_at, b.add(scales_at, floats)
 
 
-def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
-    at = b.mul(block, long(128))
-    halves = [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)]
-    magnitudes = (call(b, "llvm.fabs.v16f32", V16, half) for half in halves)
-    largest = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, call(b, "llvm.maxnum.v16f32", V16, *magnitudes))
-    # maxnum passes over NaN, and no integer stands for it: the scale has to.
-    missing = b.bitcast(b.fcmp_unordered("uno", *halves), I16)
-    largest = b.select(b.icmp_unsigned("!=", missing, ir.Constant(I16, 0)), ir.Constant(FLOAT, float("nan")), largest)
+class Split(NamedTuple):
+    """32 numbers x = (128 * high + low) * scale: vectors of 32-bit integers, 16 numbers each."""
+
+    high: list[Any]
+    low: list[Any]
+    # float32, and the sum of the integers.
+    scale: Any
+    total: Any
+
+
+def split_block(b: Any, halves: list[Any]) -> Split:
+    """Two float vectors, a block of 32, in 15 bits a number.
+
+    No integer stands for NaN: the scale does.
+    """
+    largest = simd.largest(b, [call(b, "llvm.fabs.v16f32", V16, half) for half in halves])
     # A block of zeros has scale 0, whose inverse would make NaN of it.
     not_zero = b.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
     inverse = b.select(not_zero, b.fdiv(ir.Constant(FLOAT, _STEPS), largest), ir.Constant(FLOAT, 0.0))
     scale = b.fdiv(largest, ir.Constant(FLOAT, _STEPS))
-    place = b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
-    whole = []
-    for half, values in enumerate(halves):
+    highs, lows, whole = [], [], []
+    for values in halves:
         rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
         whole.append(b.fptosi(rounded, vector(I32)))
         # Adding half a step makes the low part signed, -64..63: both parts then fit the signed side of VNNI.
         seven = constants(7, vector(I32))
-        high = b.ashr(b.add(whole[half], constants(64, vector(I32))), seven)
-        low = b.sub(whole[half], b.shl(high, seven))
+        highs.append(b.ashr(b.add(whole[-1], constants(64, vector(I32))), seven))
+        lows.append(b.sub(whole[-1], b.shl(highs[-1], seven)))
+    return Split(highs, lows, scale, call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole)))
+
+
+def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
+    at = b.mul(block, long(128))
+    numbers = split_block(b, [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)])
+    place = b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
+    for half, (high, low) in enumerate(zip(numbers.high, numbers.low, strict=True)):
         at = b.add(place, long(32 * half))
         store(b, out, at, b.trunc(high, vector(I8)))
         store(b, out, b.add(at, _padded(b, cols)), b.trunc(low, vector(I8)))
     scales_at, sums_at = _quantised_parts(b, out, cols)
-    summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
-    store(b, scales_at, b.mul(block, long(4)), scale)
-    store(b, sums_at, b.mul(block, long(4)), b.fmul(b.sitofp(summed, FLOAT), scale))
+    store(b, scales_at, b.mul(block, long(4)), numbers.scale)
+    store(b, sums_at, b.mul(block, long(4)), b.fmul(b.sitofp(numbers.total, FLOAT), numbers.scale))
 
 
 @intrinsic

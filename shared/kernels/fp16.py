@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels.simd import FLOAT, I16, I32, constants
 
-__all__ = ["has", "to_half", "widened"]
+__all__ = ["from_half", "has", "to_half", "widened"]
 
 F16 = ir.HalfType()
 
@@ -72,3 +72,14 @@ def to_half(context, value):
         return b.trunc(b.or_(half, sign), I16)
 
     return types.uint16(types.float32), build
+
+
+@intrinsic
+def from_half(context, bits):
+    """The float32 of the bits of a float16."""
+
+    def build(context, b, _signature, arguments):
+        one = b.bitcast(arguments[0], ir.VectorType(I16, 1))
+        return b.extract_element(widened(context, b, one), ir.Constant(I32, 0))
+
+    return types.float32(types.uint16), build

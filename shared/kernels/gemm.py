@@ -44,9 +44,11 @@ __all__ = [
     "Rows",
     "gather_columns",
     "in_pairs",
+    "multiplies_bfloat",
     "multiply_columns",
     "multiply_rows",
     "pack_panels",
+    "paired",
     "panels_of",
 ]
 
@@ -69,14 +71,15 @@ _BFloat._create_instance()
 _BFLOAT = _BFloat()
 
 
-def _multiplies_bfloat(context: Any) -> bool:
+def multiplies_bfloat(context: Any) -> bool:
+    """Whether code for this CPU multiplies pairs of bfloat16."""
     return has(context, "avx512bf16", "avx512bw", "avx512vl")
 
 
 @intrinsic
 def _pairs_possible(context):
     def build(context, b, _signature, _arguments):
-        return ir.Constant(ir.IntType(1), int(_multiplies_bfloat(context)))
+        return ir.Constant(ir.IntType(1), int(multiplies_bfloat(context)))
 
     return types.boolean(), build
 
@@ -87,7 +90,7 @@ def in_pairs(kind: int) -> bool:
     return kind != _F32 and _pairs_possible()
 
 
-def _paired(b: Any, even: Any, odd: Any) -> Any:
+def paired(b: Any, even: Any, odd: Any) -> Any:
     """Two float vectors as bfloat16 pairs, rounded to nearest even: i32 lanes, `even` in the low half."""
     name, bits = "llvm.x86.avx512bf16.cvtneps2bf16.512", vector(I16)
     narrow = (b.bitcast(call(b, name, vector(_BFLOAT), floats), bits) for floats in (even, odd))
@@ -101,11 +104,11 @@ def _pair_features(context, x, out, count):
 
     def build(context, b, _signature, arguments):
         x, out, count = arguments
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             with cgutils.for_range(b, count, intp=I64) as loop:
                 at = b.mul(loop.index, long(128))
                 couple = (load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1))
-                store(b, out, b.mul(loop.index, long(64)), _paired(b, *couple))
+                store(b, out, b.mul(loop.index, long(64)), paired(b, *couple))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
@@ -125,7 +128,7 @@ def _narrow_row(context, kind, row, out, cols):
                 both = b.bitcast(call(b, name, result, high, low), vector(I32))
                 store(b, out, b.mul(loop.index, long(64)), both)
 
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             by_kind(b, kind, [form for form in PLAIN if form.kind != Kind.F32], emit)
         return context.get_dummy_value()
 
@@ -144,9 +147,9 @@ def _interleave_rows(context, kind, even, odd, tail, out, cols):
                 blocks = (_row_block(context, b, form, row, tail, cols, loop.index) for row in (even, odd))
                 for half, couple in enumerate(zip(*blocks, strict=True)):
                     at = b.add(b.mul(loop.index, long(128)), long(64 * half))
-                    store(b, out, at, _paired(b, *couple))
+                    store(b, out, at, paired(b, *couple))
 
-        if _multiplies_bfloat(context):
+        if multiplies_bfloat(context):
             by_kind(b, kind, [form for form in FORMATS if form.kind != Kind.F32], emit)
         return context.get_dummy_value()
 
@@ -185,7 +188,7 @@ def _make_product(panels: int, pairs: bool) -> Any:
 
         def build(context, b, _signature, arguments):
             left, x, x_step, y, y_step, adding = arguments
-            if pairs and not _multiplies_bfloat(context):
+            if pairs and not multiplies_bfloat(context):
                 return context.get_dummy_value()
             w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
             # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
