@@ -160,10 +160,10 @@ def _cache_head(net: Network, st: State, layer: int, head: int, panel: int, lane
 
 
 @inlined
-def cache_panels(net: Network, st: State, layer: int, rank: int, panels: int) -> None:
+def cache_panels(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
     """Write the keys and values of several tokens into the cache: this thread's (key-value head, panel) pairs."""
     for task in range(rank, net.kv_heads * panels, st.threads):
-        _cache_head(net, st, layer, task % net.kv_heads, task // net.kv_heads, LANES)
+        _cache_head(net, st, layer, task % net.kv_heads, task // net.kv_heads, lanes)
 
 
 @kernel
@@ -187,7 +187,8 @@ def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
     """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
 
     It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
-    Whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile.
+    Whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile. Positions of
+    the tiles at both ends that the token does not see have no weight, so the sums do not depend on what is there.
     """
     cache, head_dim, group, position = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[POSITION]
     padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
@@ -217,13 +218,14 @@ def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
                 multiply_keys(keys, Heads(queries_at, padded * 4), Heads(scores_at + p * 4, count * 4), group)
             for head in range(group):
                 own, number = scores[head * count : (head + 1) * count], kv_head * group + head
-                # Positions that only fill a tile get next to no weight, 1e-38.
-                own[: max(seen - first, 0)] = -np.float32(np.inf)
-                own[base + end - first :] = -np.float32(np.inf)
+                hidden_before, hidden_behind = own[: max(seen - first, 0)], own[base + end - first :]
+                hidden_before[:], hidden_behind[:] = -np.float32(np.inf), -np.float32(np.inf)
                 at, before = scores_at + head * count * 4, tops[number]
                 tops[number] = max(before, highest_of(at, count))
                 factor = np.exp(before - tops[number])
                 totals[number] = totals[number] * factor + exponentials(at, count, tops[number])
+                # exp() has no 0.
+                hidden_before[:], hidden_behind[:] = 0, 0
                 for i in range(padded):
                     mixed[head, i] *= factor
             for p in range(0, count, TILE):

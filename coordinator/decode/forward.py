@@ -210,7 +210,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         if lanes == 1:
             attend_one(net, st, layer, rank)
         else:
-            cache_panels(net, st, layer, rank, panels)
+            cache_panels(net, st, layer, rank, panels, lanes)
             result = barrier(st.barrier)
             if result != DONE:
                 return result

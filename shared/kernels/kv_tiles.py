@@ -44,8 +44,7 @@ __all__ = ["Heads", "Tile", "add_values", "integers", "multiply_keys", "quantise
 _Q8 = int(Kind.Q8)
 _CACHED = [form for form in FORMATS if form.kind in (Kind.F32, Kind.F16, Kind.Q8)]
 _MULTIPLY_BYTES = "llvm.x86.avx512.vpdpbusd.512"
-# The largest of what values are multiplied with, in two unsigned bytes.
-_STEPS = 65535.0
+_STEPS = 65535.0  # the largest of what values are multiplied with, in two unsigned bytes
 # Heads of a product: 16 sums of integers, two parts of the other side and two vectors of a strip stay in registers.
 _HEADS = 4
 
@@ -228,9 +227,10 @@ def _make_mix(heads: int) -> Any:
             scales_at = b.add(at, b.mul(numbers, long(TILE)))
             room = [cgutils.alloca_once(b, vector(FLOAT, 32)) for _ in range(heads)]
             weights = [b.ptrtoint(each, I64) for each in room]
-            chances, shrunk = [], []
+            chances, shrunk, seen = [], [], []
             for h in range(heads):
                 own = [load(b, b.add(x, b.mul(x_step, long(h))), long(64 * half), V16) for half in (0, 1)]
+                seen = seen or [b.fcmp_unordered("une", half, constants(0.0)) for half in own]
                 if whole:
                     # A chance may be tiny beside that of another tile, and there are thousands: each tile has its step.
                     shrunk.append(b.fdiv(_largest(b, own), ir.Constant(FLOAT, _STEPS)))
@@ -239,7 +239,9 @@ def _make_mix(heads: int) -> Any:
                 chances.append(own)
             with cgutils.for_range(b, b.udiv(numbers, long(BLOCK)), intp=I64) as loop:
                 strip = b.mul(loop.index, long(TILE * BLOCK))
-                scales = scale_vectors(context, b, scales_at, loop.index)
+                # Of positions without weight the scale must not count: what is there may be of another text.
+                found = zip(seen, scale_vectors(context, b, scales_at, loop.index), strict=True)
+                scales = [b.select(mask, half, constants(0.0)) for mask, half in found]
                 if whole:
                     # An infinite scale makes the result infinite or NaN, as it should be.
                     largest = _largest(b, scales)
@@ -266,9 +268,7 @@ def _make_mix(heads: int) -> Any:
 
 
 def _weigh(context: Any, b: Any, scales: list[Any], chances: list[Any], out: Any) -> None:
-    """Chances of 32 positions times the scales of their values, at `out`: floats, or, where the CPU multiplies bytes,
-    16 bits, the low bytes [32], then the high ones.
-    """
+    """Chances of 32 positions times their scales, at `out`: floats, or for byte products 16 bits, low bytes first."""
     weights = [b.fmul(scale, chance) for scale, chance in zip(scales, chances, strict=True)]
     if not multiplies_bytes(context):
         for half, values in enumerate(weights):
@@ -339,7 +339,7 @@ def multiply_keys(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
 def add_values(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
     """y[h] += sum over the tile's 32 positions of x[h][position] * value.
 
-    `x`: float32 [32] of each head, not negative; `y`: float32 [numbers] of each.
+    `x`: float32 [32] of each head, not negative, and 0 of the same positions for all; `y`: float32 [numbers] of each.
     """
     if tile.kind != _Q8:
         size = TILE * row_stride(tile.kind, TILE)

@@ -56,6 +56,16 @@ def test_thousands_of_tokens(tiny_llama: MakeLlama, kv: str, threads: int) -> No
         assert_logits(engine, expected, ids, 4290, {"f32": 5e-4, "f16": 3e-2, "q8": 1e-1}[kv])
 
 
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
+def test_what_an_earlier_text_left_behind_changes_no_bit(tiny_llama: MakeLlama, kv: str) -> None:
+    """Decoding reads whole tiles, also what is behind the text."""
+    ids = IDS[50:100]
+    with Engine.load(str(tiny_llama()), dtype="f32", kv=kv, workers=1) as engine:
+        fresh = np.array(list(engine.forced_logits(ids, 3)))
+        list(engine.forced_logits(IDS, 200))
+        np.testing.assert_array_equal(np.array(list(engine.forced_logits(ids, 3))), fresh)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_what_is_refused(tiny_llama: MakeLlama) -> None:
     model = str(prepack(tiny_llama(hidden_act="relu")))

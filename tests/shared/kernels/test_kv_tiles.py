@@ -68,6 +68,21 @@ def test_values(kind: Kind, numbers: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_values_without_weight_change_no_bit(kind: Kind) -> None:
+    kept, tile, _ = tile_of(kind, 64, "values")
+    x, y = RNG.uniform(0, 1, (3, 32)).astype(np.float32), np.zeros((2, 3, 64), np.float32)
+    x[:, 20:] = 0
+    for turn in range(2):
+        add_values(tile, Heads(address(x), 128), Heads(address(y[turn]), 256), 3)
+        if kind == Kind.Q8:
+            kept[32 * 64 :].view(np.float16).reshape(2, 32)[:, 20:] = 77
+        else:
+            dtype = np.float32 if kind == Kind.F32 else np.float16
+            kept.view(dtype).reshape(2, 32, 32)[:, 20:] = 77
+    np.testing.assert_array_equal(y[0], y[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_chances_of_nothing(kind: Kind) -> None:
     """Positions that only fill a tile have 1e-38, which no inverse holds; what was never written is 0."""
     kept, tile, _ = tile_of(kind, 32, "values")
