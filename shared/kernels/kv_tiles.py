@@ -225,9 +225,9 @@ def _make_mix(heads: int) -> Any:
             _, at, numbers, ahead = cgutils.unpack_tuple(b, tile, 4)
             whole = multiplies_bytes(context)
             scales_at = b.add(at, b.mul(numbers, long(TILE)))
-            room = [cgutils.alloca_once(b, vector(FLOAT, 32)) for _ in range(heads)]
-            weights = [b.ptrtoint(each, I64) for each in room]
-            chances, shrunk, seen = [], [], []
+            weights = [b.ptrtoint(cgutils.alloca_once(b, vector(FLOAT, 32)), I64) for _ in range(heads)]
+            chances, shrunk = [], []
+            seen: list[Any] = []
             for h in range(heads):
                 own = [load(b, b.add(x, b.mul(x_step, long(h))), long(64 * half), V16) for half in (0, 1)]
                 seen = seen or [b.fcmp_unordered("une", half, constants(0.0)) for half in own]
