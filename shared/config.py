@@ -19,6 +19,7 @@ __all__ = [
     "BITS",
     "DTYPES",
     "GPU_PATTERN",
+    "KV_TYPES",
     "POLICIES",
     "PREDICTING",
     "SELECTORS",
@@ -33,6 +34,8 @@ __all__ = [
 # Of the selector lowbit's copies of the gates.
 BITS = (1, 2, 4)
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
+# Of the keys and values in the KV cache.
+KV_TYPES = ("auto", "f32", "f16", "q8")
 SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
 PREDICTING = frozenset({"lowrank", "lowbit"})
@@ -100,11 +103,12 @@ class EngineConfig:
     its node; tuning: take what `warmfront tune` found, where none of these is given; vram_budget: bytes of device
     memory for the GPU worker; attention: where attention and predictors run, on the CPU or on a device of torch's;
     policy: how neurons move between the workers; plan: a file of `warmfront plan` to begin with; context: tokens that
-    the KV cache holds; measure: compare the selected neurons with those that fire, on one token of 64; verify: check
-    for every token that each selected neuron was computed exactly once; look_ahead: predict a layer's neurons from the
-    input of the one before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that are to
-    seem slower than they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the gates,
-    and the recall by mass that its thresholds are calibrated for.
+    the KV cache holds; kv: their type, by default float16, for float32 models float32; measure: compare the selected
+    neurons with those that fire, on one token of 64; verify: check for every token that each selected neuron was
+    computed exactly once; look_ahead: predict a layer's neurons from the input of the one before, beside its work;
+    trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4",
+    an emulation. For the selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds
+    are calibrated for.
     """
 
     dtype: str = "auto"
@@ -124,6 +128,7 @@ class EngineConfig:
     policy: str = "balance"
     plan: str | None = None
     context: int | None = None
+    kv: str = "auto"
     measure: bool = False
     verify: bool = False
     look_ahead: bool = False
@@ -136,6 +141,8 @@ class EngineConfig:
             raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.selector not in SELECTORS:
             raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
+        if self.kv not in KV_TYPES:
+            raise UsageError(f"no type {self.kv!r} of keys and values: use one of {', '.join(KV_TYPES)}")
         if self.bits not in BITS:
             raise UsageError(f"low-bit copies of {self.bits} bits: use 1, 2 or 4")
         if not 0.5 <= self.recall < 1:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from warmfront.shared.config import BITS, DTYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import BITS, DTYPES, KV_TYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
 from warmfront.shared.errors import UsageError
 
 __all__ = [
@@ -130,6 +130,13 @@ run_options = _together(
         default=_ENGINE.attention,
         show_default=True,
         help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
+    ),
+    click.option(
+        "--kv",
+        type=click.Choice(KV_TYPES),
+        default=_ENGINE.kv,
+        show_default=True,
+        help="Keys and values in the KV cache; auto: f16, or f32 with weights in f32.",
     ),
     click.option(
         "--policy",

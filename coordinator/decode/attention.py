@@ -1,51 +1,54 @@
 """Positions, KV cache and causal attention of the compiled pass.
 
-One token: 16 dots with cached keys at a time, for all query heads that share them, then a sum of the cached values; the
-positions are split into chunks where the key-value heads do not divide evenly over the threads. Several tokens: matrix
-products, with 16 tokens in the lanes and the query heads that share a key-value head as panels.
-Cache rows are packed rows of float16 (float32 for float32 models), one per layer, head and position.
+The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. One token: dots
+with the keys, exponentials and sums of the values, some thousand positions at a time; the positions are split into
+chunks where the key-value heads do not divide evenly over the threads. Several tokens: matrix products, with 16 tokens
+in the lanes and the query heads that share a key-value head as panels, some hundred positions at a time. Either way the
+softmax is made as the scores come: what was summed so far shrinks when a higher score turns up, so that scratch memory
+does not grow with the context. exp(a - top) * exp(top - new top) is exp(a - new top) but for some roundings of float32,
+as many as the top rises, ever more rarely.
+
+With a window a token sees no position before it, and tiles before it are not read.
 """
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.network import POSITION, SPOILED, TOKENS, Network, State
+from warmfront.coordinator.decode.footprint import PANELS, SCORES
+from warmfront.coordinator.decode.network import POSITION, SPOILED, TOKENS, Cache, Network, State
 from warmfront.coordinator.decode.row_split import portion
-from warmfront.shared.kernels.activation import exponentials, highest_of, softmax_panel
-from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at
-from warmfront.shared.kernels.fp16 import to_half
-from warmfront.shared.kernels.gemm import (
-    ADD,
-    Gathered,
-    Panels,
-    Rows,
-    gather_columns,
-    in_pairs,
-    multiply_columns,
-    multiply_rows,
-    pack_panels,
-)
+from warmfront.shared.kernels.activation import exponentials, highest_of, softmax_rows
+from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, shorts_at
+from warmfront.shared.kernels.fp16 import from_half, to_half
+from warmfront.shared.kernels.gemm import ADD, Gathered, Panels, multiply_columns, pack_panels
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.kernels.multi_rows import ROWS, add_rows, dot_rows
-from warmfront.shared.kernels.rows import prefetch, share
-from warmfront.shared.model.formats import Kind
+from warmfront.shared.kernels.kv_gather import gather_keys, gather_values
+from warmfront.shared.kernels.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
+from warmfront.shared.kernels.rows import share
+from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.kv_layout import SPAN, TILE
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["attend_one", "attend_panels", "cache", "join", "rotate"]
+__all__ = ["attend_one", "attend_panels", "cache_panels", "join", "rotate"]
 
-# Positions whose values are widened at a time: with 128 columns of float32 32 KB, which stay in the cache.
-_ROWS = 64
-_F16 = int(Kind.F16)
+_F16, _Q8 = int(Kind.F16), int(Kind.Q8)
+# Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
+_WIDTH = SCORES // LANES
+# How many tiles ahead are fetched: 4 KB or more.
+_AHEAD = 2
 # Exponent bits of a float16, all ones in infinities and NaN.
 _F16_EXPONENT = 0x7C00
+# Lower than any score, and the score of what a token does not see.
+_LOWEST, _UNSEEN = np.float32(-3e38), np.float32(-1e30)
 Floats = npt.NDArray[np.float32]
 
 
 @kernel
-def _cache_row(kv_heads: int, context: int, stride: int, layer: int, head: int, position: int) -> int:
-    """Byte offset of one head's row in the key and in the value cache, of `stride` bytes a row."""
-    return ((layer * kv_heads + head) * context + position) * stride
+def _tile_offset(cache: Cache, head: int, layer: int, position: int) -> int:
+    """Byte offset of the tile of a position in the key and in the value cache."""
+    span = ((head * cache.spans + position // SPAN) * cache.layers + layer) * (SPAN // TILE)
+    return (span + position % SPAN // TILE) * cache.tile_bytes
 
 
 @inlined
@@ -69,38 +72,114 @@ def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int)
 
 
 @kernel
-def cache(net: Network, st: State, cache_at: int, layer: int, first: int, low: int, high: int, lanes: int) -> None:
-    """Write rows low..high of k or v, which begin at row `first` of the joint q, k, v vector, into the cache.
+def _place(part: int, number: int, column: int) -> int:
+    """Where a tile of floats has a number of a position: of the keys (part 0) or of the values (1)."""
+    if part == 0:
+        return number * TILE + column
+    return number // TILE * TILE * TILE + column * TILE + number % TILE
+
+
+@kernel
+def _byte_place(part: int, number: int, column: int) -> int:
+    """The same of a tile of Q8."""
+    if part == 0:
+        return number // 4 * 4 * TILE + column * 4 + number % 4
+    return number // TILE * TILE * TILE + column // 4 * 4 * TILE + number % TILE * 4 + column % 4
+
+
+@kernel
+def _write_bytes(values: Floats, step: int, tile_at: int, part: int, column: int) -> bool:
+    """Round every `step`th of `values` to 8 bits into a tile; returns whether one is not finite.
+
+    As `formats.pack` does: the numbers make up for the rounding of the scale.
+    """
+    count = (len(values) + step - 1) // step
+    blocks = (count + BLOCK - 1) // BLOCK
+    tile = carray(bytes_at(tile_at), (blocks * BLOCK * TILE,))
+    scales = carray(shorts_at(tile_at + blocks * BLOCK * TILE), (blocks * TILE,))
+    spoiled = False
+    for block in range(blocks):
+        first, last = block * BLOCK, min(block * BLOCK + BLOCK, count)
+        top = np.float32(0)
+        finite = True
+        for number in range(first, last):
+            value = abs(values[number * step])
+            finite &= value < np.float32(np.inf)
+            top = max(top, value)
+        scale = to_half(top / np.float32(127) if finite else np.float32(np.inf))
+        scales[block * TILE + column] = scale
+        whole = from_half(scale)
+        spoiled |= not whole < np.float32(np.inf)
+        inverse = np.float32(1) / whole if whole > 0 else np.float32(0)
+        for number in range(first, last):
+            scaled = np.rint(values[number * step] * inverse) if finite else np.float32(0)
+            whole_number = np.int64(min(max(scaled, np.float32(-127)), np.float32(127)))
+            tile[_byte_place(part, number, column)] = np.uint8((whole_number + (128 if part == 0 else 0)) & 255)
+    return spoiled
+
+
+@kernel
+def _write_floats(kind: int, values: Floats, step: int, tile_at: int, part: int, column: int) -> bool:
+    """Write every `step`th of `values` into a tile of float16 or float32; returns whether one is not finite."""
+    count, spoiled = (len(values) + step - 1) // step, False
+    if kind == _F16:
+        halves = carray(shorts_at(tile_at), (1,))
+        for number in range(count):
+            bits = to_half(values[number * step])
+            halves[_place(part, number, column)] = bits
+            spoiled |= bits & _F16_EXPONENT == _F16_EXPONENT
+    else:
+        floats = carray(floats_at(tile_at), (1,))
+        for number in range(count):
+            floats[_place(part, number, column)] = values[number * step]
+            spoiled |= not np.isfinite(values[number * step])
+    return spoiled
+
+
+@kernel
+def _cache_head(net: Network, st: State, layer: int, head: int, panel: int, lanes: int) -> None:
+    """Write one head's keys and values of a panel of tokens into the cache.
 
     Notes in the job if one is not finite: it would reach texts that later share the place (`KvCache.forget`).
     """
-    rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
-    size = 2 if st.cache_kind == _F16 else 4
-    step = (net.head_dim + 31) // 32 * 32 * size
+    cache, rows, size = st.cache, (net.heads + 2 * net.kv_heads) * net.head_dim, net.head_dim * lanes
     spoiled = False
-    for panel in range((tokens + lanes - 1) // lanes):
-        position = st.job[POSITION] + panel * lanes
-        count = min(lanes, tokens - panel * lanes)
-        head, column = (low - first) // net.head_dim, (low - first) % net.head_dim
-        at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
-        for row in range(low, high):
-            source = st.qkv[(panel * rows + row) * lanes : (panel * rows + row + 1) * lanes]
-            for lane in range(count):
-                place = at + lane * step + column * size
-                if size == 2:
-                    bits = to_half(source[lane])
-                    carray(shorts_at(place), (1,))[0] = bits
-                    spoiled |= bits & _F16_EXPONENT == _F16_EXPONENT
-                else:
-                    carray(floats_at(place), (1,))[0] = source[lane]
-                    spoiled |= not np.isfinite(source[lane])
-            column += 1
-            if column == net.head_dim:
-                column = 0
-                head += 1
-                at = cache_at + _cache_row(net.kv_heads, st.context, step, layer, head, position)
+    for lane in range(min(lanes, st.job[TOKENS] - panel * lanes)):
+        position = st.job[POSITION] + panel * lanes + lane
+        tile, column = _tile_offset(cache, head, layer, position), position % TILE
+        for part in range(2):
+            start = panel * rows * lanes + (net.heads + part * net.kv_heads + head) * size
+            values = st.qkv[start + lane : start + size]
+            at = tile + (cache.values_at if part else cache.keys_at)
+            if cache.kind == _Q8:
+                spoiled |= _write_bytes(values, lanes, at, part, column)
+            else:
+                spoiled |= _write_floats(cache.kind, values, lanes, at, part, column)
     if spoiled:
         st.job[SPOILED] = 1
+
+
+@inlined
+def cache_panels(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
+    """Write the keys and values of several tokens into the cache: this thread's (key-value head, panel) pairs."""
+    for task in range(rank, net.kv_heads * panels, st.threads):
+        _cache_head(net, st, layer, task % net.kv_heads, task // net.kv_heads, lanes)
+
+
+@kernel
+def _first_seen(net: Network, layer: int, position: int) -> int:
+    """The first position that the token at `position` attends to."""
+    window = net.windows[layer]
+    return max(0, position + 1 - window) if window > 0 else 0
+
+
+@kernel
+def _tiles(cache: Cache, padded: int, head: int, layer: int, position: int) -> tuple[Tile, Tile]:
+    """The tiles of a position's keys and values, with those to fetch meanwhile."""
+    tile = _tile_offset(cache, head, layer, position)
+    ahead = _tile_offset(cache, head, layer, position + _AHEAD * TILE)
+    keys = Tile(cache.kind, cache.keys_at + tile, padded, cache.keys_at + ahead)
+    return keys, Tile(cache.kind, cache.values_at + tile, padded, cache.values_at + ahead)
 
 
 @inlined
@@ -108,44 +187,50 @@ def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
     """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
 
     It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
+    Whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile. Positions of
+    the tiles at both ends that the token does not see have no weight, so the sums do not depend on what is there.
     """
-    head_dim, group = net.head_dim, net.heads // net.kv_heads
-    padded = (head_dim + 31) // 32 * 32
-    stride = padded * (2 if st.cache_kind == _F16 else 4)
+    cache, head_dim, group, position = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[POSITION]
+    padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
+    packed = np.empty((group, padded), np.float32)
     scores_at, scores = address_of(st.scores[rank]), st.scores[rank]
+    seen = _first_seen(net, layer, position)
+    base = seen // TILE * TILE
     low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, rank)
     for task in range(low, high):
         kv_head, chunk = task // st.chunks, task % st.chunks
-        start, end = share(st.job[POSITION] + 1, ROWS, chunk, chunk + 1, st.chunks)
-        count = (end - start + ROWS - 1) // ROWS * ROWS
-        first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, start)
+        if chunk == st.chunks - 1:
+            _cache_head(net, st, layer, kv_head, 0, 1)
+        start, end = share(position + 1 - base, TILE, chunk, chunk + 1, st.chunks)
+        tops, totals = st.tops[chunk], st.totals[chunk]
         for head in range(group):
-            at = (kv_head * group + head) * head_dim
-            for i in range(head_dim):
-                queries[head, i] = st.qkv[at + i] * net.score_scale
-        for p in range(0, count, ROWS):
-            # The next keys, and the values that will be wanted once the scores are known.
-            prefetch(st.keys_at + first_row + (p + ROWS) * stride, ROWS * stride, 64)
-            prefetch(st.values_at + first_row + p * stride, ROWS * stride, 64)
-            for head in range(group):
-                at = scores_at + (head * count + p) * 4
-                dot_rows(
-                    st.cache_kind, st.keys_at + first_row + p * stride, stride, address_of(queries[head]), padded, at
-                )
-        for head in range(group):
-            # Positions that only fill the last sixteen get next to no weight, 1e-38.
-            scores[head * count + end - start : (head + 1) * count] = np.float32(-np.inf)
-            at = scores_at + head * count * 4
             number = kv_head * group + head
-            st.tops[chunk, number] = highest_of(at, count)
-            st.totals[chunk, number] = exponentials(at, count, st.tops[chunk, number])
+            tops[number], totals[number] = _LOWEST, 0
+            for i in range(head_dim):
+                queries[head, i] = st.qkv[number * head_dim + i] * net.score_scale
         mixed[:] = 0
-        # Blocks of positions outside, heads inside: cached values come from memory once for all heads that share them.
-        for p in range(0, count, _ROWS):
+        queries_at = quantise_heads(cache.kind, address_of(queries), address_of(packed), padded, group)
+        for first in range(base + start, base + end, SCORES):
+            count = (min(base + end - first, SCORES) + TILE - 1) // TILE * TILE
+            for p in range(0, count, TILE):
+                keys, _ = _tiles(cache, padded, kv_head, layer, first + p)
+                multiply_keys(keys, Heads(queries_at, padded * 4), Heads(scores_at + p * 4, count * 4), group)
             for head in range(group):
-                row_at, at = st.values_at + first_row + p * stride, scores_at + (head * count + p) * 4
-                add_rows(st.cache_kind, row_at, stride, at, min(_ROWS, count - p), address_of(mixed[head]), padded)
+                own, number = scores[head * count : (head + 1) * count], kv_head * group + head
+                hidden_before, hidden_behind = own[: max(seen - first, 0)], own[base + end - first :]
+                hidden_before[:], hidden_behind[:] = -np.float32(np.inf), -np.float32(np.inf)
+                at, before = scores_at + head * count * 4, tops[number]
+                tops[number] = max(before, highest_of(at, count))
+                factor = np.exp(before - tops[number])
+                totals[number] = totals[number] * factor + exponentials(at, count, tops[number])
+                # exp() has no 0.
+                hidden_before[:], hidden_behind[:] = 0, 0
+                for i in range(padded):
+                    mixed[head, i] *= factor
+            for p in range(0, count, TILE):
+                _, values = _tiles(cache, padded, kv_head, layer, first + p)
+                add_values(values, Heads(scores_at + p * 4, count * 4), Heads(address_of(mixed), padded * 4), group)
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
@@ -174,57 +259,73 @@ def join(net: Network, st: State, out: Floats) -> None:
                 result[i] += factor * part[i]
 
 
+@kernel
+def _hide(own: Floats, start: int, count: int, position: int, window: int) -> None:
+    """Scores [count, 16] of the positions from `start` on: hide what the tokens from `position` on do not see."""
+    for p in range(max(position + 1 - start, 0), count):
+        for lane in range(min(start + p - position, LANES)):
+            own[p * LANES + lane] = _UNSEEN
+    if window > 0:
+        for p in range(min(position + LANES - window - start, count)):
+            for lane in range(max(start + p + window - position, 0), LANES):
+                own[p * LANES + lane] = _UNSEEN
+
+
 @inlined
 def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -> None:
-    """Causal attention of several tokens: this thread's (key-value head, panel) pairs, as matrix products.
+    """Causal attention of several tokens: this thread's (key-value head, panels) pairs, as matrix products.
 
-    The query heads that share a key-value head are the panels of one product.
+    The query heads that share a key-value head are the panels of one product, of as many panels of tokens as it takes
+    at a time.
     """
-    head_dim, group = net.head_dim, net.heads // net.kv_heads
-    padded = (head_dim + 31) // 32 * 32
-    stride = padded * (2 if st.cache_kind == _F16 else 4)
-    rows = (net.heads + 2 * net.kv_heads) * head_dim
-    queries, mixed = np.zeros(group * padded * LANES, np.float32), np.empty(group * padded * LANES, np.float32)
-    packed = np.empty(group * padded * LANES, np.float32)
-    scratch, totals = np.empty(_ROWS * padded, np.float32), np.empty(LANES, np.float32)
-    sums = Panels(address_of(mixed), padded * LANES * 4, group)
-    scores, weights_at = st.scores[rank], address_of(st.chances[rank])
-    for task in range(rank, net.kv_heads * panels, st.threads):
-        panel, kv_head = task // net.kv_heads, task % net.kv_heads
-        first = st.job[POSITION] + panel * LANES
-        count = (min(first + LANES, st.job[POSITION] + st.job[TOKENS]) + 7) // 8 * 8
+    cache, head_dim, group, window = st.cache, net.head_dim, net.heads // net.kv_heads, net.windows[layer]
+    padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
+    rows, until = (net.heads + 2 * net.kv_heads) * head_dim, st.job[POSITION] + st.job[TOKENS]
+    together = max(1, PANELS // group)
+    size = padded * LANES
+    queries, mixed = np.zeros(together * group * size, np.float32), np.empty(together * group * size, np.float32)
+    packed, state = np.empty(together * group * size, np.float32), np.empty((together * group, 3, LANES), np.float32)
+    scratch = np.empty(max(padded, _WIDTH) * TILE, np.float32)
+    scores, weights_at, scratch_at = st.scores[rank], address_of(st.chances[rank]), address_of(scratch)
+    for task in range(rank, net.kv_heads * ((panels + together - 1) // together), st.threads):
+        panel, kv_head = task // net.kv_heads * together, task % net.kv_heads
+        taken = min(together, panels - panel)
+        position, columns = st.job[POSITION] + panel * LANES, taken * group
+        end = min(position + taken * LANES, until)
         # The scale goes into the queries, head_dim products a token, instead of into all scores.
-        for head in range(group):
-            source = st.qkv[(panel * rows + (kv_head * group + head) * head_dim) * LANES :]
-            target = queries[head * padded * LANES :]
+        for column in range(columns):
+            row = (panel + column // group) * rows + (kv_head * group + column % group) * head_dim
+            source, target = st.qkv[row * LANES :], queries[column * size :]
             for i in range(head_dim * LANES):
                 target[i] = source[i] * net.score_scale
-        queries_at = pack_panels(st.cache_kind, address_of(queries), address_of(packed), padded, group)
-        first_row = _cache_row(net.kv_heads, st.context, stride, layer, kv_head, 0)
-        for p in range(0, count, 8):
-            keys = Rows(st.cache_kind, st.keys_at + first_row + p * stride, stride, padded)
-            panels_at = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, group)
-            multiply_rows(keys, queries_at, panels_at, address_of(scratch))
-        mixed[:] = 0
-        for head in range(group):
-            own = scores[head * count * LANES : (head + 1) * count * LANES]
-            # A token sees no later one.
-            for p in range(first + 1, count):
-                for lane in range(min(p - first, LANES)):
-                    own[p * LANES + lane] = np.float32(-1e30)
-            softmax_panel(address_of(own), count, address_of(totals))
-            for p in range(count):
+        queries_at = pack_panels(cache.kind, address_of(queries), address_of(packed), padded, columns)
+        state[:, 0], state[:, 1], mixed[:] = _LOWEST, 0, 0
+        for start in range(_first_seen(net, layer, position) // TILE * TILE, end, _WIDTH):
+            count = (min(end - start, _WIDTH) + TILE - 1) // TILE * TILE
+            scores[: columns * count * LANES] = 0
+            for p in range(0, count, TILE):
+                keys, _ = _tiles(cache, padded, kv_head, layer, start + p)
+                gather_keys(keys, scratch_at)
+                to = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, columns)
+                multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to, ADD)
+            for column in range(columns):
+                own = scores[column * count * LANES : (column + 1) * count * LANES]
+                _hide(own, start, count, position + column // group * LANES, window)
+                softmax_rows(address_of(own), count, address_of(state[column]))
+                for i in range(padded):
+                    for lane in range(LANES):
+                        mixed[column * size + i * LANES + lane] *= state[column, 2, lane]
+            chances_at = pack_panels(cache.kind, address_of(scores), weights_at, count, columns)
+            for strip in range(padded // TILE):
+                out = scratch_at
+                for p in range(0, count, TILE):
+                    _, values = _tiles(cache, padded, kv_head, layer, start + p)
+                    out = gather_values(values, strip, out)
+                sums = Panels(address_of(mixed) + strip * TILE * LANES * 4, size * 4, columns)
+                multiply_columns(Gathered(cache.kind, scratch_at, count, TILE), chances_at, count, sums, ADD)
+        for column in range(columns):
+            at = (panel + column // group) * net.heads + kv_head * group + column % group
+            target, source = st.att[at * head_dim * LANES :], mixed[column * size :]
+            for i in range(head_dim):
                 for lane in range(LANES):
-                    own[p * LANES + lane] /= totals[lane]
-        chances_at = pack_panels(st.cache_kind, address_of(scores), weights_at, count, group)
-        for p in range(0, count, _ROWS):
-            chunk, x_at = min(_ROWS, count - p), chances_at + p * LANES * (2 if in_pairs(st.cache_kind) else 4)
-            values = Rows(st.cache_kind, st.values_at + first_row + p * stride, stride, padded)
-            gather_columns(values, chunk, 0, address_of(scratch), 0, padded)
-            left = Gathered(st.cache_kind, address_of(scratch), chunk, padded)
-            multiply_columns(left, x_at, count, sums, ADD)
-        for head in range(group):
-            target = st.att[(panel * net.heads + kv_head * group + head) * head_dim * LANES :]
-            source = mixed[head * padded * LANES :]
-            for i in range(head_dim * LANES):
-                target[i] = source[i]
+                    target[i * LANES + lane] = source[i * LANES + lane] / state[column, 1, lane]

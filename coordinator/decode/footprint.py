@@ -6,27 +6,29 @@ Imports no compiled code: memory is checked before the workers are started, numb
 from math import gcd, prod
 
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.panels import LANES
+from warmfront.shared.model.kv_layout import TILE, tile_bytes, whole_spans
 from warmfront.shared.model.spec import ModelSpec
-from warmfront.shared.model.store import PackedModel
 
-__all__ = ["cache_bytes", "cache_kind", "chunks_of", "head_bytes", "scratch_bytes", "scratch_shapes"]
+__all__ = ["SCORES", "attended_bytes", "cache_bytes", "chunks_of", "scratch_bytes", "scratch_shapes"]
 
-
-def cache_kind(model: PackedModel) -> Kind:
-    """Weight type of the cached keys and values: float32 for float32 models, else float16."""
-    return Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
-
-
-def head_bytes(model: PackedModel, context: int) -> int:
-    """Bytes of one head's keys, or values, in one layer."""
-    padded = -(-model.spec.architecture.attention.head_dim // 32) * 32
-    return context * padded * (4 if cache_kind(model) == Kind.F32 else 2)
+# Scores of a query head that attention has at a time: of one token 4096 positions, of a panel of 16 tokens 256.
+SCORES = 4096
+# Panels of 16 tokens that attention takes at a time, or more if more query heads share a key-value head.
+PANELS = 3
 
 
-def cache_bytes(model: PackedModel, context: int) -> int:
+def cache_bytes(spec: ModelSpec, kind: Kind, context: int) -> int:
     """Bytes of the KV cache for `context` tokens."""
-    return 2 * model.spec.layers * model.spec.architecture.attention.kv_heads * head_bytes(model, context)
+    per_head = whole_spans(context) // TILE * tile_bytes(kind, spec.architecture.attention.head_dim)
+    return 2 * spec.layers * spec.architecture.attention.kv_heads * per_head
+
+
+def attended_bytes(spec: ModelSpec, kind: Kind, tokens: int) -> int:
+    """Bytes of keys and values that a token reads which follows so many: in each layer what its window holds."""
+    attention = spec.architecture.attention
+    row = tile_bytes(kind, attention.head_dim) // TILE
+    windows = attention.windows or (0,) * spec.layers
+    return 2 * attention.kv_heads * row * sum(min(tokens, window or tokens) for window in windows)
 
 
 def chunks_of(spec: ModelSpec, threads: int) -> int:
@@ -34,12 +36,12 @@ def chunks_of(spec: ModelSpec, threads: int) -> int:
     return threads // gcd(threads, spec.architecture.attention.kv_heads)
 
 
-def scratch_shapes(spec: ModelSpec, context: int, threads: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
+def scratch_shapes(spec: ModelSpec, threads: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the float32 fields of `network.State` by name, for `threads` threads and jobs of `max_tokens`."""
     attention = spec.architecture.attention
     width = attention.q_rows
     widest = max(spec.hidden, width)
-    scores = attention.heads // attention.kv_heads * (context + LANES) * LANES
+    scores = max(attention.heads // attention.kv_heads, PANELS) * SCORES
     chunks = chunks_of(spec, threads)
     return {
         "x": (threads, max_tokens * spec.hidden),
@@ -56,6 +58,6 @@ def scratch_shapes(spec: ModelSpec, context: int, threads: int, max_tokens: int)
     }
 
 
-def scratch_bytes(spec: ModelSpec, context: int, threads: int, max_tokens: int) -> int:
+def scratch_bytes(spec: ModelSpec, threads: int, max_tokens: int) -> int:
     """Bytes of all of them."""
-    return 4 * sum(prod(shape) for shape in scratch_shapes(spec, context, threads, max_tokens).values())
+    return 4 * sum(prod(shape) for shape in scratch_shapes(spec, threads, max_tokens).values())

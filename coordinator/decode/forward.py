@@ -3,8 +3,9 @@
 A team of threads runs `forward` together, each with its own `rank`, with barriers where one needs what
 another wrote. Per layer:
 
-    norm -> q, k, v rows (split)   RoPE at once, k and v straight into the cache      | barrier
-    attention (split by head)                                                         | barrier
+    norm -> q, k, v rows (split)   RoPE at once                                       | barrier
+    several tokens: k and v into the cache (split by head)                            | barrier
+    attention (split by head); one token: k and v into the cache by whoever reads them | barrier
     output projection rows (split)                                                    | barrier
     x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
     thread 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache, join, rotate
+from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache_panels, join, rotate
 from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, normalise, packed_input
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
@@ -85,8 +86,6 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
     # Both rows of a rotated pair are this thread's, for ranges are cut at multiples of 8: no barrier before this.
     if part != V:
         rotate(net, st, first, low, high, x.lanes)
-    if part != Q:
-        cache(net, st, st.keys_at if part == K else st.values_at, layer, first, low, high, x.lanes)
 
 
 @kernel
@@ -256,6 +255,10 @@ def forward(rank: int, net: Network, st: State) -> int:
         if lanes == 1:
             attend_one(net, st, layer, rank)
         else:
+            cache_panels(net, st, layer, rank, panels, lanes)
+            result = barrier(st.barrier)
+            if result != DONE:
+                return result
             attend_panels(net, st, layer, rank, panels)
         result = barrier(st.barrier)
         if result != DONE:

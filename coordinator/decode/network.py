@@ -25,6 +25,7 @@ __all__ = [
     "TOKENS",
     "WANT_LOGITS",
     "WORKER_PATIENCE_NS",
+    "Cache",
     "Handoff",
     "K",
     "Network",
@@ -87,6 +88,8 @@ class Network(NamedTuple):
     # float32 [context, head_dim / 2]: of each position and rotated pair.
     cos: Any
     sin: Any
+    # int64 [layers]: how many tokens a token attends to, itself included; 0: all before it.
+    windows: Any
     # Whether a selector predicts the neurons of a single token, and whether it does so a layer ahead.
     predicts: bool
     look_ahead: bool
@@ -133,6 +136,20 @@ class Handoff(NamedTuple):
     spins: int
 
 
+class Cache(NamedTuple):
+    """The KV cache, laid out as `shared/model/kv_layout.py` says."""
+
+    # Weight type.
+    kind: int
+    # Addresses of the first tiles.
+    keys_at: int
+    values_at: int
+    tile_bytes: int
+    layers: int
+    # Of each head and layer.
+    spans: int
+
+
 class State(NamedTuple):
     """What a team works on; but where it is said otherwise, by a row for each thread, which writes its own."""
 
@@ -176,9 +193,4 @@ class State(NamedTuple):
     # int64 [layers, STEPS] and [layers, workers, 2], ns on the monotonic clock; by the first thread.
     times: Any
     spans: Any
-    # KV cache: addresses of [layers, kv_heads, context, head_dim padded to 32], and their kind.
-    keys_at: int
-    values_at: int
-    cache_kind: int
-    # Positions that the KV cache holds.
-    context: int
+    cache: Cache

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from warmfront.shared.machine.core_plan import CorePlan
+from warmfront.shared.model.formats import Kind
 
 __all__ = ["TeamConfig"]
 
@@ -15,6 +16,8 @@ class TeamConfig:
     cores: CorePlan
     # Positions that the KV cache holds.
     context: int
+    # Weight type of its keys and values.
+    cache_kind: Kind
     # One of `config.SELECTORS`.
     selector: str
     # Predict a layer's neurons while the one before is computed.

@@ -66,7 +66,7 @@ class ThreadTeam:
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._rows = RowSplit(len(cpus), config.balances)
         self._weights = ThreadWeights(model, lowbit, config.selector, config.cores, self._rows.cuts)
-        self._cache = KvCache(model, config.context, config.cores, self._rows.cuts)
+        self._cache = KvCache(model.spec, config.cache_kind, config.context, config.cores, self._rows.cuts)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
@@ -122,6 +122,7 @@ class ThreadTeam:
             norm=at["norm"],
             cos=cos,
             sin=sin,
+            windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
             predicts=self._config.selector in PREDICTING,
             look_ahead=self._config.look_ahead,
             groups=self._model.layout.groups,
@@ -135,9 +136,9 @@ class ThreadTeam:
 
     def _prepare(self) -> State:
         """The state, allocated."""
-        spec, board, threads, context = self._model.spec, self._board, len(self._cpus), self._config.context
+        spec, board, threads = self._model.spec, self._board, len(self._cpus)
         max_tokens = board.sizes.max_tokens
-        shapes = scratch_shapes(spec, context, threads, max_tokens)
+        shapes = scratch_shapes(spec, threads, max_tokens)
         widest, inner = shapes["scratch"][1] // TILE, int(self._network.ranks.max())
         packed = max(quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
         captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
@@ -159,10 +160,7 @@ class ThreadTeam:
             captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
-            keys_at=self._cache.keys_at,
-            values_at=self._cache.values_at,
-            cache_kind=int(self._cache.kind),
-            context=context,
+            cache=self._cache.layout,
         )
 
     def _handoff(self) -> Handoff:

@@ -2,7 +2,7 @@
 
 Weights come from the packed file: float32, float16 and bfloat16 stay as they are, 8 and 4 bits are widened to float16.
 The residual, norms, RoPE and biases are float32; the input of a matrix product is rounded to the type of the weights.
-The KV cache has the type that the compiled pass uses: float32 for float32 models, else float16.
+The KV cache is float32 or float16.
 """
 
 from collections.abc import Callable
@@ -49,10 +49,6 @@ def _tensors(model: PackedModel, selector: str) -> list[str]:
     return [name for name in model.entries if not name.endswith(idle) and name not in apart]
 
 
-def _cache_dtype(model: PackedModel) -> torch.dtype:
-    return torch.float32 if model.entries["embed"].kind == Kind.F32 else torch.float16
-
-
 def _cache_shape(spec: ModelSpec, context: int) -> tuple[int, int, int, int, int]:
     attention = spec.architecture.attention
     return 2, spec.layers, attention.kv_heads, context, attention.head_dim
@@ -65,9 +61,9 @@ def _cols(model: PackedModel, name: str) -> int:
     return row_cols(entry.kind, entry.shape[1])
 
 
-def device_bytes(model: PackedModel, context: int, selector: str) -> int:
+def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: str) -> int:
     """Bytes that a `TorchNetwork` takes on its device for weights and KV cache; torch itself needs more."""
-    total = int(np.prod(_cache_shape(model.spec, context))) * _cache_dtype(model).itemsize
+    total = int(np.prod(_cache_shape(model.spec, context))) * _dtype(cache_kind).itemsize
     for name in _tensors(model, selector):
         entry = model.entries[name]
         total += (
@@ -79,9 +75,9 @@ def device_bytes(model: PackedModel, context: int, selector: str) -> int:
 class TorchNetwork:
     """Embedding, attention, predictors and head, as steps between those of the workers; call `load` first."""
 
-    def __init__(self, model: PackedModel, device: str, context: int, selector: str) -> None:
+    def __init__(self, model: PackedModel, device: str, context: int, cache_kind: Kind, selector: str) -> None:
         self._model, self._device, self._selector = model, torch.device(device), selector
-        self._context = context
+        self._context, self._cache_kind = context, cache_kind
         self._predictor = model.spec.predictor or Predictor()
         self.total = sum(model.entries[name].nbytes for name in _tensors(model, selector))
         self.loaded = 0  # bytes so far, of `total`
@@ -99,7 +95,7 @@ class TorchNetwork:
             self._embed, self._norm = have["embed"], have["norm"]
             self._head = have.get("head", self._embed)
             self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
-            shape, dtype = _cache_shape(spec, self._context), _cache_dtype(model)
+            shape, dtype = _cache_shape(spec, self._context), _dtype(self._cache_kind)
             self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
             rotary = spec.architecture.positions.of_layer(0)
             assert rotary is not None
@@ -152,11 +148,13 @@ class TorchNetwork:
         keys, values = self._keys[layer], self._values[layer]
         keys[:, position:until] = rotated[:, heads:].transpose(0, 1)
         values[:, position:until] = joint[:, heads + kv_heads :].transpose(0, 1)
+        window = attention.windows[layer] if attention.windows else 0
+        since = max(0, position + 1 - window) if window else 0
         mixed = scaled_dot_product_attention(
             rotated[:, :heads].transpose(0, 1)[None].to(keys.dtype),
-            keys[None, :, :until],
-            values[None, :, :until],
-            attn_mask=self._causal_mask(tokens, position) if tokens > 1 else None,
+            keys[None, :, since:until],
+            values[None, :, since:until],
+            attn_mask=self._mask(tokens, position, since, window) if tokens > 1 else None,
             scale=attention.score_scale,
             enable_gqa=heads != kv_heads,
         )
@@ -190,10 +188,11 @@ class TorchNetwork:
         even, odd = rows[..., 0::2], rows[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
-    def _causal_mask(self, tokens: int, position: int) -> Tensor:
-        """Which positions each token attends to, those up to its own: bool [n, position + n]."""
-        own = torch.arange(position, position + tokens, device=self._device)
-        return own[:, None] >= torch.arange(position + tokens, device=self._device)
+    def _mask(self, tokens: int, position: int, since: int, window: int) -> Tensor:
+        """Which positions each token attends to, those up to its own, in a window: bool [n, position + n - since]."""
+        own = torch.arange(position, position + tokens, device=self._device)[:, None]
+        others = torch.arange(since, position + tokens, device=self._device)
+        return (own >= others) & (own - others < window) if window else own >= others
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

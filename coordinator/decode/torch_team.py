@@ -45,7 +45,7 @@ class TorchTeam:
         self.clean = self._context = config.context
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
-        self._network = TorchNetwork(model, config.device, config.context, config.selector)
+        self._network = TorchNetwork(model, config.device, config.context, config.cache_kind, config.selector)
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []

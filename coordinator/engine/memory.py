@@ -22,8 +22,9 @@ def check_memory(model: PackedModel, plan: RunPlan, max_tokens: int) -> None:
     spec, layout = model.spec, model.layout
     needs = {"weights": _weights_bytes(model)}
     if not plan.attention.startswith("cuda"):
-        scratch = scratch_bytes(spec, plan.context, len(plan.cores.coordinator), max_tokens)
-        needs[f"a context of {plan.context} tokens"] = cache_bytes(model, plan.context) + scratch
+        scratch = scratch_bytes(spec, len(plan.cores.coordinator), max_tokens)
+        cache = cache_bytes(spec, plan.cache_kind, plan.context)
+        needs[f"a context of {plan.context} tokens"] = cache + scratch
     if plan.gpu == "host":
         slots = spec.layers * layout.groups * layout.group_bytes
         budget = plan.config.vram_budget

@@ -17,6 +17,7 @@ from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.core_plan import CorePlan, plan_cores
 from warmfront.shared.machine.topology import read_topology
+from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 
@@ -43,6 +44,7 @@ class RunPlan:
     attention: str
     selector: str  # never "auto"
     context: int  # tokens that the KV cache holds, prompt and answer together
+    cache_kind: Kind  # of its keys and values
     cores: CorePlan
 
     @property
@@ -127,6 +129,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         attention=devices.attention,
         selector=_resolve_selector(config, model.spec),
         context=_resolve_context(config, model.spec),
+        cache_kind=_resolve_cache(config, devices, model),
         cores=cores.with_emulated_gpu() if devices.gpu == "host" else cores,
     )
     names = plan.worker_names
@@ -177,3 +180,15 @@ def _resolve_context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.context > spec.context:
         raise UsageError(f"--ctx {config.context}, but {spec.name} was trained for {spec.context} tokens: pass no more")
     return config.context
+
+
+def _resolve_cache(config: EngineConfig, devices: Devices, model: PackedModel) -> Kind:
+    """float32 for float32 models, else float16, unless the user says otherwise."""
+    if config.kv == "q8" and devices.attention != "cpu":
+        raise UsageError(
+            f"--kv q8, but attention runs on {devices.attention}, which takes f32 or f16: pass --attention cpu, or "
+            "another --kv"
+        )
+    if config.kv == "auto":
+        return Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
+    return Kind[config.kv.upper()]

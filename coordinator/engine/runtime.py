@@ -109,6 +109,7 @@ class Runtime:
         team_config = TeamConfig(
             cores=plan.cores,
             context=plan.context,
+            cache_kind=plan.cache_kind,
             selector=plan.selector,
             look_ahead=config.look_ahead,
             pinned=config.pin,
@@ -139,7 +140,7 @@ class Runtime:
             return 0
         from warmfront.coordinator.decode.torch_network import device_bytes
 
-        return device_bytes(self.model, self.plan.context, self.plan.selector)
+        return device_bytes(self.model, self.plan.context, self.plan.cache_kind, self.plan.selector)
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
         """Until the workers and the team have loaded."""

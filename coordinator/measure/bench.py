@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from warmfront.coordinator.decode.footprint import cache_bytes
+from warmfront.coordinator.decode.footprint import attended_bytes
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
 from warmfront.shared.errors import UsageError
@@ -93,7 +93,7 @@ def _bytes_read(engine: Engine) -> int:
 def _row(engine: Engine, context: int, tokens: int, samples: Sequence[dict[str, float]]) -> dict[str, Any]:
     parts = engine.statistics.coordinator_bytes() | {
         "feed_forward": statistics.median(sample["feed_forward"] for sample in samples),
-        "kv": cache_bytes(engine.model, context + tokens // 2),
+        "kv": attended_bytes(engine.model.spec, engine.plan.cache_kind, context + tokens // 2),
     }
     total = sum(parts.values())
     shares = [sample["decode_tps"] * total / 1e9 / sample["bandwidth"] for sample in samples]

@@ -4,7 +4,7 @@ A new family is a row here, and functions in `hf/config.py` and `gguf/config.py`
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.gguf import config as gguf_config
@@ -41,29 +41,28 @@ class Family:
         return published + (".bias" if name.endswith(".bias") else ".weight")
 
 
-# By model_type of config.json, which is general.architecture of GGUF.
-FAMILIES = {
-    "llama": Family(
-        hf=hf_config.llama,
-        hf_positions=hf_config.rotary,
-        gguf=gguf_config.llama,
-        gguf_positions=gguf_config.rotary,
-        tensors={
-            "embed": ("model.embed_tokens", "token_embd"),
-            "head": ("lm_head", "output"),
-            "norm": ("model.norm", "output_norm"),
-            "attn_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
-            "q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
-            "k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
-            "v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
-            "o": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
-            "ffn_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
-            "gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
-            "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
-            "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
-        },
-    ),
-}
+_LLAMA = Family(
+    hf=hf_config.llama,
+    hf_positions=hf_config.rotary,
+    gguf=gguf_config.llama,
+    gguf_positions=gguf_config.rotary,
+    tensors={
+        "embed": ("model.embed_tokens", "token_embd"),
+        "head": ("lm_head", "output"),
+        "norm": ("model.norm", "output_norm"),
+        "attn_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+        "q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+        "k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+        "v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+        "o": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
+        "ffn_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+        "gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
+        "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
+        "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
+    },
+)
+# By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
+FAMILIES = {"llama": _LLAMA, "mistral": replace(_LLAMA, hf=hf_config.mistral)}
 
 
 def supported() -> str:

@@ -15,7 +15,7 @@ from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, call, constants,
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "softmax_panel"]
+__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "softmax_rows"]
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
@@ -77,22 +77,29 @@ def highest_of(context, values, count):
 
 
 @intrinsic
-def softmax_panel(context, scores, count, sums):
-    """Per lane: replace `count` rows of 16 scores by exp(score - the lane's highest); their sums go to `sums`."""
+def softmax_rows(context, scores, count, state):
+    """A softmax whose scores come in parts, each lane its own: this part's `count` rows of 16 become exp(score - top).
+
+    `state`: float32 [3, 16]: the top, which is the highest score so far (before the first part -3e38), the sum of the
+    exponentials so far, and, written, by what all earlier exponentials shrink because the top has risen.
+    """
 
     def build(context, b, _signature, arguments):
-        scores, count, sums = arguments
-        highest = cgutils.alloca_once_value(b, constants(-3e38))
-        added = simd.zeros(b)
+        scores, count, state = arguments
+        before, sum_at, factor_at = load(b, state, long(0), V16), long(64), long(128)
+        highest = cgutils.alloca_once_value(b, before)
         with cgutils.for_range(b, count, intp=I64) as loop:
             row = load(b, scores, b.mul(loop.index, long(64)), V16)
             b.store(call(b, "llvm.maxnum.v16f32", V16, row, b.load(highest)), highest)
+        factor = _exp(b, b.fsub(before, b.load(highest)))
+        added = cgutils.alloca_once_value(b, b.fmul(factor, load(b, state, sum_at, V16)))
         with cgutils.for_range(b, count, intp=I64) as loop:
             at = b.mul(loop.index, long(64))
             result = _exp(b, b.fsub(load(b, scores, at, V16), b.load(highest)))
             store(b, scores, at, result)
             b.store(b.fadd(b.load(added), result), added)
-        store(b, sums, long(0), b.load(added))
+        for at, values in ((long(0), b.load(highest)), (sum_at, b.load(added)), (factor_at, factor)):
+            store(b, state, at, values)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import I32, I64
+from warmfront.shared.kernels.simd import I8, I32, I64
 
 __all__ = [
     "address_of",
@@ -142,8 +142,8 @@ def _pointer_to(element: Any, llvm: Any) -> Any:
 floats_at = _pointer_to(types.float32, ir.FloatType())
 longs_at = _pointer_to(types.int64, I64)
 shorts_at = _pointer_to(types.uint16, ir.IntType(16))
+bytes_at = _pointer_to(types.uint8, I8)
 words_at = _pointer_to(types.uint32, I32)
-bytes_at = _pointer_to(types.uint8, ir.IntType(8))
 
 
 @kernel

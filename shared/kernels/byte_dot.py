@@ -20,7 +20,6 @@ from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
-    I16,
     I32,
     I64,
     V16,
@@ -37,14 +36,14 @@ from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES
 
 __all__ = [
-    "QuantisedBlock",
+    "Split",
     "block_offset",
     "byte_dot",
     "multiplies_bytes",
     "quantise_input",
-    "quantised_block",
     "quantised_bytes",
     "quantised_parts",
+    "split_block",
 ]
 
 V64 = vector(I8, 64)
@@ -84,53 +83,48 @@ def block_offset(b: Any, block: Any) -> Any:
     return b.add(b.mul(b.udiv(block, long(2)), long(64)), b.mul(b.urem(block, long(2)), long(16)))
 
 
-class QuantisedBlock(NamedTuple):
-    """32 numbers x = (128 * high + low) * scale."""
+class Split(NamedTuple):
+    """32 numbers x = (128 * high + low) * scale: vectors of 32-bit integers, 16 numbers each."""
 
-    # The two halves: vectors of 16 int8.
     high: list[Any]
     low: list[Any]
+    # float32, and the sum of the integers.
     scale: Any
-    # The sum of 128 * high + low.
-    sum: Any
+    total: Any
 
 
-def quantised_block(b: Any, halves: list[Any]) -> QuantisedBlock:
-    """Quantise 32 floats, two vectors."""
-    magnitudes = (call(b, "llvm.fabs.v16f32", V16, half) for half in halves)
-    largest = call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, call(b, "llvm.maxnum.v16f32", V16, *magnitudes))
-    # maxnum passes over NaN, and no integer stands for it: the scale has to.
-    missing = b.bitcast(b.fcmp_unordered("uno", *halves), I16)
-    largest = b.select(b.icmp_unsigned("!=", missing, ir.Constant(I16, 0)), ir.Constant(FLOAT, float("nan")), largest)
+def split_block(b: Any, halves: list[Any]) -> Split:
+    """Two float vectors, a block of 32, in 15 bits a number.
+
+    No integer stands for NaN: the scale does.
+    """
+    largest = simd.largest(b, [call(b, "llvm.fabs.v16f32", V16, half) for half in halves])
     # A block of zeros has scale 0, whose inverse would make NaN of it.
     not_zero = b.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
     inverse = b.select(not_zero, b.fdiv(ir.Constant(FLOAT, _STEPS), largest), ir.Constant(FLOAT, 0.0))
     scale = b.fdiv(largest, ir.Constant(FLOAT, _STEPS))
-    whole, highs, lows = [], [], []
+    highs, lows, whole = [], [], []
     for values in halves:
         rounded = call(b, "llvm.rint.v16f32", V16, b.fmul(values, splat(b, inverse)))
-        number = b.fptosi(rounded, vector(I32))
+        whole.append(b.fptosi(rounded, vector(I32)))
         # Adding half a step makes the low part signed, -64..63: both parts then fit the signed side of VNNI.
         seven = constants(7, vector(I32))
-        high = b.ashr(b.add(number, constants(64, vector(I32))), seven)
-        whole.append(number)
-        highs.append(b.trunc(high, vector(I8)))
-        lows.append(b.trunc(b.sub(number, b.shl(high, seven)), vector(I8)))
-    summed = call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole))
-    return QuantisedBlock(highs, lows, scale, summed)
+        highs.append(b.ashr(b.add(whole[-1], constants(64, vector(I32))), seven))
+        lows.append(b.sub(whole[-1], b.shl(highs[-1], seven)))
+    return Split(highs, lows, scale, call(b, "llvm.vector.reduce.add.v16i32", I32, b.add(*whole)))
 
 
 def _quantise_block(b: Any, x: Any, out: Any, cols: Any, block: Any) -> None:
     at = b.mul(block, long(128))
-    quantised = quantised_block(b, [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)])
+    numbers = split_block(b, [load(b, x, b.add(at, long(64 * half)), V16) for half in (0, 1)])
     place = block_offset(b, block)
     low_at, scales_at, sums_at = quantised_parts(b, out, cols)
-    for half, (high, low) in enumerate(zip(quantised.high, quantised.low, strict=True)):
+    for half, (high, low) in enumerate(zip(numbers.high, numbers.low, strict=True)):
         at = b.add(place, long(32 * half))
-        store(b, out, at, high)
-        store(b, low_at, at, low)
-    store(b, scales_at, b.mul(block, long(4)), quantised.scale)
-    store(b, sums_at, b.mul(block, long(4)), quantised.sum)
+        store(b, out, at, b.trunc(high, vector(I8)))
+        store(b, low_at, at, b.trunc(low, vector(I8)))
+    store(b, scales_at, b.mul(block, long(4)), numbers.scale)
+    store(b, sums_at, b.mul(block, long(4)), numbers.total)
 
 
 @intrinsic

@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.atomics import bytes_at, shorts_at
-from warmfront.shared.kernels.byte_dot import QuantisedBlock, multiplies_bytes, quantised_block
+from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import in_pairs, multiplies_bfloat, paired
@@ -111,13 +111,14 @@ def _zero(form: RowFormat) -> int:
     return form.bytes.zero if form.bytes is not None and isinstance(form.bytes.zero, int) else 0
 
 
-def _products(b: Any, numbers: list[Any], factors: QuantisedBlock) -> Any:
+def _products(b: Any, numbers: list[Any], factors: Split) -> Any:
     """Number times factor, added up over the 32 neurons: 16 integers."""
     parts = []
     for halves in (factors.high, factors.low):
         total = constants(0, vector(I32))
+        narrow = [b.bitcast(b.trunc(half, vector(I8)), vector(I32, 4)) for half in halves]
         for i, each in enumerate(numbers):
-            words = b.bitcast(halves[i // 4], vector(I32, 4))
+            words = narrow[i // 4]
             four = b.bitcast(splat(b, b.extract_element(words, ir.Constant(I32, i % 4))), V64)
             total = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), total, each, four)
         parts.append(total)
@@ -133,25 +134,25 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
             if not multiplies_bytes(context):
                 return
             given = [load(b, factors, long(64 * half), V16) for half in (0, 1)]
-            fixed = quantised_block(b, given) if form.kind == Kind.Q4C else None
+            fixed = split_block(b, given) if form.kind == Kind.Q4C else None
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
                 block = loop.index
                 parts, offset = fixed, None
                 if parts is None:
                     scales, *minima = _neuron_scales(context, b, form, tile, cols, block)
-                    parts = quantised_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
+                    parts = split_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
                     if minima:
                         products = [b.fmul(f, low) for f, low in zip(given, minima[0], strict=True)]
                         offset = splat(b, total_of(b, b.fadd(*products)))
                 for half, numbers in enumerate(_numbers(b, form, tile, block)):
                     whole = _products(b, numbers, parts)
                     if zero := _zero(form):
-                        whole = b.sub(whole, splat(b, b.mul(parts.sum, ir.Constant(I32, zero))))
+                        whole = b.sub(whole, splat(b, b.mul(parts.total, ir.Constant(I32, zero))))
                     total = b.fmul(b.sitofp(whole, V16), splat(b, parts.scale))
                     if form.kind == Kind.Q4C:
                         at = b.add(b.mul(block, long(64)), long(32 * half))
                         scale, minimum = column_scales(context, b, tail, cols, at)
-                        factor_sum = splat(b, b.fmul(b.sitofp(parts.sum, FLOAT), parts.scale))
+                        factor_sum = splat(b, b.fmul(b.sitofp(parts.total, FLOAT), parts.scale))
                         total = fma(b, total, scale, b.fmul(minimum, factor_sum))
                     if offset is not None:
                         total = b.fadd(total, offset)

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.simd import FLOAT, I16, I32, constants
 
-__all__ = ["half_at", "has", "to_half", "widened"]
+__all__ = ["from_half", "has", "to_half", "widened"]
 
 F16 = ir.HalfType()
 
@@ -76,11 +76,11 @@ def to_half(context, value):
 
 
 @intrinsic
-def half_at(context, address):
-    """The float16 at `address` as float32."""
+def from_half(context, bits):
+    """The float32 of the bits of a float16."""
 
     def build(context, b, _signature, arguments):
-        bits = simd.splat(b, simd.load(b, arguments[0], simd.long(0), I16))
-        return b.extract_element(widened(context, b, bits), ir.Constant(I32, 0))
+        one = b.bitcast(arguments[0], ir.VectorType(I16, 1))
+        return b.extract_element(widened(context, b, one), ir.Constant(I32, 0))
 
-    return types.float32(types.int64), build
+    return types.float32(types.uint16), build

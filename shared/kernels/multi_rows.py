@@ -1,7 +1,6 @@
-"""Compiled arithmetic on several short rows at once: the input, or the sums, stay in registers.
+"""Dots with several short rows at once: the input stays in registers.
 
-For rows so short that most of a `rows.dot` or `rows.axpy` is its beginning and its end: cached keys and values, the
-second matrix of a predictor.
+For rows so short that most of a `rows.dot` is its beginning and its end: the second matrix of a predictor.
 """
 
 from typing import Any
@@ -14,15 +13,13 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import PLAIN, RowFormat, by_kind
-from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, fma, load, long, splat, store, vector
-from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.kernels.simd import I32, I64, V16, fma, load, long, store, vector
+from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["ROWS", "add_rows", "dot_rows"]
+__all__ = ["ROWS", "dot_rows"]
 
 ROWS = LANES
-# Rows added at a time: with two vectors of columns each, enough sums to hide the latency of a multiply-add.
-_TOGETHER = 4
 
 
 def _add_across(b: Any, vectors: list[Any]) -> Any:
@@ -63,36 +60,6 @@ def _dot_rows(context, kind, rows, stride, x, cols, out):
     return types.void(*[types.int64] * 6), build
 
 
-@intrinsic
-def _add_rows(context, kind, rows, stride, factors, count, y, cols):
-    def build(context, b, _signature, arguments):
-        kind, rows, stride, factors, count, y, cols = arguments
-
-        def emit(form: RowFormat) -> None:
-            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as block:
-                at = b.mul(block.index, long(128))
-                places = at, b.add(at, long(64))
-                sums = [[simd.zeros(b) for _ in places] for _ in range(_TOGETHER)]
-                with cgutils.for_range(b, b.udiv(count, long(_TOGETHER)), intp=I64) as loop:
-                    for turn, pair in enumerate(sums):
-                        number = b.add(b.mul(loop.index, long(_TOGETHER)), long(turn))
-                        factor = splat(b, load(b, factors, b.mul(number, long(4)), FLOAT))
-                        row = b.add(rows, b.mul(stride, number))
-                        halves = form.weights(context, b, row, cols, block.index)
-                        for weights, total in zip(halves, pair, strict=True):
-                            b.store(fma(b, weights, factor, b.load(total)), total)
-                for half, place in enumerate(places):
-                    one, two, three, four = (b.load(pair[half]) for pair in sums)
-                    added = b.fadd(b.fadd(one, two), b.fadd(three, four))
-                    store(b, y, place, b.fadd(load(b, y, place, V16), added))
-
-        # What the KV cache holds.
-        by_kind(b, kind, [form for form in PLAIN if form.kind in (Kind.F32, Kind.F16)], emit)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), build
-
-
 @kernel
 def dot_rows(kind: int, rows: int, stride: int, x: int, cols: int, out: int) -> None:
     """Inner products of 16 packed rows, not of Q4C, `stride` bytes apart, with float32 [cols] at `x`.
@@ -100,12 +67,3 @@ def dot_rows(kind: int, rows: int, stride: int, x: int, cols: int, out: int) -> 
     They go to float32 [16] at `out`.
     """
     _dot_rows(kind, rows, stride, x, cols, out)
-
-
-@kernel
-def add_rows(kind: int, rows: int, stride: int, factors: int, count: int, y: int, cols: int) -> None:
-    """y += sum of factors[i] * row i over `count` rows of F32 or F16, `stride` bytes apart; `count` is a multiple of 4.
-
-    `factors`: float32 [count]; `y`: float32 [cols].
-    """
-    _add_rows(kind, rows, stride, factors, count, y, cols)

@@ -21,6 +21,7 @@ __all__ = [
     "call",
     "constants",
     "fma",
+    "largest",
     "load",
     "long",
     "prefetch_line",
@@ -91,6 +92,17 @@ def total(b: Any, lanes: Any) -> Any:
     name = "llvm.vector.reduce.fadd.v16f32"
     reduce = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(FLOAT, [FLOAT, V16]), name)
     return b.call(reduce, [ir.Constant(FLOAT, 0.0), lanes], fastmath=("reassoc",))
+
+
+def largest(b: Any, vectors: list[Any]) -> Any:
+    """The largest of all lanes of float vectors that are not negative; NaN if there is one.
+
+    As integers, whose order is that of such floats, with NaN above all: LLVM reduces floats by a chain of comparisons.
+    """
+    whole, *others = (b.bitcast(each, vector(I32)) for each in vectors)
+    for other in others:
+        whole = call(b, "llvm.smax.v16i32", vector(I32), whole, other)
+    return b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, whole), FLOAT)
 
 
 def prefetch_line(b: Any, address: Any) -> None:

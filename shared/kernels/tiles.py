@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
 from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
-from warmfront.shared.kernels.fp16 import half_at, widened
+from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import WRITE, Left, Panels, Rows, in_pairs, multiplies_bfloat, multiply, paired
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
@@ -276,12 +276,12 @@ def widen_tiled_row(rows: Rows, row: int, out: int) -> None:
     tile_at, lane = rows.at + row // TILE * TILE * rows.stride, row % TILE
     per_word = 4 if kind == _Q8 else 8
     words = carray(words_at(tile_at), (cols // per_word, TILE))
-    scales_at = tile_at + cols // per_word * TILE * 4
+    halves = carray(shorts_at(tile_at + cols // per_word * TILE * 4), (2 * (cols // BLOCK), TILE))
     weights = carray(floats_at(out), (cols,))
     for block in range(cols // BLOCK):
-        scale = half_at(scales_at + (block * TILE + lane) * 2)
+        scale = from_half(halves[block, lane])
         if kind == _Q4:
-            minimum = half_at(scales_at + ((cols // BLOCK + block) * TILE + lane) * 2)
+            minimum = from_half(halves[cols // BLOCK + block, lane])
         else:
             minimum = scale * np.float32(-128 if kind == _Q8 else -8)
         for k in range(BLOCK):

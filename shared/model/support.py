@@ -21,7 +21,6 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
     ("partial rotary embedding", lambda a: any(t.dim != a.attention.head_dim for t in a.positions.rotary)),
     ("q/k norm", lambda a: a.attention.qk_norm),
     ("attention soft cap", lambda a: a.attention.soft_cap is not None),
-    ("sliding window", lambda a: any(a.attention.windows)),
     ("attention sinks", lambda a: a.attention.sinks),
     ("parallel residual", lambda a: a.residual == "parallel"),
     ("ungated feed-forward", lambda a: not a.feed_forward.gated),

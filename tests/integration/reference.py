@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from warmfront.shared.model.formats import row_bytes, unpack
 from warmfront.shared.model.store import PackedModel
@@ -68,8 +68,8 @@ def llama_from_gguf(path: Path) -> Any:
 
 
 def llama_from_folder(path: Path) -> Any:
-    """The model of a Hugging Face folder, widened to float32."""
-    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    """The model of a Hugging Face folder, a Llama or another family, widened to float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
 def llama_from_packed(packed: PackedModel) -> Any:

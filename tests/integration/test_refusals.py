@@ -146,7 +146,7 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "text.gguf").write_text("hello")
     write_config(tmp_path / "broken", "{")
-    write_config(tmp_path / "mistral", '{"model_type": "mistral"}')
+    write_config(tmp_path / "gemma", '{"model_type": "gemma2"}')
     write_config(tmp_path / "bare", '{"model_type": "llama"}')
     tiny_gguf("qwen.gguf", architecture="qwen2")
     tiny_gguf("part.gguf", without=["blk.0.ffn_up.weight"])
@@ -156,9 +156,9 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
         "text.txt": ["is not a GGUF file"],
         "text.gguf": ["not a whole GGUF file", "fetch it again"],
         "broken": ["is not JSON", "fetch it again"],
-        "mistral": ["'mistral' is not supported", "llama is"],
+        "gemma": ["'gemma2' is not supported", "llama, mistral are"],
         "bare": ["field hidden_size is missing"],
-        "qwen.gguf": ["'qwen2' is not supported", "llama is"],
+        "qwen.gguf": ["'qwen2' is not supported", "llama, mistral are"],
         "part.gguf": ["is missing", "incomplete"],
     }.items():
         assert_refused(run(*command, tmp_path / name), 1, *words)

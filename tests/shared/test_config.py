@@ -89,6 +89,7 @@ def test_defaults_leave_everything_open() -> None:
         "policy": "balance",
         "plan": None,
         "context": None,
+        "kv": "auto",
         "measure": False,
         "attention": "auto",
         "look_ahead": False,

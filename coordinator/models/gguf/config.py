@@ -46,16 +46,18 @@ def llama(fields: Fields, found: Found) -> ModelSpec:
             raise ModelError(
                 f"{fields.path}: {family}.{key} differs from the head size {head_dim}, which is not supported"
             )
+    layers, window = keys.count("block_count"), keys.count("attention.sliding_window", 0, low=0)
     attention = Attention(
         heads=heads,
         kv_heads=keys.count("attention.head_count_kv", heads),
         head_dim=head_dim,
         biases=found.biases(("q", "k", "v", "o")),
+        windows=(window,) * layers if window else (),
     )
     return ModelSpec(
         family=family,
         name="".join(filter(str.isprintable, name)),
-        layers=keys.count("block_count"),
+        layers=layers,
         hidden=hidden,
         ffn=keys.count("feed_forward_length"),
         vocab=found.shapes["embed"][0],

@@ -3,13 +3,15 @@
 Covers the activations of `ACTIVATION_NAMES`, biases, tied embeddings, and RoPE: plain, linear or llama3.
 """
 
+from dataclasses import replace
+
 from warmfront.coordinator.models import rope
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["llama", "rotary"]
+__all__ = ["llama", "mistral", "rotary"]
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -54,6 +56,13 @@ def llama(config: Fields, name: str) -> ModelSpec:
             tied_head=config.flag("tie_word_embeddings", False),
         ),
     )
+
+
+def mistral(config: Fields, name: str) -> ModelSpec:
+    """The description of a Mistral: a Llama of which every layer may have a window."""
+    spec, window = llama(config, name), config.count("sliding_window", 0)
+    attention = replace(spec.architecture.attention, windows=(window,) * spec.layers if window else ())
+    return replace(spec, architecture=replace(spec.architecture, attention=attention))
 
 
 def rotary(config: Fields, spec: ModelSpec) -> Positions:

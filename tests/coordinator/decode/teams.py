@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from warmfront.coordinator.decode.torch_team import TorchTeam
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 from warmfront.shared.machine.memory import address, zeros
+from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import QUIT, Board, BoardSizes
 from warmfront.shared.wire.handoff import DONE, announce, await_sequence
@@ -84,18 +86,20 @@ class Workers:
             thread.join()
 
 
-def team_config(**options: Any) -> TeamConfig:
-    """One thread, on cpu 0."""
-    return TeamConfig(**({"cores": CorePlan((WorkerCores(0, (0,)),)), "context": CONTEXT, "selector": "all"} | options))
+def team_config(model: PackedModel, **options: Any) -> TeamConfig:
+    """One thread, on cpu 0, with the KV cache that the engine would choose."""
+    kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
+    plan = CorePlan((WorkerCores(0, (0,)),))
+    return TeamConfig(**({"cores": plan, "context": CONTEXT, "cache_kind": kind, "selector": "all"} | options))
 
 
-def opened(model: PackedModel, workers: Workers, kind: str, selector: str = "all", look_ahead: bool = False) -> Any:
+def opened(model: PackedModel, workers: Workers, kind: str, **options: Any) -> Any:
     """A team, loaded: "compiled", of one thread, or on a device of torch's."""
     team: Any
     if kind == "compiled":
-        team = ThreadTeam(model, workers.board, workers.dead, team_config(selector=selector, look_ahead=look_ahead))
+        team = ThreadTeam(model, workers.board, workers.dead, team_config(model, **options))
     else:
-        config = team_config(selector=selector, look_ahead=look_ahead, device=kind)
+        config = team_config(model, device=kind, **options)
         team = TorchTeam(model, workers.board, workers.dead, config)
     team.start()
     while not team.ready():
@@ -105,12 +109,12 @@ def opened(model: PackedModel, workers: Workers, kind: str, selector: str = "all
 
 
 def asked_and_said(
-    model: PackedModel, kind: str, selector: str = "all", look_ahead: bool = False
+    model: PackedModel, kind: str, jobs: Sequence[list[int]] = JOBS, **options: Any
 ) -> tuple[Any, np.ndarray]:
-    """What the workers were asked in JOBS, and the logits after each."""
+    """What the workers were asked in `jobs`, and the logits after each."""
     workers, position, logits = Workers(model), 0, []
-    team = opened(model, workers, kind, selector, look_ahead)
-    for tokens in JOBS:
+    team = opened(model, workers, kind, **options)
+    for tokens in jobs:
         assert team.run(tokens, position, True, compare_selection=len(tokens) == 1) == DONE
         position += len(tokens)
         logits.append(team.logits.copy())

@@ -86,7 +86,7 @@ def test_stopped_before_it_has_loaded(tiny_llama: MakeLlama) -> None:
     """No job was announced, nobody is told to quit."""
     with packed(tiny_llama()) as model:
         workers = Workers(model)
-        idle = TorchTeam(model, workers.board, workers.dead, team_config())
+        idle = TorchTeam(model, workers.board, workers.dead, team_config(model))
         idle.stop()
         assert workers.board.job[0] == 0
         workers.end()

@@ -4,7 +4,7 @@ Run: pytest tests/coordinator/decode/test_torch_team.py
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened, packed, with_predictors
+from tests.shared.model.specs import changed
 from warmfront.coordinator.decode.network import STEPS
 from warmfront.shared.kernels.gemm import in_pairs
-from warmfront.shared.model.formats import unpack
+from warmfront.shared.model.formats import Kind, pack, unpack
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.handoff import DONE
 
@@ -34,8 +35,9 @@ def assert_equal(
     model: PackedModel, tolerance: float, selector: str = "all", look_ahead: bool = False, device: str = "cpu"
 ) -> list[np.ndarray]:
     """Returns the masks of the single tokens."""
-    theirs, expected = asked_and_said(model, "compiled", selector, look_ahead)
-    ours, got = asked_and_said(model, device, selector, look_ahead)
+    options = {"selector": selector, "look_ahead": look_ahead}
+    theirs, expected = asked_and_said(model, "compiled", **options)
+    ours, got = asked_and_said(model, device, **options)
     assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
     assert len(ours) == len(theirs) == len(JOBS) * model.spec.layers
     masks = []
@@ -66,10 +68,13 @@ def test_what_the_compiled_team_says(tiny_llama: MakeLlama, options: dict[str, A
         assert_equal(model, 2e-5)
 
 
-def logits_in_float64(model: PackedModel) -> np.ndarray:
-    """The logits after each of JOBS, of the packed weights as they are: float64 [jobs, vocab]."""
+def logits_in_float64(model: PackedModel, jobs: Sequence[list[int]] = JOBS, cached: Kind = Kind.F32) -> np.ndarray:
+    """The logits after each of `jobs`, of the packed weights as they are: float64 [jobs, vocab].
+
+    `cached`: what keys and values are rounded to, but for float32.
+    """
     spec = model.spec
-    ids = [token for tokens in JOBS for token in tokens]
+    ids = [token for tokens in jobs for token in tokens]
     attention, (rotary,) = spec.architecture.attention, spec.architecture.positions.rotary
     half, tokens = attention.head_dim // 2, len(ids)
     angles = np.outer(np.arange(tokens), rotary.frequencies)[:, None]
@@ -89,6 +94,12 @@ def logits_in_float64(model: PackedModel) -> np.ndarray:
         turned = even * np.cos(angles) - odd * np.sin(angles), odd * np.cos(angles) + even * np.sin(angles)
         return np.stack(turned, axis=-1).reshape(*rows.shape[:2], 2 * half)
 
+    def rounded(rows: np.ndarray) -> np.ndarray:
+        padded = np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 32)))
+        flat = padded.reshape(-1, padded.shape[2])
+        exact = unpack(pack(flat.astype(np.float32), cached), cached, flat.shape[1])
+        return exact.reshape(padded.shape)[:, :, : rows.shape[2]].astype(np.float64)
+
     x = weights("embed")[ids]
     for layer in range(spec.layers):
         at = f"layers.{layer}."
@@ -98,15 +109,18 @@ def logits_in_float64(model: PackedModel) -> np.ndarray:
             for part in "qkv"
         )
         q, k = rotated(q), rotated(k)
+        k, v = (part if cached == Kind.F32 else rounded(part) for part in (k, v))
         k, v = (np.repeat(part, attention.heads // attention.kv_heads, axis=1) for part in (k, v))
         scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(attention.head_dim)
-        scores[:, ~np.tri(tokens, dtype=bool)] = -np.inf
+        behind = np.arange(tokens)[:, None] - np.arange(tokens)
+        window = attention.windows[layer] if attention.windows else 0
+        scores[:, (behind < 0) | ((behind >= window) & (window > 0))] = -np.inf
         chances = np.exp(scores - scores.max(2, keepdims=True))
         mixed = np.einsum("hij,jhd->ihd", chances / chances.sum(2, keepdims=True), v).reshape(tokens, -1)
         x = x + mixed @ weights(at + "o").T + weights(at + "o.bias")
         h = normed(x, at + "ffn_norm")
         x = x + np.tanh(h) / 2 - h / 5
-    ends = np.cumsum([len(job) for job in JOBS]) - 1
+    ends = np.cumsum([len(job) for job in jobs]) - 1
     return normed(x[ends], "norm") @ weights("head").T
 
 
@@ -121,6 +135,29 @@ def test_narrower_weights(tiny_llama: MakeLlama, dtype: str, kind: str) -> None:
         half_unit = 2.0**-9 if rounds_to_bfloat else 2.0**-11
         exact, (_, got) = logits_in_float64(model), asked_and_said(model, kind)
         assert np.abs(got - exact).max() < 10 * half_unit * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "cpu"])
+@pytest.mark.parametrize("windows", [(7, 0), (1, 33), (64, 65)])
+def test_windows(tiny_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, windows: tuple[int, int], kind: str) -> None:
+    """Of each layer its own; shorter than a panel, than a tile of the cache, and hardly shorter than the text."""
+    with packed(tiny_llama(attention_bias=True)) as model:
+        monkeypatch.setattr(model, "spec", changed(model.spec, "architecture.attention.windows", windows))
+        exact, (_, got) = logits_in_float64(model), asked_and_said(model, kind)
+        assert np.abs(got - exact).max() < 2e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(Kind.F16, 2e-4), (Kind.Q8, 2e-3)])
+@pytest.mark.parametrize("head_dim", [16, 40])
+def test_narrower_keys_and_values(tiny_llama: MakeLlama, head_dim: int, kind: Kind, tolerance: float) -> None:
+    """Tokens one by one, so that only the cache rounds; a number that is almost halfway may be rounded otherwise."""
+    jobs = [[token] for job in JOBS for token in job]
+    with packed(tiny_llama(attention_bias=True, head_dim=head_dim)) as model:
+        exact = logits_in_float64(model, jobs, kind)
+        _, got = asked_and_said(model, "compiled", jobs, cache_kind=kind)
+        error = np.abs(got - exact).max(1) / np.abs(exact).max()
+        assert error.max() < tolerance
+        assert np.abs(got - logits_in_float64(model, jobs)).max() > 2 * error.max() * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.activation import activate, activate_times, exponentials, softmax_panel
+from warmfront.shared.kernels.activation import activate, activate_times, exponentials, softmax_rows
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import ACTIVATIONS
@@ -20,8 +20,8 @@ def run_exponentials(values: int, count: int, highest: float) -> float:
 
 
 @kernel
-def run_softmax(scores: int, count: int, sums: int) -> None:
-    softmax_panel(scores, count, sums)
+def run_softmax(scores: int, count: int, state: int) -> None:
+    softmax_rows(scores, count, state)
 
 
 def test_exponentials() -> None:
@@ -51,14 +51,20 @@ def test_nan_stays_nan(activation: str) -> None:
     assert np.isnan(activate(ACTIVATIONS.index(activation), np.float32(np.nan)))
 
 
-def test_softmax_panel() -> None:
+def test_softmax_rows() -> None:
+    """In parts, some of which have no score that counts in a lane; exponentials shrink by the later parts' factors."""
     scores = np.random.default_rng(1).normal(0, 4, (50, 16)).astype(np.float32)
-    scores[30:, 3] = -1e30
-    got, sums = scores.copy(), np.zeros(16, np.float32)
-    run_softmax(address(got), 50, address(sums))
+    scores[:30, 3] = scores[30:, 5] = -1e30
+    scores[45, 7] = 80
+    got, state = scores.copy(), np.zeros((3, 16), np.float32)
+    state[0] = -3e38
+    for first, last in ((0, 7), (7, 30), (30, 50)):
+        run_softmax(address(got[first:]), last - first, address(state))
+        got[:first] *= state[2]
     expected = np.exp(scores.astype(np.float64) - scores.max(0))
-    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-38)
-    np.testing.assert_allclose(sums, expected.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(got, expected, rtol=5e-6, atol=2e-36)
+    np.testing.assert_allclose(state[0], scores.max(0))
+    np.testing.assert_allclose(state[1], expected.sum(0), rtol=2e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -6,7 +6,7 @@ Run: pytest tests/shared/kernels/test_multi_rows.py
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.multi_rows import ROWS, add_rows, dot_rows
+from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind, pack, row_bytes, unpack
 
@@ -32,18 +32,3 @@ def test_dot_rows(kind: Kind, cols: int) -> None:
     dot_rows(kind, address(packed), packed.shape[1], address(x), cols, address(out[1:]))
     np.testing.assert_allclose(out[1:-1], values @ x.astype(np.float64), rtol=1e-5, atol=1e-5)
     assert np.isnan(out[[0, -1]]).all()
-
-
-@pytest.mark.parametrize("count", [0, 4, 20])
-@pytest.mark.parametrize("cols", WIDTHS)
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
-def test_add_rows(kind: Kind, cols: int, count: int) -> None:
-    packed, values = rows_of(kind, 20, cols)
-    rng = np.random.default_rng(2)
-    factors, y = (rng.standard_normal(size).astype(np.float32) for size in (20, cols + 2))
-    before = y.copy()
-    add_rows(kind, address(packed), packed.shape[1], address(factors), count, address(y[1:]), cols)
-    expected = before[1:-1] + factors[:count].astype(np.float64) @ values[:count]
-    np.testing.assert_allclose(y[1:-1], expected, rtol=1e-5, atol=1e-5)
-    assert y[0] == before[0]
-    assert y[-1] == before[-1]

@@ -26,7 +26,6 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "partial rotary embedding": ("positions", Positions(rotary=(Rotary(frequencies=(1.0, 0.5)),))),
     "q/k norm": ("attention.qk_norm", True),
     "attention soft cap": ("attention.soft_cap", 50.0),
-    "sliding window": ("attention.windows", (0, 4096)),
     "attention sinks": ("attention.sinks", True),
     "parallel residual": ("residual", "parallel"),
     "ungated feed-forward": ("feed_forward.gated", False),
@@ -71,7 +70,7 @@ def test_several_are_named_in_one_line() -> None:
     [
         ("attention.scale", 0.5),
         ("attention.biases", ("q", "k", "v")),
-        ("attention.windows", (0, 0)),
+        ("attention.windows", (0, 4096)),
         ("positions.rotary_of_layer", (0, 0)),
         ("positions.rotary", (Rotary(frequencies=(0.5,) * 8, magnitude=1.2),)),
         ("feed_forward.activation", "gelu_tanh"),

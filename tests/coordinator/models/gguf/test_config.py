@@ -49,7 +49,7 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported; llama is"),
+        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported; llama, mistral are"),
         ({"fields": {"llama.expert_count": 8}}, "experts"),
         ({"fields": {"split.count": 2}}, "llama-gguf-split"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),

@@ -49,7 +49,7 @@ def test_spec(tiny_llama: Make) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model type 'qwen2' is not supported; llama is"),
+        ({"model_type": "qwen2"}, "model type 'qwen2' is not supported; llama, mistral are"),
         ({"hidden_act": "fatrelu"}, "activation 'fatrelu' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not supported"),
