@@ -259,8 +259,7 @@ def test_a_description_that_no_model_can_have(
 @pytest.mark.parametrize("name", ["largest", "layers.1.ffn"])
 def test_a_tensor_that_is_missing(tmp_path: Path, open_file: Callable[[Path], None], name: str) -> None:
     tensors = {other: tensor for other, tensor in TENSORS.items() if other != name}
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes_of(fields_of(tensors), tensors))
+    (path := tmp_path / "model.safetensors").write_bytes(bytes_of(fields_of(tensors), tensors))
     with pytest.raises(DamagedError, match=rf"is damaged \(tensor {name} is missing\)"):
         open_file(path)
 
