@@ -64,15 +64,17 @@ def add_to_sums(context: Any, b: Any, sums: Any, offset: Any, values: Any) -> No
 def _by_doubles(b: Any, values: Any) -> Any:
     """16 floats below 2^62 as integers, in two halves: 1.5 * 2^52 added, the last place of a double is 1.
 
-    Its bits are then the integer beside those of that number. All steps but the last rounding are exact.
+    Its bits are then the integer beside those of that number. All steps but the last rounding are exact. The flags are
+    not those of the kernels, which would allow the compiler to cancel what is added and subtracted.
     """
-    double, wide = vector(DOUBLE), vector(I64)
+    double, wide, flags = vector(DOUBLE), vector(I64), ("nsz",)
     magic, high_unit, per_high_unit = (
         ir.Constant(double, [value] * LANES) for value in (1.5 * 2.0**52, 2.0**32, 2.0**-32)
     )
     number = b.fpext(values, double)
-    high = b.fadd(b.fmul(number, per_high_unit), magic)
-    low = b.fadd(b.fsub(number, b.fmul(b.fsub(high, magic), high_unit)), magic)
+    high = b.fadd(b.fmul(number, per_high_unit, flags=flags), magic, flags=flags)
+    whole = b.fmul(b.fsub(high, magic, flags=flags), high_unit, flags=flags)
+    low = b.fadd(b.fsub(number, whole, flags=flags), magic, flags=flags)
     high_bits, low_bits = (b.sub(b.bitcast(half, wide), simd.constants(0x4338 << 48, wide)) for half in (high, low))
     return b.add(b.shl(high_bits, simd.constants(32, wide)), low_bits)
 

@@ -17,7 +17,7 @@ from tests.shared.model.specs import SPEC, edited
 from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import Predictor
-from warmfront.shared.model.store import PackedModel, run_of, sums_of
+from warmfront.shared.model.store import PackedModel, sums_of
 from warmfront.shared.wire.worker_main import open_assigned
 
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
@@ -259,8 +259,7 @@ def test_a_description_that_no_model_can_have(
 @pytest.mark.parametrize("name", ["largest", "layers.1.ffn"])
 def test_a_tensor_that_is_missing(tmp_path: Path, open_file: Callable[[Path], None], name: str) -> None:
     tensors = {other: tensor for other, tensor in TENSORS.items() if other != name}
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes_of(fields_of(tensors), tensors))
+    (path := tmp_path / "model.safetensors").write_bytes(bytes_of(fields_of(tensors), tensors))
     with pytest.raises(DamagedError, match=rf"is damaged \(tensor {name} is missing\)"):
         open_file(path)
 
@@ -399,34 +398,3 @@ def test_close_releases_the_file(path: Path) -> None:
     model.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         model.bytes_of("embed")
-
-
-@pytest.mark.parametrize(
-    ("places", "run"),
-    [
-        ([(0, 0)], 1),
-        ([(0, 0), (0, 1), (0, 2)], 3),
-        ([(3, 5), (3, 6), (3, 8), (3, 9)], 2),
-        ([(0, 2), (1, 3)], 1),
-        ([(0, 2), (1, 0), (1, 1)], 1),
-        ([(0, 1), (0, 1)], 1),
-        ([(0, 1), (0, 0)], 1),
-    ],
-)
-def test_run_of(places: list[tuple[int, int]], run: int) -> None:
-    assert run_of(np.array(places, np.int64)) == run
-
-
-def test_runs_read_all_places_in_order() -> None:
-    """Cutting any ordered set of places into runs gives each place once."""
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        places = np.argwhere(rng.random((3, 12)) < 0.7)
-        at, read = 0, []
-        while at < len(places):
-            layer, group = places[at]
-            count = run_of(places[at : at + 5])
-            assert 1 <= count <= 5
-            read += [(layer, group + i) for i in range(count)]
-            at += count
-        assert read == [tuple(place) for place in places]
