@@ -10,7 +10,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.simd import FLOAT, I16, I32, constants
 
 __all__ = ["from_half", "has", "to_half", "widened"]
