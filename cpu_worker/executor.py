@@ -13,7 +13,7 @@ from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
 from warmfront.shared.kernels.byte_dot import quantise_input
-from warmfront.shared.kernels.ffn import (
+from warmfront.shared.kernels.feed_forward.ffn import (
     Bundles,
     Vectors,
     dense_groups,

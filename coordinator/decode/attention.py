@@ -20,11 +20,11 @@ from warmfront.coordinator.decode.network import POSITION, SPOILED, TOKENS, Cach
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import exponentials, highest_of, softmax_rows
 from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, shorts_at
+from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
+from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.fp16 import from_half, to_half
 from warmfront.shared.kernels.gemm import ADD, Gathered, Panels, multiply_columns, pack_panels
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.kernels.kv_gather import gather_keys, gather_values
-from warmfront.shared.kernels.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.kv_layout import SPAN, TILE

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-
 from tests.shared.kernels.test_ffn import (
     HIDDEN,
     KINDS,
@@ -18,8 +17,9 @@ from tests.shared.kernels.test_ffn import (
     inputs,
     slots_of,
 )
+
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums, round_to_sums
-from warmfront.shared.kernels.ffn import (
+from warmfront.shared.kernels.feed_forward.ffn import (
     bundles_at,
     dense_groups,
     group_start,

@@ -22,7 +22,7 @@ COLS = 96
 PAGE = 4096
 
 
-# Q4C rows are bare numbers: tests/shared/kernels/test_down_rows.py.
+# Q4C rows are bare numbers: tests/shared/kernels/feed_forward/test_down_rows.py.
 ROW_KINDS = [kind for kind in Kind if kind != Kind.Q4C]
 
 
@@ -152,8 +152,13 @@ def test_other_machines(tmp_path: Path, cpu: str, features: str) -> None:
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
     files = [
-        Path(__file__).with_name(f"test_{module}.py")
-        for module in ("rows", "down_rows", "exact_sums", "multi_rows", "lowbit", "gemm", "activation", "ffn")
+        Path(__file__).parent / folder / f"test_{module}.py"
+        for folder, modules in (
+            ("", ("rows", "exact_sums", "multi_rows", "lowbit", "gemm", "activation")),
+            ("feed_forward", ("down_rows", "ffn")),
+            ("attention", ("kv_tiles",)),
+        )
+        for module in modules
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
     run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)

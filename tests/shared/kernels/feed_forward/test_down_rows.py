@@ -1,11 +1,14 @@
-"""Sums of down rows against float64 and, bit for bit, float32 numpy.  pytest tests/shared/kernels/test_down_rows.py"""
+"""Sums of down rows against float64 and, bit for bit, float32 numpy.
+
+Run: pytest tests/shared/kernels/feed_forward/test_down_rows.py
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
+from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack
 

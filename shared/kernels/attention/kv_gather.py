@@ -7,10 +7,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from warmfront.shared.kernels.attention.kv_tiles import Tile, integers, scale_vectors
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Rows, gather_columns, in_pairs, multiplies_bfloat, paired
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.kv_tiles import Tile, integers, scale_vectors
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import I16, I64, V16, load, long, splat, store
 from warmfront.shared.model.formats import BLOCK, Kind

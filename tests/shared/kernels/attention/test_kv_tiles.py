@@ -1,12 +1,12 @@
-"""Products with tiles of the KV cache against float64 numpy.  pytest tests/shared/kernels/test_kv_tiles.py"""
+"""Products with tiles of the KV cache against float64 numpy.  pytest tests/shared/kernels/attention/test_kv_tiles.py"""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
+from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.gemm import in_pairs
-from warmfront.shared.kernels.kv_gather import gather_keys, gather_values
-from warmfront.shared.kernels.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.kv_layout import tile_bytes

@@ -22,8 +22,13 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels.activation import activate, activate_times, fires
 from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, longs_at
-from warmfront.shared.kernels.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
-from warmfront.shared.kernels.down_tiles import add_down_tile, down_in_tiles, gather_down_tile, interleave_down
+from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
+from warmfront.shared.kernels.feed_forward.down_tiles import (
+    add_down_tile,
+    down_in_tiles,
+    gather_down_tile,
+    interleave_down,
+)
 from warmfront.shared.kernels.gemm import (
     SUM,
     Gathered,

@@ -1,4 +1,4 @@
-"""The feed-forward kernels against float64 numpy.  pytest tests/shared/kernels/test_ffn.py"""
+"""The feed-forward kernels against float64 numpy.  pytest tests/shared/kernels/feed_forward/test_ffn.py"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import pytest
 
 from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
 from warmfront.shared.kernels.exact_sums import inverse_unit
-from warmfront.shared.kernels.ffn import (
+from warmfront.shared.kernels.feed_forward.ffn import (
     Bundles,
     Vectors,
     bundles_at,

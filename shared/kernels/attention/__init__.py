@@ -1,0 +1,1 @@
+"""Arithmetic on the tiles of the KV cache. Knows no layer and no thread."""
