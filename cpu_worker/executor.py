@@ -17,14 +17,12 @@ from warmfront.shared.kernels.feed_forward.ffn import (
     Bundles,
     Vectors,
     dense_groups,
-    group_start,
-    list_masked,
     listed_neurons,
     open_gates,
     open_neurons,
-    set_bit,
     whole_groups,
 )
+from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import share

@@ -45,7 +45,7 @@ def _dtype(kind: Kind | None) -> torch.dtype:
 
 def _tensors(model: PackedModel, selector: str) -> list[str]:
     idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
-    apart = ("tokenizer", "profile", "places")
+    apart = ("tokenizer", "profile", "places", "largest")
     return [name for name in model.entries if not name.endswith(idle) and name not in apart]
 
 

@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
 from warmfront.shared.kernels.activation import activate, activate_times, fires
 from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, longs_at
@@ -29,6 +27,7 @@ from warmfront.shared.kernels.feed_forward.down_tiles import (
     gather_down_tile,
     interleave_down,
 )
+from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
 from warmfront.shared.kernels.gemm import (
     SUM,
     Gathered,
@@ -42,7 +41,6 @@ from warmfront.shared.kernels.gemm import (
 )
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
-from warmfront.shared.kernels.simd import I32, call
 from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile, multiply_tile_rows
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
@@ -52,13 +50,10 @@ __all__ = [
     "Vectors",
     "bundles_at",
     "dense_groups",
-    "group_start",
-    "list_masked",
     "listed_neurons",
     "open_gates",
     "open_neurons",
     "scratch_bytes",
-    "set_bit",
     "tile_group",
     "whole_groups",
 ]
@@ -212,43 +207,6 @@ def _add_group(b: Bundles, slots: Ints, neuron: int, vectors: Vectors, count: in
     """Add the down rows on the list, of the group of `neuron`, to the sums."""
     tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
     add_down_rows(b.down_kind, vectors.scratch, count, tail_at, vectors.sums, b.hidden)
-
-
-@intrinsic
-def _lowest_bit(context, word):
-    """The number of the lowest bit set in a word that is not 0."""
-
-    def build(context, b, _signature, arguments):
-        return call(b, "llvm.cttz.i32", I32, arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int32(types.uint32), build
-
-
-@kernel
-def set_bit(words: Words, neuron: int) -> None:
-    """Set the bit of a neuron, 32 neurons a word."""
-    words[neuron // GROUP] |= np.uint32(1) << np.uint32(neuron % GROUP)
-
-
-@kernel
-def list_masked(words: Words, groups: int, listed: Ints) -> int:
-    """List the neurons whose bits are set in the first `groups` words, 32 neurons a word; returns their number."""
-    count = 0
-    for group in range(groups):
-        word = words[group]
-        while word != 0:
-            listed[count] = group * GROUP + _lowest_bit(word)
-            count += 1
-            word &= word - np.uint32(1)
-    return count
-
-
-@kernel
-def group_start(listed: Ints, count: int, i: int) -> int:
-    """The first entry from `i` on of an ascending list of `count` neurons that begins a group; `count` if none does."""
-    while 0 < i < count and listed[i] // GROUP == listed[i - 1] // GROUP:
-        i += 1
-    return i
 
 
 @kernel

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.shared.kernels.test_ffn import (
+
+from tests.shared.kernels.feed_forward.test_ffn import (
     HIDDEN,
     KINDS,
     NO_FIRING,
@@ -17,17 +18,9 @@ from tests.shared.kernels.test_ffn import (
     inputs,
     slots_of,
 )
-
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums, round_to_sums
-from warmfront.shared.kernels.feed_forward.ffn import (
-    bundles_at,
-    dense_groups,
-    group_start,
-    list_masked,
-    listed_neurons,
-    open_gates,
-    open_neurons,
-)
+from warmfront.shared.kernels.feed_forward.ffn import bundles_at, dense_groups, listed_neurons, open_gates, open_neurons
+from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.formats import Kind
 

@@ -14,14 +14,12 @@ from warmfront.shared.kernels.feed_forward.ffn import (
     Vectors,
     bundles_at,
     dense_groups,
-    group_start,
-    list_masked,
     listed_neurons,
     open_gates,
     open_neurons,
     scratch_bytes,
-    set_bit,
 )
+from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
