@@ -79,7 +79,7 @@ class CpuWorker:
             counts=zeros((threads, 16), np.int64),
             quantised=zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
             sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.int64),
-            scratch=zeros((threads, scratch_bytes(sizes.hidden, sizes.max_tokens)), np.uint8),
+            scratch=zeros((threads, scratch_bytes(sizes.hidden, sizes.groups, sizes.max_tokens)), np.uint8),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),

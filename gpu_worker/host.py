@@ -42,7 +42,7 @@ class HostDevice:
             # The neurons to compute; x quantised; widened rows and the like.
             "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
-            + scratch_bytes(layout.hidden, max_tokens),
+            + scratch_bytes(layout.hidden, layout.groups, max_tokens),
         }
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:

@@ -299,7 +299,7 @@ def test_what_does_not_fit_beside_the_weights_is_refused(
     """Two layers of two heads of 16 weights, padded to 32: 102 MB of float32 keys and values, 38 MB of scores."""
     monkeypatch.setattr(memory, "read_topology", lambda: SimpleNamespace(available_bytes=40_000_000))
     folder = tiny_llama(max_position_embeddings=100_000)
-    with pytest.raises(ResourceError, match=r"GB \(0.00 for weights, 0.14 for a context of 100000 tokens\), 0.04 GB"):
+    with pytest.raises(ResourceError, match=r"GB \(0.00 for weights, 0.10 for a context of 100000 tokens\), 0.04 GB"):
         Engine.load(str(folder), context=100_000)
     with pytest.raises(ResourceError, match="for the emulated GPU"):
         Engine.load(str(folder), context=100_000, gpu="host")

@@ -124,13 +124,13 @@ def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = Fal
     )
 
 
-def scratch_bytes(hidden: int, max_tokens: int) -> int:
-    """Bytes that a thread needs beside its sums."""
+def scratch_bytes(hidden: int, groups: int, max_tokens: int) -> int:
+    """Bytes that a thread needs beside its sums, for layers of so many groups."""
     tokens = whole_panels(max_tokens)
     single = LIST_BYTES + 4 * hidden
     # 16 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
     several = 4 * max(TILE * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
-    return max(single, several + 4 * _BATCH * GROUP * tokens)
+    return max(single, several + 4 * min(_BATCH, groups) * GROUP * tokens)
 
 
 @kernel

@@ -120,7 +120,7 @@ class Input:
         self._inverse = slots.inverse(self._x[None])
         self._sums = begun(start, self._inverse).repeat(HIDDEN)
         self._quantised = np.zeros(quantised_bytes(HIDDEN), np.uint8)
-        size = scratch_bytes(HIDDEN, 1)
+        size = scratch_bytes(HIDDEN, SLOTS, 1)
         self._scratch = np.full(size + 64, 0xFF, np.uint8)
         self._behind = self._scratch[size:]
         x_at = address(self._x)
@@ -148,7 +148,7 @@ class Panels:
         self._inverse = slots.inverse(padded)
         begin = begun(start, self._inverse).reshape(-1, 1, 16)
         self._sums = np.broadcast_to(begin, self._x.shape).copy()
-        size = scratch_bytes(HIDDEN, len(x))
+        size = scratch_bytes(HIDDEN, SLOTS, len(x))
         self._scratch = np.full(size + 64, 0xFF, np.uint8)
         self._behind = self._scratch[size:]
         addresses = map(address, (self._inverse, self._sums, self._scratch))
