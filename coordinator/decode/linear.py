@@ -130,7 +130,8 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
     else:
         packed = Rows(kind, matrix.at, stride, cols)
         out = Panels(y_at, rows * LANES * 4, x.panels)
-        multiply_tile_rows(packed, low, middle, x.packed_at, out, scratch_at)
+        if low < middle:
+            multiply_tile_rows(packed, low, middle, x.packed_at, out, scratch_at)
         for r in range(middle, high, 8):
             eight = Rows(kind, matrix.at + r * stride, stride, cols)
             multiply_rows(eight, x.packed_at, Panels(y_at + r * LANES * 4, out.step, x.panels), scratch_at)
