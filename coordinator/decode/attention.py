@@ -286,9 +286,11 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
     queries, mixed = np.zeros(together * group * size, np.float32), np.empty(together * group * size, np.float32)
     packed, state = np.empty(together * group * size, np.float32), np.empty((together * group, 3, LANES), np.float32)
     scratch = np.empty(max(padded, _WIDTH) * TILE, np.float32)
-    scores, weights_at, scratch_at = st.scores[rank], address_of(st.chances[rank]), address_of(scratch)
+    scores, weights_at = st.scores[rank], address_of(st.chances[rank])
     for task in range(rank, net.kv_heads * ((panels + together - 1) // together), st.threads):
         panel, kv_head = task // net.kv_heads * together, task % net.kv_heads
+        # Asked for in each turn: an address alone does not keep an array's memory.
+        scratch_at = address_of(scratch)
         taken = min(together, panels - panel)
         position, columns = st.job[POSITION] + panel * LANES, taken * group
         end = min(position + taken * LANES, until)

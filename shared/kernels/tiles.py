@@ -82,19 +82,19 @@ def interleave(kind: int, at: int, rows: int, cols: int) -> None:
     words = (cols if kind == _Q8 else cols // 2) // 4
     halves = (stride - 4 * words) // 2
     flip = np.uint32(0x80808080) if kind == _Q8 else np.uint32(0)
-    kept = np.empty(TILE * stride, np.uint8)
-    kept_at = address_of(kept)
+    kept = np.empty(TILE * stride // 4, np.uint32)
     for first in range(0, rows, TILE):
         tile_at = at + first * stride
-        old, new = carray(words_at(tile_at), (TILE * stride // 4,)), carray(words_at(kept_at), (TILE * stride // 4,))
-        for i in range(TILE * stride // 4):
-            new[i] = old[i]
+        old = carray(words_at(tile_at), (len(kept),))
+        for i in range(len(kept)):
+            kept[i] = old[i]
         out, scales = (
             carray(words_at(tile_at), (words, TILE)),
             carray(shorts_at(tile_at + 4 * words * TILE), (halves, TILE)),
         )
         for r in range(TILE):
-            row_at = kept_at + r * stride
+            # Asked for anew each time: an address alone does not keep an array's memory.
+            row_at = address_of(kept) + r * stride
             row, row_scales = carray(words_at(row_at), (words,)), carray(shorts_at(row_at + 4 * words), (halves,))
             for i in range(words):
                 out[i, r] = row[i] ^ flip

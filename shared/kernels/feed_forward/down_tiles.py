@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from warmfront.shared.kernels.atomics import bytes_at, shorts_at
+from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
 from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
@@ -65,8 +66,11 @@ def down_in_tiles(kind: int) -> bool:
 
 
 @kernel
-def interleave_down(kind: int, rows_at: int, stride: int, cols: int, out: int) -> None:
-    """Write a group's 32 packed down rows, `stride` bytes apart, as a tile to `out`, another place."""
+def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: int, out: int) -> None:
+    """Write a group's 32 packed down rows, `stride` bytes apart, as a tile to `out`, another place.
+
+    `rows` is an array, not an address, which would not keep the memory of what the caller has allocated.
+    """
     blocks = cols // BLOCK
     size = BLOCK if kind == _Q8 else BLOCK // 2
     flip = np.uint8(128) if kind == _Q8 else np.uint8(0)
@@ -74,8 +78,9 @@ def interleave_down(kind: int, rows_at: int, stride: int, cols: int, out: int) -
     numbers = carray(bytes_at(out), (blocks, size // LANES, GROUP // 4, LANES, 4))
     scales = carray(shorts_at(out + blocks * size * GROUP), (per_block, blocks, GROUP))
     for neuron in range(GROUP):
-        row = carray(bytes_at(rows_at + neuron * stride), (blocks, size // LANES, LANES))
-        halves = carray(shorts_at(rows_at + neuron * stride + blocks * size), (per_block, blocks))
+        row_at = address_of(rows) + neuron * stride
+        row = carray(bytes_at(row_at), (blocks, size // LANES, LANES))
+        halves = carray(shorts_at(row_at + blocks * size), (per_block, blocks))
         for block in range(blocks):
             for half in range(size // LANES):
                 for i in range(LANES):

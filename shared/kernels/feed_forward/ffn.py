@@ -142,7 +142,6 @@ def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
 def tile_group(b: Bundles, at: int) -> None:
     """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail."""
     kept = np.empty(b.tail_offset, np.uint8)
-    kept_at = address_of(kept)
     group = carray(bytes_at(at), (b.tail_offset,))
     kept[:] = group
     for part in range(2):
@@ -154,7 +153,7 @@ def tile_group(b: Bundles, at: int) -> None:
                 row[i] = source[i]
         interleave(b.gate_kind, rows_at, GROUP, b.hidden)
     down_at = at + GROUP * b.down_offset
-    interleave_down(b.down_kind, kept_at + b.down_offset, b.bundle_bytes, b.hidden, down_at)
+    interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)
 
 
 @kernel
