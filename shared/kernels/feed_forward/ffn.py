@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.shared.kernels.activation import activate, activate_times, fires
-from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, longs_at
+from warmfront.shared.kernels.atomics import bytes_at, floats_at, longs_at
 from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import (
     add_down_tile,
