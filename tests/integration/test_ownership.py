@@ -143,6 +143,10 @@ def test_verify_notices_an_owner_that_changes_within_a_job(
 
     def corrupted(*job: Any, **options: Any) -> int:
         os.kill(gpu, signal.SIGSTOP)
+        # Until each of its threads has met the signal, the one that serves the board may still compute a layer.
+        tasks = list(Path(f"/proc/{gpu}/task").iterdir())
+        while any(task.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
+            time.sleep(0.001)
         board.owner[0, 3] = first
         changer = threading.Thread(target=change, args=(int(board.job[0]) + 1,))
         changer.start()
