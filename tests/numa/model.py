@@ -3,10 +3,9 @@
 python -m tests.numa.model       beforehand, on any machine; the kernels go to the cache folder
 """
 
+import os
 import tempfile
 from pathlib import Path
-
-import numpy as np
 
 from tests.conftest import GGUF_SHAPES, write_gguf
 
@@ -25,10 +24,9 @@ def write_model(path: Path) -> Path:
 
 def _compile() -> None:
     from warmfront.coordinator.engine.engine import Engine
-    from warmfront.coordinator.hardware import bandwidth
-    from warmfront.shared.kernels.jit import compile_for
+    from warmfront.coordinator.hardware.bandwidth import Bandwidth
 
-    compile_for(bandwidth._total, np.zeros(8, np.int64))
+    Bandwidth([min(os.sched_getaffinity(0))])  # compiles what measures
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model.gguf")
         with Engine.load(str(model), threads=1, gpu="none", context=64, tuning=False) as engine:

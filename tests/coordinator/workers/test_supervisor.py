@@ -173,7 +173,9 @@ def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, ready: bool, deaf
     code = (
         f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO}\nchannel.receive(20)\n"
         f"{'channel.send(Ready(7, 3, {}))' if ready else ''}\n"
-        "open(os.environ['FOLDER'] + '/started', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+        "new = os.environ['FOLDER'] + '/new'\n"
+        "with open(new, 'w') as file: file.write(str(os.getpid()))\n"
+        "os.rename(new, os.environ['FOLDER'] + '/started')\ntime.sleep(60)"  # there as a whole or not at all
     )
     supervisor = bench.start(cpu0=code)
     bench.exists("started")
