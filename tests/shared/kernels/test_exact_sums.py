@@ -178,12 +178,12 @@ def test_several_tokens_shared_out_in_any_way(gate: Kind, down: Kind, activation
 
 
 def test_more_groups_than_a_batch() -> None:
-    """Over the bound of a batch the sums are those of the groups one by one: a slot may be listed more than once."""
+    """Over the bound of a batch the sums are those of the groups one by one; slots are listed more than once for it."""
     slots, x = slots_of(Kind.Q4, Kind.Q4C), inputs(20)
     bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
     ids = np.random.default_rng(6).integers(0, SLOTS, 150).astype(np.int32)
-    whole = Panels(slots, x)
-    dense_groups(bundles, ids, 0, 150, whole.vectors, whole.count, NO_IDS, NO_FIRING)
+    whole = Panels(slots, x, groups=len(ids))
+    dense_groups(bundles, ids, 0, len(ids), whole.vectors, whole.count, NO_IDS, NO_FIRING)
     parts = []
     for slot in ids:
         parts.append(Panels(slots, x))

@@ -139,16 +139,16 @@ class Input:
 
 
 class Panels:
-    """Several tokens in panels, with sums [tokens, hidden] that begin at `start` and scratch memory."""
+    """Several tokens in panels, with sums [tokens, hidden] that begin at `start` and scratch memory for `groups`."""
 
-    def __init__(self, slots: Slots, x: np.ndarray, start: float = 0) -> None:
+    def __init__(self, slots: Slots, x: np.ndarray, start: float = 0, groups: int = SLOTS) -> None:
         self._x = panels_of(x)
         self.count = len(self._x)
         padded = self._x.transpose(0, 2, 1).reshape(-1, HIDDEN)
         self._inverse = slots.inverse(padded)
         begin = begun(start, self._inverse).reshape(-1, 1, 16)
         self._sums = np.broadcast_to(begin, self._x.shape).copy()
-        size = scratch_bytes(HIDDEN, SLOTS, len(x))
+        size = scratch_bytes(HIDDEN, groups, len(x))
         self._scratch = np.full(size + 64, 0xFF, np.uint8)
         self._behind = self._scratch[size:]
         addresses = map(address, (self._inverse, self._sums, self._scratch))
