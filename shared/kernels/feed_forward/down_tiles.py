@@ -7,6 +7,9 @@ columns of 4 neurons. The bytes of the 32 rows, at the same place in another ord
               and the high nibbles are columns 16 apart, of Q8 one such vector after the other, with 128 added
     scales    for each 32 columns: float16 [32] of the neurons; of Q4 then minima likewise; of Q4C none
 
+Rows of floats, on every CPU: for each 32 columns, neuron by neuron, its 32 weights. Nothing is multiplied another way
+then, but memory is read from one end to the other (docs/log.md).
+
 The factors are quantised to 15 bits as inputs are (`byte_dot.py`). Where the scale is a row's, it is multiplied into
 the factor before, so the factors are quantised anew for each 32 columns; of Q4C once.
 """
@@ -21,6 +24,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
 from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
@@ -28,6 +32,7 @@ from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import in_pairs, multiplies_bfloat, paired
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales
+from warmfront.shared.kernels.rows import row_stride, takes_quantised
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -56,13 +61,18 @@ __all__ = ["add_down_tile", "down_in_tiles", "gather_down_tile", "interleave_dow
 
 V64 = vector(I8, 64)
 _Q8, _Q4, _Q4C = int(Kind.Q8), int(Kind.Q4), int(Kind.Q4C)
-_TILED = tuple(form for form in FORMATS if form.bytes is not None or form.kind == Kind.Q4C)
+_FLOATS = tuple(form.kind for form in FORMATS if form.bytes is None and form.kind != Kind.Q4C)
+
+
+@kernel
+def _floats(kind: int) -> bool:
+    return kind != _Q4C and not takes_quantised(kind)
 
 
 @kernel
 def down_in_tiles(kind: int) -> bool:
     """Whether down rows of this type can be in tiles on this machine."""
-    return in_tiles(_Q4 if kind == _Q4C else kind)
+    return _floats(kind) or in_tiles(_Q4 if kind == _Q4C else kind)
 
 
 @kernel
@@ -72,6 +82,15 @@ def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: i
     `rows` is an array, not an address, which would not keep the memory of what the caller has allocated.
     """
     blocks = cols // BLOCK
+    if _floats(kind):
+        size = row_stride(kind, cols) // blocks
+        weights = carray(bytes_at(out), (blocks, GROUP, size))
+        for neuron in range(GROUP):
+            source = carray(bytes_at(address_of(rows) + neuron * stride), (blocks, size))
+            for block in range(blocks):
+                for i in range(size):
+                    weights[block, neuron, i] = source[block, i]
+        return
     size = BLOCK if kind == _Q8 else BLOCK // 2
     flip = np.uint8(128) if kind == _Q8 else np.uint8(0)
     per_block = 0 if kind == _Q4C else 2 if kind == _Q4 else 1
@@ -90,7 +109,9 @@ def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: i
 
 
 def _numbers(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
-    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons."""
+    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons; none of floats."""
+    if form.kind in _FLOATS:
+        return [], []
     count = 16 if form.kind == Kind.Q8 else 8
     start = b.mul(block, long(64 * count))
     loaded = [load(b, tile, b.add(start, long(64 * i)), V64) for i in range(count)]
@@ -130,12 +151,32 @@ def _products(b: Any, numbers: list[Any], factors: Split) -> Any:
     return b.add(b.shl(parts[0], constants(7, vector(I32))), parts[1])
 
 
+def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any]) -> None:
+    tile, factors, sums, cols = place
+    with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+        # Two sums for each half: a multiply-add takes four cycles.
+        totals = [[simd.zeros(b) for _ in range(2)] for _ in range(2)]
+        with cgutils.for_range(b, long(GROUP // 4), intp=I64) as four:
+            first = b.add(b.mul(loop.index, long(GROUP)), b.mul(four.index, long(4)))
+            for i in range(4):
+                factor = splat(b, load(b, factors, b.add(b.mul(four.index, long(16)), long(4 * i)), FLOAT))
+                halves = form.weights(context, b, tile, cols, b.add(first, long(i)))
+                for weights, total in zip(halves, totals[i % 2], strict=True):
+                    b.store(fma(b, weights, factor, b.load(total)), total)
+        for half, two in enumerate(zip(*totals, strict=True)):
+            at = b.add(b.mul(loop.index, long(256)), long(128 * half))
+            add_to_sums(context, b, sums, at, b.fadd(*(b.load(total) for total in two)))
+
+
 @intrinsic
 def _add_tile(context, kind, tile, factors, tail, sums, cols):
     def build(context, b, _signature, arguments):
         kind, tile, factors, tail, sums, cols = arguments
 
         def emit(form: RowFormat) -> None:
+            if form.kind in _FLOATS:
+                _add_floats(context, b, form, (tile, factors, sums, cols))
+                return
             if not multiplies_bytes(context):
                 return
             given = [load(b, factors, long(64 * half), V16) for half in (0, 1)]
@@ -147,11 +188,14 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
                     scales, *minima = _neuron_scales(context, b, form, tile, cols, block)
                     parts = split_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
                     if minima:
-                        products = [b.fmul(f, low) for f, low in zip(given, minima[0], strict=True)]
+                        # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
+                        eight = constants(8.0)
+                        lows = (fma(b, scale, eight, low) for scale, low in zip(scales, minima[0], strict=True))
+                        products = [b.fmul(f, low) for f, low in zip(given, lows, strict=True)]
                         offset = splat(b, total_of(b, b.fadd(*products)))
                 for half, numbers in enumerate(_numbers(b, form, tile, block)):
                     whole = _products(b, numbers, parts)
-                    if zero := _zero(form):
+                    if zero := 8 if form.kind == Kind.Q4 else _zero(form):
                         whole = b.sub(whole, splat(b, b.mul(parts.total, ir.Constant(I32, zero))))
                     total = b.fmul(b.sitofp(whole, V16), splat(b, parts.scale))
                     if form.kind == Kind.Q4C:
@@ -163,7 +207,7 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
                         total = b.fadd(total, offset)
                     add_to_sums(context, b, sums, b.add(b.mul(block, long(256)), long(128 * half)), total)
 
-        by_kind(b, kind, _TILED, emit)
+        by_kind(b, kind, FORMATS, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), build
@@ -183,6 +227,11 @@ def _weights(
 ) -> Iterator[Any]:
     """16 columns as float32, neuron by neuron; place: tile, tail of the group, columns of a row."""
     tile, tail, cols = place
+    if form.kind in _FLOATS:
+        for neuron in range(GROUP):
+            place_of = b.add(b.mul(block, long(GROUP)), long(neuron))
+            yield form.weights(context, b, tile, cols, place_of)[half]
+        return
     columns = b.add(b.mul(block, long(64)), long(32 * half))
     scale_at = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
     if form.kind == Kind.Q4C:
@@ -225,8 +274,8 @@ def _gather(context, kind, place, out, first, count, pairs):
                             for row, each in enumerate(weights):
                                 store(b, at, b.mul(step, long(row)), each)
 
-        if multiplies_bytes(context):
-            by_kind(b, kind, _TILED, emit)
+        possible = FORMATS if multiplies_bytes(context) else [form for form in FORMATS if form.kind in _FLOATS]
+        by_kind(b, kind, possible, emit)
         return context.get_dummy_value()
 
     return types.void(types.int64, place, *[types.int64] * 3, types.boolean), build

@@ -120,7 +120,7 @@ def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = Fal
         down_kind=int(layout.down_kind),
         hidden=layout.hidden,
         activation=activation,
-        tiled=whole and bool(in_tiles(layout.gate_kind)) and bool(down_in_tiles(layout.down_kind)),
+        tiled=whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind)),
     )
 
 
@@ -140,7 +140,10 @@ def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
 
 @kernel
 def tile_group(b: Bundles, at: int) -> None:
-    """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail."""
+    """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail.
+
+    Gate and up rows of floats stay rows, one behind the other.
+    """
     kept = np.empty(b.tail_offset, np.uint8)
     group = carray(bytes_at(at), (b.tail_offset,))
     kept[:] = group
@@ -151,7 +154,8 @@ def tile_group(b: Bundles, at: int) -> None:
             row = carray(bytes_at(rows_at + neuron * b.up_offset), (b.up_offset,))
             for i in range(b.up_offset):
                 row[i] = source[i]
-        interleave(b.gate_kind, rows_at, GROUP, b.hidden)
+        if in_tiles(b.gate_kind):
+            interleave(b.gate_kind, rows_at, GROUP, b.hidden)
     down_at = at + GROUP * b.down_offset
     interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)
 
@@ -160,14 +164,17 @@ def tile_group(b: Bundles, at: int) -> None:
 def whole_groups(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors) -> None:
     """Add the outputs of all neurons of slots low..high, which are in tiles, for one token."""
     gates_at, ups_at = vectors.scratch, vectors.scratch + GROUP * 4
-    gates = carray(floats_at(gates_at), (GROUP,))
+    gates = carray(floats_at(gates_at), (2 * GROUP,))
     for i in range(low, high):
         at = _bundle(b, slots, i * GROUP)
-        for part in range(2):
-            for row in range(0, GROUP, TILE):
-                tile_at = at + (part * GROUP + row) * b.up_offset
-                out_at = gates_at + (part * GROUP + row) * 4
-                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, out_at, AHEAD_BYTES)
+        if in_tiles(b.gate_kind):
+            for row in range(0, 2 * GROUP, TILE):
+                tile_at = at + row * b.up_offset
+                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, gates_at + row * 4, AHEAD_BYTES)
+        else:
+            for row in range(2 * GROUP):
+                row_at = at + row * b.up_offset
+                gates[row] = dot(b.gate_kind, row_at, vectors.x, vectors.quantised, b.hidden, row_at + AHEAD_BYTES)
         activate_times(b.activation, gates_at, ups_at, GROUP)
         inverse = carray(floats_at(vectors.inverse), (1,))[0]
         for neuron in range(GROUP):
@@ -306,14 +313,16 @@ def _gates_and_ups(b: Bundles, group_at: int, x_at: int, gates: Panels, up_at: i
     """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups."""
     for part in range(2):
         out_at = up_at if part else gates.at
-        if b.tiled:
-            rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
+        rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
+        if b.tiled and in_tiles(b.gate_kind):
             multiply_tile_rows(rows, 0, GROUP, x_at, Panels(out_at, gates.step, gates.panels), scratch_at)
         else:
+            if not b.tiled:
+                rows = Rows(b.gate_kind, group_at + part * b.up_offset, b.bundle_bytes, b.hidden)
             for row in range(0, GROUP, 8):
-                at = group_at + row * b.bundle_bytes + part * b.up_offset
                 eight = Panels(out_at + row * LANES * 4, gates.step, gates.panels)
-                multiply_rows(Rows(b.gate_kind, at, b.bundle_bytes, b.hidden), x_at, eight, scratch_at)
+                at = rows.at + row * rows.stride
+                multiply_rows(Rows(rows.kind, at, rows.stride, rows.cols), x_at, eight, scratch_at)
 
 
 @kernel
