@@ -6,18 +6,29 @@ import sys
 import click
 
 from warmfront.coordinator.cli.report import rates
+from warmfront.coordinator.cli.terminal import say
 from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.text.reasoning import Reasoning
 from warmfront.shared.config import Sampling
 from warmfront.shared.errors import UsageError
 
-__all__ = ["converse", "opening"]
+__all__ = ["converse", "opening", "use_template"]
 
 Messages = list[dict[str, str]]
+# Tokens at the end of a prompt in which the template may have opened the reasoning.
+_TAIL = 16
 
 
 def opening(system: str | None) -> Messages:
     """The conversation before the user's first turn."""
     return [{"role": "system", "content": system}] if system else []
+
+
+def use_template(engine: Engine, template: str | None) -> None:
+    """Chat with the user's `template`; without one say so if the model has none either."""
+    engine.tokenizer.chat_template = template
+    if template is None and not engine.tokenizer.has_chat_template:
+        say(f"{engine.model.spec.name} has no chat template: it is asked as ChatML; --chat-template FILE gives another")
 
 
 def converse(
@@ -34,7 +45,7 @@ def converse(
     The KV cache keeps the conversation: only the new tokens of each turn are computed.
     """
     messages = opening(system)
-    engine.tokenizer.render_chat([*messages, {"role": "user", "content": ""}])  # fails now if there is no template
+    engine.tokenizer.chat_ids([*messages, {"role": "user", "content": ""}])  # fails now if the template does
     _prepare_input()
     while True:
         try:
@@ -73,17 +84,25 @@ def _read() -> str | None:
 
 
 def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[str, ...], max_new_tokens: int) -> str:
-    """Print the answer as it comes; returns it, or what there is of it after Ctrl-C."""
+    """Print the answer as it comes, reasoning dimmed; returns it, or what there is of it after Ctrl-C."""
     pieces: list[str] = []
     try:
         prompt = engine.tokenizer.chat_ids(messages)
+        reasoning = Reasoning(engine.tokenizer.decode(prompt[-_TAIL:]))
         for token in engine.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
             pieces.append(token.text)
-            click.echo(token.text, nl=False)
+            for text, dim in reasoning.push(token.text):
+                _show(text, dim)
+        _show(*reasoning.rest())
     except KeyboardInterrupt:
         pass
     click.echo()
     return "".join(pieces)
+
+
+def _show(text: str, dim: bool) -> None:
+    """Print a piece; click leaves out the codes where stdout is no terminal."""
+    click.echo(click.style(text, dim=True) if dim and text else text, nl=False)
 
 
 def _prepare_input() -> None:

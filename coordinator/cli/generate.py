@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from warmfront.coordinator.cli.options import split_options
-from warmfront.coordinator.cli.prompt import read_prompt
+from warmfront.coordinator.cli.prompt import read_prompt, read_template
 from warmfront.coordinator.cli.terminal import Bars, say
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
@@ -29,6 +29,7 @@ def generate(
     file: Path | None,
     as_chat: bool,
     system: str | None,
+    chat_template: Path | None,
     max_new_tokens: int,
     ignore_eos: bool,
     stats: bool,
@@ -50,13 +51,15 @@ def generate(
         raise UsageError("--chat makes a turn of a text: give -p TEXT instead of --prompt-ids")
     if system is not None and not as_chat:
         raise UsageError("--system is for a chat: pass --chat too")
+    if chat_template is not None and not as_chat:
+        raise UsageError("--chat-template is for a chat: pass --chat too")
     model, overrides, sampling, stop = split_options(options)
     overrides |= {"measure": stats, "trace": trace}
     EngineConfig(**overrides)
-    given = read_prompt(prompt, prompt_ids, file)
+    given, template = read_prompt(prompt, prompt_ids, file), read_template(chat_template)
 
     with hold_interrupts():
-        from warmfront.coordinator.cli.chat import opening
+        from warmfront.coordinator.cli.chat import opening, use_template
         from warmfront.coordinator.cli.report import as_object, as_text
         from warmfront.coordinator.cli.watch import Watch
         from warmfront.coordinator.engine.engine import Engine
@@ -64,6 +67,7 @@ def generate(
     with Bars() as bars, Engine.load(model, **overrides, say=say, progress=bars.show) as engine:
         bars.close()
         if as_chat and isinstance(given, str):
+            use_template(engine, template)
             turn = {"role": "user", "content": given.removesuffix("\n")}
             given = engine.tokenizer.chat_ids([*opening(system), turn])
         ids = engine.prompt_ids(given)

@@ -46,8 +46,8 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
         },
         "bytes": dict(sizes),
         "tokenizer": source.tokenizer is not None,
-        "chat": source.tokenizer is not None and source.tokenizer.chat_template is not None,
-        "notes": source.notes,
+        "chat": source.tokenizer is not None and bool(source.tokenizer.chat_templates),
+        "notes": source.notes + ([source.tokenizer.note] if source.tokenizer and source.tokenizer.note else []),
     }
 
 

@@ -19,6 +19,7 @@ from warmfront.coordinator.cli.cache import cache
 from warmfront.coordinator.cli.options import (
     Names,
     Numbers,
+    chat_template_option,
     dtype_option,
     engine_options,
     load_options,
@@ -28,6 +29,7 @@ from warmfront.coordinator.cli.options import (
     selector_option,
     split_options,
 )
+from warmfront.coordinator.cli.prompt import read_template
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
 from warmfront.coordinator.extras import require
 from warmfront.shared.config import SELECTORS, EngineConfig
@@ -82,18 +84,23 @@ def generate(**options: Any) -> None:
     "-n", "--max-new-tokens", type=click.IntRange(1), help="Tokens of an answer [default: what the context holds]"
 )
 @click.option("--system", help="A system prompt.")
+@chat_template_option
 @click.option("--stats", is_flag=True, help="Times and rates after each answer, on stderr.")
-def chat(max_new_tokens: int | None, system: str | None, stats: bool, **options: Any) -> None:
+def chat(
+    max_new_tokens: int | None, system: str | None, chat_template: Path | None, stats: bool, **options: Any
+) -> None:
     """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
     model, overrides, sampling, stop = split_options(options)
     EngineConfig(**overrides)
+    template = read_template(chat_template)
 
     with hold_interrupts():
-        from warmfront.coordinator.cli.chat import converse
+        from warmfront.coordinator.cli.chat import converse, use_template
         from warmfront.coordinator.engine.engine import Engine
 
     with Bars() as bars, Engine.load(model, **overrides, say=say, progress=bars.show) as engine:
         bars.close()
+        use_template(engine, template)
         converse(engine, sampling, stop, system=system, max_new_tokens=max_new_tokens, stats=stats)
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "Names",
     "Numbers",
     "Size",
+    "chat_template_option",
     "dtype_option",
     "engine_options",
     "load_options",
@@ -163,12 +164,18 @@ engine_options = _together(
     run_options,
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
+chat_template_option = click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    help="A file with a Jinja template instead of the model's.  [default: the model's, else ChatML]",
+)
 prompt_options = _together(
     click.option("-p", "--prompt", help="Text to continue; - reads it from stdin, as does a pipe without -p."),
     click.option("--prompt-ids", type=Numbers(), help="Exact token ids instead of text: 1,2,3."),
     click.option("-f", "--file", type=click.Path(path_type=Path), help="A file with the text, in UTF-8."),
     click.option("--chat", "as_chat", is_flag=True, help="The text is a user's turn in the model's chat template."),
     click.option("--system", help="With --chat: a system prompt."),
+    chat_template_option,
 )
 sampling_options = _together(
     click.option("--temperature", type=float, default=_SAMPLING.temperature, show_default=True, help="0 is greedy."),

@@ -48,6 +48,8 @@ def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress:
             model.close()
             model = PackedModel(path)
         session = Session(model, plan)
+        if session.tokenizer.note:
+            say(session.tokenizer.note)
     except BaseException:
         model.close()
         raise

@@ -90,6 +90,20 @@ class Fields:
         values = self._get(key, None, "a list of objects", _list_of(_is(dict)))
         return [Fields(self.path, item, f"{self._prefix}{key}[{i}].") for i, item in enumerate(values)]
 
+    def items(self, key: str) -> list["str | Fields"]:
+        """The texts and objects of a list; none if it is absent or an object."""
+        if self.holds(key, dict):
+            return []
+        values = self._get(key, [], "a list of texts and objects", _list_of(lambda v: isinstance(v, (str, dict))))
+        return [
+            Fields(self.path, v, f"{self._prefix}{key}[{i}].") if isinstance(v, dict) else v
+            for i, v in enumerate(values)
+        ]
+
+    def updated(self, other: "Fields | None") -> "Fields":
+        """These fields, and those of another file in their place."""
+        return self if other is None else Fields(other.path, {**self._values, **other._values}, self._prefix)
+
     def token(self, key: str, vocab: int, default: int | None = None) -> int | None:
         """The id of a token of a GGUF file; None if there is none."""
         value = self._values.get(key, default)

@@ -6,7 +6,7 @@ The readers are `gguf/reader.py` and `hf/reader.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from warmfront.shared.model.formats import BLOCK, Kind, finite, pack, row_bytes
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = [
+    "END_TOKENS",
     "IGNORE_OVERFLOW",
     "Source",
     "SourceTensor",
@@ -33,9 +34,49 @@ Floats = npt.NDArray[np.float32]
 CHUNK = 1 << 24
 # Overflow is detected afterwards, and reported with the tensor's name.
 IGNORE_OVERFLOW = np.errstate(over="ignore", invalid="ignore")
-# Special tokens that end a turn or a text, whether or not the model's settings list them.
+# Tokens that end a turn, a text or a piece of code, whether or not the model's settings list them: llama.cpp's.
 END_TOKENS = frozenset(
-    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+    (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "</s>",
+        "<eos>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<｜end▁of▁sentence｜>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<turn|>",
+        "<|tool_response>",
+        "[e~[",
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "[PAD]",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+        "<|file_sep|>",
+    )
+)
+# Sets of tokens beside which another one ends only a part of an answer, as gpt-oss' reasoning.
+_NO_END = (
+    ({"<|return|>", "<|call|>"}, "<|end|>"),
+    ({"<|calls|>", "<|flush|>"}, "<|end|>"),
+    ({"<|tool_response>"}, "</s>"),
 )
 
 
@@ -107,14 +148,17 @@ class TokenizerFiles:
 
     # The text of a tokenizer.json.
     json: str
-    chat_template: str | None
+    # By name: "default", and others such as "tool_use".
+    chat_templates: Mapping[str, str]
+    # Texts of tokens by the names that templates have for them, such as "eos_token".
+    special_tokens: Mapping[str, str]
     bos_id: int | None
-    # The end token that chat templates write.
-    eos_id: int | None
     # Generation stops at any of these.
     eos_ids: tuple[int, ...]
     # Whether a prompt begins with `bos_id`.
     add_bos: bool
+    # A line for the user at every start.
+    note: str | None = None
 
 
 class Source(Protocol):
@@ -138,7 +182,10 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def end_ids(special: Iterable[tuple[int, str]], declared: Iterable[int | None]) -> tuple[int, ...]:
-    """Ids at which generation stops: those `declared`, and known end tokens among the `special` ones (id, text)."""
-    known = {number for number, text in special if text in END_TOKENS}
-    return tuple(sorted(known | {number for number in declared if number is not None}))
+def end_ids(tokens: Iterable[tuple[int, str]], declared: Iterable[int | None]) -> tuple[int, ...]:
+    """Ids at which generation stops: those `declared`, and known end tokens among `tokens` (id, text)."""
+    known = {text: number for number, text in tokens if text in END_TOKENS}
+    for beside, text in _NO_END:
+        if beside <= known.keys():
+            known.pop(text, None)
+    return tuple(sorted({*known.values(), *(number for number in declared if number is not None)}))

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
 from warmfront.coordinator.models.source import Source, SourceTensor, padded
 from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
@@ -133,8 +134,9 @@ class PackingPlan:
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
         self.shapes |= {name: ("F32", published[name]) for name in sorted(published) if len(published[name]) == 1}
-        if source.tokenizer is not None:
-            self.shapes["tokenizer"] = ("U8", (len(source.tokenizer.json.encode()),))
+        self._tokenizer = b"" if source.tokenizer is None else pack_tokenizer(source.tokenizer.json)
+        if self._tokenizer:
+            self.shapes["tokenizer"] = ("U8", (len(self._tokenizer),))
         for i in layers:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
         # Behind the layers, from which it is found out.
@@ -161,8 +163,7 @@ class PackingPlan:
         if name in self.kinds:
             return _with_rows(self.source.tensor(name).packed(self.kinds[name]), self.shapes[name][1][0])
         if name == "tokenizer":
-            assert self.source.tokenizer is not None
-            return np.frombuffer(self.source.tokenizer.json.encode(), np.uint8)
+            return np.frombuffer(self._tokenizer, np.uint8)
         if name == "largest":
             return np.array(self._largest, np.float32)
         if name.endswith(".ffn"):

@@ -4,25 +4,39 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from warmfront.shared.errors import ModelError
 from warmfront.shared.machine.process import python_module_command
 
-__all__ = ["render"]
+__all__ = ["CHATML", "render"]
+
+# For a model that comes without a template: the form that most models were trained on.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 CPU_S = 1  # of computing: no real template takes a hundredth of it
 _TIMEOUT_S = 30.0  # of waiting, on a machine that gives it no time to compute
 
 
-def render(name: str, template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> str:
+def render(
+    name: str,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """The prompt for the next answer to `messages`. `tokens`: texts of special tokens, such as bos_token.
 
     Raises ModelError, naming the model `name`, for a template that fails or does not end in time.
     """
     variables = {
         "messages": [dict(message) for message in messages],
-        "tools": None,
-        "documents": None,
+        "tools": tools,
+        "documents": documents,
         "add_generation_prompt": True,
         **tokens,
     }

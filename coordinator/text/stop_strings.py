@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from warmfront.shared.errors import UsageError
 
-__all__ = ["StopText"]
+__all__ = ["StopText", "overlap"]
 
 
 class StopText:
@@ -27,7 +27,7 @@ class StopText:
         if hits:
             self.found, self._held = True, ""
             return text[: min(hits)]
-        keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -36,7 +36,7 @@ class StopText:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from warmfront.coordinator.models.tokenizer_json import load_tokenizer, one_line_errors
-from warmfront.coordinator.text.chat_template import render
+from warmfront.coordinator.models.tokenizer_json import one_line_errors
+from warmfront.coordinator.text.chat_template import CHATML, render
+from warmfront.coordinator.text.merging import MergingTokenizer
 from warmfront.coordinator.text.stream import TextStream
 from warmfront.shared.errors import ModelError, UsageError
 from warmfront.shared.model.store import PackedModel
@@ -13,22 +14,38 @@ __all__ = ["Tokenizer"]
 
 # A noncharacter of Unicode, which no text contains.
 _MARK = "\ufdd0"
+# JSON schemas of functions that the model may call, or documents to answer from, as templates take them.
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 class Tokenizer:
-    """The tokenizer of one model. Without a tokenizer.json only token ids go in, and no text comes out."""
+    """The tokenizer of one model. Without a tokenizer.json only token ids go in, and no text comes out.
+
+    `chat_template`: one that the user gives instead of the model's.
+    """
 
     def __init__(self, model: PackedModel) -> None:
         self._name = model.spec.name
         self._text: dict[str, Any] = model.text
-        self._fast: Any = None
+        self.chat_template: str | None = None
+        self._fast: MergingTokenizer | None = None
         if "tokenizer" in model.entries:
-            self._fast = load_tokenizer(model.bytes_of("tokenizer").tobytes().decode())
+            self._fast = MergingTokenizer(model.bytes_of("tokenizer"))
 
     @property
     def present(self) -> bool:
         """Whether text can be encoded."""
         return self._fast is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model came with a chat template; otherwise ChatML is used."""
+        return bool(self._text.get("chat_templates"))
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of this tokenizer at every start."""
+        return self._text.get("note")
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -44,7 +61,7 @@ class Tokenizer:
         except UnicodeError:
             raise UsageError("the prompt is not UTF-8: give it in that encoding") from None
         with one_line_errors(f"the tokenizer of {self._name} fails on the text", "shorten it, or give --prompt-ids"):
-            ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._fast.encode(text)
         bos = self._text.get("bos_id")
         if with_start and self._text.get("add_bos") and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -52,21 +69,37 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
-        return "" if self._fast is None else str(self._fast.decode(list(ids)))
+        return "" if self._fast is None else self._fast.decode(ids)
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A decoder of the answer to `prompt` that takes one token at a time."""
         return TextStream(self._fast, prompt)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for the next answer to `messages` (role, content), by the model's own chat template."""
-        template = self._text.get("chat_template")
-        if not template:
-            raise UsageError(f"{self._name} has no chat template: use `warmfront generate`")
-        tokens = {f"{role}_token": self._text_of(f"{role}_id") for role in ("bos", "eos", "unk", "pad")}
-        return render(self._name, template, messages, {name: text for name, text in tokens.items() if text is not None})
+    def render_chat(self, messages: Sequence[Mapping[str, str]], tools: Tools = None, documents: Tools = None) -> str:
+        """The prompt for the next answer to `messages` (role, content).
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        `tools` and `documents` are given to the template; the model's template for tools is taken where it has one.
+        Raises ModelError for a template that fails, UsageError where none is the default.
+        """
+        tokens = self._text.get("special_tokens", {})
+        return render(self._name, self._template(tools is not None), messages, tokens, tools, documents)
+
+    def _template(self, with_tools: bool) -> str:
+        if self.chat_template is not None:
+            return self.chat_template
+        templates: dict[str, str] = self._text.get("chat_templates", {})
+        if with_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if templates and "default" not in templates:
+            raise UsageError(
+                f"the chat templates of {self._name} are {', '.join(templates)}, none is the default: choose one with "
+                "--chat-template FILE"
+            )
+        return templates.get("default", CHATML)
+
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], tools: Tools = None, documents: Tools = None
+    ) -> list[int]:
         """Token ids of that prompt, in which a control token that a user or system prompt spells out is plain text.
 
         Such a token is cut in two by a mark, which the template copies, and the parts are encoded separately.
@@ -77,8 +110,8 @@ class Tokenizer:
             message if message["role"] == "assistant" else {**message, "content": _cut(message["content"], control)}
             for message in plain
         ]
-        rendered = self.render_chat(marked)
-        if marked != plain and rendered.replace(_MARK, "") != self.render_chat(plain):
+        rendered = self.render_chat(marked, tools, documents)
+        if marked != plain and rendered.replace(_MARK, "") != self.render_chat(plain, tools, documents):
             raise UsageError("the text spells out a control token of the model, which its chat template cannot take")
         first, *others = rendered.split(_MARK)
         ids = self.encode(first)
@@ -93,11 +126,6 @@ class Tokenizer:
         texts = {token.content for token in self._fast.get_added_tokens_decoder().values() if token.special}
         texts |= {self._fast.id_to_token(token) or "" for token in self.end_ids}
         return sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-
-    def _text_of(self, role: str) -> str | None:
-        """The text of the token with this role, such as bos_id; None without it."""
-        token = self._text.get(role)
-        return None if self._fast is None or token is None else self._fast.id_to_token(token)
 
 
 def _cut(text: str, tokens: Iterable[str]) -> str:

@@ -87,11 +87,11 @@ def _child(path: Path, dtype: str, cache: Path, output: int) -> int:
 
 def _check_numbers(packed: PackedModel) -> None:
     """Fail unless what was read without complaint makes sense: finite numbers, ids within the vocabulary."""
-    spec, ids = packed.spec, [packed.text.get(name) for name in ("bos_id", "eos_id")]
+    spec, ids = packed.spec, [packed.text.get("bos_id"), *packed.text.get("eos_ids", ())]
     epsilon, rotary = spec.architecture.norm.epsilon, spec.architecture.positions.rotary
     assert 0 < epsilon < float("inf"), epsilon
     assert all(0 < frequency < float("inf") for table in rotary for frequency in table.frequencies), rotary
-    assert all(0 <= i < spec.vocab for i in (*ids, *packed.text.get("eos_ids", ())) if i is not None), packed.text
+    assert all(0 <= i < spec.vocab for i in ids if i is not None), packed.text
     for name, entry in packed.entries.items():
         if entry.element == "F32":
             assert np.isfinite(packed.floats(name)).all(), name

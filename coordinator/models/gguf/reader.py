@@ -72,7 +72,7 @@ class GgufSource:
             positions = self._family.gguf_positions(fields, self.spec, divisor)
             self.spec = replace(self.spec, architecture=replace(self.spec.architecture, positions=positions))
         self._note_conversions()
-        self.tokenizer = read_tokenizer(path, file.fields, self.notes)
+        self.tokenizer = read_tokenizer(path, file.fields)
         if self.tokenizer is not None and len(file.fields["tokenizer.ggml.tokens"]) > self.spec.vocab:
             raise ModelError(f"{path}: there are more tokens than the {self.spec.vocab} rows of token_embd.weight")
 

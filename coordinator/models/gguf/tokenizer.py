@@ -1,18 +1,18 @@
 """The tokenizer of a GGUF file, rebuilt from its metadata as a tokenizer.json.
 
-Two families: "gpt2", byte-level BPE with merges, whose words are cut by the regular expressions that
-`tokenizer.ggml.pre` names (as in llama.cpp's `llama-vocab.cpp`, in the spelling of the models' own tokenizer.json),
-and "llama", SentencePiece's BPE, whose merges follow from the scores.
+Two families: "gpt2", byte-level BPE with merges, whose words are cut as `tokenizer.ggml.pre` names it
+(`pre_tokenizers.py`), and "llama", SentencePiece's BPE, whose merges follow from the scores.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.source import TokenizerFiles, end_ids
+from warmfront.coordinator.models.gguf.pre_tokenizers import PRE, Pre, pre_of
+from warmfront.coordinator.models.source import END_TOKENS, TokenizerFiles, end_ids
 from warmfront.coordinator.models.tokenizer_json import one_line_errors
 from warmfront.shared.errors import ModelError
 
@@ -23,50 +23,26 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "▁"
 # All ways to cut a SentencePiece token in two are tried; published tokens have at most some 100 characters.
 MAX_TOKEN_LENGTH = 1024
-
-
-class Pre(NamedTuple):
-    """How text is cut into words: patterns applied one after another; each match is a word."""
-
-    patterns: tuple[str, ...]
-    # A word that is a token as a whole is not built by merges.
-    whole_words: bool = False
-    add_bos: bool = False
-
-
-CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
-GPT2 = CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    rf"(?i:{CONTRACTIONS})" + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE = {
-    "default": Pre((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": Pre((GPT2,)),
-    "smollm": Pre((r"\p{N}", GPT2)),
-    "llama-bpe": Pre((LLAMA3,), whole_words=True, add_bos=True),
-    "smaug-bpe": Pre((LLAMA3,)),
-    "qwen2": Pre((LLAMA3.replace("{1,3}", ""),)),
-    "tekken": Pre((TEKKEN,), whole_words=True, add_bos=True),
-    "deepseek-coder": Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+# Tokens that chat templates know by name, and the fields that have their ids.
+ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",
+    "pad": "padding",
+    "cls": "cls",
+    "mask": "mask",
 }
-ALIASES = {
-    **dict.fromkeys(("phi-2", "mpt", "olmo", "exaone4"), "gpt-2"),
-    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
-    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), "llama-bpe"),
-    **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan"), "qwen2"),
-    "dbrx": "smaug-bpe",
-}
+# Fields with ids of further tokens that end an answer: of a turn, of a message, of a piece of code.
+ENDS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Of Phi-3's special tokens, those that leave the white space behind them alone.
+KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
-def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> TokenizerFiles | None:
+def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> TokenizerFiles | None:
     """The tokenizer that the metadata `fields` of the file at `path` describe; None if they have none.
 
-    Appends to `notes` if the pre-tokenizer is unknown. Raises ModelError for other families and damaged fields.
+    Raises ModelError for other families, unknown pre-tokenizers and damaged fields.
     """
     checked = Fields(path, fields)
     model = checked.text("tokenizer.ggml.model", "none")
@@ -76,44 +52,62 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any], notes: list[str]) -> T
         raise ModelError(f"{path}: tokenizer '{model}' is not supported; gpt2 and llama are")
     tokens = checked.texts("tokenizer.ggml.tokens")
     types = checked.numbers("tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens))
+    # As in llama.cpp: converters give tokens of added_tokens.json any type.
+    types = [CONTROL if token in END_TOKENS else kind for token, kind in zip(tokens, types, strict=True)]
     with one_line_errors(f"{path}: the tokenizer's fields do not fit together", "fetch the file again"):
         if model == "gpt2":
-            pre = _pre(checked, notes)
+            pre, note = _pre(checked)
             tokenizer = _byte_level(tokens, checked.texts("tokenizer.ggml.merges"), pre)
-            add_bos, bos, eos = pre.add_bos, None, None
+            add_bos, defaults = pre.add_bos, {}
         else:
-            space = checked.flag("tokenizer.ggml.add_space_prefix", True)
+            space, note = checked.flag("tokenizer.ggml.add_space_prefix", True), None
             scores = checked.numbers("tokenizer.ggml.scores", len(tokens))
             tokenizer = _sentence_piece(tokens, types, scores, space)
-            add_bos, bos, eos = True, 1, 2
-        _add_tokens(tokenizer, tokens, types)
-    ids = {
-        name: checked.token(f"tokenizer.ggml.{name}_token_id", len(tokens), default)
-        for name, default in (("bos", bos), ("eos", eos), ("eot", None), ("eom", None))
-    }
-    special = ((i, token) for i, token in enumerate(tokens) if types[i] == CONTROL)
+            add_bos, defaults = True, {"bos": 1, "eos": 2, "unk": 0}
+        # Files do not say which tokens take the white space behind them; llama.cpp goes by the name, too.
+        strips = any(name in checked.text("general.name", "").lower() for name in ("phi-3", "phi3"))
+        _add_tokens(tokenizer, tokens, types, strips)
+    roles = {role: checked.token(_id_of(name), len(tokens), defaults.get(role)) for role, name in ROLES.items()}
+    ends = [roles["eos"], *(checked.token(_id_of(name), len(tokens)) for name in ENDS)]
+    named = checked.under("tokenizer.chat_template.")
+    templates = {"default": checked.text("tokenizer.chat_template", "")} | {name: named.text(name) for name in named}
     return TokenizerFiles(
         json=tokenizer.to_str(),
-        chat_template=checked.text("tokenizer.chat_template", "") or None,
-        bos_id=ids["bos"],
-        eos_id=ids["eos"],
-        eos_ids=end_ids(special, (ids["eos"], ids["eot"], ids["eom"])),
-        add_bos=ids["bos"] is not None and checked.flag("tokenizer.ggml.add_bos_token", add_bos),
+        chat_templates={name: template for name, template in templates.items() if template},
+        special_tokens={f"{role}_token": tokens[number] for role, number in roles.items() if number is not None},
+        bos_id=roles["bos"],
+        eos_ids=end_ids(enumerate(tokens), ends),
+        add_bos=roles["bos"] is not None and checked.flag("tokenizer.ggml.add_bos_token", add_bos),
+        note=note,
     )
 
 
-def _pre(fields: Fields, notes: list[str]) -> Pre:
+def _id_of(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
+
+
+def _pre(fields: Fields) -> tuple[Pre, str | None]:
+    """How words are cut; and a line for the user where the file does not say it."""
     name = fields.text("tokenizer.ggml.pre", "")
-    known = PRE.get(ALIASES.get(name, name)) if name else None
-    if known is None:
-        notes.append(f"pre-tokenizer {name[:60]!r} is not known: words are cut as by default, answers may suffer")
-    return known or PRE["default"]
+    if not name:
+        return PRE["default"], "the file names no pre-tokenizer: words are cut as by default, answers may suffer"
+    pre = pre_of(name)
+    if pre is None:
+        raise ModelError(
+            f"{fields.path}: pre-tokenizer {name[:60]!r} is not known, and with another one many token ids would be "
+            "wrong; use the model's Hugging Face folder"
+        )
+    return pre, None
 
 
 def _byte_level(tokens: list[str], merges: list[str], pre: Pre) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    # Some files have merges whose result is no token; they are never applied.
+    pairs = [pair for pair in pairs if "".join(pair) in vocab]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre.whole_words))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -146,8 +140,16 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> Iterato
         yield from sorted(pairs, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Add the tokens that are matched in the text before it is cut into words."""
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], strips: bool) -> None:
+    """Add the tokens that are matched in the text before it is cut into words.
+
+    `strips`: special tokens take the white space behind them.
+    """
     for kinds, special in (((UNKNOWN, CONTROL), True), ((USER_DEFINED,), False)):
         chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds and token]
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in chosen])
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=special, rstrip=strips and token not in KEEP_SPACE)
+                for token in chosen
+            ]
+        )

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tests.coordinator.packing.packed import KINDS, SIZES, pack, tensors_of
 from tests.shared.model.specs import changed
 from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
 from warmfront.coordinator.packing.packed_file import write_packed
 from warmfront.coordinator.packing.packer import PackingPlan
 from warmfront.shared.errors import DamagedError, ModelError
@@ -32,7 +33,7 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-7"
+    assert metadata["format"] == "warmfront-8"
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))
@@ -269,12 +270,13 @@ def test_a_description_of_other_sizes_is_refused(
 
 def test_text_comes_along(folder: Path) -> None:
     with PackedModel(pack(folder)) as model:
-        tokenizer = Tokenizer.from_str(model.bytes_of("tokenizer").tobytes().decode())
-        assert tokenizer.get_vocab() == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        assert model.bytes_of("tokenizer").tobytes() == pack_tokenizer((folder / "tokenizer.json").read_text())
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         ids = {name: tokenizer.token_to_id(settings[name]) for name in ("bos_token", "eos_token")}
-        assert model.text["chat_template"] == settings["chat_template"]
-        assert (model.text["bos_id"], model.text["eos_id"]) == (ids["bos_token"], ids["eos_token"])
+        assert model.text["chat_templates"] == {"default": settings["chat_template"]}
+        assert model.text["bos_id"] == ids["bos_token"]
+        assert model.text["special_tokens"] == {name: settings[name] for name in ids}
         assert ids["eos_token"] in model.text["eos_ids"]
         assert model.text["add_bos"] is False
 
@@ -302,7 +304,7 @@ def test_file_size(folder: Path, dtype: str) -> None:
     matrices = (2 * vocab + 2 * (64 + 32 + 32 + 64)) * rows
     bundles = 2 * 96 * (-(-3 * rows // 64) * 64)
     floats = 4 * (64 + 2 * (2 * 64 + 64 + 32 + 32 + 64) + 2 * 3)
-    tokenizer = len((folder / "tokenizer.json").read_bytes())
+    tokenizer = len(pack_tokenizer((folder / "tokenizer.json").read_text()))
     # Of eight rows of each matrix, the three groups of each layer, each vector, the largest magnitudes, the tokenizer;
     # and two checksums.
     sums = 8 * (2 * -(-vocab // 8) + 2 * (8 + 4 + 4 + 8) + 2 * 3 + 1 + 2 * 6 + 1 + 1 + 2)

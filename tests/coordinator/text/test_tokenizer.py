@@ -168,6 +168,14 @@ def test_special_tokens_may_be_written_as_objects(edited: Callable[..., Path], o
     assert opened(folder).render_chat([]) == "<|im_start|>-<|endoftext|>"
 
 
+def test_all_named_tokens_are_known_to_templates(edited: Callable[..., Path], opened: Open) -> None:
+    folder = edited(unk_token="<|endoftext|>", pad_token="<|im_end|>", mask_token="<|im_start|>")
+    (folder / "chat_template.jinja").write_text(
+        "{{ unk_token }}{{ pad_token }}{{ mask_token }}{{ sep_token is defined }}"
+    )
+    assert opened(folder).render_chat([]) == "<|endoftext|><|im_end|><|im_start|>False"
+
+
 def test_unnamed_special_tokens_are_those_of_the_configuration(edited: Callable[..., Path], opened: Open) -> None:
     folder = edited(bos_token=None, eos_token=None, chat_template="{{ bos_token }}-{{ eos_token }}")
     assert opened(folder).render_chat([]) == "<|endoftext|>-<|im_end|>"
@@ -193,8 +201,28 @@ def test_answers_end_at_the_known_tokens(edited: Callable[..., Path], opened: Op
 
 
 def test_without_a_template(edited: Callable[..., Path], opened: Open) -> None:
-    with pytest.raises(UsageError, match="has no chat template: use `warmfront generate`"):
-        opened(edited(chat_template=None)).render_chat(MESSAGES)
+    """The model is asked as ChatML; a template that the user gives goes before its own."""
+    with_one, without = opened(edited(chat_template=TEMPLATES["chatml"])), opened(edited(chat_template=None))
+    assert (with_one.has_chat_template, without.has_chat_template) == (True, False)
+    assert without.render_chat(MESSAGES) == with_one.render_chat(MESSAGES)
+    with_one.chat_template = "{{ messages | length }}{{ eos_token }}"
+    assert with_one.render_chat(MESSAGES) == "4<|im_end|>"
+
+
+def test_named_templates(edited: Callable[..., Path], opened: Open) -> None:
+    """With tools the one for them, as in transformers."""
+    text = "{{ tools | tojson }}{{ documents | tojson }}{{ messages[0].content }}"
+    named = {"default": f"default{text}", "tool_use": f"tools{text}", "rag": "no"}
+    tools = [{"type": "function", "function": {"name": "é", "parameters": {"b": 1, "a": 2}}}]
+    settings = [{"name": name, "template": template} for name, template in named.items()]
+    folder = edited(chat_template=settings)
+    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), opened(folder)
+    for more in ({}, {"tools": tools}, {"documents": [{"title": "x", "text": "y"}]}, {"tools": tools, "documents": []}):
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        assert ours.render_chat(MESSAGES, **more) == theirs.apply_chat_template(MESSAGES, **options, **more)
+    assert ours.chat_ids(MESSAGES, tools) == ours.encode(ours.render_chat(MESSAGES, tools))
+    with pytest.raises(UsageError, match="are tool_use, rag, none is the default: choose one with --chat-template"):
+        opened(edited(chat_template=settings[1:])).render_chat(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +256,8 @@ def test_without_a_tokenizer(edited: Callable[..., Path], opened: Open) -> None:
     assert tokenizer.decode([1, 2]) == ""
     assert tokenizer.stream().push(1) == ""
     assert tokenizer.end_ids == set()
-    with pytest.raises(UsageError, match="no chat template"):
-        tokenizer.render_chat(MESSAGES)
+    with pytest.raises(ModelError, match=r"came without a tokenizer\.json"):
+        tokenizer.chat_ids(MESSAGES)
 
 
 class TestControlTokensInAChat:

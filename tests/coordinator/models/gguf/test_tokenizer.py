@@ -16,8 +16,9 @@ import gguf
 import pytest
 from tokenizers import Tokenizer, models, normalizers, trainers
 
+from warmfront.coordinator.models.gguf.pre_tokenizers import PRE
 from warmfront.coordinator.models.gguf.reader import GgufSource
-from warmfront.coordinator.models.gguf.tokenizer import PRE, read_tokenizer
+from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.source import TokenizerFiles
 from warmfront.shared.errors import ModelError
 
@@ -69,23 +70,22 @@ def smollm2_fields(smollm2: Path) -> dict[str, Any]:
     return fields_of(smollm2)
 
 
-def tokenizer_of(path: Path, fields: dict[str, Any]) -> tuple[TokenizerFiles, list[str]]:
-    notes: list[str] = []
-    files = read_tokenizer(path, fields, notes)
+def tokenizer_of(path: Path, fields: dict[str, Any]) -> TokenizerFiles:
+    files = read_tokenizer(path, fields)
     assert files is not None
-    return files, notes
+    return files
 
 
 @needs_llama_cpp
 def test_smollm2_as_in_llama_cpp(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
-    files, notes = tokenizer_of(smollm2, smollm2_fields)
+    files = tokenizer_of(smollm2, smollm2_fields)
     assert [ids(files, text) for text in TEXTS] == llama_cpp_ids(smollm2, TEXTS)
-    assert notes == []
+    assert files.note is None
 
 
 def test_smollm2_as_in_transformers(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    files, _ = tokenizer_of(smollm2, smollm2_fields)
+    files = tokenizer_of(smollm2, smollm2_fields)
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     # transformers does not cut digits off for smollm, which shows only on digits beyond ASCII ("Ġ²" is a token).
     for text in (text for text in TEXTS if not any(c.isnumeric() and not c.isascii() for c in text)):
@@ -93,17 +93,16 @@ def test_smollm2_as_in_transformers(smollm2: Path, smollm2_fields: dict[str, Any
 
 
 def test_smollm2_settings(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
-    files, _ = tokenizer_of(smollm2, smollm2_fields)
+    files = tokenizer_of(smollm2, smollm2_fields)
     tokens = smollm2_fields["tokenizer.ggml.tokens"]
-    assert {tokens[i] for i in files.eos_ids} == {"<|endoftext|>", "<|im_end|>"}
+    assert {tokens[i] for i in files.eos_ids} == {"<|endoftext|>", "<|im_end|>", "<reponame>"}
     assert (files.bos_id, files.add_bos) == (1, False)
-    assert files.chat_template is not None
-    assert "<|im_start|>" in files.chat_template
+    assert "<|im_start|>" in files.chat_templates["default"]
     assert GgufSource(smollm2).tokenizer == files
 
 
 def test_decoding_returns_the_text(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
-    tokenizer = Tokenizer.from_str(tokenizer_of(smollm2, smollm2_fields)[0].json)
+    tokenizer = Tokenizer.from_str(tokenizer_of(smollm2, smollm2_fields).json)
     for text in TEXTS:
         encoded = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(encoded, skip_special_tokens=False) == text
@@ -120,20 +119,12 @@ def test_words_are_cut_as_in_llama_cpp(
     # Without the later merges many tokens can only be had whole, which some pre-tokenizers ask for and others not.
     fields["tokenizer.ggml.merges"] = fields["tokenizer.ggml.merges"][:5000]
     path = tiny_gguf(fields=fields, architecture="llama")
-    files, notes = tokenizer_of(path, fields_of(path))
+    files = tokenizer_of(path, fields_of(path))
     # llama.cpp's version of tekken's pattern takes combining marks for no part of a word; the model's own does.
     texts = tuple(t for t in TEXTS if pre != "tekken" or not any(unicodedata.category(c)[0] == "M" for c in t))
     assert [ids(files, text) for text in texts] == llama_cpp_ids(path, texts)
     assert files.add_bos == (pre in ("llama-bpe", "tekken"))
-    assert notes == []
-
-
-def test_unknown_pre_tokenizer_is_said(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
-    default, _ = tokenizer_of(smollm2, smollm2_fields | {"tokenizer.ggml.pre": "default"})
-    files, notes = tokenizer_of(smollm2, smollm2_fields | {"tokenizer.ggml.pre": "brand-new"})
-    assert files == default
-    assert len(notes) == 1
-    assert "brand-new" in notes[0]
+    assert files.note is None
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +161,7 @@ def test_sentence_piece_as_in_llama_cpp(
     tiny_gguf: Callable[..., Path], sentence_piece: dict[str, Any], space: bool
 ) -> None:
     path = tiny_gguf(fields=sentence_piece | {"tokenizer.ggml.add_space_prefix": space})
-    files, _ = tokenizer_of(path, fields_of(path))
+    files = tokenizer_of(path, fields_of(path))
     texts = (*TEXTS, "unseen: ʬ ꙮ 🜁", "<s>one</s><s> two<think>three", "          many     spaces")
     assert [ids(files, text) for text in texts] == llama_cpp_ids(path, texts)
     tokenizer = Tokenizer.from_str(files.json)
@@ -183,11 +174,9 @@ def test_sentence_piece_as_in_llama_cpp(
 
 
 def test_no_tokenizer_and_damaged_ones(smollm2: Path, smollm2_fields: dict[str, Any]) -> None:
-    assert read_tokenizer(smollm2, {}, []) is None
+    assert read_tokenizer(smollm2, {}) is None
     missing = {k: v for k, v in smollm2_fields.items() if k != "tokenizer.ggml.merges"}
     with pytest.raises(ModelError, match=r"field tokenizer\.ggml\.merges is missing"):
-        read_tokenizer(smollm2, missing, [])
-    with pytest.raises(ModelError, match="do not fit together"):
-        read_tokenizer(smollm2, smollm2_fields | {"tokenizer.ggml.merges": ["zzzz yyyyy"]}, [])
+        read_tokenizer(smollm2, missing)
     with pytest.raises(ModelError, match=r"field tokenizer\.ggml\.token_type is \[1, 2\], not a list of 49152 numbers"):
-        read_tokenizer(smollm2, smollm2_fields | {"tokenizer.ggml.token_type": [1, 2]}, [])
+        read_tokenizer(smollm2, smollm2_fields | {"tokenizer.ggml.token_type": [1, 2]})

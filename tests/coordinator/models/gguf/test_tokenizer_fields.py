@@ -66,7 +66,8 @@ def test_ids_of_minus_one_are_none(tiny_gguf: Make) -> None:
     path = tiny_gguf(fields=WORDS | ids)
     files = open_source(path).tokenizer
     assert files is not None
-    assert (files.bos_id, files.eos_id, files.eos_ids, files.add_bos) == (None, None, (), False)
+    assert (files.bos_id, files.eos_ids, files.add_bos) == (None, (), False)
+    assert files.special_tokens == {"unk_token": "w0"}
     data = path.read_bytes()
     for name in IDS:
         key = f"tokenizer.ggml.{name}_token_id".encode()

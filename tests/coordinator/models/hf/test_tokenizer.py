@@ -24,7 +24,7 @@ def test_tokenizer(tiny_llama: Make, tmp_path: Path) -> None:
     assert files is not None
     assert files.json == (folder / "tokenizer.json").read_text()
     assert files.bos_id == theirs.bos_token_id
-    assert files.chat_template == theirs.chat_template
+    assert files.chat_templates == {"default": theirs.chat_template}
     assert set(files.eos_ids) == set(theirs.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
     assert files.add_bos is False
 
@@ -35,12 +35,12 @@ def test_tokenizer(tiny_llama: Make, tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     files = open_source(folder).tokenizer
     assert files is not None
-    assert (files.bos_id, files.add_bos, files.chat_template) == (1, True, "yes")
+    assert (files.bos_id, files.add_bos, files.chat_templates) == (1, True, {"default": "yes", "tool_use": "no"})
     assert set(files.eos_ids) == {0, 2, 7, 9}
     (folder / "chat_template.jinja").write_text("from the file")
     reopened = open_source(folder).tokenizer
     assert reopened is not None
-    assert reopened.chat_template == "from the file"
+    assert reopened.chat_templates == {"default": "from the file"}
 
 
 @pytest.mark.parametrize("role", ["bos_token", "eos_token"])
@@ -77,7 +77,7 @@ def test_tokens_that_only_the_settings_have(tiny_llama: Make, tmp_path: Path) ->
     ours = Tokenizer.from_str(files.json)
     for text in ("<|user|>The lighthouse keeper  warm<|stop|> front<|im_end|>", "lukewarm water", f"a{word} b"):
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
-    assert files.eos_id == theirs.eos_token_id == 302
+    assert files.special_tokens["eos_token"] == theirs.eos_token
     assert set(files.eos_ids) == {0, 2, 302}
 
 
