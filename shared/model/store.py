@@ -6,7 +6,7 @@ Tensors:
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
-    norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
+    norm, layers.{i}.{attn_norm,ffn_norm,...}, ...bias    F32 [n]
     largest                              F32 [3 * layers]: no weight of gate, up, down of a layer is larger in magnitude
     tokenizer                            U8 [n]: the text of a tokenizer.json (absent if the model had none)
     profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
@@ -56,7 +56,7 @@ from warmfront.shared.model.tensors import layer_shapes, top_shapes
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
-FORMAT = "warmfront-7"
+FORMAT = "warmfront-8"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 

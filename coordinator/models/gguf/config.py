@@ -6,6 +6,8 @@ GGUF has no fields for activation, biases and tied embeddings; they follow from 
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from warmfront.coordinator.models import rope
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.rope import Doubles
@@ -13,7 +15,10 @@ from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions
 from warmfront.shared.model.spec import ModelSpec, Predictor
 
-__all__ = ["Found", "llama", "rotary"]
+__all__ = ["Factors", "Found", "llama", "rotary"]
+
+# Divisors of the rotary frequencies, by the name of their tensor in the file.
+Factors = Mapping[str, Doubles]
 
 
 class Found(NamedTuple):
@@ -23,6 +28,11 @@ class Found(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     # Whether it is in PowerInfer's dialect, whose models all use ReLU.
     powerinfer: bool
+
+    def qk_norm(self, head_dim: int) -> str | None:
+        """What of q and k is normed: see `Attention`."""
+        shape = self.shapes.get("layers.0.q_norm")
+        return None if shape is None else "head" if shape == (head_dim,) else "whole"
 
     @property
     def predictors(self) -> bool:
@@ -41,16 +51,17 @@ def llama(fields: Fields, found: Found) -> ModelSpec:
     keys = fields.under(f"{family}.")
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.count(key, head_dim) != head_dim:
-            raise ModelError(
-                f"{fields.path}: {family}.{key} differs from the head size {head_dim}, which is not supported"
-            )
+    if keys.count("attention.value_length", head_dim) != head_dim:
+        raise ModelError(
+            f"{fields.path}: {family}.attention.value_length differs from the head size {head_dim}, "
+            "which is not supported"
+        )
     layers, window = keys.count("block_count"), keys.count("attention.sliding_window", 0, low=0)
     attention = Attention(
         heads=heads,
         kv_heads=keys.count("attention.head_count_kv", heads),
         head_dim=head_dim,
+        qk_norm=found.qk_norm(head_dim),
         biases=found.biases(("q", "k", "v", "o")),
         windows=(window,) * layers if window else (),
     )
@@ -75,14 +86,49 @@ def llama(fields: Fields, found: Found) -> ModelSpec:
     )
 
 
-def rotary(fields: Fields, spec: ModelSpec, factors: Doubles | float) -> Positions:
-    """RoPE on whole heads. Llama 3.1's scaling comes as `factors`, a divisor of each frequency."""
+def rotary(fields: Fields, spec: ModelSpec, factors: Factors) -> Positions:
+    """One table for all layers. Llama 3.1's scaling comes as a divisor of each frequency, LongRoPE's as two."""
     keys = fields.under(f"{spec.family}.")
-    scaling = keys.text("rope.scaling.type", "")
-    divisor = keys.positive("rope.scale_linear", 1.0)
-    if scaling == "linear":
-        divisor = keys.positive("rope.scaling.factor", divisor)
-    elif scaling not in ("", "none"):
-        raise ModelError(f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear and llama3 are")
-    plain = rope.frequencies(spec.architecture.attention.head_dim, keys.positive("rope.freq_base", 10000.0))
-    return rope.positions(fields.path, plain, divisor * factors)
+    base = keys.positive("rope.freq_base", 10000.0)
+    plain = rope.frequencies(_rotary_dim(fields, spec), base)
+    for name, values in factors.items():
+        if len(values) != len(plain):
+            raise ModelError(f"{fields.path}: {name}.weight has shape {values.shape}, not one of {len(plain)} pairs")
+    scaling, divisor = keys.text("rope.scaling.type", "none"), factors.get("rope_freqs", np.ones(1))
+    magnitude = keys.positive("rope.scaling.attn_factor", 1.0)
+    original = keys.count("rope.scaling.original_context_length", spec.context)
+    if {"rope_factors_short", "rope_factors_long"} <= factors.keys():
+        short, long = factors["rope_factors_short"], factors["rope_factors_long"]
+        table = rope.rotary(fields.path, plain, short, magnitude, long_divisor=long, original_context=original)
+    elif scaling in ("", "none"):
+        table = rope.rotary(fields.path, plain, keys.positive("rope.scale_linear", 1.0) * divisor)
+    elif scaling == "linear":
+        factor = keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0))
+        table = rope.rotary(fields.path, plain, factor * divisor)
+    elif scaling == "yarn":
+        factor = keys.positive("rope.scaling.factor")
+        if base <= 1:
+            raise keys.wrong("rope.freq_base", "above 1, as YaRN wants it")
+        scaled = rope.yarn(
+            plain,
+            base=base,
+            factor=factor,
+            fast=keys.positive("rope.scaling.yarn_beta_fast", 32.0),
+            slow=keys.positive("rope.scaling.yarn_beta_slow", 1.0),
+            original_context=original,
+        )
+        table = rope.rotary(fields.path, scaled, divisor, rope.yarn_magnitude(factor) * magnitude)
+    else:
+        raise ModelError(
+            f"{fields.path}: RoPE scaling '{scaling}' is not supported; linear, llama3, yarn and longrope are"
+        )
+    return Positions(rotary=(table,))
+
+
+def _rotary_dim(fields: Fields, spec: ModelSpec) -> int:
+    """How many numbers of a head are rotated."""
+    head_dim = spec.architecture.attention.head_dim
+    dim = fields.count(f"{spec.family}.rope.dimension_count", head_dim)
+    if dim > head_dim or dim % 2:
+        raise ModelError(f"{fields.path}: RoPE on {dim} of the {head_dim} numbers of a head is not supported")
+    return dim

@@ -32,7 +32,7 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-7"
+    assert metadata["format"] == "warmfront-8"
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))

@@ -23,7 +23,7 @@ from warmfront.shared.wire.worker_main import open_assigned
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-7",
+    "format": "warmfront-8",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
@@ -283,13 +283,13 @@ def test_reach(path: Path) -> None:
 def test_a_description_of_what_is_not_computed(tmp_path: Path, open_file: Callable[[Path], None]) -> None:
     """The file is whole, so it stays."""
     path = tmp_path / "model.safetensors"
-    write_spec(path, "architecture.norm.kind", "layer")
+    write_spec(path, "architecture.attention.sinks", True)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ModelError) as caught:
         open_file(path)
     assert os.listdir("/proc/self/fd") == before
     assert not isinstance(caught.value, DamagedError)
-    assert str(caught.value) == "by hand uses layer norm, which is not supported yet"
+    assert str(caught.value) == "by hand uses attention sinks, which are not supported yet"
     assert path.exists()
 
 
