@@ -1,5 +1,6 @@
 """Tiny random models of every family, made by transformers, and what llama.cpp's converter makes of them."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,69 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32}),
+    "gemma2 scale": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3 linear": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 20,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 64,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0, 1.5, 2.0, 2.5],
+                "long_factor": [1.0, 3.0, 5.0, 9.0],
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "head_dim": None, "hidden_size": 128}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "llama yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 
@@ -69,6 +133,10 @@ def write_family_gguf(folder: Path, path: Path) -> Path:
             ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
             assert ours is not None, published
             writer.add_tensor(ours, np.ascontiguousarray(converted, np.float32))
+    for size in ("long", "short"):
+        factors = (config.rope_parameters or {}).get(f"{size}_factor")
+        if factors:
+            writer.add_tensor(f"rope_factors_{size}.weight", np.array(factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,16 +154,70 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
     rope = config.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        writer.add_sliding_window(config.sliding_window)
 
 
 def _as_it_is(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
     return [(name, values)]
 
 
+def _pairs(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """Rows of q and k with the two numbers of a rotary pair side by side."""
+    for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        if part in name:
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return [(name, values)]
+
+
+def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    return [(name, values + 1 if name.endswith("norm.weight") else values)]
+
+
+def _caps(config: Any) -> dict[str, float]:
+    return {
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _factors(config: Any) -> dict[str, float]:
+    return {
+        "embedding_scale": config.embedding_multiplier,
+        "attention.scale": config.attention_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+    }
+
+
+def _longrope(config: Any) -> dict[str, float]:
+    rope = config.rope_parameters
+    if rope["rope_type"] != "longrope":
+        return {}
+    original = rope["original_max_position_embeddings"]
+    magnitude = math.sqrt(1 + math.log(config.max_position_embeddings / original) / math.log(original))
+    return {"rope.scaling.attn_factor": magnitude, "rope.scaling.original_context_length": original}
+
+
 # Names of families that GGUF calls otherwise; fields beside the common ones; what becomes of a tensor.
-ARCHITECTURES: dict[str, str] = {}
-EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {}
-CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {}
+ARCHITECTURES = {"gemma3_text": "gemma3"}
+EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granite": _factors, "phi3": _longrope}
+CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
+    "llama": _pairs,
+    "granite": _pairs,
+    "gemma": _norms_plus_one,
+    "gemma2": _norms_plus_one,
+    "gemma3_text": _norms_plus_one,
+}

@@ -106,14 +106,68 @@ _QK_NORMS = {
     "q_norm": ("model.layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm"),
     "k_norm": ("model.layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm"),
 }
+_OUTPUT_NORMS = {
+    "attn_post_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.post_attention_norm"),
+    "ffn_post_norm": ("model.layers.{i}.post_feedforward_layernorm", "blk.{i}.post_ffw_norm"),
+}
+_QKV = ("model.layers.{i}.self_attn.qkv_proj", "blk.{i}.attn_qkv")
+_GATE_UP = ("model.layers.{i}.mlp.gate_up_proj", "blk.{i}.ffn_up")
 _QWEN2 = replace(_LLAMA, hf=hf_config.qwen2, gguf_pairs=False)
 _QWEN3 = replace(_QWEN2, hf=hf_config.qwen3, tensors={**_LLAMA.tensors, **_QK_NORMS})
+_GEMMA = replace(_LLAMA, hf=hf_config.gemma, gguf=gguf_config.gemma, gguf_pairs=False, norms_plus_one=True)
+_GEMMA2 = replace(
+    _GEMMA,
+    hf=hf_config.gemma2,
+    gguf=gguf_config.gemma2,
+    tensors={
+        **_LLAMA.tensors,
+        **_OUTPUT_NORMS,
+        "ffn_norm": ("model.layers.{i}.pre_feedforward_layernorm", "blk.{i}.ffn_norm"),
+    },
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    hf=hf_config.gemma3,
+    hf_positions=hf_config.gemma3_rotary,
+    gguf=gguf_config.gemma3,
+    gguf_positions=gguf_config.gemma3_rotary,
+    tensors={**_GEMMA2.tensors, **_QK_NORMS},
+)
+_PHI3 = replace(
+    _LLAMA,
+    hf=hf_config.mistral,
+    gguf_pairs=False,
+    tensors={**_LLAMA.tensors, "q": _QKV, "k": _QKV, "v": _QKV, "gate": _GATE_UP, "up": _GATE_UP},
+)
+_OLMO2 = replace(
+    _LLAMA,
+    hf=hf_config.olmo2,
+    gguf=gguf_config.olmo2,
+    gguf_pairs=False,
+    tensors={
+        **{part: names for part, names in _LLAMA.tensors.items() if part not in ("attn_norm", "ffn_norm")},
+        **_OUTPUT_NORMS,
+        **_QK_NORMS,
+    },
+)
+_STABLELM = replace(
+    _LLAMA, hf=hf_config.stablelm, hf_positions=hf_config.quarter_rotary, gguf=gguf_config.stablelm, gguf_pairs=False
+)
 # By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, hf=hf_config.mistral),
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "phi3": _PHI3,
+    "olmo2": _OLMO2,
+    "stablelm": _STABLELM,
+    "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
+    "minicpm": replace(_LLAMA, hf=hf_config.minicpm, gguf=gguf_config.minicpm),
 }
 
 

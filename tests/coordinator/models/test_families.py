@@ -68,3 +68,11 @@ def test_what_a_row_describes_may_not_be_computed_yet(
     source = open_source(edited(tiny_llama(), tmp_path / "copy", model_type="lama"))
     with pytest.raises(ModelError, match=r"^copy uses attention sinks, which are not supported yet$"):
         PackingPlan(source, "auto")
+
+
+def test_minicpm_is_a_granite_in_other_words(tiny_family: Make, tmp_path: Path) -> None:
+    folder = tiny_family("granite", embedding_multiplier=12.0, residual_multiplier=0.7 / 3**0.5, logits_scaling=4.0)
+    words = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 0.7, "dim_model_base": 16}
+    other = open_source(edited(folder, tmp_path / "copy", attention_multiplier=None, **words)).spec
+    theirs = open_source(edited(folder, tmp_path / "plain", attention_multiplier=1.0)).spec
+    assert other == replace(changed(theirs, "architecture.attention.scale", None), family="minicpm", name=other.name)
