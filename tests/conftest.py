@@ -50,6 +50,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of random folders of any family, by the name of `MODELS` in `family_models`."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, **options: Any) -> Path:
+        from tests.family_models import write_model
+
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in made:
+            made[key] = write_model(tmp_path_factory.mktemp("tiny_family"), name, **options)
+        return made[key]
+
+    return make
+
+
 def _write_llama(
     folder: Path,
     *,

@@ -18,7 +18,7 @@ from numba import carray
 from warmfront.coordinator.decode.footprint import PANELS, SCORES
 from warmfront.coordinator.decode.network import POSITION, SPOILED, TOKENS, Cache, Network, State
 from warmfront.coordinator.decode.row_split import portion
-from warmfront.shared.kernels.activation import exponentials, highest_of, softmax_rows
+from warmfront.shared.kernels.activation import exponentials, highest_of, soft_cap, softmax_rows
 from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, shorts_at
 from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
 from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
@@ -52,8 +52,12 @@ def _tile_offset(cache: Cache, head: int, layer: int, position: int) -> int:
 
 
 @inlined
-def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int) -> None:
+def rotate(net: Network, st: State, layer: int, first: int, low: int, high: int, lanes: int) -> None:
     """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
+    pairs, table = net.pairs[layer], net.table[layer]
+    if pairs == 0:
+        return
+    cosines, sines = net.rotary[table, 0], net.rotary[table, 1]
     rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
     for panel in range((tokens + lanes - 1) // lanes):
         position = st.job[POSITION] + panel * lanes
@@ -61,11 +65,12 @@ def rotate(net: Network, st: State, first: int, low: int, high: int, lanes: int)
         pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):
             at = (panel * rows + row) * lanes
-            even, odd = st.qkv[at : at + lanes], st.qkv[at + lanes : at + 2 * lanes]
-            for lane in range(count):
-                cos, sin = net.cos[position + lane, pair], net.sin[position + lane, pair]
-                a, b = even[lane], odd[lane]
-                even[lane], odd[lane] = a * cos - b * sin, b * cos + a * sin
+            if pair < pairs:
+                even, odd = st.qkv[at : at + lanes], st.qkv[at + lanes : at + 2 * lanes]
+                for lane in range(count):
+                    cos, sin = cosines[position + lane, pair], sines[position + lane, pair]
+                    a, b = even[lane], odd[lane]
+                    even[lane], odd[lane] = a * cos - b * sin, b * cos + a * sin
             pair += 1
             if 2 * pair == net.head_dim:
                 pair = 0
@@ -216,6 +221,8 @@ def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
             for p in range(0, count, TILE):
                 keys, _ = _tiles(cache, padded, kv_head, layer, first + p)
                 multiply_keys(keys, Heads(queries_at, padded * 4), Heads(scores_at + p * 4, count * 4), group)
+            if net.score_cap > 0:
+                soft_cap(scores_at, group * count, net.score_cap)
             for head in range(group):
                 own, number = scores[head * count : (head + 1) * count], kv_head * group + head
                 hidden_before, hidden_behind = own[: max(seen - first, 0)], own[base + end - first :]
@@ -310,6 +317,8 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
                 gather_keys(keys, scratch_at)
                 to = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, columns)
                 multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to, ADD)
+            if net.score_cap > 0:
+                soft_cap(address_of(scores), columns * count * LANES, net.score_cap)
             for column in range(columns):
                 own = scores[column * count * LANES : (column + 1) * count * LANES]
                 _hide(own, start, count, position + column // group * LANES, window)

@@ -25,12 +25,14 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache_panels, join, rotate
-from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, normalise, packed_input
+from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, packed_input
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
+    ATTN_POST_NORM,
     CAPTURE,
     COMPARE,
     FFN_NORM,
+    FFN_POST_NORM,
     LOST,
     OUT,
     POSTED,
@@ -46,8 +48,10 @@ from warmfront.coordinator.decode.network import (
     State,
     V,
 )
+from warmfront.coordinator.decode.norms import Norm, last_norm, layer_norm, normalise, normalise_heads
 from warmfront.coordinator.decode.predictor import predict
 from warmfront.coordinator.decode.row_split import portion
+from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
 from warmfront.shared.kernels.gemm import Rows, panels_of
@@ -84,8 +88,8 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
     y_at = address_of(st.qkv) + first * x.lanes * 4
     linear(matrix, low - first, high - first, x, y_at, rows, address_of(st.scratch[rank]))
     # Both rows of a rotated pair are this thread's, for ranges are cut at multiples of 8: no barrier before this.
-    if part != V:
-        rotate(net, st, first, low, high, x.lanes)
+    if part != V and not net.qk_norm:
+        rotate(net, st, layer, first, low, high, x.lanes)
 
 
 @kernel
@@ -208,7 +212,7 @@ def _embed(net: Network, st: State, rank: int, lanes: int) -> None:
             widen(table.kind, table.at + row * table.stride, address_of(h), table.cols)
         at = (token // lanes) * net.hidden * lanes + token % lanes
         for k in range(net.hidden):
-            x[at + k * lanes] = h[k]
+            x[at + k * lanes] = h[k] * net.embedding_scale
 
 
 @inlined
@@ -219,11 +223,43 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
     at = (last // lanes) * net.hidden * lanes + last % lanes
     for k in range(net.hidden):
         x[k] = x[at + k * lanes]
-    normalise(net.norm, net.norm_eps, net.hidden, x, h, 1, 1)
+    normalise(last_norm(net), net.hidden, x, h, 1, 1)
     low, high = portion(st.cuts, net.vocab, 1, rank)
     normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, 1, 1)
     matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden)
     linear(matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
+    if net.logit_scale != 1:
+        for i in range(low, high):
+            st.logits[i] *= net.logit_scale
+    if net.logit_cap > 0:
+        whole = (high - low) // LANES * LANES
+        soft_cap(address_of(st.logits) + low * 4, whole, net.logit_cap)
+        for i in range(low + whole, high):
+            st.logits[i] = net.logit_cap * np.tanh(st.logits[i] / net.logit_cap)
+
+
+@kernel
+def _add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, panels: int, lanes: int) -> None:
+    """Add a block's output to the residual x, normed and scaled as the model has it; `h` gets what is normed."""
+    part = values
+    if norm.weight_at != 0:
+        normalise(norm, net.hidden, values, h, panels, lanes)
+        part = h
+    for i in range(panels * net.hidden * lanes):
+        x[i] += part[i] * net.residual_scale
+
+
+@kernel
+def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
+    """Add the feed-forward's output to the residual."""
+    x, h = st.x[rank], st.h[rank]
+    norm = layer_norm(net, layer, FFN_POST_NORM)
+    if norm.weight_at == 0 and net.residual_scale == 1:
+        _merge(st.handoff, x, panels, net.hidden, lanes)
+        return
+    h[: panels * net.hidden * lanes] = 0
+    _merge(st.handoff, h, panels, net.hidden, lanes)
+    _add_block(net, norm, h, h, x, panels, lanes)
 
 
 @inlined
@@ -242,7 +278,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         _note(st.times, layer, rank, _START)
         # A thread could begin when the last worker had answered: later is its wait for a core that others use.
         since = clock_ns() if layer == 0 else _answered(st.handoff)
-        normalise(net.weights[layer, ATTN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        normalise(layer_norm(net, layer, ATTN_NORM), hidden, x, h, panels, lanes)
         normed = packed_input(net.kinds[layer, Q], address_of(h), packed_at, hidden, panels, lanes)
         _project(net, st, layer, Q, 0, q_rows, rank, normed)
         _project(net, st, layer, K, q_rows, kv_rows, rank, normed)
@@ -251,6 +287,11 @@ def forward(rank: int, net: Network, st: State) -> int:
         result = barrier(st.barrier)
         if result != DONE:
             return result
+        if net.qk_norm:
+            normalise_heads(net, st, layer, rank, panels, lanes)
+            result = barrier(st.barrier)
+            if result != DONE:
+                return result
         _note(st.times, layer, rank, _QKV)
         if lanes == 1:
             attend_one(net, st, layer, rank)
@@ -276,9 +317,12 @@ def forward(rank: int, net: Network, st: State) -> int:
         result = barrier(st.barrier)
         if result != DONE:
             return result
-        for i in range(count):
-            x[i] += st.proj[i]
-        normalise(net.weights[layer, FFN_NORM], net.norm_eps, hidden, x, h, panels, lanes)
+        post_norm, ffn_norm = layer_norm(net, layer, ATTN_POST_NORM), layer_norm(net, layer, FFN_NORM)
+        if not net.parallel:
+            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
+        normalise(ffn_norm, hidden, x, h, panels, lanes)
+        if net.parallel:
+            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
         if net.predicts and lanes == 1 and (layer == 0 or not net.look_ahead):
             result = predict(net, st, layer, rank)
@@ -299,7 +343,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         result = _await_workers(st.handoff, sequence)
         if result != DONE:
             return result
-        _merge(st.handoff, x, panels, hidden, lanes)
+        _add_workers(net, st, layer, rank, panels, lanes)
         _note_workers(st, layer, rank)
     if st.job[WANT_LOGITS] != 0:
         _output(net, st, rank, lanes)

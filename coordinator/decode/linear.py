@@ -1,9 +1,8 @@
-"""Norm and matrix product of the compiled pass, for one token and for panels of several."""
+"""Matrix product of the compiled pass, for one token and for panels of several."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.network import BIAS, Network
@@ -15,9 +14,7 @@ from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, row_stride, takes_qu
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tile_rows
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["Input", "Matrix", "layer_matrix", "linear", "normalise", "packed_input"]
-
-Floats = npt.NDArray[np.float32]
+__all__ = ["Input", "Matrix", "layer_matrix", "linear", "packed_input"]
 
 
 class Matrix(NamedTuple):
@@ -47,34 +44,6 @@ class Input(NamedTuple):
 def layer_matrix(net: Network, layer: int, part: int, rows: int, cols: int) -> Matrix:
     """Matrix `part` of q, k, v and o of a layer."""
     return Matrix(net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS], rows, cols)
-
-
-@kernel
-def normalise(weight_at: int, eps: Any, hidden: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
-    """Root mean square norm of every token."""
-    weight = carray(floats_at(weight_at), (hidden,))
-    if lanes == 1:
-        total = np.float32(0)
-        for k in range(hidden):
-            total += x[k] * x[k]
-        factor = np.float32(1) / np.sqrt(total / np.float32(hidden) + eps)
-        for k in range(hidden):
-            out[k] = x[k] * factor * weight[k]
-        return
-    # Tokens are lanes: sixteen sums at a time, each in the order of the features.
-    factors = np.empty(LANES, np.float32)
-    for p in range(panels):
-        panel = x[p * hidden * LANES : (p + 1) * hidden * LANES]
-        result = out[p * hidden * LANES : (p + 1) * hidden * LANES]
-        factors[:] = 0
-        for k in range(hidden):
-            for lane in range(LANES):
-                factors[lane] += panel[k * LANES + lane] * panel[k * LANES + lane]
-        for lane in range(LANES):
-            factors[lane] = np.float32(1) / np.sqrt(factors[lane] / np.float32(hidden) + eps)
-        for k in range(hidden):
-            for lane in range(LANES):
-                result[k * LANES + lane] = panel[k * LANES + lane] * factors[lane] * weight[k]
 
 
 @kernel

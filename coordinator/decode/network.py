@@ -7,17 +7,21 @@ if TYPE_CHECKING:  # the engine imports this before numba
 
 __all__ = [
     "ATTN_NORM",
+    "ATTN_POST_NORM",
     "BIAS",
     "CAPTURE",
     "COMPARE",
     "FC1",
     "FC2",
     "FFN_NORM",
+    "FFN_POST_NORM",
+    "K_NORM",
     "LOST",
     "LOWBIT",
     "OUT",
     "POSITION",
     "POSTED",
+    "Q_NORM",
     "ROLES",
     "SEQUENCE",
     "SPOILED",
@@ -35,10 +39,13 @@ __all__ = [
 ]
 
 # Columns of Network.weights and Network.kinds.
-ROLES = ("attn_norm", "q", "k", "v", "o", "ffn_norm", "q.bias", "k.bias", "v.bias", "o.bias", "fc1", "fc2", "lowbit")
-ATTN_NORM, Q, K, V, OUT, FFN_NORM, _, _, _, _, FC1, FC2, LOWBIT = range(len(ROLES))
-# How many columns behind a matrix its bias is.
-BIAS = ROLES.index("q.bias") - Q
+_BIASED = ("attn_norm", "q", "k", "v", "o", "attn_post_norm", "ffn_norm", "ffn_post_norm")
+_REST = ("q_norm", "k_norm", "fc1", "fc2", "lowbit")
+ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BIASED))
+# How many columns behind a matrix or a norm its bias is.
+BIAS = len(_BIASED)
+ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
+Q_NORM, K_NORM, FC1, FC2, LOWBIT = range(2 * BIAS, len(ROLES))
 # Words of State.job; the engine's thread writes them before it announces the job, but for the last two.
 (
     TOKENS,
@@ -72,22 +79,38 @@ class Network(NamedTuple):
     kv_heads: int
     head_dim: int
     vocab: int
-    # float32 scalars: epsilon of the norms, and head_dim^-0.5.
+    # Index into `architecture.NORMS`, and float32 epsilon of the norms.
+    norm_kind: int
     norm_eps: Any
+    # Whether the feed-forward reads the layer's input too, not what attention made of it.
+    parallel: bool
+    # Whether q and k are normed, and whether as whole vectors.
+    qk_norm: bool
+    whole_qk_norm: bool
+    # float32 scalars: factor on q.k, and what caps the scores (0: nothing); factors on the embedding, on what a block
+    # adds to the residual, and on the logits, and what caps those.
     score_scale: Any
+    score_cap: Any
+    embedding_scale: Any
+    residual_scale: Any
+    logit_scale: Any
+    logit_cap: Any
     # int64 [layers, ROLES]: addresses of the tensors, 0 where the model has none, and their kinds; the kind of a
     # low-bit copy is its number of bits.
     weights: Any
     kinds: Any
-    # Embedding [vocab, hidden], output head, which may be the same, and the last norm.
+    # Embedding [vocab, hidden], output head, which may be the same, and the last norm with its bias.
     embed: int
     embed_kind: int
     head: int
     head_kind: int
     norm: int
-    # float32 [context, head_dim / 2]: of each position and rotated pair.
-    cos: Any
-    sin: Any
+    norm_bias: int
+    # float32 [tables, 2, context, pairs]: cosines and sines of each position and rotated pair; int64 [layers] twice:
+    # each layer's table, and how many pairs of a head it rotates.
+    rotary: Any
+    table: Any
+    pairs: Any
     # int64 [layers]: how many tokens a token attends to, itself included; 0: all before it.
     windows: Any
     # Whether a selector predicts the neurons of a single token, and whether it does so a layer ahead.

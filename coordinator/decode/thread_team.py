@@ -37,6 +37,7 @@ from warmfront.shared.kernels.lowbit import lowbit_bytes
 from warmfront.shared.kernels.tiles import TILE
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
+from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.spec import Predictor
@@ -100,9 +101,8 @@ class ThreadTeam:
         if lowbit is not None:
             kinds[:, LOWBIT] = lowbit.bits
             thresholds = lowbit.thresholds
-        attention, rotary = spec.architecture.attention, spec.architecture.positions.of_layer(0)
-        assert rotary is not None
-        cos, sin = rotary.cos_sin(self._config.context)
+        architecture, attention, positions = spec.architecture, spec.architecture.attention, spec.architecture.positions
+        tables = [positions.table_of(layer) for layer in range(spec.layers)]
         head = "head" if "head" in at else "embed"
         return Network(
             layers=spec.layers,
@@ -111,8 +111,17 @@ class ThreadTeam:
             kv_heads=attention.kv_heads,
             head_dim=attention.head_dim,
             vocab=spec.vocab,
-            norm_eps=np.float32(spec.architecture.norm.epsilon),
+            norm_kind=NORMS.index(architecture.norm.kind),
+            norm_eps=np.float32(architecture.norm.epsilon),
+            parallel=architecture.residual == "parallel",
+            qk_norm=attention.qk_norm is not None,
+            whole_qk_norm=attention.qk_norm == "whole",
             score_scale=np.float32(attention.score_scale),
+            score_cap=np.float32(attention.soft_cap or 0),
+            embedding_scale=np.float32(architecture.embedding_scale),
+            residual_scale=np.float32(architecture.residual_scale),
+            logit_scale=np.float32(architecture.logit_scale),
+            logit_cap=np.float32(architecture.logit_cap or 0),
             weights=weights,
             kinds=kinds,
             embed=at["embed"],
@@ -120,8 +129,10 @@ class ThreadTeam:
             head=at[head],
             head_kind=int(self._model.entries[head].kind or 0),
             norm=at["norm"],
-            cos=cos,
-            sin=sin,
+            norm_bias=at.get("norm.bias", 0),
+            rotary=positions.tables(self._config.context),
+            table=np.array(tables, np.int64),
+            pairs=np.array([positions.rotary[t].dim // 2 if t >= 0 else 0 for t in tables], np.int64),
             windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
             predicts=self._config.selector in PREDICTING,
             look_ahead=self._config.look_ahead,

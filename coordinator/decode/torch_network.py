@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
+from warmfront.shared.model.architecture import Attention
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_cols, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
@@ -26,15 +27,26 @@ _SLICE = 32 << 20
 _ROWS = ("q", "k", "v")
 
 
+class _Norm(NamedTuple):
+    """The vectors of a norm. No weight: there is no norm here."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 class _Layer(NamedTuple):
     """A layer's tensors on the device; q, k and v are one matrix. None: the model has none, or it is not used."""
 
-    attn_norm: Tensor
+    attn_norm: _Norm
     qkv: Tensor
     qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     o: Tensor
     o_bias: Tensor | None
-    ffn_norm: Tensor
+    attn_post_norm: _Norm
+    ffn_norm: _Norm
+    ffn_post_norm: _Norm
     fc1: Tensor | None
     fc2: Tensor | None
 
@@ -92,14 +104,12 @@ class TorchNetwork:
                     return
                 have[name] = self._read(name)
                 self.loaded += model.entries[name].nbytes
-            self._embed, self._norm = have["embed"], have["norm"]
+            self._embed, self._norm = have["embed"], _norm(have, "norm")
             self._head = have.get("head", self._embed)
             self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
             shape, dtype = _cache_shape(spec, self._context), _dtype(self._cache_kind)
             self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
-            rotary = spec.architecture.positions.of_layer(0)
-            assert rotary is not None
-            self._cos, self._sin = torch.from_numpy(rotary.cos_sin(self._context)).to(self._device)[:, :, None]
+            self._rotary = torch.from_numpy(spec.architecture.positions.tables(self._context)).to(self._device)
             self._bits = torch.arange(GROUP, dtype=torch.int32, device=self._device)
 
     def _read(self, name: str) -> Tensor:
@@ -124,45 +134,59 @@ class TorchNetwork:
             for bias, matrix in zip(biases, matrices, strict=True)
         ]
         return _Layer(
-            attn_norm=have[f"{prefix}attn_norm"],
+            attn_norm=_norm(have, f"{prefix}attn_norm"),
             qkv=torch.cat(matrices),
             qkv_bias=torch.cat(joint) if any(bias is not None for bias in biases) else None,
+            q_norm=have.get(f"{prefix}q_norm"),
+            k_norm=have.get(f"{prefix}k_norm"),
             o=have[f"{prefix}o"],
             o_bias=have.get(f"{prefix}o.bias"),
-            ffn_norm=have[f"{prefix}ffn_norm"],
+            attn_post_norm=_norm(have, f"{prefix}attn_post_norm"),
+            ffn_norm=_norm(have, f"{prefix}ffn_norm"),
+            ffn_post_norm=_norm(have, f"{prefix}ffn_post_norm"),
             fc1=have.get(f"{prefix}fc1"),
             fc2=have.get(f"{prefix}fc2"),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual of token ids [n], which may be on any device: float32 [n, hidden]."""
-        return self._embed[tokens.to(self._device)].float()
+        return self._embed[tokens.to(self._device)].float() * self._model.spec.architecture.embedding_scale
 
-    def attend(self, layer: int, x: Tensor, position: int) -> Tensor:
-        """Add the attention of `layer` to the residual x [n, hidden] of the tokens from `position` on."""
+    def _attend(self, layer: int, x: Tensor, position: int) -> Tensor:
+        """What attention in `layer` makes of the residual x [n, hidden] of the tokens from `position` on."""
         attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(x)
         heads, kv_heads, until = attention.heads, attention.kv_heads, position + tokens
-        joint = _linear(self._norm_rows(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
+        joint = _linear(self._normed(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
         joint = joint.view(tokens, heads + 2 * kv_heads, attention.head_dim)
-        rotated = self._rotated(joint[:, : heads + kv_heads], position)
+        queries = self._normed_heads(joint[:, :heads], weights.q_norm)
+        rotated = torch.cat((queries, self._normed_heads(joint[:, heads : heads + kv_heads], weights.k_norm)), 1)
+        rotated = self._rotated(layer, rotated, position)
         keys, values = self._keys[layer], self._values[layer]
         keys[:, position:until] = rotated[:, heads:].transpose(0, 1)
         values[:, position:until] = joint[:, heads + kv_heads :].transpose(0, 1)
         window = attention.windows[layer] if attention.windows else 0
         since = max(0, position + 1 - window) if window else 0
-        mixed = scaled_dot_product_attention(
+        mixed = _attention(
             rotated[:, :heads].transpose(0, 1)[None].to(keys.dtype),
             keys[None, :, since:until],
             values[None, :, since:until],
-            attn_mask=self._mask(tokens, position, since, window) if tokens > 1 else None,
-            scale=attention.score_scale,
-            enable_gqa=heads != kv_heads,
+            self._mask(tokens, position, since, window) if tokens > 1 else None,
+            attention,
         )
-        return x + _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
+        return _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
 
-    def feed_forward_input(self, layer: int, x: Tensor) -> Tensor:
-        """The input of the workers: float32 [n, hidden]."""
-        return self._norm_rows(x, self._layers[layer].ffn_norm)
+    def add_attention(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """The residual x [n, hidden] with the attention of `layer` added, and the input of its workers."""
+        weights, parallel = self._layers[layer], self._model.spec.architecture.residual == "parallel"
+        after = self._added(x, self._attend(layer, x, position), weights.attn_post_norm)
+        return after, self._normed(x if parallel else after, weights.ffn_norm)
+
+    def add_feed_forward(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """The residual x [n, hidden] with what the workers made of their input added."""
+        return self._added(x, output, self._layers[layer].ffn_post_norm)
+
+    def _added(self, x: Tensor, output: Tensor, norm: _Norm) -> Tensor:
+        return x + self._normed(output, norm) * self._model.spec.architecture.residual_scale
 
     def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
         """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each."""
@@ -177,22 +201,64 @@ class TorchNetwork:
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""
-        return _linear(self._norm_rows(x[-1:], self._norm), self._head, None)[0]
+        architecture = self._model.spec.architecture
+        logits = _linear(self._normed(x[-1:], self._norm), self._head, None)[0] * architecture.logit_scale
+        return _capped(logits, architecture.logit_cap)
 
-    def _norm_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), weight, self._model.spec.architecture.norm.epsilon)
+    def _normed(self, x: Tensor, norm: _Norm) -> Tensor:
+        settings = self._model.spec.architecture.norm
+        if norm.weight is None:
+            return x
+        if settings.kind == "layer":
+            return layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, settings.epsilon)
+        return rms_norm(x, (x.shape[-1],), norm.weight, settings.epsilon)
 
-    def _rotated(self, rows: Tensor, position: int) -> Tensor:
+    def _normed_heads(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """The norm of queries or keys [n, heads, head_dim], over as many numbers as it has weights."""
+        if weight is None:
+            return rows
+        vectors = rows.reshape(len(rows), -1, len(weight))
+        return rms_norm(vectors, (len(weight),), weight, self._model.spec.architecture.norm.epsilon).view(rows.shape)
+
+    def _rotated(self, layer: int, rows: Tensor, position: int) -> Tensor:
         """RoPE on rows [n, heads, head_dim], in which the two numbers of a pair are neighbours."""
-        cos, sin = (wave[position : position + len(rows)] for wave in (self._cos, self._sin))
-        even, odd = rows[..., 0::2], rows[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+        positions = self._model.spec.architecture.positions
+        table = positions.table_of(layer)
+        if table < 0:
+            return rows
+        dim = positions.rotary[table].dim
+        cos, sin = self._rotary[table, :, position : position + len(rows), None, : dim // 2]
+        even, odd = rows[..., 0:dim:2], rows[..., 1:dim:2]
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+        return torch.cat((turned, rows[..., dim:]), dim=-1)
 
     def _mask(self, tokens: int, position: int, since: int, window: int) -> Tensor:
         """Which positions each token attends to, those up to its own, in a window: bool [n, position + n - since]."""
         own = torch.arange(position, position + tokens, device=self._device)[:, None]
         others = torch.arange(since, position + tokens, device=self._device)
         return (own >= others) & (own - others < window) if window else own >= others
+
+
+def _norm(have: dict[str, Tensor], name: str) -> _Norm:
+    return _Norm(have.get(name), have.get(f"{name}.bias"))
+
+
+def _capped(values: Tensor, cap: float | None) -> Tensor:
+    return values if cap is None else cap * torch.tanh(values / cap)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+    """Of queries [1, heads, n, head_dim] to keys and values [1, kv_heads, positions, head_dim]."""
+    if attention.soft_cap is None:
+        grouped = attention.heads != attention.kv_heads
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=attention.score_scale, enable_gqa=grouped
+        )
+    keys, values = (part.repeat_interleave(attention.heads // attention.kv_heads, dim=1) for part in (keys, values))
+    scores = _capped((queries @ keys.mT).float() * attention.score_scale, attention.soft_cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(values.dtype) @ values
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -128,10 +128,9 @@ class TorchTeam:
         self._captured = []
         for layer in range(layers):
             self._note(layer, "start")
-            x = network.attend(layer, x, position)
+            x, normed = network.add_attention(layer, x, position)
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
-            normed = network.feed_forward_input(layer, x)
             if predicts and (layer == 0 or not self._look_ahead):
                 self._write_mask(layer, network.predict(layer, x, normed))
             self._note(layer, "predictor")
@@ -144,7 +143,7 @@ class TorchTeam:
             result = self._await_workers()
             if result != DONE:
                 return result
-            x = self._merged(x)
+            x = network.add_feed_forward(layer, x, self._merged(x))
             self._note(layer, "merge")
             self._spans[layer] = [record[:2] for record in self._board.record]
         if want_logits:
@@ -189,7 +188,7 @@ class TorchTeam:
         return LOST if lost else DONE
 
     def _merged(self, x: Tensor) -> Tensor:
-        """The residual with the workers' parts added: as integers, which is exact, then rounded once."""
+        """The workers' parts of the residual's shape added up: as integers, which is exact, then rounded once."""
         tokens, hidden = x.shape
         lanes = 1 if tokens == 1 else LANES
         panels = -(-tokens // lanes)
@@ -199,7 +198,7 @@ class TorchTeam:
             total += torch.from_numpy(part).to(x.device, non_blocking=self._pinned)
         whole = total.view(panels, hidden, lanes).transpose(1, 2).reshape(-1, hidden)[:tokens]
         inverse = torch.from_numpy(self._board.inverse[:tokens].astype(np.float64)).to(x.device)
-        return x + (whole / inverse[:, None]).float()
+        return (whole / inverse[:, None]).float()
 
     def _from_device(self, to: npt.NDArray[Any], values: Tensor) -> None:
         torch.from_numpy(to).copy_(values, non_blocking=self._pinned)

@@ -8,13 +8,21 @@ from dataclasses import dataclass, replace
 
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.gguf import config as gguf_config
-from warmfront.coordinator.models.gguf.config import Found
+from warmfront.coordinator.models.gguf.config import Factors, Found
 from warmfront.coordinator.models.hf import config as hf_config
-from warmfront.coordinator.models.rope import Doubles
+from warmfront.coordinator.models.source import Order, head_order
 from warmfront.shared.model.architecture import Positions
 from warmfront.shared.model.spec import ModelSpec
+from warmfront.shared.model.tensors import layer_shapes
 
-__all__ = ["FAMILIES", "Family", "supported"]
+__all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", "supported"]
+
+# Index of each format's name in `Family.tensors`.
+HF, GGUF = 0, 1
+# Of parts of a layer that share a published tensor: the first row of each, and how many rows the tensor has.
+Cuts = Mapping[str, tuple[int, int]]
+# Parts whose rows are those of heads that RoPE turns.
+_TURNED = ("q", "k", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +37,48 @@ class Family:
     hf_positions: Callable[[Fields, ModelSpec], Positions]
     # The same from a GGUF file's fields and what else is in it.
     gguf: Callable[[Fields, Found], ModelSpec]
-    # The last argument divides the frequencies: one number for each, from a tensor of the file, or 1.
-    gguf_positions: Callable[[Fields, ModelSpec, Doubles | float], Positions]
-    # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias".
+    gguf_positions: Callable[[Fields, ModelSpec, Factors], Positions]
+    # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts
+    # of one name lie in one matrix, one behind the other in the order that they have here.
     tensors: Mapping[str, tuple[str, str]]
+    # Whether GGUF files have the two rows of a rotated pair side by side, not half a head apart (as Hugging Face's).
+    gguf_pairs: bool = False
+    # Whether Hugging Face's norms multiply by 1 + weight.
+    norms_plus_one: bool = False
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
         *layer, part = name.removesuffix(".bias").split(".")
-        published = self.tensors[part][0].format(i=layer[-1] if layer else "")
+        published = self.tensors[part][HF].format(i=layer[-1] if layer else "")
         return published + (".bias" if name.endswith(".bias") else ".weight")
+
+    def cuts(self, spec: ModelSpec, side: int) -> Cuts:
+        """What lies where in tensors that hold several parts; `side`: HF or GGUF."""
+        shapes, sizes = layer_shapes(spec), dict[tuple[str, bool], int]()
+        first: dict[str, tuple[int, tuple[str, bool]]] = {}
+        for part, shape in shapes.items():
+            published = self.tensors[part.removesuffix(".bias")][side], part.endswith(".bias")
+            first[part] = sizes.get(published, 0), published
+            sizes[published] = first[part][0] + shape[0]
+        return {
+            part: (start, sizes[published])
+            for part, (start, published) in first.items()
+            if sizes[published] != shapes[part][0]
+        }
+
+
+def part_of(name: str) -> str:
+    """The part of a layer that `tensors.py` calls `name`, without the layer."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def pair_order(spec: ModelSpec, name: str) -> Order | None:
+    """How the rows of a tensor are to be ordered, so that rotated pairs lie side by side; None: as they are."""
+    if part_of(name).removesuffix(".bias") not in _TURNED:
+        return None
+    positions = spec.architecture.positions
+    table = positions.table_of(int(name.split(".")[1]))
+    return head_order(spec.architecture.attention.head_dim, positions.rotary[table].dim) if table >= 0 else None
 
 
 _LLAMA = Family(
@@ -60,9 +100,75 @@ _LLAMA = Family(
         "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
         "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
     },
+    gguf_pairs=True,
+)
+_QK_NORMS = {
+    "q_norm": ("model.layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm"),
+    "k_norm": ("model.layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm"),
+}
+_OUTPUT_NORMS = {
+    "attn_post_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.post_attention_norm"),
+    "ffn_post_norm": ("model.layers.{i}.post_feedforward_layernorm", "blk.{i}.post_ffw_norm"),
+}
+_QKV = ("model.layers.{i}.self_attn.qkv_proj", "blk.{i}.attn_qkv")
+_GATE_UP = ("model.layers.{i}.mlp.gate_up_proj", "blk.{i}.ffn_up")
+_QWEN2 = replace(_LLAMA, hf=hf_config.qwen2, gguf_pairs=False)
+_QWEN3 = replace(_QWEN2, hf=hf_config.qwen3, tensors={**_LLAMA.tensors, **_QK_NORMS})
+_GEMMA = replace(_LLAMA, hf=hf_config.gemma, gguf=gguf_config.gemma, gguf_pairs=False, norms_plus_one=True)
+_GEMMA2 = replace(
+    _GEMMA,
+    hf=hf_config.gemma2,
+    gguf=gguf_config.gemma2,
+    tensors={
+        **_LLAMA.tensors,
+        **_OUTPUT_NORMS,
+        "ffn_norm": ("model.layers.{i}.pre_feedforward_layernorm", "blk.{i}.ffn_norm"),
+    },
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    hf=hf_config.gemma3,
+    hf_positions=hf_config.gemma3_rotary,
+    gguf=gguf_config.gemma3,
+    gguf_positions=gguf_config.gemma3_rotary,
+    tensors={**_GEMMA2.tensors, **_QK_NORMS},
+)
+_PHI3 = replace(
+    _LLAMA,
+    hf=hf_config.mistral,
+    gguf_pairs=False,
+    tensors={**_LLAMA.tensors, "q": _QKV, "k": _QKV, "v": _QKV, "gate": _GATE_UP, "up": _GATE_UP},
+)
+_OLMO2 = replace(
+    _LLAMA,
+    hf=hf_config.olmo2,
+    gguf=gguf_config.olmo2,
+    gguf_pairs=False,
+    tensors={
+        **{part: names for part, names in _LLAMA.tensors.items() if part not in ("attn_norm", "ffn_norm")},
+        **_OUTPUT_NORMS,
+        **_QK_NORMS,
+    },
+)
+_STABLELM = replace(
+    _LLAMA, hf=hf_config.stablelm, hf_positions=hf_config.quarter_rotary, gguf=gguf_config.stablelm, gguf_pairs=False
 )
 # By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
-FAMILIES = {"llama": _LLAMA, "mistral": replace(_LLAMA, hf=hf_config.mistral)}
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, hf=hf_config.mistral),
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "phi3": _PHI3,
+    "olmo2": _OLMO2,
+    "stablelm": _STABLELM,
+    "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
+    "minicpm": replace(_LLAMA, hf=hf_config.minicpm, gguf=gguf_config.minicpm),
+}
 
 
 def supported() -> str:

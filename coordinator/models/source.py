@@ -8,7 +8,7 @@ The readers are `gguf/reader.py` and `hf/reader.py`.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,14 @@ __all__ = [
     "SourceTensor",
     "TokenizerFiles",
     "end_ids",
+    "head_order",
     "padded",
 ]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Order = npt.NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
 
 # Weights widened at a time while packing: 64 MB of float32.
 CHUNK = 1 << 24
@@ -86,12 +89,26 @@ class SourceTensor(ABC):
     Numbers that are not finite raise ModelError when they are read.
     """
 
-    def __init__(self, label: str, shape: tuple[int, ...], kind: Kind, step: int = 1) -> None:
-        """`label` names it in errors, `kind` keeps what the file has, rows can be read in multiples of `step`."""
+    def __init__(
+        self, label: str, shape: tuple[int, ...], kind: Kind, *, step: int = 1, order: Order | None = None
+    ) -> None:
+        """`label` names it in errors, `kind` keeps what the file has, rows can be read in multiples of `step`.
+
+        `order`: the rows of each head (`head_order`), where the file has them in another.
+        """
+        assert order is None or step == len(order)
+        self._order = order
         self._label = label
         self.shape = shape
         self.kind = kind
         self._step = step
+
+    def _ordered(self, rows: npt.NDArray[T]) -> npt.NDArray[T]:
+        """Rows of whole heads in the order that they are delivered in."""
+        if self._order is None:
+            return rows
+        heads = rows.reshape(-1, len(self._order), *rows.shape[1:])
+        return heads[:, self._order].reshape(rows.shape)
 
     @abstractmethod
     def _widen(self, start: int, stop: int) -> Floats:
@@ -175,6 +192,15 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> SourceTensor:
         """The tensor of that name; raises KeyError if there is none."""
+
+
+def head_order(head_dim: int, rotated: int) -> Order:
+    """The rows of a head in the order of pairs; the file has the first numbers of all pairs before the second ones.
+
+    `rotated`: how many numbers of a head RoPE turns, the first ones.
+    """
+    pairs = np.arange(rotated).reshape(2, -1).T.reshape(-1)
+    return np.concatenate((pairs, np.arange(rotated, head_dim)))
 
 
 def padded(size: int) -> int:

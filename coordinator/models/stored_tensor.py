@@ -4,7 +4,7 @@ It is not mapped: no descriptor stays open, and a file that is truncated meanwhi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -38,6 +38,12 @@ class StoredTensor(Generic[T]):
     @property
     def _rows(self) -> int:
         return math.prod(self.shape[:-1])
+
+    def piece(self, first: int, count: int) -> "StoredTensor[T]":
+        """Rows of a matrix, or numbers of a vector, as a tensor of their own."""
+        width = self.nbytes // self.shape[0]
+        shape = (count, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + first * width, nbytes=count * width)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Bytes:
         """Rows start..stop (default: all): uint8 [rows, bytes of a row]."""

@@ -15,7 +15,7 @@ from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, call, constants,
 from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "softmax_rows"]
+__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "soft_cap", "softmax_rows"]
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
@@ -103,6 +103,24 @@ def softmax_rows(context, scores, count, state):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def soft_cap(context, values, count, cap):
+    """Replace `count` floats (a multiple of 16) by cap * tanh(value / cap)."""
+
+    def build(context, b, _signature, arguments):
+        values, count, cap = arguments
+        high, one = splat(b, cap), constants(1.0)
+        twice = b.fdiv(constants(2.0), high)
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1). Near 0 that is off by 1e-7: of a cap of 50, as good as the scores are.
+            below = b.fadd(_exp(b, b.fmul(load(b, values, at, V16), twice)), one)
+            store(b, values, at, b.fmul(high, b.fsub(one, b.fdiv(constants(2.0), below))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), build
 
 
 @intrinsic

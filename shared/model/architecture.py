@@ -20,6 +20,7 @@ from warmfront.shared.model.formats import BLOCK
 
 __all__ = [
     "ACTIVATIONS",
+    "NORMS",
     "Architecture",
     "Attention",
     "Experts",
@@ -32,9 +33,11 @@ __all__ = [
 
 # Index = code in the kernels.
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+# Index = code in the kernels: root mean square; mean and variance.
+NORMS = ("rms", "layer")
 # Exactly zero for negative gates: a neuron whose gate is closed need not be computed.
 _SPARSE_ACTIVATIONS = frozenset({"relu"})
-_NORMS = ("rms", "layer")
+_QK_NORMS = ("head", "whole")
 _PLACEMENTS = ("pre", "post", "sandwich")
 _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
@@ -50,7 +53,7 @@ _HEAD_STEP = 8
 class Norm:
     """The norms of all blocks and the one before the head; each has a weight."""
 
-    # "rms" (root mean square) or "layer" (mean and variance).
+    # One of NORMS.
     kind: str = "rms"
     # Added to the mean square, or to the variance.
     epsilon: float
@@ -59,7 +62,7 @@ class Norm:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _check_name("norm", self.kind, _NORMS)
+        _check_name("norm", self.kind, NORMS)
         _check_name("placement of norms", self.placement, _PLACEMENTS)
         _check_positive("norm epsilon", self.epsilon)
 
@@ -72,10 +75,19 @@ class Rotary:
     frequencies: tuple[float, ...]
     # Factor on cos and sin (YaRN's attention factor).
     magnitude: float = 1.0
+    # Those for runs with a context longer than `original_context` (LongRoPE); empty: the same.
+    long_frequencies: tuple[float, ...] = ()
+    original_context: int = 0
 
     def __post_init__(self) -> None:
-        if not self.frequencies or not all(math.isfinite(f) and f > 0 for f in self.frequencies):
-            raise ValueError(f"rotary frequencies are {reprlib.repr(self.frequencies)}, not positive numbers")
+        for frequencies in (self.frequencies, self.long_frequencies or self.frequencies):
+            if not frequencies or not all(math.isfinite(f) and f > 0 for f in frequencies):
+                raise ValueError(f"rotary frequencies are {reprlib.repr(frequencies)}, not positive numbers")
+            if len(frequencies) != len(self.frequencies):
+                raise ValueError(
+                    f"{len(self.frequencies)} rotary frequencies have {len(frequencies)} for long contexts"
+                )
+        check_count("original context", self.original_context, 0)
         _check_positive("rotary magnitude", self.magnitude)
 
     @property
@@ -88,7 +100,9 @@ class Rotary:
 
         Computed in float64: a float32 angle of 100000 radians is off by up to 0.004.
         """
-        angles = np.outer(np.arange(context), np.array(self.frequencies, np.float64))
+        long = self.long_frequencies and context > self.original_context
+        frequencies = self.long_frequencies if long else self.frequencies
+        angles = np.outer(np.arange(context), np.array(frequencies, np.float64))
         return (np.stack((np.cos(angles), np.sin(angles))) * self.magnitude).astype(np.float32)
 
 
@@ -109,10 +123,17 @@ class Positions:
         if self.learned_offset is not None:
             check_count("offset of learned positions", self.learned_offset, 0)
 
-    def of_layer(self, layer: int) -> Rotary | None:
-        """The rotary table of a layer."""
-        table = self.rotary_of_layer[layer] if self.rotary_of_layer else min(len(self.rotary), 1) - 1
-        return self.rotary[table] if table >= 0 else None
+    def table_of(self, layer: int) -> int:
+        """Index of the rotary table of a layer, -1 for none."""
+        return self.rotary_of_layer[layer] if self.rotary_of_layer else min(len(self.rotary), 1) - 1
+
+    def tables(self, context: int) -> npt.NDArray[np.float32]:
+        """`cos_sin` of all rotary tables: float32 [tables, 2, context, pairs], zeros behind those of a short one."""
+        widest = max((table.dim for table in self.rotary), default=0) // 2
+        out = np.zeros((len(self.rotary), 2, context, widest), np.float32)
+        for own, table in zip(out, self.rotary, strict=True):
+            own[:, :, : table.dim // 2] = table.cos_sin(context)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +146,8 @@ class Attention:
     head_dim: int
     # Factor on q.k; None: 1 / sqrt(head_dim).
     scale: float | None = None
-    # Whether each head of q and k is normed (RMS) before it is rotated.
-    qk_norm: bool = False
+    # What of q and k is normed before it is rotated: each "head" for itself, or the "whole" vectors; None: nothing.
+    qk_norm: str | None = None
     # Which of q, k, v and o have a bias.
     biases: tuple[str, ...] = ()
     # Scores become cap * tanh(score / cap); None: they stay.
@@ -153,6 +174,8 @@ class Attention:
         for what, value in (("attention scale", self.scale), ("attention soft cap", self.soft_cap)):
             if value is not None:
                 _check_positive(what, value)
+        if self.qk_norm is not None:
+            _check_name("q/k norm", self.qk_norm, _QK_NORMS)
         _check_parts("attention biases", self.biases, _PROJECTIONS)
         for window in self.windows:
             check_count("attention window", window, 0)
@@ -243,8 +266,10 @@ class Architecture:
     feed_forward: FeedForward
     # "serial": the feed-forward's input has the attention's output added; "parallel": both read the layer's input.
     residual: str = "serial"
-    # Factor on the embedding of a token.
+    # Factors on the embedding of a token, on what each block adds to the residual, and on the logits.
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     # Logits become cap * tanh(logit / cap); None: they stay.
     logit_cap: float | None = None
     # Whether the embedding is the head too.
@@ -253,6 +278,8 @@ class Architecture:
     def __post_init__(self) -> None:
         _check_name("residual", self.residual, _RESIDUALS)
         _check_positive("embedding scale", self.embedding_scale)
+        _check_positive("residual scale", self.residual_scale)
+        _check_positive("logit scale", self.logit_scale)
         if self.logit_cap is not None:
             _check_positive("logit soft cap", self.logit_cap)
         for table in self.positions.rotary:

@@ -6,7 +6,7 @@ Tensors:
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
-    norm, layers.{i}.{attn_norm,ffn_norm}, ...bias    F32 [n]
+    norm, layers.{i}.{attn_norm,ffn_norm,...}, ...bias    F32 [n]
     largest                              F32 [3 * layers]: no weight of gate, up, down of a layer is larger in magnitude
     tokenizer                            U8 [n]: `coordinator/models/packed_tokenizer.py` (absent if the model had none)
     profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the

@@ -3,9 +3,10 @@
 embed                          [vocab, hidden]
 head                           [vocab, hidden], absent when it is the embedding
 norm                           [hidden]
-layers.{i}.attn_norm, .ffn_norm                        [hidden]
+layers.{i}.attn_norm, .ffn_norm                        [hidden]; absent where blocks are normed at their output only
+layers.{i}.attn_post_norm, .ffn_post_norm              [hidden], where blocks are normed at their output
 layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
-layers.{i}.q_norm, .k_norm     [head_dim], with q/k norm
+layers.{i}.q_norm, .k_norm     [head_dim] or, of whole vectors, [heads or kv_heads * head_dim], with q/k norm
 layers.{i}.o                   [hidden, heads * head_dim]
 layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has none
 layers.{i}.down                [hidden, ffn]
@@ -33,19 +34,24 @@ def top_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of each tensor of a layer but its predictor's, by the name without "layers.{i}."."""
-    hidden, norm_bias = spec.hidden, spec.architecture.norm.bias
+    hidden, norm = spec.hidden, spec.architecture.norm
     attention, feed_forward = spec.architecture.attention, spec.architecture.feed_forward
     rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows, "gate": spec.ffn, "up": spec.ffn}
     cols = {"o": attention.q_rows, "down": spec.ffn}
-    shapes = _with_bias("attn_norm", (hidden,), norm_bias)
+    before = _with_bias("norm", (hidden,), norm.bias) if norm.placement != "post" else {}
+    behind = _with_bias("post_norm", (hidden,), norm.bias) if norm.placement != "pre" else {}
+    shapes = {f"attn_{part}": shape for part, shape in before.items()}
     for part in ("q", "k", "v", "o"):
         shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in attention.biases)
-    if attention.qk_norm:
+    if attention.qk_norm == "head":
         shapes |= {"q_norm": (attention.head_dim,), "k_norm": (attention.head_dim,)}
-    shapes |= _with_bias("ffn_norm", (hidden,), norm_bias)
+    elif attention.qk_norm == "whole":
+        shapes |= {"q_norm": (attention.q_rows,), "k_norm": (attention.kv_rows,)}
+    shapes |= {f"attn_{part}": shape for part, shape in behind.items()}
+    shapes |= {f"ffn_{part}": shape for part, shape in before.items()}
     for part in feed_forward.matrices:
         shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in feed_forward.biases)
-    return shapes
+    return shapes | {f"ffn_{part}": shape for part, shape in behind.items()}
 
 
 def _with_bias(name: str, shape: Shape, bias: bool) -> dict[str, Shape]:

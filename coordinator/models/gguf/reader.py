@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from warmfront.coordinator.models.families import FAMILIES, supported
+from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of, supported
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
 from warmfront.coordinator.models.gguf.config import Found
 from warmfront.coordinator.models.gguf.file import GgufFile
 from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
-from warmfront.coordinator.models.source import IGNORE_OVERFLOW, SourceTensor
+from warmfront.coordinator.models.rope import Doubles
+from warmfront.coordinator.models.source import IGNORE_OVERFLOW, Order, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import BLOCK, Kind, join_nibbles, split_q4
-from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.tensors import file_shapes, predictor_shapes
 
 __all__ = ["GgufSource"]
@@ -36,9 +36,10 @@ __all__ = ["GgufSource"]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# What PowerInfer's files have instead of "ffn_down", by its names: the last word of ours.
-POWERINFER_PARTS = {"blk.{i}.ffn_down_t": "down", "blk.{i}.fc1": "fc1", "blk.{i}.fc2": "fc2"}
-ROPE_FACTORS = "rope_freqs.weight"
+# What PowerInfer's files have instead of "ffn_down", and beside it.
+POWERINFER_NAMES = {"down": "blk.{i}.ffn_down_t", "fc1": "blk.{i}.fc1", "fc2": "blk.{i}.fc2"}
+# Divisors of the rotary frequencies.
+ROPE_FACTORS = ("rope_freqs", "rope_factors_short", "rope_factors_long")
 
 
 class GgufSource:
@@ -59,18 +60,20 @@ class GgufSource:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
         tensors = file.tensors
         self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in tensors)
-        factors = tensors.pop(ROPE_FACTORS, None)
+        factors = {
+            name: _read_factors(tensors.pop(f"{name}.weight")) for name in ROPE_FACTORS if f"{name}.weight" in tensors
+        }
         named = self._named(tensors, architecture)
         if "embed" not in named:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
         shapes = {name: tensor.shape for name, tensor in named.items()}
         with faults_of(path):
             self.spec = self._family.gguf(fields, Found(shapes, self._powerinfer))
-        self._tensors = self._checked(named)
-        divisor = 1.0 if factors is None else _read_factors(factors, self.spec)
+        stored = self._checked(named)
         with faults_of(path):
-            positions = self._family.gguf_positions(fields, self.spec, divisor)
+            positions = self._family.gguf_positions(fields, self.spec, factors)
             self.spec = replace(self.spec, architecture=replace(self.spec.architecture, positions=positions))
+        self._tensors = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
         self._note_conversions()
         self.tokenizer = read_tokenizer(path, file.fields)
         if self.tokenizer is not None and len(file.fields["tokenizer.ggml.tokens"]) > self.spec.vocab:
@@ -84,47 +87,59 @@ class GgufSource:
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
         """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""
-        parts = {gguf: part for part, (_, gguf) in self._family.tensors.items()}
+        names = {part: gguf for part, (_, gguf) in self._family.tensors.items()}
         if self._powerinfer:
-            parts = {gguf: part for gguf, part in parts.items() if part != "down"} | POWERINFER_PARTS
-        named = {}
+            names |= POWERINFER_NAMES
+        parts: dict[str, list[str]] = {}
+        for part, name in names.items():
+            parts.setdefault(name, []).append(part)
+        named: dict[str, StoredTensor[Type]] = {}
         for name, tensor in tensors.items():
             match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-            part = parts.get(f"blk.{{i}}.{match[2]}" if match[1] else match[2]) if match else None
-            if match is None or part is None:
+            found = parts.get(f"blk.{{i}}.{match[2]}" if match[1] else match[2]) if match else None
+            if match is None or found is None:
                 model = f"{'PowerInfer ' if self._powerinfer else ''}{architecture} model"
                 raise ModelError(
                     f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported"
                 )
             layer, bias = f"layers.{match[1]}." if match[1] else "", ".bias" if match[3] == "bias" else ""
-            named[f"{layer}{part}{bias}"] = tensor
+            named |= {f"{layer}{part}{bias}": tensor for part in found}
         return named
 
-    def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, "GgufTensor"]:
+    def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, StoredTensor[Type]]:
         """The model's tensors; raises ModelError if one is missing, unexpected or of a wrong shape or type."""
-        tensors = {name: self._tensor(name, named, shape) for name, shape in file_shapes(self.spec)}
+        cuts = self._family.cuts(self.spec, GGUF)
+        tensors = {name: self._find(name, named, shape, cuts) for name, shape in file_shapes(self.spec)}
         if self.spec.predictor is not None:
             shapes = predictor_shapes(self.spec, {name: tensor.shape for name, tensor in named.items()})
-            tensors |= {name: self._tensor(name, named, shape) for name, shape in shapes}
+            tensors |= {name: self._find(name, named, shape, cuts) for name, shape in shapes}
         extra = sorted(named.keys() - tensors.keys())
         if extra:
             raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
         return tensors
 
-    def _tensor(self, name: str, named: Mapping[str, StoredTensor[Type]], shape: tuple[int, ...]) -> "GgufTensor":
+    def _find(
+        self, name: str, named: Mapping[str, StoredTensor[Type]], shape: tuple[int, ...], cuts: Cuts
+    ) -> StoredTensor[Type]:
+        """The tensor, or the piece of the file's, that we call `name`."""
         tensor = named.get(name)
         if tensor is None:
             raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
-        have, down = tensor.shape, name.endswith(".down")
-        if down and self._powerinfer:
+        if name.endswith(".down") and self._powerinfer:
             shape = shape[::-1]
-        if have != shape:
+        first, rows = cuts.get(part_of(name), (0, shape[0]))
+        whole = (rows, *shape[1:]) if rows != shape[0] else shape
+        if tensor.shape != whole:
             raise ModelError(
-                f"{self.path}: tensor {tensor.name} has shape {have} instead of {shape}; the file is damaged"
+                f"{self.path}: tensor {tensor.name} has shape {tensor.shape} instead of {whole}; the file is damaged"
             )
         if kind_of(tensor.type) is None or (len(shape) == 1 and tensor.type not in FLOATS):
             raise ModelError(f"{self.path}: {tensor.name} has type {tensor.type.name}, which cannot be read")
-        return GgufTensor(tensor, transposed=down and not self._powerinfer)
+        return tensor if rows == shape[0] else tensor.piece(first, shape[0])
+
+    def _tensor(self, name: str, stored: StoredTensor[Type]) -> "GgufTensor":
+        order = None if self._family.gguf_pairs else pair_order(self.spec, name)
+        return GgufTensor(stored, transposed=name.endswith(".down") and not self._powerinfer, order=order)
 
     def _note_conversions(self) -> None:
         down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
@@ -145,7 +160,7 @@ class GgufSource:
 class GgufTensor(SourceTensor):
     """A tensor of the file; if `transposed`, [out, in] in the file is delivered as [in, out]."""
 
-    def __init__(self, tensor: StoredTensor[Type], *, transposed: bool) -> None:
+    def __init__(self, tensor: StoredTensor[Type], *, transposed: bool = False, order: Order | None = None) -> None:
         self.type = tensor.type
         self.transposed = transposed
         kind = kind_of(self.type)
@@ -154,7 +169,7 @@ class GgufTensor(SourceTensor):
         self._stored = tensor
         label, shape = f"{tensor.path}: tensor {tensor.name}", tensor.shape
         if not transposed:
-            super().__init__(label, shape, kind)
+            super().__init__(label, shape, kind, step=1 if order is None else len(order), order=order)
         elif self.type in FLOATS:
             super().__init__(label, shape[::-1], kind)
         else:
@@ -163,9 +178,9 @@ class GgufTensor(SourceTensor):
 
     def _widen(self, start: int, stop: int) -> Floats:
         if len(self.shape) == 1:
-            return self._dequantised(self._stored.rows())[0, start:stop]
+            return self._ordered(self._dequantised(self._stored.rows())[0, start:stop])
         if not self.transposed:
-            return self._dequantised(self._stored.rows(start, stop))
+            return self._ordered(self._dequantised(self._stored.rows(start, stop)))
         first, last = (at // self._block_size * self._block_bytes for at in (start, stop))
         return self._dequantised(self._stored.columns(first, last)).T
 
@@ -179,7 +194,7 @@ class GgufTensor(SourceTensor):
         exact = None if self.transposed else repack(self.type, kind)
         if exact is None:
             return super()._pack(start, stop, kind)
-        return exact(self._stored.rows(start, stop))
+        return self._ordered(exact(self._stored.rows(start, stop)))
 
     @IGNORE_OVERFLOW
     def column_scales(self) -> npt.NDArray[np.float16]:
@@ -195,12 +210,10 @@ class GgufTensor(SourceTensor):
         return split_q4(exact(self._stored.rows()), self.shape[0])
 
 
-def _read_factors(factors: StoredTensor[Type], spec: ModelSpec) -> npt.NDArray[np.float64]:
-    """The divisor of each rotary frequency."""
-    pairs = spec.architecture.attention.head_dim // 2
-    if factors.shape != (pairs,) or factors.type not in FLOATS:
+def _read_factors(factors: StoredTensor[Type]) -> Doubles:
+    if len(factors.shape) != 1 or factors.type not in FLOATS:
         raise ModelError(
-            f"{factors.path}: {ROPE_FACTORS} has shape {factors.shape} and type {factors.type.name}; "
+            f"{factors.path}: {factors.name} has shape {factors.shape} and type {factors.type.name}; "
             "the file is damaged"
         )
-    return GgufTensor(factors, transposed=False).float32().astype(np.float64)
+    return GgufTensor(factors).float32().astype(np.float64)

@@ -5,7 +5,7 @@ layers.{i}.fc2.weight [ffn, r] for every layer, and as metadata the fields of `P
 Does not cover: quantised checkpoints, pickled weights.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.models.families import FAMILIES, supported
+from warmfront.coordinator.models.families import FAMILIES, HF, Cuts, pair_order, part_of, supported
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.hf.folder import inside, read_fields, read_weights
 from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS, read_safetensors
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
-from warmfront.coordinator.models.source import SourceTensor
+from warmfront.coordinator.models.source import Order, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import unpack
@@ -55,9 +55,10 @@ class HfSource:
         self._family = FAMILIES[model_type]
         with faults_of(folder):
             self.spec = self._family.hf(config, folder.resolve().name)
-        self._tensors = self._read()
+        stored = self._read()
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
+        self._tensors = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
         if (folder / "predictor.safetensors").exists():
             settings, matrices = _predictor(inside(folder, "predictor.safetensors"), self.spec)
             self.spec = replace(self.spec, predictor=settings)
@@ -74,7 +75,7 @@ class HfSource:
         """Replace fields of the architecture."""
         self.spec = replace(self.spec, architecture=replace(self.spec.architecture, **fields))
 
-    def _read(self) -> dict[str, "HfTensor"]:
+    def _read(self) -> dict[str, StoredTensor[str]]:
         """The model's tensors by our names; raises ModelError for one that is missing, unknown or of a wrong shape."""
         stored = read_weights(self.folder)
         head, embed = self._family.hf_name("head"), self._family.hf_name("embed")
@@ -84,8 +85,10 @@ class HfSource:
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
             stored.pop(head, None)
-        tensors = {name: self._tensor(name, stored, shape) for name, shape in file_shapes(self.spec)}
-        unknown = [name for name in stored if not name.endswith(HARMLESS)]
+        cuts = self._family.cuts(self.spec, HF)
+        tensors = {name: self._find(name, stored, shape, cuts) for name, shape in file_shapes(self.spec)}
+        known = {self._family.hf_name(name) for name in tensors}
+        unknown = [name for name in stored if name not in known and not name.endswith(HARMLESS)]
         if unknown:
             raise ModelError(
                 f"{self.folder}: tensor {min(unknown)} does not belong to the {self.spec.family} model of "
@@ -106,48 +109,52 @@ class HfSource:
         self.notes.append("config.json ties the head to the embedding, but the weights differ: they are not tied")
         return False
 
-    def _tensor(self, name: str, stored: dict[str, StoredTensor[str]], shape: tuple[int, ...]) -> "HfTensor":
-        """Take a tensor out of `stored`, so that what is left there is unknown."""
+    def _find(
+        self, name: str, stored: Mapping[str, StoredTensor[str]], shape: tuple[int, ...], cuts: Cuts
+    ) -> StoredTensor[str]:
+        """The tensor, or the piece of a published one, that we call `name`."""
         published = self._family.hf_name(name)
-        found = stored.pop(published, None)
+        found = stored.get(published)
         if found is None:
             raise ModelError(f"{self.folder}: tensor {published} is missing; the model is incomplete")
-        if found.shape != shape:
-            raise ModelError(f"{found.path}: tensor {published} has shape {found.shape}, config.json says {shape}")
+        first, rows = cuts.get(part_of(name), (0, shape[0]))
+        whole = (rows, *shape[1:])
+        if found.shape != whole:
+            raise ModelError(f"{found.path}: tensor {published} has shape {found.shape}, config.json says {whole}")
         if found.type not in KINDS:
             raise ModelError(
                 f"{found.path}: tensor {published} has type {found.type}; {', '.join(KINDS)} are supported"
             )
-        return HfTensor(found, name, self.spec.architecture.attention.head_dim)
+        return found if rows == shape[0] else found.piece(first, shape[0])
+
+    def _tensor(self, name: str, stored: StoredTensor[str]) -> "HfTensor":
+        order = pair_order(self.spec, name)
+        plus = 1 if self._family.norms_plus_one and name.endswith("norm") else 0
+        return HfTensor(stored, transposed=name.endswith(".down"), order=order, plus=plus)
 
 
 class HfTensor(SourceTensor):
-    """A tensor of a safetensors file.
+    """A tensor of a safetensors file; if `transposed`, delivered so. `plus` is added to every number."""
 
-    The matrix `down` is delivered transposed, rows and biases of q and k in the order of RoPE's pairs.
-    """
-
-    def __init__(self, stored: StoredTensor[str], name: str, head_dim: int) -> None:
-        shape, part = stored.shape, name.removesuffix(".bias").rpartition(".")[2]
+    def __init__(
+        self, stored: StoredTensor[str], *, transposed: bool = False, order: Order | None = None, plus: float = 0
+    ) -> None:
+        shape = stored.shape
         self._stored = stored
-        self._transposed = name.endswith(".down")
-        self._half = head_dim // 2 if part in ("q", "k") else 0
-        label, step = f"{stored.path}: tensor {stored.name}", head_dim if self._half else 1
-        super().__init__(label, shape[::-1] if self._transposed else shape, KINDS[stored.type], step)
+        self._transposed = transposed
+        self._plus = np.float32(plus)
+        label, step = f"{stored.path}: tensor {stored.name}", 1 if order is None else len(order)
+        super().__init__(label, shape[::-1] if transposed else shape, KINDS[stored.type], step=step, order=order)
 
     def _widen(self, start: int, stop: int) -> Floats:
         if self._transposed:
             size = ITEM_BYTES[self._stored.type]
             return unpack(self._stored.columns(start * size, stop * size), self.kind, stop - start).T
         if len(self.shape) == 1:
-            wide = unpack(self._stored.rows(), self.kind, self.shape[0])[0, start:stop]
+            wide = unpack(self._stored.rows(), self.kind, self.shape[0])[0, start:stop] + self._plus
         else:
             wide = unpack(self._stored.rows(start, stop), self.kind, self.shape[1])
-        if self._half:
-            # In the file, the first numbers of all pairs of a head come before all second ones.
-            tail = wide.shape[1:]
-            wide = wide.reshape(-1, 2, self._half, *tail).swapaxes(1, 2).reshape(-1, *tail)
-        return wide
+        return self._ordered(wide)
 
 
 def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:
@@ -188,7 +195,7 @@ def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTens
             )
         if found.type not in KINDS:
             raise ModelError(f"{path}: tensor {published} has type {found.type}; save it as one of {', '.join(KINDS)}")
-        tensors[name] = HfTensor(found, name, spec.architecture.attention.head_dim)
+        tensors[name] = HfTensor(found)
     if values:
         raise ModelError(
             f"{path}: tensor {min(values)} is unknown; only fc1.weight and fc2.weight of each layer are read"

@@ -29,5 +29,5 @@ def test_bytes_on_the_device(tiny_llama: MakeLlama, tied: bool) -> None:
         network = TorchNetwork(model, "cpu", CONTEXT, Kind.F32, "all")
         network.load(lambda: True)
         have = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(vars(network).values())}
-        small = network._cos.nbytes + network._sin.nbytes + network._bits.nbytes
+        small = network._rotary.nbytes + network._bits.nbytes
         assert sum(have.values()) - small == device_bytes(model, CONTEXT, Kind.F32, "all")

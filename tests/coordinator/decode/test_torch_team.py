@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened, packed, with_predictors
+from tests.family_models import MODELS
 from tests.shared.model.specs import changed
 from warmfront.coordinator.decode.network import STEPS
 from warmfront.shared.kernels.gemm import in_pairs
@@ -66,6 +67,12 @@ def assert_equal(
 def test_what_the_compiled_team_says(tiny_llama: MakeLlama, options: dict[str, Any]) -> None:
     with packed(tiny_llama(**options)) as model:
         assert_equal(model, 2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family(tiny_family: Callable[..., Path], name: str) -> None:
+    with packed(tiny_family(name)) as model:
+        assert_equal(model, 5e-5)
 
 
 def logits_in_float64(model: PackedModel, jobs: Sequence[list[int]] = JOBS, cached: Kind = Kind.F32) -> np.ndarray:

@@ -43,11 +43,28 @@ def test_matrices_of_a_neuron() -> None:
 
 def test_rotary_table_of_a_layer() -> None:
     one, none = Positions(rotary=(SLOW,)), Positions()
-    assert [one.of_layer(i) for i in range(3)] == [SLOW] * 3
-    assert [none.of_layer(i) for i in range(3)] == [None] * 3
+    assert [one.table_of(i) for i in range(3)] == [0] * 3
+    assert [none.table_of(i) for i in range(3)] == [-1] * 3
     mixed = Positions(rotary=(SLOW, FAST), rotary_of_layer=(1, -1, 0))
-    assert [mixed.of_layer(i) for i in range(3)] == [FAST, None, SLOW]
+    assert [mixed.table_of(i) for i in range(3)] == [1, -1, 0]
     assert SLOW.dim == 4
+
+
+def test_tables_of_several_sizes() -> None:
+    short = Rotary(frequencies=(0.25,))
+    tables = Positions(rotary=(SLOW, short)).tables(9)
+    assert tables.shape == (2, 2, 9, 2)
+    np.testing.assert_array_equal(tables[0], SLOW.cos_sin(9))
+    np.testing.assert_array_equal(tables[1, :, :, :1], short.cos_sin(9))
+    assert not tables[1, :, :, 1].any()
+    assert Positions().tables(9).shape == (0, 2, 9, 0)
+
+
+def test_frequencies_for_long_contexts() -> None:
+    """They are those of the whole run: keys of the cache are not rotated again."""
+    rotary = Rotary(frequencies=(1.0, 0.5), long_frequencies=(0.5, 0.125), original_context=8)
+    np.testing.assert_array_equal(rotary.cos_sin(8), Rotary(frequencies=(1.0, 0.5)).cos_sin(8))
+    np.testing.assert_array_equal(rotary.cos_sin(9), Rotary(frequencies=(0.5, 0.125)).cos_sin(9))
 
 
 def test_cosines_and_sines() -> None:

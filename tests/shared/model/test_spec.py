@@ -31,7 +31,10 @@ RICH = ModelSpec(
     architecture=Architecture(
         norm=Norm(kind="layer", epsilon=1e-12, placement="sandwich", bias=True),
         positions=Positions(
-            rotary=(Rotary(frequencies=(1.0, 1 / 3), magnitude=1.25), Rotary(frequencies=(5e-324,))),
+            rotary=(
+                Rotary(frequencies=(1.0, 1 / 3), magnitude=1.25, long_frequencies=(0.5, 0.25), original_context=9),
+                Rotary(frequencies=(5e-324,)),
+            ),
             rotary_of_layer=(1, -1, 0),
             learned_offset=2,
         ),
@@ -40,7 +43,7 @@ RICH = ModelSpec(
             kv_heads=2,
             head_dim=24,
             scale=0.1,
-            qk_norm=True,
+            qk_norm="whole",
             biases=("q", "o"),
             soft_cap=50.0,
             windows=(0, 4096, 1),
@@ -56,6 +59,8 @@ RICH = ModelSpec(
         ),
         residual="parallel",
         embedding_scale=12.0,
+        residual_scale=0.5,
+        logit_scale=0.25,
         logit_cap=30.0,
         tied_head=True,
     ),
@@ -88,7 +93,7 @@ def test_every_field_is_rich() -> None:
 FIELDS = leaves(json.loads(RICH.to_json()))
 
 
-OPTIONAL = ("learned_offset", "scale", "soft_cap", "logit_cap", "up_activation", "threshold")
+OPTIONAL = ("learned_offset", "scale", "qk_norm", "soft_cap", "logit_cap", "up_activation", "threshold")
 
 
 def type_of(path: str) -> str:
@@ -124,7 +129,7 @@ def test_no_field_may_be_unknown(path: str) -> None:
 
 
 def test_fields_of_records_in_lists_are_named() -> None:
-    rotary = [{"frequencies": [1.0, "a"], "magnitude": 1.0}]
+    rotary = [{"frequencies": [1.0, "a"], "magnitude": 1.0, "long_frequencies": [], "original_context": 0}]
     with pytest.raises(ValueError, match=r"^field architecture\.positions\.rotary\[0\]\.frequencies\[1\] is 'a'"):
         ModelSpec.from_json(edited(RICH, "architecture.positions.rotary", rotary))
 
@@ -148,7 +153,10 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.norm.placement", ["middle"], "placement of norms is 'middle', not one of pre, post, sandwich"),
     ("architecture.norm.epsilon", [0, -1e-6, NAN, INF, 1e-60, 1e300], "norm epsilon is .*, not a positive number"),
     ("architecture.positions.rotary.0.frequencies", [[], [0.0], [-1.0], [1.0, NAN], [INF]], "rotary frequencies are"),
-    ("architecture.positions.rotary.0.frequencies", [[1.0] * 13], "rotary dimension is 26, not a .* from 2 to 24$"),
+    ("architecture.positions.rotary.1.frequencies", [[1.0] * 13], "rotary dimension is 26, not a .* from 2 to 24$"),
+    ("architecture.positions.rotary.0.long_frequencies", [[0.0, 1.0], [1.0, NAN]], "rotary frequencies are"),
+    ("architecture.positions.rotary.0.long_frequencies", [[1.0]], "2 rotary frequencies have 1 for long contexts"),
+    ("architecture.positions.rotary.0.original_context", [-1, 2**31], "original context is"),
     ("architecture.positions.rotary.0.magnitude", [0.0, NAN, INF, -1.0], "rotary magnitude is"),
     ("architecture.positions.rotary_of_layer", [[2, 0, 0], [0, -2, 0]], "rotary table of a layer is"),
     ("architecture.positions.rotary_of_layer", [[0], [0, 0, 0, 0]], "rotary tables are given for . layers of 3$"),
@@ -160,6 +168,7 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.attention.head_dim", [-16, 2**31], "head size is .*, not a whole number from 0 to"),
     ("architecture.attention.head_dim", [0], "head size .* is not a multiple of 8"),
     ("architecture.attention.scale", [0.0, -1.0, NAN, INF], "attention scale is"),
+    ("architecture.attention.qk_norm", ["", "heads"], "q/k norm is '.*', not one of head, whole"),
     ("architecture.attention.soft_cap", [0.0, -1.0, NAN, INF], "attention soft cap is"),
     ("architecture.attention.biases", [["q", "q"], ["o", "q"], ["gate"], [""]], "attention biases are"),
     ("architecture.attention.windows", [[0, -1, 0], [2**31, 0, 0]], "attention window is"),
@@ -173,6 +182,8 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.feed_forward.experts.shared", [-1], "number of shared experts is"),
     ("architecture.residual", ["none"], "residual is 'none', not one of serial, parallel"),
     ("architecture.embedding_scale", [0.0, -1.0, NAN, INF], "embedding scale is"),
+    ("architecture.residual_scale", [0.0, -1.0, NAN, INF], "residual scale is"),
+    ("architecture.logit_scale", [0.0, -1.0, NAN, INF], "logit scale is"),
     ("architecture.logit_cap", [0.0, -1.0, NAN, INF], "logit soft cap is"),
 ]
 

@@ -283,13 +283,13 @@ def test_reach(path: Path) -> None:
 def test_a_description_of_what_is_not_computed(tmp_path: Path, open_file: Callable[[Path], None]) -> None:
     """The file is whole, so it stays."""
     path = tmp_path / "model.safetensors"
-    write_spec(path, "architecture.norm.kind", "layer")
+    write_spec(path, "architecture.attention.sinks", True)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ModelError) as caught:
         open_file(path)
     assert os.listdir("/proc/self/fd") == before
     assert not isinstance(caught.value, DamagedError)
-    assert str(caught.value) == "by hand uses layer norm, which is not supported yet"
+    assert str(caught.value) == "by hand uses attention sinks, which are not supported yet"
     assert path.exists()
 
 

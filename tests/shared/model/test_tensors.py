@@ -31,7 +31,20 @@ def test_all_of_a_llama() -> None:
     [
         ("tied_head", True, {}, {"head"}),
         ("attention.biases", ("q", "v"), {"layers.{i}.q.bias": (32,), "layers.{i}.v.bias": (16,)}, set()),
-        ("attention.qk_norm", True, {"layers.{i}.q_norm": (16,), "layers.{i}.k_norm": (16,)}, set()),
+        ("attention.qk_norm", "head", {"layers.{i}.q_norm": (16,), "layers.{i}.k_norm": (16,)}, set()),
+        ("attention.qk_norm", "whole", {"layers.{i}.q_norm": (32,), "layers.{i}.k_norm": (16,)}, set()),
+        (
+            "norm.placement",
+            "sandwich",
+            {"layers.{i}.attn_post_norm": (32,), "layers.{i}.ffn_post_norm": (32,)},
+            set(),
+        ),
+        (
+            "norm.placement",
+            "post",
+            {"layers.{i}.attn_post_norm": (32,), "layers.{i}.ffn_post_norm": (32,)},
+            {"layers.{i}.attn_norm", "layers.{i}.ffn_norm"},
+        ),
         ("feed_forward.biases", ("up", "down"), {"layers.{i}.up.bias": (70,), "layers.{i}.down.bias": (32,)}, set()),
         ("feed_forward.gated", False, {}, {"layers.{i}.gate"}),
         (

@@ -49,11 +49,12 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2' is not supported; llama, mistral are"),
+        ({"architecture": "mamba"}, "architecture 'mamba' is not supported; llama, mistral, .* are"),
         ({"fields": {"llama.expert_count": 8}}, "experts"),
         ({"fields": {"split.count": 2}}, "llama-gguf-split"),
-        ({"fields": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),
-        ({"fields": {"llama.rope.dimension_count": 32}}, "rope.dimension_count"),
+        ({"fields": {"llama.rope.scaling.type": "su"}}, "RoPE scaling 'su'"),
+        ({"fields": {"llama.rope.dimension_count": 72}}, "RoPE on 72 of the 64 numbers"),
+        ({"fields": {"llama.rope.dimension_count": 31}}, "RoPE on 31 of the 64 numbers"),
         ({"fields": {"llama.attention.head_count_kv": 3}}, "do not share"),
         ({"fields": {"llama.attention.head_count": [4, 4]}}, "head_count is"),
         ({"fields": {"llama.block_count": 2}}, "layers.1.attn_norm is missing"),

@@ -100,10 +100,10 @@ def test_ranks_are_those_of_each_layer(tiny_gguf: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "bamboo"}, "architecture 'bamboo' is not supported; llama, mistral are"),
+        ({"architecture": "bamboo"}, "architecture 'bamboo' is not supported; llama, mistral, .* are"),
         (
             {"architecture": "generic.gpu_index"},
-            "architecture 'generic.gpu_index' is not supported; llama, mistral are",
+            "architecture 'generic.gpu_index' is not supported; llama, mistral, .* are",
         ),
         ({"fields": {"powerinfer.sparse_threshold": float("nan")}}, "predictor threshold nan is not a number"),
         ({"fields": {"powerinfer.sparse_threshold": "low"}}, "field powerinfer.sparse_threshold is 'low'"),

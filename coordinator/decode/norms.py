@@ -1,0 +1,115 @@
+"""Norms of the compiled pass: of the residual, of a block's output, of the heads of queries and keys."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray
+
+from warmfront.coordinator.decode.attention import rotate
+from warmfront.coordinator.decode.network import BIAS, K_NORM, Q_NORM, Network, State
+from warmfront.shared.kernels.atomics import floats_at
+from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.model.architecture import NORMS
+from warmfront.shared.model.panels import LANES
+
+__all__ = ["Norm", "last_norm", "layer_norm", "normalise", "normalise_heads"]
+
+Floats = npt.NDArray[np.float32]
+_RMS, _LAYER = range(len(NORMS))
+
+
+class Norm(NamedTuple):
+    """One norm of a model."""
+
+    # Index into `NORMS`.
+    kind: int
+    # Addresses of float32 vectors: the weight, 0 if there is no norm here, and the bias, 0 if it has none.
+    weight_at: int
+    bias_at: int
+    # float32.
+    epsilon: Any
+
+
+@inlined
+def layer_norm(net: Network, layer: int, role: int) -> Norm:
+    """The norm of a layer in column `role` of the network's weights."""
+    return Norm(net.norm_kind, net.weights[layer, role], net.weights[layer, role + BIAS], net.norm_eps)
+
+
+@inlined
+def last_norm(net: Network) -> Norm:
+    """The norm before the head."""
+    return Norm(net.norm_kind, net.norm, net.norm_bias, net.norm_eps)
+
+
+@kernel
+def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
+    """Norm of every token of x [panels, size, lanes] into `out`, which may be x; without a norm, a copy."""
+    if norm.weight_at == 0:
+        for i in range(panels * size * lanes):
+            out[i] = x[i]
+        return
+    weight = carray(floats_at(norm.weight_at), (size,))
+    mean = np.float32(0)
+    if lanes == 1:
+        total = np.float32(0)
+        if norm.kind == _LAYER:
+            for k in range(size):
+                mean += x[k]
+            mean /= np.float32(size)
+        for k in range(size):
+            total += (x[k] - mean) * (x[k] - mean)
+        factor = np.float32(1) / np.sqrt(total / np.float32(size) + norm.epsilon)
+        for k in range(size):
+            out[k] = (x[k] - mean) * factor * weight[k]
+    else:
+        # Tokens are lanes: sixteen sums at a time, each in the order of the features.
+        means, factors = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        for p in range(panels):
+            panel = x[p * size * LANES : (p + 1) * size * LANES]
+            result = out[p * size * LANES : (p + 1) * size * LANES]
+            means[:], factors[:] = 0, 0
+            if norm.kind == _LAYER:
+                for k in range(size):
+                    for lane in range(LANES):
+                        means[lane] += panel[k * LANES + lane]
+                for lane in range(LANES):
+                    means[lane] /= np.float32(size)
+            for k in range(size):
+                for lane in range(LANES):
+                    value = panel[k * LANES + lane] - means[lane]
+                    factors[lane] += value * value
+            for lane in range(LANES):
+                factors[lane] = np.float32(1) / np.sqrt(factors[lane] / np.float32(size) + norm.epsilon)
+            for k in range(size):
+                for lane in range(LANES):
+                    value = panel[k * LANES + lane] - means[lane]
+                    result[k * LANES + lane] = value * factors[lane] * weight[k]
+    if norm.bias_at != 0:
+        bias = carray(floats_at(norm.bias_at), (size,))
+        for p in range(panels):
+            for k in range(size):
+                for lane in range(lanes):
+                    out[(p * size + k) * lanes + lane] += bias[k]
+
+
+@kernel
+def normalise_heads(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
+    """Norm the queries and keys of a layer and rotate them: this thread's vectors, which are heads or all heads."""
+    rows = (net.heads + 2 * net.kv_heads) * net.head_dim
+    widths = (net.heads * net.head_dim, net.kv_heads * net.head_dim)
+    first, task = 0, 0
+    for part in range(2):
+        width = widths[part]
+        size = width if net.whole_qk_norm else net.head_dim
+        norm = Norm(_RMS, net.weights[layer, K_NORM if part else Q_NORM], 0, net.norm_eps)
+        for low in range(first, first + width, size):
+            if task % st.threads == rank:
+                for p in range(panels):
+                    at = (p * rows + low) * lanes
+                    values = st.qkv[at : at + size * lanes]
+                    normalise(norm, size, values, values, 1, lanes)
+                rotate(net, st, layer, first, low, low + size, lanes)
+            task += 1
+        first += width

@@ -1,0 +1,38 @@
+"""A family's description made from another's: what differs is said, the rest stays."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from warmfront.shared.model.spec import ModelSpec
+
+__all__ = ["described", "layer_windows"]
+
+_AS_IT_IS: Mapping[str, Any] = MappingProxyType({})
+
+
+def described(
+    spec: ModelSpec,
+    *,
+    norm: Mapping[str, Any] = _AS_IT_IS,
+    attention: Mapping[str, Any] = _AS_IT_IS,
+    feed_forward: Mapping[str, Any] = _AS_IT_IS,
+    **fields: Any,
+) -> ModelSpec:
+    """The description with fields of its architecture replaced, and fields of the parts of that."""
+    old = spec.architecture
+    parts: dict[str, Any] = {
+        "norm": replace(old.norm, **norm),
+        "attention": replace(old.attention, **attention),
+        "feed_forward": replace(old.feed_forward, **feed_forward),
+    }
+    return replace(spec, architecture=replace(old, **parts, **fields))
+
+
+def layer_windows(spec: ModelSpec, window: int, local: Callable[[int], bool]) -> tuple[int, ...]:
+    """`window` tokens for the layers that are `local`, 0 for the others; 0 tokens are no windows at all."""
+    # A hostile file may claim any number of layers, of which the tensors know nothing yet.
+    if spec.layers > 1 << 16:
+        raise ValueError(f"{spec.layers} layers are more than any model has; the file is damaged")
+    return tuple(window * local(layer) for layer in range(spec.layers)) if window else ()

@@ -1,0 +1,223 @@
+"""Tiny random models of every family, made by transformers, and what llama.cpp's converter makes of them."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+Floats = npt.NDArray[np.float32]
+VOCAB, CONTEXT = 300, 512
+# Sizes in the words of most families; heads x head size is not the hidden size.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+# By the name of a test: the family's model_type, and fields of its configuration.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2 windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32}),
+    "gemma2 scale": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3 linear": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 20,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 64,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0, 1.5, 2.0, 2.5],
+                "long_factor": [1.0, 3.0, 5.0, 9.0],
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "head_dim": None, "hidden_size": 128}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "llama yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
+}
+
+
+def write_model(folder: Path, name: str, seed: int = 0, **options: Any) -> Path:
+    """Write the folder of a model of `MODELS`, with other fields of its configuration if `options` say so."""
+    family, fields = MODELS[name]
+    config = transformers.AutoConfig.for_model(family, **(SIZES | fields | options))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # About what it is, so that norms stay around their one, or zero; large enough to move the logits.
+            start = parameter.mean() if parameter.dim() == 1 else 0
+            parameter.copy_(start + 0.15 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_family_gguf(folder: Path, path: Path) -> Path:
+    """What llama.cpp's converter makes of the folder."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
+    _write_fields(writer, config)
+    for key, value in EXTRA.get(config.model_type, lambda _config: {})(config).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{architecture}.{key}", value)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, values in load_file(folder / "model.safetensors").items():
+        for published, converted in CONVERSIONS.get(config.model_type, _as_it_is)(config, name, values):
+            ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
+            assert ours is not None, published
+            writer.add_tensor(ours, np.ascontiguousarray(converted, np.float32))
+    for size in ("long", "short"):
+        factors = (config.rope_parameters or {}).get(f"{size}_factor")
+        if factors:
+            writer.add_tensor(f"rope_factors_{size}.weight", np.array(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def _as_it_is(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    return [(name, values)]
+
+
+def _pairs(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """Rows of q and k with the two numbers of a rotary pair side by side."""
+    for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        if part in name:
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return [(name, values)]
+
+
+def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    return [(name, values + 1 if name.endswith("norm.weight") else values)]
+
+
+def _caps(config: Any) -> dict[str, float]:
+    return {
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _factors(config: Any) -> dict[str, float]:
+    return {
+        "embedding_scale": config.embedding_multiplier,
+        "attention.scale": config.attention_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+    }
+
+
+def _longrope(config: Any) -> dict[str, float]:
+    rope = config.rope_parameters
+    if rope["rope_type"] != "longrope":
+        return {}
+    original = rope["original_max_position_embeddings"]
+    magnitude = math.sqrt(1 + math.log(config.max_position_embeddings / original) / math.log(original))
+    return {"rope.scaling.attn_factor": magnitude, "rope.scaling.original_context_length": original}
+
+
+# Names of families that GGUF calls otherwise; fields beside the common ones; what becomes of a tensor.
+ARCHITECTURES = {"gemma3_text": "gemma3"}
+EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granite": _factors, "phi3": _longrope}
+CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
+    "llama": _pairs,
+    "granite": _pairs,
+    "gemma": _norms_plus_one,
+    "gemma2": _norms_plus_one,
+    "gemma3_text": _norms_plus_one,
+}

@@ -1,0 +1,102 @@
+"""Every family says in float32 what transformers says, from both file formats.
+
+pytest tests/integration/test_families.py
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.family_models import MODELS, write_family_gguf
+from tests.integration.command import needs_two_cores
+from tests.integration.gpu import Restless, budget_for, watch
+from tests.integration.reference import all_logits, choices, llama_from_folder
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.models.open import open_source
+
+Make = Callable[..., Path]
+PROMPT = [5, 17, 200, 42, 101, 7, 250, 33]
+# Longer than a window, in a prefill of several panels and then token by token.
+LONG = [3 + (7 * i + i // 13) % 290 for i in range(90)]
+NEW_TOKENS = 32
+
+
+def assert_says_the_same(engine: Engine, model: Any) -> None:
+    assert_answers_the_same(engine, model)
+    assert_same_logits(engine, model)
+
+
+def assert_answers_the_same(engine: Engine, model: Any) -> None:
+    answer = [token.id for token in engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)]
+    assert answer == choices(model, PROMPT, answer)[:-1]
+    assert len(answer) == NEW_TOKENS
+
+
+def assert_same_logits(engine: Engine, model: Any) -> None:
+    ours = np.stack(list(engine.forced_logits(LONG, 70)))
+    theirs = all_logits(model, LONG)[69:]
+    assert np.abs(ours - theirs).max() < 1e-3 * max(1, np.abs(theirs).max() / 10)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "phi3 longrope"])
+def test_the_folder(tiny_family: Make, name: str) -> None:
+    folder = tiny_family(name)
+    with Engine.load(str(folder), dtype="f32") as engine:
+        assert_says_the_same(engine, llama_from_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("context", "assert_same"), [(64, assert_answers_the_same), (None, assert_same_logits)], ids=["short", "long"]
+)
+def test_longrope(tiny_family: Make, context: int | None, assert_same: Callable[[Engine, Any], None]) -> None:
+    """The context decides which frequencies are used; with transformers, the length of the text."""
+    folder = tiny_family("phi3 longrope")
+    with Engine.load(str(folder), dtype="f32", context=context) as engine:
+        assert_same(engine, llama_from_folder(folder))
+
+
+def fields_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers and words of a description, with float32's precision, which is all that GGUF has."""
+    if isinstance(value, dict | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from fields_of(item, f"{path}.{key}")
+    elif path not in (".name", ".family"):
+        yield path, f"{value:.5g}" if isinstance(value, float) else value
+
+
+# GGUF has no word for the windows of a Qwen2, other places of a Gemma's windows, or another scale of its scores.
+FOLDER_ONLY = ("qwen2 windows", "gemma2 scale", "gemma3 linear")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FOLDER_ONLY])
+def test_the_gguf_is_the_folder(tiny_family: Make, tmp_path: Path, name: str) -> None:
+    """The same description but for its names, and the same numbers."""
+    folder = tiny_family(name)
+    ours, theirs = open_source(write_family_gguf(folder, tmp_path / "model.gguf")), open_source(folder)
+    assert ours.names() == theirs.names()
+    for tensor in theirs.names():
+        np.testing.assert_array_equal(ours.tensor(tensor).float32(), theirs.tensor(tensor).float32(), tensor)
+    assert set(fields_of(asdict(ours.spec))) == set(fields_of(asdict(theirs.spec)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"workers": 2}, marks=needs_two_cores),
+        {"workers": 1, "gpu": "host", "vram_budget": budget_for(4, hidden=64, ffn=96)},
+    ],
+    ids=["two workers", "gpu with moves"],
+)
+def test_on_several_workers(
+    tiny_family: Make, name: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_family(name)
+    with Engine.load(str(folder), dtype="f32", **overrides) as engine:
+        if "gpu" in overrides:
+            watch(engine, Restless(), monkeypatch)
+        assert_says_the_same(engine, llama_from_folder(folder))
