@@ -20,9 +20,10 @@ from warmfront.shared.kernels.feed_forward.ffn import (
     listed_neurons,
     open_gates,
     open_neurons,
+    open_ups,
     whole_groups,
 )
-from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
+from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import share
@@ -47,7 +48,7 @@ class Worker(NamedTuple):
     # Index on the board.
     me: int
     threads: int
-    # The selector's way: `exact`; or neurons are predicted, and a gate that does not fire ends a predicted neuron.
+    # The selector's way: `exact`; or neurons are predicted; to `skip` what does not fire once its gate or up is known.
     exact: bool
     predicted: bool
     skip: bool
@@ -139,10 +140,7 @@ def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
     b, slots = w.bundles, w.owned[rank]
     low, high = share(neurons, GROUP, rank, rank + 1, w.threads)
     w.counts[rank, _GATES] = high - low
-    fired = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
-    for i in range(fired):
-        set_bit(w.bits[rank], w.opened[rank, i])
-    w.opened_count[rank, 0] = fired
+    w.opened_count[rank, 0] = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
     if barrier(w.barrier) != DONE:
         return False
     total = 0
@@ -154,9 +152,8 @@ def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
         opened, count = w.opened[other], w.opened_count[other, 0]
         start = group_start(opened, count, min(max(low - first, 0), count))
         end = group_start(opened, count, min(max(high - first, 0), count))
-        open_neurons(b, slots, w.gates[other], opened, start, end, vectors)
+        done += open_neurons(b, slots, w.gates[other], opened, start, end, vectors, w.bits[rank])
         first += count
-        done += end - start
     w.counts[rank, _NEURONS] = done
     return True
 
@@ -188,7 +185,8 @@ def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> bool
     counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, w.skip, vectors, w.bits[rank])
     if w.descriptor[COMPARE_SELECTION] != 0:
         low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
-        counts[_FIRED] = open_gates(w.bundles, slots, low, high, vectors, w.gates[rank], w.opened[rank])
+        opened = open_gates(w.bundles, slots, low, high, vectors, w.gates[rank], w.opened[rank])
+        counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, vectors)
     return True
 
 

@@ -57,9 +57,7 @@ class CpuWorker:
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
             slow=plan.slowdown,
-            bundles=bundles_at(
-                address(self._weights), layout, spec.architecture.feed_forward.activation_code, plan.selector == "all"
-            ),
+            bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward, plan.selector == "all"),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
             slot=board.slot[plan.index],

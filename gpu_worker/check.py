@@ -7,7 +7,7 @@ import numpy as np
 
 from warmfront.gpu_worker.cuda import CudaDevice
 from warmfront.shared.machine.driver import answer, count_devices
-from warmfront.shared.model.architecture import ACTIVATIONS
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.panels import LANES, whole_panels
@@ -30,7 +30,7 @@ def _against(index: int) -> str | None:
     expected = (np.maximum(wide @ gate.T, 0) * (wide @ up.T)) @ down
     device, slots = CudaDevice(index), np.arange(_GROUPS, dtype=np.int32)
     try:
-        device.reserve(layout, ACTIVATIONS.index("relu"), _GROUPS, _TOKENS)
+        device.reserve(layout, FeedForward(activation="relu"), _GROUPS, _TOKENS)
         device.fill(slots, groups)
         panels = np.zeros((whole_panels(_TOKENS) // LANES, _HIDDEN, LANES), np.float32)
         for token, row in enumerate(x):

@@ -31,6 +31,7 @@ from warmfront.shared.errors import ResourceError
 from warmfront.shared.kernels.exact_sums import round_to_sums
 from warmfront.shared.machine.driver import cupy_extra
 from warmfront.shared.machine.memory import address
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
 
@@ -78,7 +79,9 @@ class CudaDevice:
             "partials": launch.partial_rows(layout, max_tokens) * layout.hidden * 4,
         }
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
+    def reserve(
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+    ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
         self._layout = layout
@@ -91,7 +94,7 @@ class CudaDevice:
             self._staging = self._pinned_bytes(shape[0] * shape[1] * shape[2]).reshape(shape)
             self._copied = [self._cuda.Event(block=True, disable_timing=True) for _ in self._staging]
         with self._guard("compile kernels on"), self._card:
-            module = self._raw_module(code=launch.source(), options=launch.options(layout, activation))
+            module = self._raw_module(code=launch.source(), options=launch.options(layout, feed_forward))
             names = ("gate_up", "down", "reduce", "gate_up_many", "down_many")
             self._gate_up, self._down, self._reduce, self._gate_up_many, self._down_many = map(
                 module.get_function, names

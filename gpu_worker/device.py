@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.machine.memory import address
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import BundleLayout
 
 __all__ = [
@@ -61,8 +62,10 @@ class Device(Protocol):
     def ledger(self, layout: BundleLayout, slots: int, max_tokens: int) -> Ledger:
         """What `reserve` would allocate for `slots` slots, in bytes by purpose."""
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
-        """Allocate what `ledger` says; `activation` is an index into ACTIVATIONS.
+    def reserve(
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+    ) -> None:
+        """Allocate what `ledger` says.
 
         `whole`: there will be no masks, and nothing is sparse: a device may lay groups out for that.
 
@@ -105,11 +108,11 @@ class Device(Protocol):
 
         The sums are in units of each token: `inverse` [tokens] has 1 / unit (`shared/kernels/exact_sums.py`). At most
         one layer's groups of slots and max_tokens tokens. With `sparse`, neurons whose gate does not fire contribute
-        nothing and their up rows are not read. `mask`, uint32 [len(slots)], leaves out the neurons whose bits are 0.
-        `computed`, uint32 [len(slots)], for one token only, is set to the neurons computed: those whose gate fires if
-        sparse, else all of the mask, padding included. Returns (their number, summed over the tokens; nanoseconds from
-        the first copy to the device to the last one back). For the same slots in the same order the result is the same
-        to the bit.
+        nothing and their up rows are not read, nor down rows where up does not fire. `mask`, uint32 [len(slots)],
+        leaves out the neurons whose bits are 0. `computed`, uint32 [len(slots)], for one token only, is set to the
+        neurons computed: those that fire if sparse, else all of the mask, padding included. Returns (their number,
+        summed over the tokens; nanoseconds from the first copy to the device to the last one back). For the same slots
+        in the same order the result is the same to the bit.
         """
 
     def execute_many(self, slots: Ints, x: Floats, inverse: Floats, tokens: int, out: Longs) -> tuple[int, int]:

@@ -1,13 +1,14 @@
 // Feed-forward of the neurons that lie in slots of device memory, in three kernels:
 //
-//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 if masked out or a sparse gate does not fire
+//   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 if masked out or a sparse gate does not fire;
+//            with dReLU relu(up . x)
 //   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
 //   reduce   out[token][column] = sum over segments
 //
 // Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
 //
-// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, UP_OFFSET, DOWN_OFFSET,
-// BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/model/bundle.py and
+// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, CLOSED, UP_OFFSET,
+// DOWN_OFFSET, BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/model/bundle.py and
 // shared/model/formats.py. A new weight type is a name in `Kind` and a branch of `widen`.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
 // tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
@@ -22,9 +23,9 @@ constexpr int UNITS = HIDDEN / UNIT;
 constexpr int BLOCKS = HIDDEN / 32;
 constexpr unsigned ALL = 0xffffffffu;
 
-// The macros are these names: those of shared/model/formats.py, and of shared/model/spec.py in capitals.
+// The macros are these names: those of shared/model/formats.py, and of shared/model/architecture.py in capitals.
 enum Kind { F32, F16, BF16, Q8, Q4, Q4S, Q4C };
-enum Activation { SILU, RELU, GELU, GELU_TANH };
+enum Activation { SILU, RELU, GELU, GELU_TANH, RELU2, DRELU, FATRELU };
 
 // Whether a byte holds weights j and j + 16 of a block of 32.
 __device__ constexpr bool nibbles(int kind) { return kind == Q4 || kind == Q4S || kind == Q4C; }
@@ -154,16 +155,22 @@ __device__ __forceinline__ float dot(const byte* bundle, const float* x, int lan
     return sum;
 }
 
-// Whether a neuron with this gate may contribute, as in shared/kernels/activation.py: a NaN does, to be seen in the
-// output.
-__device__ __forceinline__ bool fires(float gate) { return !(gate <= 0); }
+// Whether a neuron with this gate may contribute, and with this up, as in shared/kernels/activation.py: a NaN does, to
+// be seen in the output.
+__device__ __forceinline__ bool fires(float gate) { return !(gate <= CLOSED); }
+__device__ __forceinline__ bool up_fires(float up) { return ACTIVATION != DRELU || !(up <= 0); }
 
 __device__ __forceinline__ float activate(float gate) {
+    if (!fires(gate)) return 0;
     if constexpr (ACTIVATION == SILU) return gate / (1 + expf(-gate));
-    if constexpr (ACTIVATION == RELU) return gate <= 0 ? 0 : gate;
     if constexpr (ACTIVATION == GELU) return 0.5f * gate * (1 + erff(gate * 0.70710678118654752f));
-    return 0.5f * gate * (1 + tanhf(0.79788456080286536f * (gate + 0.044715f * gate * gate * gate)));
+    if constexpr (ACTIVATION == GELU_TANH)
+        return 0.5f * gate * (1 + tanhf(0.79788456080286536f * (gate + 0.044715f * gate * gate * gate)));
+    return ACTIVATION == RELU2 ? gate * gate : gate;
 }
+
+// What a neuron's down row is multiplied with.
+__device__ __forceinline__ float factor(float gate, float up) { return activate(gate) * (up_fires(up) ? up : 0); }
 
 // One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
 // slots [slot][GROUP_BYTES], ids [groups], mask [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
@@ -183,8 +190,9 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     if (mask[neuron / GROUP] >> neuron % GROUP & 1) {
         const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
         if (!sparse || fires(gate)) {
-            value = activate(gate) * dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
-            whole = true;
+            const float up = dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
+            value = factor(gate, up);
+            whole = up_fires(up);
         }
     }
     if (lane == 0) {

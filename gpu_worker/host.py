@@ -17,6 +17,7 @@ from warmfront.shared.kernels.feed_forward.ffn import bundles_at, scratch_bytes,
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.topology import read_topology
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES
 
@@ -45,7 +46,9 @@ class HostDevice:
             + scratch_bytes(layout.hidden, layout.groups, max_tokens),
         }
 
-    def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:
+    def reserve(
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+    ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
         self._memory = {purpose: anonymous(size, huge=purpose == "slots") for purpose, size in plan.items()}
@@ -56,7 +59,7 @@ class HostDevice:
         self._listed = partials[:listed_bytes].view(np.int32)
         quantised_at = address(partials) + listed_bytes
         self._work = HostWorkspace(
-            bundles=bundles_at(address(self._memory["slots"]), layout, activation, whole),
+            bundles=bundles_at(address(self._memory["slots"]), layout, feed_forward, whole),
             quantised_at=quantised_at,
             scratch_at=quantised_at + quantised_bytes(layout.hidden),
         )

@@ -15,7 +15,7 @@ Vectors of several tokens may be in panels of 16 instead: so `max_tokens` counts
 from importlib.resources import files
 from typing import NamedTuple
 
-from warmfront.shared.model.architecture import ACTIVATIONS
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import whole_panels
@@ -88,13 +88,14 @@ def source() -> str:
     return "\n".join(folder.joinpath(name).read_text("utf-8") for name in ("ffn.cu", "prefill.cu"))
 
 
-def options(layout: BundleLayout, activation: int) -> tuple[str, ...]:
-    """Compiler options that fit the kernels to a model; `activation` is an index into ACTIVATIONS."""
+def options(layout: BundleLayout, feed_forward: FeedForward) -> tuple[str, ...]:
+    """Compiler options that fit the kernels to a model."""
     macros = {
         "HIDDEN": layout.hidden,
         "GATE_KIND": layout.gate_kind.name,
         "DOWN_KIND": layout.down_kind.name,
-        "ACTIVATION": ACTIVATIONS[activation].upper(),
+        "ACTIVATION": feed_forward.activation.upper(),
+        "CLOSED": f"{feed_forward.closed.hex()}f",
         "UP_OFFSET": layout.up_offset,
         "DOWN_OFFSET": layout.down_offset,
         "BUNDLE_BYTES": layout.bundle_bytes,

@@ -1,6 +1,6 @@
 // Several tokens at once: the feed-forward as two matrix products; appended to ffn.cu, whose names it uses.
 //
-//   gate_up_many  h[neuron][token] = activation(gate . x) * (up . x)      block: the 32 neurons of a group x its tokens
+//   gate_up_many  h[neuron][token] = factor(gate . x, up . x)             block: the 32 neurons of a group x its tokens
 //   down_many     partial[segment][column][token] = sum of h * down       block: 64 columns x its tokens, then `reduce`
 //
 // x, h, partials and the output are in panels of 16 tokens, as on the board: [panel][hidden or neuron][16].
@@ -100,7 +100,7 @@ __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, in
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             h[place(token, neurons, static_cast<int>(blockIdx.x) * GROUP + 4 * warp + i)] =
-                activate(sums[i][p]) * sums[4 + i][p];
+                factor(sums[i][p], sums[4 + i][p]);
     }
 }
 

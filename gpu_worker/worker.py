@@ -72,8 +72,8 @@ class GpuWorker:
         layout, sizes = self._model.layout, self._board.sizes
         max_slots = sizes.layers * sizes.groups
         self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, max_slots)
-        activation = self._model.spec.architecture.feed_forward.activation_code
-        self._device.reserve(layout, activation, self._slots, sizes.max_tokens, self._plan.selector == "all")
+        feed_forward = self._model.spec.architecture.feed_forward
+        self._device.reserve(layout, feed_forward, self._slots, sizes.max_tokens, self._plan.selector == "all")
         self._device.pin(self._board.mapping)
 
     def _serve(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from warmfront.shared.errors import UsageError
 
 __all__ = [
+    "ACTIVATIONS",
     "ATTENTION_PATTERN",
     "BITS",
     "DTYPES",
@@ -33,6 +34,9 @@ __all__ = [
 
 # Of the selector lowbit's copies of the gates.
 BITS = (1, 2, 4)
+# Of the feed-forward layers, as `FeedForward.activation_name` has it.
+ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu:T")
+_ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.\d+)?([eE]-?\d+)?"))
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 # Of the keys and values in the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8")
@@ -97,21 +101,22 @@ def whole_number(what: str, value: object, least: int | None = None) -> int:
 class EngineConfig:
     """How to load and run a model; None leaves the choice to warmfront.
 
-    workers: CPU worker processes (default: one per NUMA node); threads: compute threads in all (default: one per core);
-    coordinator_threads: of its team (default: as many as the workers'); spins: rounds that a thread spins at a barrier
-    before it lets others in; force: more threads than cores are meant; pin: threads stay on their cores and memory on
-    its node; tuning: take what `warmfront tune` found, where none of these is given; vram_budget: bytes of device
-    memory for the GPU worker; attention: where attention and predictors run, on the CPU or on a device of torch's;
-    policy: how neurons move between the workers; plan: a file of `warmfront plan` to begin with; context: tokens that
-    the KV cache holds; kv: their type, by default float16, for float32 models float32; measure: compare the selected
-    neurons with those that fire, on one token of 64; verify: check for every token that each selected neuron was
-    computed exactly once; look_ahead: predict a layer's neurons from the input of the one before, beside its work;
-    trace: a file to write a Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4",
-    an emulation. For the selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds
-    are calibrated for.
+    activation: of the feed-forward layers, by default the model's; workers: CPU worker processes (default: one per NUMA
+    node); threads: compute threads in all (default: one per core); coordinator_threads: of its team (default: as many
+    as the workers'); spins: rounds that a thread spins at a barrier before it lets others in; force: more threads than
+    cores are meant; pin: threads stay on their cores and memory on its node; tuning: take what `warmfront tune` found,
+    where none of these is given; vram_budget: bytes of device memory for the GPU worker; attention: where attention and
+    predictors run, on the CPU or on a device of torch's; policy: how neurons move between the workers; plan: a file of
+    `warmfront plan` to begin with; context: tokens that the KV cache holds; kv: their type, by default float16, for
+    float32 models float32; measure: compare the selected neurons with those that fire, on one token of 64; verify:
+    check for every token that each selected neuron was computed exactly once; look_ahead: predict a layer's neurons
+    from the input of the one before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that
+    are to seem slower than they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the
+    gates, and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
+    activation: str = "auto"
     selector: str = "auto"
     bits: int = 2
     recall: float = 0.995
@@ -139,6 +144,10 @@ class EngineConfig:
         _check_types(self)
         if self.dtype not in DTYPES:
             raise UsageError(f"no weight type {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if not _ACTIVATION_PATTERN.fullmatch(self.activation):
+            raise UsageError(
+                f"no activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}, T being a number such as 0.01"
+            )
         if self.selector not in SELECTORS:
             raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
         if self.kv not in KV_TYPES:

@@ -10,14 +10,17 @@ from warmfront.coordinator.models.default_model import find_model
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source
 from warmfront.coordinator.packing.packer import PackingPlan
+from warmfront.shared.config import EngineConfig
 
 __all__ = ["describe", "render"]
 
 
-def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Facts about `model` as it would be packed with `dtype`; sizes in bytes."""
+def describe(model: str, config: EngineConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Facts about `model` as it would be packed with the weight type of `config`; sizes in bytes."""
     source = open_source(find_model(model, say))
-    spec, plan = source.spec, PackingPlan(source, dtype)
+    spec, plan = source.spec, PackingPlan(source, config.dtype)
+    if config.activation != "auto":
+        spec = spec.activated(config.activation)
     attention = spec.architecture.attention
     sizes: Counter[str] = Counter()
     for name in plan.shapes:
@@ -34,7 +37,7 @@ def describe(model: str, dtype: str, say: Callable[[str], None]) -> dict[str, An
         "head_dim": attention.head_dim,
         "vocab": spec.vocab,
         "context": spec.context,
-        "activation": spec.architecture.feed_forward.activation,
+        "activation": spec.activation,
         "sparse": spec.sparse,
         "predictor": _predictor(source),
         "selectors": selectors_for(spec),

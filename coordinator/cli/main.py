@@ -19,6 +19,7 @@ from warmfront.coordinator.cli.cache import cache
 from warmfront.coordinator.cli.options import (
     Names,
     Numbers,
+    activation_option,
     chat_template_option,
     dtype_option,
     engine_options,
@@ -141,15 +142,20 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
     help="A file of text in UTF-8; may be repeated.",
 )
 @dtype_option
+@activation_option
 @click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def profile(model: str, texts: tuple[Path, ...], dtype: str, tokens: int | None, as_json: bool) -> None:
+def profile(
+    model: str, texts: tuple[Path, ...], dtype: str, activation: str, tokens: int | None, as_json: bool
+) -> None:
     """Count which neurons of MODEL fire on your texts, and order them accordingly."""
+    config = EngineConfig(dtype=dtype, activation=activation)
+
     with hold_interrupts():
         from warmfront.coordinator.cli.profile import profile, render
 
     with Bars() as bars:
-        facts = profile(model, texts, dtype, tokens, say, bars.show, bars.count)
+        facts = profile(model, texts, config, tokens, say, bars.show, bars.count)
     click.echo(json.dumps(facts) if as_json else render(facts))
 
 
@@ -193,24 +199,29 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
 @cli.command()
 @click.argument("model", default="smollm2-135m")
 @dtype_option
+@activation_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(model: str, dtype: str, as_json: bool) -> None:
+def info(model: str, dtype: str, activation: str, as_json: bool) -> None:
     """What MODEL is: architecture, sizes, weight types, whether sparse selectors apply."""
+    config = EngineConfig(dtype=dtype, activation=activation)
+
     from warmfront.coordinator.cli.info import describe, render
 
-    facts = describe(model, dtype, say)
+    facts = describe(model, config, say)
     click.echo(json.dumps(facts) if as_json else render(facts))
 
 
 @cli.command()
 @click.argument("model", default="smollm2-135m")
 @dtype_option
+@activation_option
 @selector_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | None, as_json: bool) -> None:
+def tune(model: str, exhaustive: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
     """Find the workers, threads and spins that decode MODEL fastest here; Ctrl-C keeps the best so far."""
+    EngineConfig(**overrides)
     if plot:
         check_writable(plot)
         require("matplotlib", "--plot")
@@ -221,7 +232,7 @@ def tune(model: str, dtype: str, selector: str, exhaustive: bool, plot: Path | N
     with Bars() as bars:
         result = tune(
             model,
-            {"dtype": dtype, "selector": selector, "tuning": False},
+            overrides | {"tuning": False},
             exhaustive,
             say=say,
             progress=bars.show,

@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from warmfront.shared.config import BITS, DTYPES, KV_TYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import (
+    ACTIVATIONS,
+    BITS,
+    DTYPES,
+    KV_TYPES,
+    POLICIES,
+    SELECTORS,
+    EngineConfig,
+    Sampling,
+    parse_size,
+)
 from warmfront.shared.errors import UsageError
 
 __all__ = [
     "Names",
     "Numbers",
     "Size",
+    "activation_option",
     "chat_template_option",
     "dtype_option",
     "engine_options",
@@ -101,8 +112,15 @@ selector_option = click.option(
 dtype_option = click.option(
     "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
 )
+activation_option = click.option(
+    "--activation",
+    default=_ENGINE.activation,
+    show_default=True,
+    help=f"Of the feed-forward layers: {', '.join(ACTIVATIONS)}; auto: what the model was trained with.",
+)
 load_options = _together(
     dtype_option,
+    activation_option,
     click.option(
         "--bits",
         type=click.Choice([str(bits) for bits in BITS]),

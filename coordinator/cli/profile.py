@@ -9,11 +9,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from warmfront.coordinator.engine.load import open_for_profiling
+from warmfront.coordinator.engine.load import open_for_profiling, opened
 from warmfront.coordinator.models.default_model import find_model
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 def profile(
     model: str,
     files: Sequence[Path],
-    dtype: str,
+    config: EngineConfig,
     tokens: int | None,
     say: Say,
     progress: Progress,
@@ -48,32 +48,34 @@ def profile(
     `progress` gets bytes, `counted` tokens. Raises UsageError for texts that cannot be read or a model without them.
     """
     texts = read_texts(files)
-    return mended(lambda: _profile(model, files, texts, dtype, tokens, say, progress, counted), say)
+    return mended(lambda: _profile(model, files, texts, config, tokens, say, progress, counted), say)
 
 
 def _profile(
     model: str,
     files: Sequence[Path],
     texts: Sequence[str],
-    dtype: str,
+    config: EngineConfig,
     tokens: int | None,
     say: Say,
     progress: Progress,
     counted: Progress,
 ) -> dict[str, Any]:
-    path = ensure_packed(find_model(model, say), dtype, say, lambda done, total: progress("packing", done, total))
-    with PackedModel(path) as packed:
+    path = ensure_packed(
+        find_model(model, say), config.dtype, say, lambda done, total: progress("packing", done, total)
+    )
+    with opened(path, config) as packed:
         ids = _encoded(packed, texts, tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
         partial = Partial.open(packed, jobs, [file.name for file, some in zip(files, ids, strict=True) if some])
         order = packed.order
     try:
-        _count(path, dtype, jobs, partial, say, progress, counted)
+        _count(path, config, jobs, partial, say, progress, counted)
         changed = reorder(path, partial.profile, order, say, lambda done, total: progress("ordering", done, total))
     except BaseException:
         partial.keep(say)
         raise
-    with PackedModel(path) as packed:
+    with opened(path, config) as packed:
         keep_profile(packed, say)
     partial.path.unlink(missing_ok=True)
     return _facts(model, path, partial.profile, changed)
@@ -99,7 +101,7 @@ def _encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: S
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.sparse:
         raise UsageError(
-            f"{spec.name} is not ReLU-like (it uses {spec.architecture.feed_forward.activation}): "
+            f"{spec.name} is not ReLU-like (it uses {spec.activation}): "
             "all its neurons are computed, there is nothing to profile"
         )
     if not tokenizer.present:
@@ -122,14 +124,14 @@ class Partial:
     """A count that may be interrupted."""
 
     path: Path
-    key: str  # a digest of the jobs and of the order of the neurons
+    key: str  # a digest of the jobs, of the order of the neurons and of the activation
     profile: Profile  # so far
     done: int = 0  # jobs that it has counted
 
     @classmethod
     def open(cls, model: PackedModel, jobs: Sequence[Job], names: Sequence[str]) -> "Partial":
         """The count of an earlier run, if it was of the same jobs with the same order of neurons; else an empty one."""
-        key = json.dumps([model.order, [[job.fresh, *job.ids] for job in jobs]])
+        key = json.dumps([model.order, model.spec.activation, [[job.fresh, *job.ids] for job in jobs]])
         digest = hashlib.sha256(key.encode()).hexdigest()
         partial = cls(model.path.with_name(f"{model.path.stem}-counted.npz"), digest, empty_profile(model, names))
         kept = load_arrays(partial.path)
@@ -160,7 +162,13 @@ class Partial:
 
 
 def _count(
-    path: Path, dtype: str, jobs: Sequence[Job], partial: Partial, say: Say, progress: Progress, counted: Progress
+    path: Path,
+    config: EngineConfig,
+    jobs: Sequence[Job],
+    partial: Partial,
+    say: Say,
+    progress: Progress,
+    counted: Progress,
 ) -> None:
     total, first = sum(len(job.ids) for job in jobs), partial.done
     if first:
@@ -179,8 +187,8 @@ def _count(
 
     # A job of one token is run as two (`Session.firing`).
     context = max(2, *(len(job.ids) for job in jobs))
-    config = EngineConfig(dtype=dtype, selector="exact", gpu="none", policy="static", context=context)
-    with open_for_profiling(path, config, say, progress) as session:
+    how = replace(config, selector="exact", gpu="none", policy="static", context=context)
+    with open_for_profiling(path, how, say, progress) as session:
         count(session.firing, partial.profile, jobs[first:], after)
 
 

@@ -26,6 +26,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.plan.selector,
         "dtype": engine.plan.config.dtype,
+        "activation": engine.model.spec.activation,
         "model": model,
     }
     if any(token.logprob is not None for token in tokens):

@@ -93,7 +93,7 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
 
 
 @kernel
-def _note_units(inverse: Floats, reach: Any, x: Floats, panels: int, hidden: int, lanes: int) -> None:
+def _note_units(inverse: Floats, reach: Any, degree: int, x: Floats, panels: int, hidden: int, lanes: int) -> None:
     """The inverse unit of each token's sums."""
     magnitudes = np.empty(LANES, np.float32)
     for panel in range(panels):
@@ -107,7 +107,7 @@ def _note_units(inverse: Floats, reach: Any, x: Floats, panels: int, hidden: int
                 for lane in range(LANES):
                     magnitudes[lane] += abs(values[k * LANES + lane])
         for lane in range(lanes):
-            inverse[panel * lanes + lane] = inverse_unit(reach, np.float64(magnitudes[lane]))
+            inverse[panel * lanes + lane] = inverse_unit(reach, degree, np.float64(magnitudes[lane]))
 
 
 @inlined
@@ -116,7 +116,7 @@ def _post(net: Network, st: State, sequence: int, layer: int, values: Floats, pa
     handoff = st.handoff
     for i in range(panels * net.hidden * lanes):
         handoff.board_x[i] = values[i]
-    _note_units(handoff.inverse, net.reach[layer], values, panels, net.hidden, lanes)
+    _note_units(handoff.inverse, net.reach[layer], net.degree, values, panels, net.hidden, lanes)
     handoff.descriptor[LAYER] = layer
     handoff.descriptor[JOB_TOKENS] = st.job[TOKENS]
     handoff.descriptor[JOB_LANES] = lanes

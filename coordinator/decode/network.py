@@ -118,8 +118,9 @@ class Network(NamedTuple):
     look_ahead: bool
     # Groups of neurons of a layer.
     groups: int
-    # float64 [layers]: see `exact_sums.inverse_unit`.
+    # float64 [layers], and a number for all of them: see `exact_sums.inverse_unit`.
     reach: Any
+    degree: int
     # Low-rank predictors: whether they take the normed input, and whether a ReLU is between their matrices.
     normed: bool
     rectified: bool

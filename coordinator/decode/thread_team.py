@@ -138,6 +138,7 @@ class ThreadTeam:
             look_ahead=self._config.look_ahead,
             groups=self._model.layout.groups,
             reach=self._model.reach,
+            degree=spec.architecture.feed_forward.degree,
             normed=predictor.input == "normed",
             rectified=predictor.activation == "relu",
             ranks=ranks,

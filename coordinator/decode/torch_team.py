@@ -169,7 +169,8 @@ class TorchTeam:
         self._synchronise()
         values = board.x[: normed.numel()].reshape(-1, normed.shape[-2] if lanes > 1 else normed.shape[-1], lanes)
         magnitudes = np.abs(values).sum(1, dtype=np.float64).reshape(-1)
-        board.inverse[: len(magnitudes)] = [inverse_unit(self._model.reach[layer], float(m)) for m in magnitudes]
+        reach, degree = self._model.reach[layer], self._model.spec.architecture.feed_forward.degree
+        board.inverse[: len(magnitudes)] = [inverse_unit(reach, degree, float(m)) for m in magnitudes]
         board.descriptor[:] = layer, tokens, lanes, compare_selection, time.monotonic_ns()
         self._posted += 1
         announce(address(board.job), self._posted)

@@ -48,6 +48,7 @@ def make_assignments(
             memory_node=-1 if memory is None else memory,
             pinned=plan.config.pin,
             spins=cores.spins,
+            activation=model.spec.activation,
         )
     return assignments
 

@@ -22,7 +22,7 @@ from warmfront.shared.config import THREADING, EngineConfig, Sampling
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["load", "open_for_profiling"]
+__all__ = ["load", "open_for_profiling", "opened"]
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -41,12 +41,12 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
     path = ensure_packed(find_model(name, say), config.dtype, say, partial(progress, "packing"))
-    model = PackedModel(path)
+    model = opened(path, config)
     try:
         plan = resolve(config, devices, model, say)
         if ensure_profiled(model, partial(_profile_sample, model, config, say, progress), say, progress):
             model.close()
-            model = PackedModel(path)
+            model = opened(path, config)
         session = Session(model, plan)
         if session.tokenizer.note:
             say(session.tokenizer.note)
@@ -56,10 +56,22 @@ def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress:
     return _started(session, say, progress)
 
 
+def opened(path: Path, config: EngineConfig) -> PackedModel:
+    """The packed model at `path` with the activation of `config`; raises UsageError if it cannot have that."""
+    model = PackedModel(path)
+    if config.activation != "auto":
+        try:
+            model.activate(config.activation)
+        except BaseException:
+            model.close()
+            raise
+    return model
+
+
 def open_for_profiling(path: Path, config: EngineConfig, say: Say, progress: Progress) -> Session:
     """A session on the packed model at `path` as it is, that can say which neurons fire."""
     devices = resolve_devices(config, say)
-    model = PackedModel(path)
+    model = opened(path, config)
     try:
         session = Session(model, resolve(config, devices, model, say), profiles=True)
     except BaseException:
@@ -82,7 +94,9 @@ def _started(session: Session, say: Say, progress: Progress) -> Session:
 def _profile_sample(model: PackedModel, config: EngineConfig, say: Say, progress: Progress) -> Profile:
     profile = empty_profile(model, ["sample"])
     threads = {name: getattr(config, name) for name in THREADING}
-    overrides = EngineConfig(dtype=config.dtype, **threads, gpu="none", policy="static")
+    overrides = EngineConfig(
+        dtype=config.dtype, activation=model.spec.activation, **threads, gpu="none", policy="static"
+    )
     with open_for_profiling(model.path, overrides, say, progress) as session:
         count(session.firing, profile, jobs_of([sample_ids(session)], min(JOB_TOKENS, session.plan.context)))
     return profile

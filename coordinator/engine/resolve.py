@@ -168,8 +168,7 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
         )
     if chosen not in able:
-        activation = spec.architecture.feed_forward.activation
-        lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {activation}"
+        lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return chosen
 

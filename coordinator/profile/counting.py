@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.counts import Profile, profiled
 from warmfront.coordinator.profile.kept import kept_profile
 from warmfront.coordinator.profile.reorder import reorder, restore
 from warmfront.shared.errors import ResourceError
@@ -44,7 +44,7 @@ def jobs_of(texts: Sequence[Sequence[int]], most: int) -> list[Job]:
 
 def empty_profile(model: PackedModel, texts: Sequence[str]) -> Profile:
     """A profile of `model` without a token yet; `texts`: names of what is going to be counted."""
-    return Profile(model.spec.layers, model.layout.groups * GROUP, model.spec.ffn, texts)
+    return Profile(model.spec.layers, model.layout.groups * GROUP, model.spec.ffn, model.spec.activation, texts)
 
 
 def count(
@@ -74,13 +74,14 @@ def ensure_profiled(
     time the second waits.
     """
     folder = model.path.parent
-    if not model.spec.sparse or model.profile or not access(folder, W_OK):
+    if not model.spec.sparse or profiled(model) or not access(folder, W_OK):
         return False
     if shutil.disk_usage(folder).free < model.path.stat().st_size:
         return False
     with locked(model.path.with_suffix(".profile"), say):
         with PackedModel(model.path) as now:
-            if now.profile:
+            now.activate(model.spec.activation)
+            if profiled(now):
                 return True
         try:
             if (kept := kept_profile(model)) is not None:

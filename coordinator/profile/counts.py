@@ -15,7 +15,7 @@ import numpy.typing as npt
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["MAX_TOKENS", "SEGMENTS", "SEGMENT_TOKENS", "Profile"]
+__all__ = ["MAX_TOKENS", "SEGMENTS", "SEGMENT_TOKENS", "Profile", "profiled"]
 
 SEGMENTS = 64
 SEGMENT_TOKENS = 32
@@ -26,11 +26,17 @@ Counts = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float64]
 
 
+def profiled(model: PackedModel) -> bool:
+    """Whether a packed model has a profile, and it was counted with the activation that is used."""
+    return model.profile.get("activation") == model.spec.activation
+
+
 class Profile:
     """The counts of a model with `ffn` neurons a layer, padded to `neurons`; empty at first, filled by `add`."""
 
-    def __init__(self, layers: int, neurons: int, ffn: int, texts: Sequence[str] = ()) -> None:
-        self.ffn = ffn
+    def __init__(self, layers: int, neurons: int, ffn: int, activation: str, texts: Sequence[str] = ()) -> None:
+        """`activation`: that of the model, on which what fires depends."""
+        self.ffn, self.activation = ffn, activation
         self.texts = list(texts)
         self.tokens: list[int] = []
         # Rows are reused when segments are merged: the row of each segment, in the order of the text.
@@ -39,8 +45,8 @@ class Profile:
 
     @classmethod
     def of(cls, model: PackedModel) -> Self | None:
-        """The profile in a packed model; None if it has none."""
-        if "profile" not in model.entries:
+        """The profile in a packed model; None if it has none for its activation."""
+        if not profiled(model):
             return None
         shape = model.entries["profile"].shape
         counts = model.bytes_of("profile").view(np.uint16).reshape(shape)
@@ -50,7 +56,7 @@ class Profile:
     def restored(cls, counts: Counts, ffn: int, facts: dict[str, Any]) -> Self:
         """The profile whose `counts` and `facts` these are."""
         layers, segments, neurons = counts.shape
-        profile = cls(layers, neurons, ffn, facts["texts"])
+        profile = cls(layers, neurons, ffn, facts["activation"], facts["texts"])
         profile._counts[:, :segments] = counts
         profile._rows = list(range(segments))
         profile.tokens = list(facts["tokens"])
@@ -63,8 +69,8 @@ class Profile:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is stored beside the counts: the tokens of each segment, the names of the texts."""
-        return {"tokens": self.tokens, "texts": self.texts}
+        """What is stored beside the counts: the activation, the tokens of each segment, the names of the texts."""
+        return {"activation": self.activation, "tokens": self.tokens, "texts": self.texts}
 
     def to_json(self) -> str:
         """The facts as the packed model's metadata."""

@@ -47,13 +47,14 @@ def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
 
 
 def kept_profile(model: PackedModel) -> KeptProfile | None:
-    """The profile kept for the content and weight type of `model`; None if there is none, or it is damaged."""
+    """The profile kept for content, weight type and activation of `model`; None if there is none, or it is damaged."""
     neurons = np.arange(model.places().shape[1])
     kept = load_arrays(_file_of(model.path))
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no file, or not one of ours
         facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
         profile = Profile.restored(counts, model.spec.ffn, facts)
         sound = counts.shape == (model.spec.layers, len(profile.tokens), len(neurons)) and counts.dtype == np.uint16
+        sound &= profile.activation == model.spec.activation
         if sound and places.shape == model.places().shape and (np.sort(places, axis=1) == neurons).all():
             return KeptProfile(profile, places, str(facts["order"]))
     return None

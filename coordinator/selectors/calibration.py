@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.selectors.lowbit import Lowbit, groups_of, rows_of
 from warmfront.shared.kernels.lowbit import unpack_lowbit
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
@@ -32,12 +33,21 @@ def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
     return np.asarray(np.linalg.norm(q * scale[:, None] + minimum[:, None], axis=2).reshape(-1), np.float32)
 
 
+def _magnitudes(feed_forward: FeedForward, gates: Floats, ups: Floats) -> Floats:
+    """|h| of neurons with these gates and ups, in a model whose activation is sparse."""
+    fires = gates > feed_forward.closed
+    if feed_forward.activation == "drelu":
+        fires &= ups > 0
+    opened = np.where(fires, gates, np.float32(0))
+    return np.asarray(np.abs(opened * ups) * (opened if feed_forward.activation == "relu2" else 1), np.float32)
+
+
 def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:
     """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||; what its copy
     scores; and by how much the gate is above that score."""
     groups = groups_of(model, layer)
     gates, ups = (x @ rows_of(model, groups, offset).T for offset in (0, model.layout.up_offset))
-    mass = np.maximum(gates, 0) * np.abs(ups) * _down_norms(model, groups)
+    mass = _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups)
     packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
     scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T
     return mass, scores, gates - scores

@@ -39,6 +39,8 @@ class Lowbit:
     recall: float
     # float32 [layers, neurons], NaN until calibrated.
     thresholds: Floats
+    # That of the model, on which what a neuron weighs depends.
+    activation: str
 
     @property
     def calibrated(self) -> bool:
@@ -47,7 +49,7 @@ class Lowbit:
 
     @property
     def _kept(self) -> Path:
-        return self.file.path.with_suffix(f".{self.recall:g}.npz")
+        return self.file.path.with_suffix(f".{self.recall:g}-{self.activation}.npz")
 
     def load(self) -> None:
         """Take the thresholds of an earlier calibration, if there was one."""
@@ -76,7 +78,8 @@ def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str
                     file = PackedModel(path)
         except OSError as error:
             raise ResourceError(f"cannot write {bits}-bit copies to {path.parent}: {error.strerror}") from error
-    lowbit = Lowbit(file, bits, recall, np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32))
+    thresholds = np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32)
+    lowbit = Lowbit(file, bits, recall, thresholds, model.spec.activation)
     lowbit.load()
     return lowbit
 

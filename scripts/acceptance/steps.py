@@ -203,13 +203,13 @@ def device(job: Job) -> Figures:
 
 def _kernels(job: Job, kind: int, down: int) -> Figures:
     """A layer of these weight types: compiling, copying, a call of one group, one token, a job of the most tokens."""
-    from warmfront.shared.model.architecture import ACTIVATIONS
+    from warmfront.shared.model.architecture import FeedForward
     from warmfront.shared.model.bundle import GROUP, BundleLayout
 
     hidden, groups = (256, 32) if job.emulated else (4096, 344)
     layout = BundleLayout(hidden=hidden, ffn=groups * GROUP, gate_kind=kind, down_kind=down)
     card, slots = _device(job), np.arange(groups, dtype=np.int32)
-    compiled = _wall(lambda: card.reserve(layout, ACTIVATIONS.index("relu"), groups, JOB))
+    compiled = _wall(lambda: card.reserve(layout, FeedForward(activation="relu"), groups, JOB))
     copied = []
     for at in range(0, groups, card.batch):
         chunk = slots[at : at + card.batch]

@@ -1,7 +1,7 @@
 """Compiled elementwise functions: the exponential on 16 lanes, softmax, activation functions."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, types
@@ -12,12 +12,23 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, call, constants, fma, load, long, splat, store, vector
-from warmfront.shared.model.architecture import ACTIVATIONS
+from warmfront.shared.model.architecture import ACTIVATIONS, FeedForward
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["activate", "activate_times", "exponentials", "fires", "highest_of", "soft_cap", "softmax_rows"]
+__all__ = [
+    "Activation",
+    "activate_times",
+    "activation_of",
+    "exponentials",
+    "factor",
+    "fires",
+    "highest_of",
+    "soft_cap",
+    "softmax_rows",
+    "up_fires",
+]
 
-_SILU, _RELU, _GELU, _GELU_TANH = range(len(ACTIVATIONS))
+_SILU, _RELU, _GELU, _GELU_TANH, _RELU2, _DRELU, _FATRELU = range(len(ACTIVATIONS))
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
 _SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
@@ -138,34 +149,63 @@ def _silu_times(context, gates, ups, count):
     return types.void(types.int64, types.int64, types.int64), build
 
 
+class Activation(NamedTuple):
+    """The activation of a feed-forward layer, as kernels take it."""
+
+    # Index into ACTIVATIONS.
+    code: int
+    # float32: gates up to this are closed.
+    closed: Any
+
+
+def activation_of(feed_forward: FeedForward) -> Activation:
+    """The activation of a model's layers."""
+    return Activation(feed_forward.activation_code, np.float32(feed_forward.closed))
+
+
 @inlined
-def fires(gate: Any) -> bool:
-    """Whether a neuron with this gate may contribute: where the activation is exactly 0 for all gates that are not > 0.
+def fires(activation: Activation, gate: Any) -> bool:
+    """Whether a neuron with this gate may contribute.
 
     A gate that is NaN fires, so that every selector and prefill show it alike; `ffn.cu` says the same.
     """
-    return not gate <= 0
+    return not gate <= activation.closed
+
+
+@inlined
+def up_fires(activation: Activation, up: Any) -> bool:
+    """Whether a neuron whose gate fires contributes with this up: with dReLU, only if that is above zero."""
+    return activation.code != _DRELU or not up <= 0
 
 
 @kernel
-def activate(code: int, value: Any) -> Any:
-    """The activation function ACTIVATIONS[code] of one float."""
-    if code == _RELU:
-        return np.float32(0) if value <= 0 else value  # NaN passes
+def _activate(activation: Activation, gate: Any) -> Any:
+    """The activation function of one float."""
+    code = activation.code
+    if gate <= activation.closed:
+        return np.float32(0)
     if code == _SILU:
-        return value / (np.float32(1) + np.float32(math.exp(-value)))
+        return gate / (np.float32(1) + np.float32(math.exp(-gate)))
     if code == _GELU:
-        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.erf(value * np.float32(0.7071067811865476))))
-    inner = np.float32(0.7978845608028654) * (value + np.float32(0.044715) * value * value * value)
-    return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
+        return np.float32(0.5) * gate * (np.float32(1) + np.float32(math.erf(gate * np.float32(0.7071067811865476))))
+    if code == _GELU_TANH:
+        inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
+        return np.float32(0.5) * gate * (np.float32(1) + np.float32(math.tanh(inner)))
+    return gate * gate if code == _RELU2 else gate
 
 
 @kernel
-def activate_times(code: int, gates: int, ups: int, count: int) -> None:
-    """gates = activation(gates) * ups, for `count` floats each, a multiple of 16."""
-    if code == _SILU:
+def factor(activation: Activation, gate: Any, up: Any) -> Any:
+    """What a neuron's down row is multiplied with: activation(gate) * up, or * relu(up)."""
+    return _activate(activation, gate) * (up if up_fires(activation, up) else np.float32(0))
+
+
+@kernel
+def activate_times(activation: Activation, gates: int, ups: int, count: int) -> None:
+    """gates = factors of `count` neurons, a multiple of 16, with these gates and ups."""
+    if activation.code == _SILU:
         _silu_times(gates, ups, count)
         return
     gate, up = carray(floats_at(gates), (count,)), carray(floats_at(ups), (count,))
     for i in range(count):
-        gate[i] = activate(code, gate[i]) * up[i]
+        gate[i] = factor(activation, gate[i], up[i])

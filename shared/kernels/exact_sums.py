@@ -6,9 +6,10 @@ thread computes as a whole; each column of a group's float32 sum is then rounded
 *unit*, and whatever is added from there on is 64-bit integers, which is exact.
 
 The unit is a power of two, the smallest with which nothing can overflow: with a the sum of the input's magnitudes, no
-gate and no up exceeds a times the largest magnitude in its matrix, no activation that of its gate, and a column adds
-`neurons` products of the two with a weight of the down matrix. Real sums are some 2^25 times smaller than that bound,
-so the unit is about 2^-36 of them, where float32 resolves 2^-24. All factors carry 1 / unit: no step is added.
+gate and no up exceeds a times the largest magnitude in its matrix, no activation that of its gate (squared ReLU: of its
+gate's square), and a column adds `neurons` products of the two with a weight of the down matrix. Real sums are some
+2^25 times smaller than that bound (with squared ReLU 2^33: a gate is some 2^8 times smaller than its bound), so the
+unit is about 2^-36 (2^-28) of them, where float32 resolves 2^-24. All factors carry 1 / unit: no step is added.
 """
 
 from typing import Any
@@ -40,12 +41,13 @@ def _converts(context: Any) -> bool:
 
 
 @kernel
-def inverse_unit(reach: float, magnitude: float) -> Any:
+def inverse_unit(reach: float, degree: int, magnitude: float) -> Any:
     """1 / unit as float32, for a token whose features' magnitudes add up to `magnitude`; NaN if that is not finite.
 
-    `reach`: neurons times the largest magnitudes of gate, up and down.
+    `reach`: neurons times the largest magnitudes of gate (squared if gates are), up and down; `degree`: how many of
+    these factors multiply the token (`FeedForward.degree`).
     """
-    bound = reach * magnitude * magnitude
+    bound = reach * magnitude**degree
     if not bound < _LIMIT:
         return np.float32(np.nan)
     exponent = np.int64(0)

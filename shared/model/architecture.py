@@ -11,7 +11,7 @@ See also: `spec.py` for the sizes and the JSON.
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,12 @@ __all__ = [
     "check_count",
 ]
 
-# Index = code in the kernels.
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+# Index = code in the kernels. drelu: relu(gate) * relu(up); fatrelu: gates up to a threshold become zero.
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu")
 # Index = code in the kernels: root mean square; mean and variance.
 NORMS = ("rms", "layer")
-# Exactly zero for negative gates: a neuron whose gate is closed need not be computed.
-_SPARSE_ACTIVATIONS = frozenset({"relu"})
+# Exactly zero for gates up to zero, or up to a threshold: a neuron whose gate is closed need not be computed.
+_SPARSE_ACTIVATIONS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 _QK_NORMS = ("head", "whole")
 _PLACEMENTS = ("pre", "post", "sandwich")
 _RESIDUALS = ("serial", "parallel")
@@ -218,15 +218,13 @@ class Experts:
 class FeedForward:
     """The feed-forward of every layer.
 
-    Gated: down . (activation(gate . x) * up_activation(up . x)). Else: down . activation(up . x).
+    Gated: down . (activation(gate . x) * (up . x)), with dReLU relu(up . x). Else: down . activation(up . x).
     """
 
     gated: bool = True
     # Of the gate, or of up if there is no gate; one of ACTIVATIONS.
     activation: str
-    # Of up if there is a gate; None: up is used as it is. ReLU of both is dReLU.
-    up_activation: str | None = None
-    # Gates up to this are closed: their activation is zero (FATReLU). None: where the activation is zero by itself.
+    # Gates up to this are closed; of FATReLU, and None for all others.
     threshold: float | None = None
     # Which of gate, up and down have a bias.
     biases: tuple[str, ...] = ()
@@ -234,8 +232,10 @@ class FeedForward:
 
     def __post_init__(self) -> None:
         _check_name("activation", self.activation, ACTIVATIONS)
-        if self.up_activation is not None:
-            _check_name("activation of up", self.up_activation, ACTIVATIONS)
+        if self.activation == "drelu" and not self.gated:
+            raise ValueError("the activation drelu needs a gate, which this model does not have")
+        if (self.activation == "fatrelu") != (self.threshold is not None):
+            raise ValueError(f"activation {self.activation} with threshold {self.threshold}: fatrelu alone has one")
         if self.threshold is not None and not -_MAX_FLOAT <= self.threshold <= _MAX_FLOAT:
             raise ValueError(f"activation threshold is {self.threshold}, not a finite number")
         _check_parts("feed-forward biases", self.biases, self.matrices)
@@ -251,9 +251,32 @@ class FeedForward:
         return ACTIVATIONS.index(self.activation)
 
     @property
+    def activation_name(self) -> str:
+        """The activation as users write it: "relu", "fatrelu:0.01"."""
+        return self.activation if self.threshold is None else f"{self.activation}:{self.threshold!r}"
+
+    def activated(self, name: str) -> "FeedForward":
+        """The same with the activation of that name (`activation_name`); raises ValueError if it cannot have that."""
+        activation, _, threshold = name.partition(":")
+        return replace(self, activation=activation, threshold=float(threshold) if threshold else None)
+
+    @property
     def sparse(self) -> bool:
         """Whether neurons with a closed gate (a closed up, if there is no gate) contribute exactly nothing."""
-        return self.activation in _SPARSE_ACTIVATIONS or self.threshold is not None
+        return self.activation in _SPARSE_ACTIVATIONS
+
+    @property
+    def closed(self) -> float:
+        """Gates up to this float32 are closed; of an activation that is never zero by itself, the lowest."""
+        if self.threshold is not None:
+            return float(np.float32(self.threshold))
+        return 0.0 if self.sparse else -_MAX_FLOAT
+
+    @property
+    def degree(self) -> int:
+        """The power of its input that bounds the output: one for each matrix before down, twice the one that is
+        squared."""
+        return len(self.matrices) - 1 + (self.activation == "relu2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from warmfront.shared.errors import UsageError
 from warmfront.shared.model.architecture import Architecture, check_count
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.records import decoded
@@ -71,6 +72,19 @@ class ModelSpec:
         for what, values in per_layer.items():
             if len(values) not in (0, self.layers):
                 raise ValueError(f"{what} are given for {len(values)} layers of {self.layers}")
+
+    @property
+    def activation(self) -> str:
+        """The activation of the feed-forward layers, as users write it."""
+        return self.architecture.feed_forward.activation_name
+
+    def activated(self, name: str) -> "ModelSpec":
+        """The same model with another activation. Raises UsageError if it cannot have that."""
+        try:
+            feed_forward = self.architecture.feed_forward.activated(name)
+        except ValueError as error:
+            raise UsageError(f"--activation {name}, but {error}: leave it out for {self.name}") from error
+        return replace(self, architecture=replace(self.architecture, feed_forward=feed_forward))
 
     @property
     def sparse(self) -> bool:

@@ -154,6 +154,10 @@ class PackedModel:
             self.close()
             raise
 
+    def activate(self, name: str) -> None:
+        """Compute with that activation instead of the file's, before anything else; UsageError if it cannot be."""
+        self.spec = self.spec.activated(name)
+
     def _header(self) -> tuple[dict[str, Any], bytes, int]:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if not 0 < length < 1 << 27:
@@ -244,7 +248,8 @@ class PackedModel:
     def reach(self) -> npt.NDArray[np.float64]:
         """Float64 [layers]: neurons times the largest magnitudes in gate, up and down (`exact_sums.inverse_unit`)."""
         largest = self.floats("largest").astype(np.float64).reshape(-1, 3)
-        return np.asarray(self.spec.ffn * largest.prod(1))
+        squared = largest[:, 0] if self.spec.architecture.feed_forward.activation == "relu2" else 1
+        return np.asarray(self.spec.ffn * largest.prod(1) * squared)
 
     def places(self) -> npt.NDArray[np.int64]:
         """The published index of the neuron at each place: int64 [layers, neurons]."""

@@ -15,8 +15,6 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
     ("attention sinks", lambda a: a.attention.sinks),
     ("parallel residual with post-norm", lambda a: a.residual == "parallel" and a.norm.placement != "pre"),
     ("ungated feed-forward", lambda a: not a.feed_forward.gated),
-    ("activation of up (dReLU)", lambda a: a.feed_forward.up_activation is not None),
-    ("activation threshold (FATReLU)", lambda a: a.feed_forward.threshold is not None),
     ("feed-forward biases", lambda a: bool(a.feed_forward.biases)),
     ("mixture of experts (MoE)", lambda a: a.feed_forward.experts is not None),
 )

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 5
+PROTOCOL = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class Assignment:
     memory_node: int = -1  # the NUMA node whose memory to take, -1 = any
     pinned: bool = True  # threads stay on their cpus
     spins: int = 0  # rounds of spinning at a barrier
+    activation: str = ""  # of the feed-forward layers; "": that of the packed file
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ def open_assigned(assignment: Assignment) -> PackedModel:
     if model.order != assignment.neuron_order:
         model.close()
         raise ModelError(f"another warmfront has put the neurons of {path} in a new order: load the model again")
+    if assignment.activation:
+        model.activate(assignment.activation)
     return model
 
 

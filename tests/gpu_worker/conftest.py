@@ -3,7 +3,6 @@
 The reference decodes packed rows weight by weight in float64, from the layout that shared/model/formats.py states.
 """
 
-import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.activations import factors, firing
 from warmfront.gpu_worker.device import Device
 from warmfront.shared.machine.memory import zeros
 from warmfront.shared.model.bundle import GROUP, BundleLayout
@@ -24,13 +24,6 @@ from warmfront.shared.model.formats import Kind, pack
 HERE = Path(__file__).parent
 
 Doubles = npt.NDArray[np.float64]
-
-ACTIVATE: dict[str, Callable[[float], float]] = {
-    "silu": lambda g: g / (1 + math.exp(-g)),
-    "relu": lambda g: max(g, 0.0),
-    "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
-    "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
-}
 
 
 def decode(row: bytes, kind: Kind, cols: int) -> list[float]:
@@ -110,8 +103,8 @@ class Case:
         ups = x @ self._rows(picked, layout.up_offset, layout.gate_kind).T
         visited = np.ones(gates.shape, bool) if chosen is None else np.broadcast_to(chosen, gates.shape)
         if sparse:
-            visited = visited & (gates > 0)
-        h = np.where(visited, np.vectorize(ACTIVATE[self.activation])(gates) * ups, 0)
+            visited = visited & firing(self.activation, gates, ups)
+        h = np.where(visited, factors(self.activation, gates, ups), 0)
         return h @ self._rows(picked, layout.down_offset, layout.down_kind), visited
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.activations import described
 from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panels, to_panels
 from warmfront.gpu_worker.device import Device
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
@@ -36,7 +36,7 @@ def layout_of(gate: Kind, down: Kind, groups: int) -> BundleLayout:
 def reserve(device: Device, case: Any) -> None:
     """Three slots more than groups; group 0 in slot 0, the others from slot 2 on."""
     layout = case.layout
-    device.reserve(layout, ACTIVATIONS.index(case.activation), layout.groups + 3, len(case.x))
+    device.reserve(layout, described(case.activation), layout.groups + 3, len(case.x))
     device.fill(np.array([0, *range(2, layout.groups + 1)], np.int32), case.groups)
 
 

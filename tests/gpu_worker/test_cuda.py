@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.activations import NAMES, SPARSE
 from tests.gpu_worker.conftest import execute_many, to_panels
 from tests.gpu_worker.devices import (
     PAIRS,
@@ -23,7 +24,6 @@ from tests.gpu_worker.devices import (
 )
 from warmfront.gpu_worker import launch
 from warmfront.gpu_worker.cuda import CudaDevice
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.formats import Kind
 
 
@@ -37,7 +37,7 @@ def test_kernels_on_cpu(
     down: Kind,
     sparse: bool,
 ) -> None:
-    activation = "relu" if sparse else ACTIVATIONS[gate % len(ACTIVATIONS)]
+    activation = SPARSE[gate % len(SPARSE)] if sparse else NAMES[gate % len(NAMES)]
     device = CudaDevice(0)
     assert device.name == "cuda:0 CPU stand-in"
     # 21 groups, 11 of them picked: two segments, one of which has fewer groups than warps.
@@ -45,10 +45,10 @@ def test_kernels_on_cpu(
     assert "runtime error" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_many_tokens_on_cpu(random_case: MakeCase, cpu_cupy: ModuleType, activation: str) -> None:
     """One segment, which writes the output itself."""
-    check(CudaDevice(0), random_case(layout_of(Kind.F16, Kind.Q4, 3), activation, 17), activation == "relu")
+    check(CudaDevice(0), random_case(layout_of(Kind.F16, Kind.Q4, 3), activation, 17), activation in SPARSE)
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,5 @@ def test_a_token_does_not_depend_on_those_beside_it_on_cpu(
 @pytest.mark.parametrize(("gate", "down"), PAIRS)
 def test_real_card(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, sparse: bool) -> None:
     device = real_card()
-    activation = "relu" if sparse else ACTIVATIONS[gate % len(ACTIVATIONS)]
+    activation = SPARSE[gate % len(SPARSE)] if sparse else NAMES[gate % len(NAMES)]
     check(device, random_case(layout_of(gate, down, 33), activation, tokens), sparse)

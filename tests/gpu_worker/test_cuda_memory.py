@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.activations import described
 from tests.gpu_worker.conftest import execute, from_panels, to_panels, units
 from tests.gpu_worker.devices import MakeCase, assert_close, check, layout_of, places_of, real_card, reserve
 from warmfront.gpu_worker.cuda import CudaDevice
@@ -200,4 +201,4 @@ def test_errors_of_the_device_on_cpu(random_case: MakeCase, cpu_cupy: Any) -> No
 def test_too_many_slots_on_cpu(cpu_cupy: ModuleType) -> None:
     layout = layout_of(Kind.F32, Kind.F32, 8)
     with pytest.raises(ResourceError, match=r"cuda:0 CPU stand-in: 1000 slots need .* MiB, 64.0 MiB are free"):
-        CudaDevice(0).reserve(layout, 0, 1000, 1)
+        CudaDevice(0).reserve(layout, described("silu"), 1000, 1)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.activations import NAMES, described
 from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panels, to_panels
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
@@ -37,7 +37,7 @@ QUANTISED, BFLOAT = 2e-4, 2e-2
 def filled(case: Any, slots: int = 10) -> HostDevice:
     """Group g in slot g + 2."""
     device = HostDevice()
-    device.reserve(case.layout, ACTIVATIONS.index(case.activation), slots, len(case.x))
+    device.reserve(case.layout, described(case.activation), slots, len(case.x))
     device.fill(np.arange(2, 2 + len(case.groups), dtype=np.int32), case.groups)
     return device
 
@@ -96,7 +96,7 @@ def test_which_neurons_fired(random_case: MakeCase, sparse: bool, masked: bool) 
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> None:
     case = random_case(layout_of(Kind.F16, Kind.F16), activation, 5)
     out = np.empty_like(case.x)
@@ -106,9 +106,9 @@ def test_activations(random_case: MakeCase, activation: str, sparse: bool) -> No
     assert computed == visited.sum()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_large_gates(random_case: MakeCase, activation: str) -> None:
-    """No overflow far from zero, where every activation is the gate or nothing."""
+    """No overflow far from zero, where many activations are the gate or nothing."""
     case = random_case(layout_of(Kind.F32, Kind.F32), activation, 1)
     case.x[:] *= 200
     out = np.empty_like(case.x)
@@ -164,7 +164,7 @@ def test_filling_scattered_slots_from_the_staging(random_case: MakeCase) -> None
 def test_a_group_larger_than_the_staging_is_filled_alone() -> None:
     device, layout = HostDevice(), BundleLayout(hidden=32768, ffn=32, gate_kind=Kind.F32, down_kind=Kind.F32)
     assert layout.group_bytes > 8 << 20
-    device.reserve(layout, 0, 1, 1)
+    device.reserve(layout, described("silu"), 1, 1)
     assert device.batch == 1
     assert device.staging(1).shape == (1, layout.group_bytes)
 
@@ -188,7 +188,7 @@ def test_ledger() -> None:
     # A bundle: 384 bytes of gate, as many of up, 102 of down, up to a multiple of 64.
     assert plan == {"slots": 9 * 32 * 896, "partials": PARTIAL_BYTES}
     assert device.allocated() == {}
-    device.reserve(layout, 0, 9, 4)
+    device.reserve(layout, described("silu"), 9, 4)
     assert device.allocated() == plan
     assert device.free_bytes() == 2_000_000 - sum(plan.values())
     device.close()
@@ -208,9 +208,9 @@ def test_capacity() -> None:
     """Exactly full is fine, a byte less is not."""
     layout = layout_of(Kind.F16, Kind.F16)
     needed = 3 * 32 * 576 + PARTIAL_BYTES
-    HostDevice(capacity=needed).reserve(layout, 0, 3, 2)
+    HostDevice(capacity=needed).reserve(layout, described("silu"), 3, 2)
     with pytest.raises(ResourceError, match=r"^host \(emulated GPU\): 3 slots need 0.1 MiB[^\n]*$"):
-        HostDevice(capacity=needed - 1).reserve(layout, 0, 3, 2)
+        HostDevice(capacity=needed - 1).reserve(layout, described("silu"), 3, 2)
 
 
 def test_says_that_it_is_emulated() -> None:

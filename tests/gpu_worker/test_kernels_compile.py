@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.activations import NAMES, described
 from warmfront.gpu_worker import launch
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
@@ -25,7 +25,7 @@ KERNELS = ("gate_up", "down", "reduce", "gate_up_many", "down_many")
 
 def options(gate: Kind, down: Kind, hidden: int = 576) -> tuple[str, ...]:
     layout = BundleLayout(hidden=hidden, ffn=1536, gate_kind=gate, down_kind=down)
-    return launch.options(layout, (gate + down) % len(ACTIVATIONS))
+    return launch.options(layout, described(NAMES[(gate + down) % len(NAMES)]))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of the CUDA toolkit, in PATH")

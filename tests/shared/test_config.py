@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from warmfront.shared.config import (
+    ACTIVATIONS,
     DTYPES,
     POLICIES,
     SELECTORS,
@@ -74,6 +75,7 @@ def test_what_slows_nobody_down(text: str) -> None:
 def test_defaults_leave_everything_open() -> None:
     assert dataclasses.asdict(EngineConfig()) == {
         "dtype": "auto",
+        "activation": "auto",
         "selector": "auto",
         "bits": 2,
         "recall": 0.995,
@@ -104,6 +106,7 @@ def test_defaults_leave_everything_open() -> None:
     [
         *({"dtype": dtype} for dtype in DTYPES),
         *({"selector": selector} for selector in SELECTORS),
+        *({"activation": name.replace("T", threshold)} for name in ACTIVATIONS for threshold in ("0.01", "-1", "2e-3")),
         *({"gpu": gpu} for gpu in ("auto", "none", "host", "cuda:0", "cuda:12")),
         *({"policy": policy} for policy in POLICIES),
         {"gpu": "host", "vram_budget": 1, "plan": "a.plan"},
@@ -125,6 +128,10 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
     [
         ({"dtype": "int3"}, "no weight type 'int3': use one of auto, f32, f16, bf16, q8, q4"),
         ({"dtype": "F32"}, "no weight type 'F32'"),
+        *(
+            ({"activation": name}, f"no activation '{name}': use one of auto, silu, relu, ")
+            for name in ("", "swish", "fatrelu", "fatrelu:", "fatrelu:T", "fatrelu:nan", "relu:0.1")
+        ),
         ({"selector": "some"}, "no selector 'some': use one of auto, all, exact, lowrank, lowbit"),
         ({"bits": 3}, "low-bit copies of 3 bits: use 1, 2 or 4"),
         ({"recall": 1.0}, "a recall of 1.0: it must be at least 0.5 and below 1"),

@@ -2,9 +2,10 @@
 
     all       gate and up dot, axpy of the down row            `whole_groups` of tiles, else `listed_neurons`
     lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
-    lowbit    gate does not fire end there
+    lowbit    gate (or, with dReLU, up) does not fire end there
     exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
-              those whose gate fires (`activation.fires`)
+              those whose gate fires (`activation.fires`);
+              with dReLU, down only where up fires too
     prefill   several tokens: small GEMMs over whole groups    `dense_groups`
 
 A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Who computes some
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.shared.kernels.activation import activate, activate_times, fires
+from warmfront.shared.kernels.activation import Activation, activate_times, activation_of, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import bytes_at, floats_at, longs_at
 from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import (
@@ -42,6 +43,7 @@ from warmfront.shared.kernels.gemm import (
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
 from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile, multiply_tile_rows
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
 
@@ -53,6 +55,7 @@ __all__ = [
     "listed_neurons",
     "open_gates",
     "open_neurons",
+    "open_ups",
     "scratch_bytes",
     "tile_group",
     "whole_groups",
@@ -83,8 +86,7 @@ class Bundles(NamedTuple):
     gate_kind: int
     down_kind: int
     hidden: int
-    # Index into `ACTIVATIONS`.
-    activation: int
+    activation: Activation
     # Whether the groups are in tiles: see `tile_group`.
     tiled: bool
 
@@ -104,8 +106,8 @@ class Vectors(NamedTuple):
     scratch: int
 
 
-def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = False) -> Bundles:
-    """Describe slots at address `at`; `activation` is an index into `ACTIVATIONS`.
+def bundles_at(at: int, layout: BundleLayout, feed_forward: FeedForward, whole: bool = False) -> Bundles:
+    """Describe slots at address `at`.
 
     `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them.
     """
@@ -119,7 +121,7 @@ def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = Fal
         gate_kind=int(layout.gate_kind),
         down_kind=int(layout.down_kind),
         hidden=layout.hidden,
-        activation=activation,
+        activation=activation_of(feed_forward),
         tiled=whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind)),
     )
 
@@ -195,17 +197,20 @@ def _ahead(b: Bundles) -> int:
 
 
 @kernel
-def _note_neuron(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, count: int) -> None:
+def _note_neuron(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, count: int, skip: bool) -> bool:
     """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the list of down rows.
 
-    Fetches the up row of the one at `ahead_at`.
+    Fetches the up row of the one at `ahead_at`. Returns False, if it may `skip` it, for one whose up does not fire.
     """
     up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead_at + b.up_offset)
+    if skip and not up_fires(b.activation, up):
+        return False
     rows, later = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + LATER_AT), (GROUP,))
     factors = carray(floats_at(vectors.scratch + FACTORS_AT), (GROUP + 1,))
-    factor = activate(b.activation, gate) * up * carray(floats_at(vectors.inverse), (1,))[0]
-    rows[count], later[count], factors[count] = at + b.down_offset, ahead_at + b.down_offset, factor
-    factors[GROUP] = factor + (factors[GROUP] if count > 0 else np.float32(0))
+    own = factor(b.activation, gate, up) * carray(floats_at(vectors.inverse), (1,))[0]
+    rows[count], later[count], factors[count] = at + b.down_offset, ahead_at + b.down_offset, own
+    factors[GROUP] = own + (factors[GROUP] if count > 0 else np.float32(0))
+    return True
 
 
 @kernel
@@ -221,8 +226,8 @@ def listed_neurons(
 ) -> int:
     """Add the outputs of entries low..high, whole groups, of a list of neurons in ascending order, for one token.
 
-    `skip`: leave a neuron out whose gate does not fire. The others get their bit in `computed`, a word for each slot of
-    the list; returns how many they are.
+    `skip`: leave a neuron out whose gate or up does not fire. The others get their bit in `computed`, a word for each
+    slot of the list; returns how many they are.
     """
     ahead = _ahead(b)
     count, found = 0, 0
@@ -232,9 +237,8 @@ def listed_neurons(
         ahead_at = _bundle(b, slots, listed[min(i + ahead, high - 1)])
         _prefetch_later(b, slots, listed, i, high)
         gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead_at)
-        if not skip or fires(gate):
+        if (not skip or fires(b.activation, gate)) and _note_neuron(b, at, ahead_at, gate, vectors, found, skip):
             set_bit(computed, neuron)
-            _note_neuron(b, at, ahead_at, gate, vectors, found)
             found += 1
             count += 1
         if found > 0 and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
@@ -251,7 +255,7 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, g
         # Gates lie a bundle apart, too far for the hardware's own fetching: the fourth from here is fetched.
         ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
         gate = dot(b.gate_kind, _bundle(b, slots, neuron), vectors.x, vectors.quantised, b.hidden, ahead_at)
-        if fires(gate):
+        if fires(b.activation, gate):
             gates[count] = gate
             opened[count] = neuron
             count += 1
@@ -259,30 +263,48 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, g
 
 
 @kernel
-def open_neurons(b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors) -> None:
-    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made."""
+def open_neurons(
+    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors, computed: Words
+) -> int:
+    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made.
+
+    Those whose up fires get their bit in `computed`, a word for each slot; returns how many they are.
+    """
     ahead = _ahead(b)
-    found = 0
+    count, found = 0, 0
     for i in range(low, high):
         neuron = opened[i]
         ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
         _prefetch_later(b, slots, opened, i, high)
-        _note_neuron(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, found)
-        found += 1
-        if i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP:
+        if _note_neuron(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, found, True):
+            set_bit(computed, neuron)
+            found += 1
+            count += 1
+        if found > 0 and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
             _add_group(b, slots, neuron, vectors, found)
             found = 0
+    return count
 
 
 @kernel
-def _note_firing(gate_at: int, panels: int, neurons: int, ids: Ints, firing: Any) -> None:
-    """Which of the gates [panels, neurons, 16] fire, into `firing` uint16 [groups, 32, panels] at groups `ids`."""
-    gates = carray(floats_at(gate_at), (panels, neurons, LANES))
+def open_ups(b: Bundles, slots: Ints, opened: Ints, count: int, vectors: Vectors) -> int:
+    """How many neurons of a list that `open_gates` made have an up that fires too."""
+    found = 0
+    for i in range(count):
+        up_at = _bundle(b, slots, opened[i]) + b.up_offset
+        found += up_fires(b.activation, dot(b.gate_kind, up_at, vectors.x, vectors.quantised, b.hidden, up_at))
+    return found
+
+
+@kernel
+def _note_firing(factor_at: int, panels: int, neurons: int, ids: Ints, firing: Any) -> None:
+    """Which factors [panels, neurons, 16] are not 0, into `firing` uint16 [groups, 32, panels] at groups `ids`."""
+    factors = carray(floats_at(factor_at), (panels, neurons, LANES))
     for panel in range(panels):
         for neuron in range(neurons):
             bits = 0
             for lane in range(LANES):
-                if fires(gates[panel, neuron, lane]):
+                if factors[panel, neuron, lane] != 0:
                     bits |= 1 << lane
             firing[ids[neuron // GROUP], neuron % GROUP, panel] = bits
 
@@ -346,9 +368,9 @@ def dense_groups(
         for i in range(groups):
             group_at = _bundle(b, slots, (start + i) * GROUP)
             _gates_and_ups(b, group_at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
+            activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
-            activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
             _scale_tokens(gate_at, vectors.inverse, panels)
             _keep(b.down_kind, gate_at, factors_at + i * size, panels)
         for first in range(0, hidden, _COLUMNS):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import GGUF_SHAPES
 from warmfront.coordinator.cli.info import describe, render
+from warmfront.shared.config import EngineConfig
 
 Make = Callable[..., Path]
 ONE = {"blk.0.ffn_down_t.weight": (512, 256), "blk.0.fc1.weight": (96, 256), "blk.0.fc2.weight": (512, 96)}
@@ -29,7 +30,7 @@ def test_predictors(
 ) -> None:
     fields = {"llama.block_count": layers, "powerinfer.sparse_threshold": 0.25}
     path = tiny_gguf(shapes=shapes, without=["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"], fields=fields)
-    facts = describe(str(path), "q4", print)
+    facts = describe(str(path), EngineConfig(dtype="q4"), print)
     assert facts["predictor"] == {"input": "residual", "activation": "relu", "threshold": 0.25, "rank": rank}
     # Of type Q8: 34 bytes for 32 weights, and ranks are whole blocks.
     padded = [96, 64][:layers]
@@ -39,6 +40,6 @@ def test_predictors(
 
 
 def test_without_predictors(tiny_gguf: Make) -> None:
-    facts = describe(str(tiny_gguf()), "auto", print)
+    facts = describe(str(tiny_gguf()), EngineConfig(), print)
     assert facts["predictor"] is None
     assert "predictor" not in render(facts)

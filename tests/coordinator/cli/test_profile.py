@@ -85,7 +85,7 @@ def run(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> R
 
         monkeypatch.setattr(profile, "open_for_profiling", make)
         show = lambda what, done, total: None  # noqa: E731
-        facts = profile.profile(model, texts, dtype, options.get("tokens"), said.append, show, show)
+        facts = profile.profile(model, texts, EngineConfig(dtype=dtype), options.get("tokens"), said.append, show, show)
         return facts | {"seen": sum(fake.seen for fake in fakes)}
 
     return run_profile

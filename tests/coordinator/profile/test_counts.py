@@ -16,7 +16,7 @@ def random_firing(tokens: int, seed: int = 0) -> np.ndarray:
 
 
 def counted(*pieces: np.ndarray, fresh: bool = False) -> Profile:
-    profile = Profile(LAYERS, NEURONS, FFN, ["text"])
+    profile = Profile(LAYERS, NEURONS, FFN, "relu", ["text"])
     for piece in pieces:
         profile.add(piece, fresh=fresh)
     return profile
@@ -69,7 +69,7 @@ def test_counts_cannot_overflow() -> None:
     """As many tokens as there may be, each firing everything: a long text and many short ones after it."""
     always = np.ones((1, 20_000, 32), bool)
     for many in (0, 1, 40):
-        profile = Profile(1, 32, 32)
+        profile = Profile(1, 32, 32, "relu")
         for _ in range((MAX_TOKENS - many * 20_000) // 20_000):
             profile.add(always)
         for _ in range(many * 500):
@@ -97,7 +97,7 @@ def test_nothing_fired() -> None:
     profile = counted(np.zeros((LAYERS, 10, NEURONS), bool))
     for values in (profile.rates(), profile.group_firing(), profile.active(), profile.hot_share()):
         assert not values.any()
-    assert not Profile(LAYERS, NEURONS, FFN).rates().any(), "no token yet"
+    assert not Profile(LAYERS, NEURONS, FFN, "relu").rates().any(), "no token yet"
 
 
 def test_it_is_restored_and_goes_on() -> None:

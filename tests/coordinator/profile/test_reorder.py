@@ -60,7 +60,7 @@ def predicting(tiny_llama: Make, tmp_path: Path) -> Path:
 def profile_of(layers: int, neurons: int, ffn: int, *, seed: int = 0, tokens: int = 200) -> Profile:
     """Random firing, at rates of the neurons' own."""
     rng = np.random.default_rng(seed)
-    profile = Profile(layers, neurons, ffn, ["text"])
+    profile = Profile(layers, neurons, ffn, "relu", ["text"])
     profile.add(rng.random((layers, tokens, neurons)) < rng.random((layers, 1, neurons)) * (np.arange(neurons) < ffn))
     return profile
 
@@ -83,7 +83,7 @@ def test_rows_of_neurons_move_and_nothing_else(predicting: Path) -> None:
     assert set(after) == {*before, "profile", "places"}
     places = after.pop("places")
     assert changed.pop("order")
-    assert json.loads(changed.pop("profile")) == {"tokens": profile.tokens, "texts": ["text"]}
+    assert json.loads(changed.pop("profile")) == {"activation": "relu", "tokens": profile.tokens, "texts": ["text"]}
     assert {name: json.loads(text) for name, text in changed.items() if name != "format"} == {
         name: json.loads(text) for name, text in metadata.items() if name != "format"
     }
@@ -140,6 +140,8 @@ def test_groups_that_share_scales_move_whole(tiny_gguf: Make) -> None:
     order = order_groups(profile.counts[0], 512)[::32] // 32
     np.testing.assert_array_equal(after["layers.0.ffn"], before["layers.0.ffn"][order])
     with PackedModel(path) as model:
+        assert Profile.of(model) is None, "what fires with ReLU says nothing of SiLU"
+        model.activate("relu")
         firing = Profile.of(model).group_firing()  # type: ignore[union-attr]
     assert (np.diff(firing) <= 0).all()
 

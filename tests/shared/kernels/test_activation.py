@@ -3,15 +3,13 @@
 Run: pytest tests/shared/kernels/test_activation.py
 """
 
-import math
-
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.activation import activate, activate_times, exponentials, softmax_rows
+from tests.activations import NAMES, described, factors
+from warmfront.shared.kernels.activation import activate_times, activation_of, exponentials, factor, softmax_rows
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.machine.memory import address
-from warmfront.shared.model.architecture import ACTIVATIONS
 
 
 @kernel
@@ -40,15 +38,17 @@ def test_exponentials_of_differences() -> None:
     np.testing.assert_allclose(got, np.exp(values.astype(np.float64) - values.max()), rtol=2e-6)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_nan_stays_nan(activation: str) -> None:
     values = np.array([1, np.nan, -2, 3] * 4, np.float32)
     scores, gates, ups = values.copy(), values.copy(), np.ones(16, np.float32)
     assert np.isnan(run_exponentials(address(scores), 16, 3.0))
-    activate_times(ACTIVATIONS.index(activation), address(gates), address(ups), 16)
+    kind = activation_of(described(activation))
+    activate_times(kind, address(gates), address(ups), 16)
     for got in (scores, gates):
         np.testing.assert_array_equal(np.isnan(got), np.isnan(values))
-    assert np.isnan(activate(ACTIVATIONS.index(activation), np.float32(np.nan)))
+    assert np.isnan(factor(kind, np.float32(np.nan), np.float32(1)))
+    assert np.isnan(factor(kind, np.float32(1), np.float32(np.nan)))
 
 
 def test_softmax_rows() -> None:
@@ -67,17 +67,21 @@ def test_softmax_rows() -> None:
     np.testing.assert_allclose(state[1], expected.sum(0), rtol=2e-6)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_activate_times(activation: str) -> None:
-    reference = {
-        "silu": lambda g: g / (1 + math.exp(-g)) if g > -700 else 0.0,
-        "relu": lambda g: max(g, 0.0),
-        "gelu": lambda g: 0.5 * g * (1 + math.erf(g / math.sqrt(2))),
-        "gelu_tanh": lambda g: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
-    }[activation]
     gates = np.concatenate((np.linspace(-20, 20, 1000), [0, -0.0, 90, -90, 300, -300, 1e-6, -1e-6])).astype(np.float32)
     ups = np.random.default_rng(2).standard_normal(gates.size).astype(np.float32)
-    got = gates.copy()
-    activate_times(ACTIVATIONS.index(activation), address(got), address(ups), gates.size)
-    expected = np.array([reference(float(g)) for g in gates]) * ups
+    got, kind = gates.copy(), activation_of(described(activation))
+    activate_times(kind, address(got), address(ups), gates.size)
+    expected = factors(activation, gates, ups)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+    alone = [factor(kind, gate, up) for gate, up in zip(gates, ups, strict=True)]
+    np.testing.assert_allclose(alone, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_gates_at_the_threshold_are_closed() -> None:
+    for name, threshold in (("relu", 0.0), ("fatrelu:0.01", 0.01), ("fatrelu:-0.5", -0.5)):
+        kind, at = activation_of(described(name)), np.float32(threshold)
+        above = np.nextafter(at, np.float32(1))
+        assert factor(kind, at, np.float32(1)) == 0
+        assert factor(kind, above, np.float32(1)) == above

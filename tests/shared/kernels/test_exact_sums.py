@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tests.activations import NAMES, SPARSE, described
 from tests.shared.kernels.feed_forward.test_ffn import (
     HIDDEN,
     KINDS,
@@ -21,19 +22,19 @@ from tests.shared.kernels.feed_forward.test_ffn import (
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums, round_to_sums
 from warmfront.shared.kernels.feed_forward.ffn import bundles_at, dense_groups, listed_neurons, open_gates, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.formats import Kind
 
 PARTITIONS = 20
 
 
-def test_the_unit_is_a_power_of_two_with_which_nothing_overflows() -> None:
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_the_unit_is_a_power_of_two_with_which_nothing_overflows(degree: int) -> None:
     rng = np.random.default_rng(0)
     reaches = [2.0**e * f for e in range(-140, 100, 7) for f in (1, 1 + 2**-52, 2 - 2**-52, 1.37)]
     for reach in reaches:
         for magnitude in (1.0, 2.0**-20, 3e4, float(rng.uniform(1, 1000))):
-            bound = reach * magnitude * magnitude
-            inverse = float(inverse_unit(reach, magnitude))
+            bound = reach * magnitude**degree
+            inverse = float(inverse_unit(reach, degree, magnitude))
             if bound >= 2.0**100:
                 assert math.isnan(inverse)
                 continue
@@ -46,13 +47,13 @@ def test_the_unit_is_a_power_of_two_with_which_nothing_overflows() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200, 2.0**60])
 def test_a_token_that_is_not_finite_or_too_large_has_no_unit(bad: float) -> None:
-    assert math.isnan(inverse_unit(1.0, bad))
-    assert math.isnan(inverse_unit(bad * bad, 1.0))
+    assert math.isnan(inverse_unit(1.0, 2, bad))
+    assert math.isnan(inverse_unit(bad * bad, 2, 1.0))
 
 
 def test_tokens_and_matrices_of_zeros_have_a_unit() -> None:
     for reach, magnitude in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (5e-324, 1.0), (1.0, 1e-38), (1e-300, 1e-45)):
-        inverse = float(inverse_unit(reach, magnitude))
+        inverse = float(inverse_unit(reach, 2, magnitude))
         assert math.frexp(inverse)[0] == 0.5
         assert reach * magnitude * magnitude * inverse < 2.0**62
 
@@ -120,8 +121,8 @@ def added(parts: list[Input] | list[Panels]) -> bytes:
 def one_token(slots: Slots, activation: str, words: np.ndarray, seed: int, way: str) -> bytes:
     """The sums of the masked neurons for one token, shared out by chance; way: "listed", "skip" or "open"."""
     rng, x = np.random.default_rng(seed), inputs()[0]
-    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
-    parts = [Input(slots, x)]
+    bundles = bundles_at(slots.at, slots.layout, described(activation))
+    parts = [Input(slots, x, 0, activation)]
     for ids in workers_and_threads(rng):
         listed, computed = np.zeros(SLOTS * 32, np.int32), np.zeros(SLOTS, np.uint32)
         gates = np.zeros(SLOTS * 32, np.float32)
@@ -131,15 +132,15 @@ def one_token(slots: Slots, activation: str, words: np.ndarray, seed: int, way: 
             count = list_masked(np.ascontiguousarray(words[ids]), len(ids), listed)
         starts = [group_start(listed, count, at) for at in cuts(rng, count)]
         for low, high in pairwise(starts):
-            parts.append(Input(slots, x))
+            parts.append(Input(slots, x, 0, activation))
             if way == "open":
-                open_neurons(bundles, ids, gates, listed, low, high, parts[-1].vectors)
+                open_neurons(bundles, ids, gates, listed, low, high, parts[-1].vectors, computed)
             else:
                 listed_neurons(bundles, ids, listed, low, high, way == "skip", parts[-1].vectors, computed)
     return added(parts)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
 def test_one_token_shared_out_in_any_way(gate: Kind, down: Kind, activation: str) -> None:
     slots = slots_of(gate, down)
@@ -149,28 +150,29 @@ def test_one_token_shared_out_in_any_way(gate: Kind, down: Kind, activation: str
         assert len({one_token(slots, activation, some, seed, "listed") for seed in range(PARTITIONS)}) == 1
 
 
+@pytest.mark.parametrize("activation", SPARSE)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
-def test_closed_gates_left_out_in_any_way(gate: Kind, down: Kind) -> None:
+def test_closed_gates_left_out_in_any_way(gate: Kind, down: Kind, activation: str) -> None:
     """Selected neurons whose gates are looked at on the way, and gates first: the same sums to the bit."""
     slots, whole = slots_of(gate, down), np.full(SLOTS, 0xFFFFFFFF, np.uint32)
     seeds = range(PARTITIONS)
-    found = {one_token(slots, "relu", whole, seed, way) for seed in seeds for way in ("skip", "open")}
+    found = {one_token(slots, activation, whole, seed, way) for seed in seeds for way in ("skip", "open")}
     assert len(found) == 1
 
 
 def several_tokens(slots: Slots, activation: str, x: np.ndarray, seed: int) -> bytes:
     rng = np.random.default_rng(seed)
-    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index(activation))
-    parts = [Panels(slots, x)]
+    bundles = bundles_at(slots.at, slots.layout, described(activation))
+    parts = [Panels(slots, x, 0, activation)]
     for ids in workers_and_threads(rng):
         shares = cuts(rng, len(ids))
         for low, high in pairwise(shares):
-            parts.append(Panels(slots, x))
+            parts.append(Panels(slots, x, 0, activation))
             dense_groups(bundles, ids, low, high, parts[-1].vectors, parts[0].count, NO_IDS, NO_FIRING)
     return added(parts)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
 def test_several_tokens_shared_out_in_any_way(gate: Kind, down: Kind, activation: str) -> None:
     slots, x = slots_of(gate, down), inputs(37)
@@ -180,7 +182,7 @@ def test_several_tokens_shared_out_in_any_way(gate: Kind, down: Kind, activation
 def test_more_groups_than_a_batch() -> None:
     """Over the bound of a batch the sums are those of the groups one by one; slots are listed more than once for it."""
     slots, x = slots_of(Kind.Q4, Kind.Q4C), inputs(20)
-    bundles = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("relu"))
+    bundles = bundles_at(slots.at, slots.layout, described("relu"))
     ids = np.random.default_rng(6).integers(0, SLOTS, 150).astype(np.int32)
     whole = Panels(slots, x, groups=len(ids))
     dense_groups(bundles, ids, 0, len(ids), whole.vectors, whole.count, NO_IDS, NO_FIRING)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.activations import NAMES, SPARSE, described
 from tests.shared.model.specs import SPEC, changed
 from warmfront.shared.model.architecture import ACTIVATIONS, Attention, FeedForward, Positions, Rotary
 
@@ -22,18 +23,27 @@ def test_rows_of_the_heads() -> None:
     assert (attention.q_rows, attention.kv_rows) == (96, 48)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
-def test_only_relu_is_sparse(activation: str, gated: bool) -> None:
-    feed_forward = FeedForward(activation=activation, gated=gated)
-    assert feed_forward.sparse == (activation == "relu")
-    assert ACTIVATIONS[feed_forward.activation_code] == activation
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_zero_up_to_somewhere_is_sparse(name: str) -> None:
+    feed_forward = described(name)
+    assert feed_forward.sparse == (name in SPARSE)
+    assert feed_forward.activation_name == name
+    assert ACTIVATIONS[feed_forward.activation_code] == name.partition(":")[0]
     assert changed(SPEC, "architecture.feed_forward", feed_forward).sparse == feed_forward.sparse
+    assert (feed_forward.closed >= 0) == feed_forward.sparse
 
 
-def test_a_threshold_makes_any_activation_sparse() -> None:
-    assert FeedForward(activation="silu", threshold=0.0).sparse
-    assert FeedForward(activation="relu", threshold=0.01).sparse
+def test_thresholds() -> None:
+    assert described("fatrelu:0.01").closed == np.float32(0.01)
+    assert described("fatrelu:0.01").activated("relu") == FeedForward(activation="relu")
+    for wrong in ("fatrelu", "relu:0.1", "fatrelu:much", "fatrelu:nan", "softplus"):
+        with pytest.raises(ValueError, match=r"threshold|float|activation"):
+            described(wrong)
+
+
+def test_the_power_of_the_input_that_bounds_the_output() -> None:
+    assert [described(name).degree for name in ("silu", "drelu", "relu2")] == [2, 2, 3]
+    assert [FeedForward(activation=name, gated=False).degree for name in ("relu", "relu2")] == [1, 2]
 
 
 def test_matrices_of_a_neuron() -> None:

@@ -51,8 +51,7 @@ RICH = ModelSpec(
         ),
         feed_forward=FeedForward(
             gated=False,
-            activation="gelu",
-            up_activation="relu",
+            activation="fatrelu",
             threshold=0.01,
             biases=("up", "down"),
             experts=Experts(number=8, active=2, shared=1, normalised=True),
@@ -93,7 +92,7 @@ def test_every_field_is_rich() -> None:
 FIELDS = leaves(json.loads(RICH.to_json()))
 
 
-OPTIONAL = ("learned_offset", "scale", "qk_norm", "soft_cap", "logit_cap", "up_activation", "threshold")
+OPTIONAL = ("learned_offset", "scale", "qk_norm", "soft_cap", "logit_cap", "threshold")
 
 
 def type_of(path: str) -> str:
@@ -173,8 +172,9 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.attention.biases", [["q", "q"], ["o", "q"], ["gate"], [""]], "attention biases are"),
     ("architecture.attention.windows", [[0, -1, 0], [2**31, 0, 0]], "attention window is"),
     ("architecture.attention.windows", [[0], [0] * 4], "attention windows are given for . layers of 3$"),
-    ("architecture.feed_forward.activation", ["fatrelu", ""], "activation is '.*', not one of silu, relu, gelu"),
-    ("architecture.feed_forward.up_activation", ["fatrelu"], "activation of up is 'fatrelu', not one of"),
+    ("architecture.feed_forward.activation", ["fat", ""], "activation is '.*', not one of silu, relu, gelu"),
+    ("architecture.feed_forward.activation", ["relu"], "activation relu with threshold 0.01: fatrelu alone has one"),
+    ("architecture.feed_forward.activation", ["drelu"], "the activation drelu needs a gate"),
     ("architecture.feed_forward.threshold", [NAN, INF, -INF, 1e300], "activation threshold is .*, not a finite number"),
     ("architecture.feed_forward.biases", [["gate"], ["down", "up"], ["q"]], "feed-forward biases are"),
     ("architecture.feed_forward.experts.number", [0, 2**31], "number of experts is"),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.shared.model.specs import SPEC, changed
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.architecture import Experts, Positions, Rotary
+from warmfront.shared.model.architecture import Experts, FeedForward, Positions, Rotary
 from warmfront.shared.model.support import _UNSUPPORTED, check_supported
 
 FULL = SPEC.architecture.positions.rotary[0]
@@ -17,8 +17,6 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "attention sinks": ("attention.sinks", True),
     "parallel residual with post-norm": ("residual", "parallel"),
     "ungated feed-forward": ("feed_forward.gated", False),
-    "activation of up (dReLU)": ("feed_forward.up_activation", "relu"),
-    "activation threshold (FATReLU)": ("feed_forward.threshold", 0.01),
     "feed-forward biases": ("feed_forward.biases", ("down",)),
     "mixture of experts (MoE)": ("feed_forward.experts", Experts(number=8, active=2)),
 }
@@ -61,6 +59,8 @@ def test_several_are_named_in_one_line() -> None:
         ("positions.rotary_of_layer", (0, 0)),
         ("positions.rotary", (Rotary(frequencies=(0.5,) * 8, magnitude=1.2),)),
         ("feed_forward.activation", "gelu_tanh"),
+        ("feed_forward", FeedForward(activation="fatrelu", threshold=0.01)),
+        ("feed_forward", FeedForward(activation="drelu")),
         ("tied_head", True),
         ("norm.kind", "layer"),
         ("norm.placement", "post"),

@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
+from tests.activations import NAMES, described
 from tests.shared.kernels.feed_forward.test_ffn import (
     BFLOAT,
     HIDDEN,
@@ -22,7 +23,6 @@ from tests.shared.kernels.feed_forward.test_ffn import (
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles
 from warmfront.shared.kernels.feed_forward.ffn import Bundles, bundles_at, dense_groups, tile_group, whole_groups
 from warmfront.shared.machine.memory import address
-from warmfront.shared.model.architecture import ACTIVATIONS
 from warmfront.shared.model.formats import Kind
 
 ORDERS = ([3], [0, 1, 2, 3, 4], [4, 0, 2])
@@ -36,7 +36,7 @@ def tiled(gate: Kind, down: Kind, activation: str) -> tuple[Bundles, np.ndarray]
     size = slots.layout.group_bytes
     memory = np.full(size * (SLOTS + 2), 0xFF, np.uint8)
     memory[size:-size] = np.frombuffer(ctypes.string_at(slots.at, size * SLOTS), np.uint8)
-    bundles = bundles_at(address(memory) + size, slots.layout, ACTIVATIONS.index(activation), True)
+    bundles = bundles_at(address(memory) + size, slots.layout, described(activation), True)
     assert bundles.tiled
     for slot in range(SLOTS):
         tile_group(bundles, bundles.at + slot * size)
@@ -45,13 +45,13 @@ def tiled(gate: Kind, down: Kind, activation: str) -> tuple[Bundles, np.ndarray]
     return bundles, memory
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
 def test_one_token(gate: Kind, down: Kind, activation: str) -> None:
     slots, x = slots_of(gate, down), inputs()
     bundles, _memory = tiled(gate, down, activation)
     for order in ORDERS:
-        one = Input(slots, x[0], 0.5)
+        one = Input(slots, x[0], 0.5, activation)
         whole_groups(bundles, np.array(order, np.int32), 0, len(order), one.vectors)
         assert_close(one.sums, 0.5 + slots.expect(activation, slots.neurons(order), x)[0], QUANTISED)
 
@@ -61,9 +61,9 @@ def test_several_tokens(gate: Kind, down: Kind) -> None:
     """They are multiplied with the same weights as those of groups in rows."""
     slots, x = slots_of(gate, down), inputs(19)
     bundles, _memory = tiled(gate, down, "silu")
-    rows = bundles_at(slots.at, slots.layout, ACTIVATIONS.index("silu"))
+    rows = bundles_at(slots.at, slots.layout, described("silu"))
     for order in ORDERS:
-        several, same = Panels(slots, x), Panels(slots, x)
+        several, same = Panels(slots, x, 0, "silu"), Panels(slots, x, 0, "silu")
         ids = np.array(order, np.int32)
         dense_groups(bundles, ids, 0, len(ids), several.vectors, several.count, NO_IDS, NO_FIRING)
         dense_groups(rows, ids, 0, len(ids), same.vectors, same.count, NO_IDS, NO_FIRING)
