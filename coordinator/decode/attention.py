@@ -23,7 +23,7 @@ from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, sh
 from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
 from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.fp16 import from_half, to_half
-from warmfront.shared.kernels.gemm import ADD, Gathered, Panels, multiply_columns, pack_panels
+from warmfront.shared.kernels.gemm import Gathered, Panels, multiply_columns, pack_panels
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.formats import BLOCK, Kind
@@ -316,7 +316,7 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
                 keys, _ = _tiles(cache, padded, kv_head, layer, start + p)
                 gather_keys(keys, scratch_at)
                 to = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, columns)
-                multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to, ADD)
+                multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to)
             if net.score_cap > 0:
                 soft_cap(address_of(scores), columns * count * LANES, net.score_cap)
             for column in range(columns):
@@ -333,7 +333,7 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
                     _, values = _tiles(cache, padded, kv_head, layer, start + p)
                     out = gather_values(values, strip, out)
                 sums = Panels(address_of(mixed) + strip * TILE * LANES * 4, size * 4, columns)
-                multiply_columns(Gathered(cache.kind, scratch_at, count, TILE), chances_at, count, sums, ADD)
+                multiply_columns(Gathered(cache.kind, scratch_at, count, TILE), chances_at, count, sums)
         for column in range(columns):
             at = (panel + column // group) * net.heads + kv_head * group + column % group
             target, source = st.att[at * head_dim * LANES :], mixed[column * size :]

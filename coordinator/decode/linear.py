@@ -8,10 +8,11 @@ from numba import carray
 from warmfront.coordinator.decode.network import BIAS, Network
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_input
-from warmfront.shared.kernels.gemm import Panels, Rows, multiply_rows, pack_panels
+from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
 from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, row_stride, takes_quantised
-from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tile_rows
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["Input", "Matrix", "layer_matrix", "linear", "packed_input"]
@@ -49,7 +50,7 @@ def layer_matrix(net: Network, layer: int, part: int, rows: int, cols: int) -> M
 @kernel
 def _packed(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> int:
     if lanes > 1:
-        return pack_panels(kind, x_at, out_at, cols, panels)
+        return pack_tokens(kind, x_at, out_at, cols, panels)
     return int(quantise_input(x_at, out_at, cols)) if takes_quantised(kind) else x_at
 
 
@@ -87,8 +88,8 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
     kind, cols, lanes = matrix.kind, matrix.cols, x.lanes
     stride = row_stride(kind, cols)
     tiled = matrix.rows // TILE * TILE if in_tiles(kind) else 0
-    middle = min(max(low, tiled), high)
     if lanes == 1:
+        middle = min(max(low, tiled), high)
         if low < middle:
             _multiply_tiles(matrix, low, middle, x.packed_at, y_at)
         y = carray(floats_at(y_at), (matrix.rows,))
@@ -97,13 +98,8 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
             # The rows of a matrix lie one behind the other: what is fetched ahead is the row some KB further on.
             y[r] = dot(kind, row_at, x.at, x.packed_at, cols, row_at + AHEAD_BYTES)
     else:
-        packed = Rows(kind, matrix.at, stride, cols)
         out = Panels(y_at, rows * LANES * 4, x.panels)
-        if low < middle:
-            multiply_tile_rows(packed, low, middle, x.packed_at, out, scratch_at)
-        for r in range(middle, high, 8):
-            eight = Rows(kind, matrix.at + r * stride, stride, cols)
-            multiply_rows(eight, x.packed_at, Panels(y_at + r * LANES * 4, out.step, x.panels), scratch_at)
+        multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)
     if matrix.bias_at != 0:
         bias = carray(floats_at(matrix.bias_at), (rows,))
         y = carray(floats_at(y_at), (x.panels * rows * lanes,))

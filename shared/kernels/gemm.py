@@ -4,9 +4,10 @@ The tokens come in panels (`shared/model/panels.py`): a weight meets 16 of them 
 sum is needed. A product takes 8 rows and up to 3 panels at a time: 24 accumulators of the 32 registers.
 
 Rows are widened 8 or 32 at a time into scratch memory, which stays in the cache while all panels meet it. Where the CPU
-multiplies bfloat16 (AVX512_BF16), rows and input are rounded to it (but for float32 models) and two features are taken
-at once: *pairs*, 32 bits holding features 2k and 2k + 1, of a weight row or of a token. A bfloat16 has 8 bits, so a
-term is off by up to 2^-8 and a long sum by far less: its terms' errors cancel. Elsewhere it is float32.
+multiplies bfloat16 at twice the rate (AVX512_BF16), rows and input are rounded to it (but for float32 models) and two
+features are taken at once: *pairs*, 32 bits holding features 2k and 2k + 1, of a weight row or of a token. A bfloat16
+has 8 bits, so a term is off by up to 2^-8 and a long sum by far less: its terms' errors cancel. Elsewhere it is
+float32.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
-from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import has
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, PLAIN, RowFormat, by_kind, column_scales
@@ -41,13 +41,13 @@ from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
 __all__ = [
-    "ADD",
-    "SUM",
-    "WRITE",
+    "PANELS",
+    "ROWS",
     "Gathered",
     "Left",
     "Panels",
     "Rows",
+    "accumulate",
     "gather_columns",
     "in_pairs",
     "multiplies_bfloat",
@@ -62,8 +62,6 @@ __all__ = [
 ROWS = 8
 PANELS = 3
 _F32 = int(Kind.F32)
-# What `multiply` does with its products: write them, add them to floats, or to int64 sums (`exact_sums.py`).
-WRITE, ADD, SUM = range(3)
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -80,8 +78,11 @@ _BFLOAT = _BFloat()
 
 
 def multiplies_bfloat(context: Any) -> bool:
-    """Whether code for this CPU multiplies bfloat16 pairs."""
-    return has(context, "avx512bf16", "avx512bw", "avx512vl")
+    """Whether code for this CPU multiplies bfloat16 pairs.
+
+    CPUs with AMX leave bfloat16 to it: a product of pairs takes them as long as four of floats (docs/log.md).
+    """
+    return has(context, "avx512bf16", "avx512bw", "avx512vl") and not has(context, "amx-bf16")
 
 
 @intrinsic
@@ -201,18 +202,18 @@ def _widen_columns(context, kind, row, tail, out, cols, first, count):
 
 def _make_product(panels: int, pairs: bool) -> Any:
     @intrinsic
-    def product(context, left, x, x_step, y, y_step, then):
-        """`panels` panels: y[p][r][:] = or += sum over k of left[r][k] * x[p][k][:] for 8 rows r; then: WRITE, ..."""
+    def product(context, left, x, x_step, y, y_step, adds):
+        """`panels` panels: y[p][r][:] = or += sum over k of left[r][k] * x[p][k][:] for 8 rows r."""
 
         def build(context, b, _signature, arguments):
-            left, x, x_step, y, y_step, then = arguments
+            left, x, x_step, y, y_step, adds = arguments
             if pairs and not multiplies_bfloat(context):
                 return context.get_dummy_value()
             w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
             # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
             sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
             cells = [(sums[r][p], b.mul(y_step, long(p)), r) for r in range(ROWS) for p in range(panels)]
-            with b.if_then(b.icmp_signed("==", then, long(ADD))):
+            with b.if_then(adds):
                 for cell, panel, r in cells:
                     b.store(load(b, y, b.add(panel, long(64 * r)), V16), cell)
             rows = [b.add(w, b.mul(row_step, long(r))) for r in range(ROWS)]
@@ -224,22 +225,17 @@ def _make_product(panels: int, pairs: bool) -> Any:
                 for r in range(ROWS):
                     weight = splat(b, load(b, rows[r], k, element))
                     for p in range(panels):
-                        b.store(_accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
-            with b.if_else(b.icmp_signed("==", then, long(SUM))) as (summing, storing):
-                with summing:
-                    for cell, panel, r in cells:
-                        add_to_sums(context, b, y, b.add(panel, long(128 * r)), b.load(cell))
-                with storing:
-                    for cell, panel, r in cells:
-                        store(b, y, b.add(panel, long(64 * r)), b.load(cell))
+                        b.store(accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
+            for cell, panel, r in cells:
+                store(b, y, b.add(panel, long(64 * r)), b.load(cell))
             return context.get_dummy_value()
 
-        return types.void(left, *[types.int64] * 5), build
+        return types.void(left, *[types.int64] * 4, types.boolean), build
 
     return product
 
 
-def _accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:
+def accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:
     if not pairs:
         return fma(b, weight, tokens, sums)
     # Products of bfloat16 are exact in float32; only the inputs have been rounded, to 8 bits.
@@ -297,28 +293,28 @@ class Left(NamedTuple):
 
 
 @kernel
-def multiply(pairs: bool, left: Left, x: Panels, y: Panels, then: int) -> None:
-    """8 rows times panels of features, or pairs: y[p][r] = or += sum_k left[r][k] * x[p][k], as `then` says."""
+def multiply(pairs: bool, left: Left, x: Panels, y: Panels, adds: bool) -> None:
+    """8 rows times panels of features, or pairs: y[p][r] = sum_k left[r][k] * x[p][k], or += if it `adds`."""
     p = 0
     while p < x.panels:
         x_at, y_at, rest = x.at + p * x.step, y.at + p * y.step, x.panels - p
         if rest >= PANELS:
             if pairs:
-                _pairs_3(left, x_at, x.step, y_at, y.step, then)
+                _pairs_3(left, x_at, x.step, y_at, y.step, adds)
             else:
-                _singles_3(left, x_at, x.step, y_at, y.step, then)
+                _singles_3(left, x_at, x.step, y_at, y.step, adds)
             p += 3
         elif rest == 2:
             if pairs:
-                _pairs_2(left, x_at, x.step, y_at, y.step, then)
+                _pairs_2(left, x_at, x.step, y_at, y.step, adds)
             else:
-                _singles_2(left, x_at, x.step, y_at, y.step, then)
+                _singles_2(left, x_at, x.step, y_at, y.step, adds)
             p += 2
         else:
             if pairs:
-                _pairs_1(left, x_at, x.step, y_at, y.step, then)
+                _pairs_1(left, x_at, x.step, y_at, y.step, adds)
             else:
-                _singles_1(left, x_at, x.step, y_at, y.step, then)
+                _singles_1(left, x_at, x.step, y_at, y.step, adds)
             p += 1
 
 
@@ -341,30 +337,33 @@ def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
     if in_pairs(kind):
         for r in range(ROWS):
             _narrow(kind, rows.at + r * rows.stride, scratch + r * cols * 2, cols)
-        multiply(True, Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, WRITE)
+        multiply(True, Left(scratch, cols * 2, 4, cols // 2), Panels(x, cols * LANES * 2, y.panels), y, False)
     else:
         for r in range(ROWS):
             widen(kind, rows.at + r * rows.stride, scratch + r * cols * 4, cols)
-        multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, WRITE)
+        multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, False)
 
 
 @kernel
-def gather_columns(rows: Rows, count: int, tail: int, out: int, first: int, columns: int) -> Any:
+def gather_columns(rows: Rows, count: int, tail: int, out: int, first: int, columns: int, apart: int) -> Any:
     """Widen `columns` columns, from column `first` on (multiples of 32), of `count` packed rows (an even number).
 
     As `multiply_columns` wants them; returns where the next ones belong. `out` has room for them in float32; `tail`: of
-    the rows' group, for Q4C.
+    the rows' group, for Q4C; `apart`: a row's blocks of 32 columns follow each other at so many blocks.
     """
     kind, cols, step = rows.kind, rows.cols, columns * 4
-    block, blocks = first // BLOCK, columns // BLOCK
-    if in_pairs(kind):
-        for r in range(0, count, 2):
-            row = rows.at + r * rows.stride
-            _interleave((kind, row, row + rows.stride), tail, out + r // 2 * step, cols, block, blocks)
-        return out + count // 2 * step
-    for r in range(count):
-        _columns(kind, rows.at + r * rows.stride, tail, out + r * step, cols, block, blocks)
-    return out + count * step
+    blocks, run = columns // BLOCK, columns // BLOCK if apart == 1 else 1
+    pairs = in_pairs(kind)
+    together = 2 if pairs else 1
+    for r in range(0, count, together):
+        row = rows.at + r * rows.stride
+        for i in range(0, blocks, run):
+            block, at = (first // BLOCK + i) * apart, out + r // together * step + i * BLOCK * 4
+            if pairs:
+                _interleave((kind, row, row + rows.stride), tail, at, cols, block, run)
+            else:
+                _columns(kind, row, tail, at, cols, block, run)
+    return out + count // together * step
 
 
 class Gathered(NamedTuple):
@@ -378,18 +377,17 @@ class Gathered(NamedTuple):
 
 
 @kernel
-def multiply_columns(left: Gathered, x: int, x_rows: int, y: Panels, then: int) -> None:
-    """Add to y[p][column] the sum over the gathered rows of row[column] * x[p][row]; `then`: ADD to floats, or SUM.
+def multiply_columns(left: Gathered, x: int, x_rows: int, y: Panels) -> None:
+    """Add to y[p][column] the sum over the gathered rows of row[column] * x[p][row].
 
     `x`: panels [x_rows, 16] that come from `pack_panels(kind, ...)`, from the first row's place on.
     """
     pairs = in_pairs(left.kind)
     per_word = 2 if pairs else 1
     inputs = Panels(x, x_rows // per_word * LANES * 4, y.panels)
-    size = 8 if then == SUM else 4
     for column in range(0, left.cols, ROWS):
         eight = Left(left.at + column * 4, 4, left.cols * 4, left.rows // per_word)
-        multiply(pairs, eight, inputs, Panels(y.at + column * LANES * size, y.step, y.panels), then)
+        multiply(pairs, eight, inputs, Panels(y.at + column * LANES * 4, y.step, y.panels), True)
 
 
 @kernel

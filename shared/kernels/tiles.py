@@ -24,7 +24,7 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
 from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
 from warmfront.shared.kernels.fp16 import from_half, widened
-from warmfront.shared.kernels.gemm import WRITE, Left, Panels, Rows, in_pairs, multiplies_bfloat, multiply, paired
+from warmfront.shared.kernels.gemm import Rows
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
 from warmfront.shared.kernels.rows import row_stride
@@ -47,7 +47,17 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["TILE", "in_tiles", "interleave", "multiply_tile", "multiply_tile_rows", "widen_tiled_row"]
+__all__ = [
+    "TILE",
+    "half_vector",
+    "in_tiles",
+    "interleave",
+    "multiply_tile",
+    "numbers_of",
+    "scales_of",
+    "split_bytes",
+    "widen_tiled_row",
+]
 
 # Rows of a tile: one for each lane.
 TILE = LANES
@@ -102,10 +112,15 @@ def interleave(kind: int, at: int, rows: int, cols: int) -> None:
                 scales[i, r] = row_scales[i]
 
 
-def _words(b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
+def numbers_of(b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
     """The numbers of 32 columns: 8 vectors of 64 unsigned bytes, each 4 columns of the 16 rows, in ascending order."""
     count = 8 if form.kind == Kind.Q8 else 4
     loaded = [load(b, tile, b.add(b.mul(block, long(64 * count)), long(64 * i)), V64) for i in range(count)]
+    return split_bytes(b, form, loaded)
+
+
+def split_bytes(b: Any, form: RowFormat, loaded: list[Any]) -> list[Any]:
+    """The numbers of 32 columns from the 8 vectors of Q8, or the 4 of the other types."""
     if form.kind == Kind.Q8:
         return loaded
     # A byte holds columns j and j + 16 of its row's block.
@@ -113,14 +128,15 @@ def _words(b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
     return low + [b.lshr(each, constants(4, V64)) for each in loaded]
 
 
-def _scales_at(b: Any, form: RowFormat, tile: Any, cols: Any) -> tuple[Any, Any]:
+def scales_of(b: Any, form: RowFormat, tile: Any, cols: Any) -> tuple[Any, Any]:
     """Where the tile's scales begin, and its minima if it has any."""
     numbers = b.mul(cols, long(TILE if form.kind == Kind.Q8 else TILE // 2))
     first = b.add(tile, numbers)
     return first, b.add(first, b.mul(b.udiv(cols, long(BLOCK)), long(2 * TILE)))
 
 
-def _half_vector(context: Any, b: Any, at: Any, block: Any) -> Any:
+def half_vector(context: Any, b: Any, at: Any, block: Any) -> Any:
+    """Scales or minima of the 16 rows in a block, of those that begin at `at`, as float32."""
     return widened(context, b, load(b, at, b.mul(block, long(2 * TILE)), vector(I16)))
 
 
@@ -133,7 +149,7 @@ def _zero_shift(form: RowFormat) -> int:
 
 def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: Any, y: Any, ahead: Any) -> None:
     low_at, input_scales, input_sums = quantised_parts(b, q, cols)
-    scales_at, minima_at = _scales_at(b, form, tile, cols)
+    scales_at, minima_at = scales_of(b, form, tile, cols)
     sums = simd.zeros(b)
     lines = 8 if form.kind == Kind.Q8 else 4
     seven = constants(7, vector(I32))
@@ -143,7 +159,7 @@ def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: An
             for line in range(lines):
                 at = b.add(b.add(tile, ahead), b.add(b.mul(block, long(64 * lines)), long(64 * line)))
                 prefetch_line(b, at)
-        place, words = block_offset(b, block), _words(b, form, tile, block)
+        place, words = block_offset(b, block), numbers_of(b, form, tile, block)
         parts = []
         for start in (q, low_at):
             products = constants(0, vector(I32))
@@ -161,10 +177,10 @@ def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: An
             # What the numbers' offset has added, exactly: number - zero is the weight.
             whole = b.sub(whole, b.shl(block_sum, constants(_zero_shift(form), vector(I32))))
         value = b.fmul(b.sitofp(whole, V16), scale)
-        total = fma(b, value, _half_vector(context, b, scales_at, block), b.load(sums))
+        total = fma(b, value, half_vector(context, b, scales_at, block), b.load(sums))
         if form.kind == Kind.Q4:
             input_sum = b.fmul(b.sitofp(block_sum, V16), scale)
-            total = fma(b, input_sum, _half_vector(context, b, minima_at, block), total)
+            total = fma(b, input_sum, half_vector(context, b, minima_at, block), total)
         b.store(total, sums)
     store(b, y, long(0), b.load(sums))
 
@@ -197,76 +213,6 @@ def multiply_tile(kind: int, tile: int, q: int, cols: int, y: int, ahead: int) -
     `ahead`: how many bytes ahead to fetch, 0: not at all.
     """
     _tile(kind, tile, q, cols, y, ahead)
-
-
-def _columns(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[Any]:
-    """32 columns of a tile, each as the float32 weights of its 16 rows."""
-    scales_at, minima_at = _scales_at(b, form, tile, cols)
-    scale = _half_vector(context, b, scales_at, block)
-    minimum = (
-        _half_vector(context, b, minima_at, block)
-        if form.kind == Kind.Q4
-        else b.fmul(scale, constants(-float(1 << _zero_shift(form))))
-    )
-    columns = []
-    for numbers in _words(b, form, tile, block):
-        four = b.bitcast(numbers, vector(I32))
-        for shift in (0, 8, 16, 24):
-            each = b.and_(b.lshr(four, constants(shift, vector(I32))), constants(255, vector(I32)))
-            columns.append(fma(b, b.sitofp(each, V16), scale, minimum))
-    return columns
-
-
-@intrinsic
-def _widen_tile(context, kind, tile, cols, out, pairs):
-    """Write a tile as what `gemm.multiply` takes for its left side: [k][16 rows], of floats or of pairs."""
-
-    def build(context, b, _signature, arguments):
-        kind, tile, cols, out, pairs = arguments
-
-        def emit(form: RowFormat) -> None:
-            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                columns = _columns(context, b, form, tile, cols, loop.index)
-                with b.if_else(pairs) as (paired_columns, single_columns):
-                    with paired_columns:
-                        if multiplies_bfloat(context):
-                            start = b.mul(loop.index, long(64 * BLOCK // 2))
-                            for k in range(0, BLOCK, 2):
-                                couple = paired(b, columns[k], columns[k + 1])
-                                store(b, out, b.add(start, long(64 * k // 2)), couple)
-                    with single_columns:
-                        start = b.mul(loop.index, long(64 * BLOCK))
-                        for k, column in enumerate(columns):
-                            store(b, out, b.add(start, long(64 * k)), column)
-
-        if multiplies_bytes(context):
-            by_kind(b, kind, _TILED, emit)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, types.boolean), build
-
-
-# A kernel of its own, or LLVM would unroll the loops that call it.
-@kernel
-def _widened(kind: int, tile: int, cols: int, out: int, pairs: bool) -> None:
-    _widen_tile(kind, tile, cols, out, pairs)
-
-
-@kernel
-def multiply_tile_rows(rows: Rows, low: int, high: int, x: int, y: Panels, scratch: int) -> None:
-    """Rows low..high, both multiples of 8, of a matrix in tiles times as many panels as `y` has: y[p][r][lane].
-
-    `x`: panels [cols, 16] that come from `pack_panels(kind, ...)`; y: from row 0 on; `scratch` has room for 16 rows of
-    float32.
-    """
-    kind, cols = rows.kind, rows.cols
-    pairs = in_pairs(kind)
-    terms, x_step = (cols // 2, cols * LANES * 2) if pairs else (cols, cols * LANES * 4)
-    for first in range(low // TILE * TILE, high, TILE):
-        _widened(kind, rows.at + first * rows.stride, cols, scratch, pairs)
-        for row in range(max(first, low), min(first + TILE, high), 8):
-            left = Left(scratch + (row - first) * 4, 4, 4 * TILE, terms)
-            multiply(pairs, left, Panels(x, x_step, y.panels), Panels(y.at + row * LANES * 4, y.step, y.panels), WRITE)
 
 
 @kernel

@@ -59,7 +59,7 @@ _gather_values, _gather_keys = _make_gather(True), _make_gather(False)
 
 @kernel
 def _gather_floats(kind: int, at: int, rows: int, out: int) -> int:
-    return int(gather_columns(Rows(kind, at, row_stride(kind, TILE), TILE), rows, 0, out, 0, TILE))
+    return int(gather_columns(Rows(kind, at, row_stride(kind, TILE), TILE), rows, 0, out, 0, TILE, 1))
 
 
 @kernel

@@ -14,7 +14,6 @@ The factors are quantised to 15 bits as inputs are (`byte_dot.py`). Where the sc
 the factor before, so the factors are quantised anew for each 32 columns; of Q4C once.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
 from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
-from warmfront.shared.kernels.gemm import in_pairs, multiplies_bfloat, paired
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales
 from warmfront.shared.kernels.rows import row_stride, takes_quantised
@@ -46,7 +44,6 @@ from warmfront.shared.kernels.simd import (
     load,
     long,
     splat,
-    store,
     vector,
 )
 from warmfront.shared.kernels.simd import (
@@ -57,11 +54,17 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["add_down_tile", "down_in_tiles", "gather_down_tile", "interleave_down"]
+__all__ = ["add_down_tile", "down_in_bytes", "down_in_tiles", "interleave_down", "neuron_scales", "numbers_of"]
 
 V64 = vector(I8, 64)
 _Q8, _Q4, _Q4C = int(Kind.Q8), int(Kind.Q4), int(Kind.Q4C)
 _FLOATS = tuple(form.kind for form in FORMATS if form.bytes is None and form.kind != Kind.Q4C)
+
+
+@kernel
+def down_in_bytes(kind: int) -> bool:
+    """Whether down rows of this type are multiplied as bytes on this machine."""
+    return in_tiles(_Q4 if kind == _Q4C else kind)
 
 
 @kernel
@@ -72,7 +75,7 @@ def _floats(kind: int) -> bool:
 @kernel
 def down_in_tiles(kind: int) -> bool:
     """Whether down rows of this type can be in tiles on this machine."""
-    return _floats(kind) or in_tiles(_Q4 if kind == _Q4C else kind)
+    return _floats(kind) or down_in_bytes(kind)
 
 
 @kernel
@@ -108,10 +111,8 @@ def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: i
                 scales[part, block, neuron] = halves[part, block]
 
 
-def _numbers(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
-    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons; none of floats."""
-    if form.kind in _FLOATS:
-        return [], []
+def numbers_of(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons."""
     count = 16 if form.kind == Kind.Q8 else 8
     start = b.mul(block, long(64 * count))
     loaded = [load(b, tile, b.add(start, long(64 * i)), V64) for i in range(count)]
@@ -120,7 +121,7 @@ def _numbers(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any],
     return [b.and_(each, constants(15, V64)) for each in loaded], [b.lshr(each, constants(4, V64)) for each in loaded]
 
 
-def _neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[list[Any]]:
+def neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[list[Any]]:
     """Scales, and of Q4 minima, of the 32 neurons in 32 columns: two vectors each."""
     first = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
     parts = []
@@ -185,7 +186,7 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
                 block = loop.index
                 parts, offset = fixed, None
                 if parts is None:
-                    scales, *minima = _neuron_scales(context, b, form, tile, cols, block)
+                    scales, *minima = neuron_scales(context, b, form, tile, cols, block)
                     parts = split_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
                     if minima:
                         # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
@@ -193,7 +194,7 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
                         lows = (fma(b, scale, eight, low) for scale, low in zip(scales, minima[0], strict=True))
                         products = [b.fmul(f, low) for f, low in zip(given, lows, strict=True)]
                         offset = splat(b, total_of(b, b.fadd(*products)))
-                for half, numbers in enumerate(_numbers(b, form, tile, block)):
+                for half, numbers in enumerate(numbers_of(b, form, tile, block)):
                     whole = _products(b, numbers, parts)
                     if zero := 8 if form.kind == Kind.Q4 else _zero(form):
                         whole = b.sub(whole, splat(b, b.mul(parts.total, ir.Constant(I32, zero))))
@@ -220,68 +221,3 @@ def add_down_tile(kind: int, tile_at: int, factors_at: int, tail_at: int, sums_a
     `tail_at`: the group's tail, for Q4C.
     """
     _add_tile(kind, tile_at, factors_at, tail_at, sums_at, cols)
-
-
-def _weights(
-    context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any], block: Any, half: int, numbers: list[Any]
-) -> Iterator[Any]:
-    """16 columns as float32, neuron by neuron; place: tile, tail of the group, columns of a row."""
-    tile, tail, cols = place
-    if form.kind in _FLOATS:
-        for neuron in range(GROUP):
-            place_of = b.add(b.mul(block, long(GROUP)), long(neuron))
-            yield form.weights(context, b, tile, cols, place_of)[half]
-        return
-    columns = b.add(b.mul(block, long(64)), long(32 * half))
-    scale_at = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
-    if form.kind == Kind.Q4C:
-        scale, minimum = column_scales(context, b, tail, cols, columns)
-    for i, each in enumerate(numbers):
-        four = b.bitcast(each, vector(I32))
-        for shift in range(4):
-            number = b.and_(b.lshr(four, constants(8 * shift, vector(I32))), constants(255, vector(I32)))
-            if form.kind != Kind.Q4C:
-                at = b.add(b.mul(block, long(2 * GROUP)), long(2 * (4 * i + shift)))
-                scale = widened(context, b, splat(b, load(b, scale_at, at, I16)))
-                if form.kind == Kind.Q4:
-                    minimum = widened(context, b, splat(b, load(b, scale_at, b.add(at, b.mul(cols, long(2))), I16)))
-                else:
-                    minimum = b.fmul(scale, constants(-float(_zero(form))))
-            yield fma(b, b.sitofp(number, V16), scale, minimum)
-
-
-@intrinsic
-def _gather(context, kind, place, out, first, count, pairs):
-    """Columns of `count` blocks from block `first` on, as `gemm.gather_columns` leaves them."""
-
-    def build(context, b, _signature, arguments):
-        kind, place, out, first, count, pairs = arguments
-        place = cgutils.unpack_tuple(b, place, 3)
-        step = b.mul(count, long(4 * BLOCK))
-
-        def emit(form: RowFormat) -> None:
-            with cgutils.for_range(b, count, intp=I64) as loop:
-                block = b.add(first, loop.index)
-                for half, numbers in enumerate(_numbers(b, form, place[0], block)):
-                    at = b.add(out, b.add(b.mul(loop.index, long(128)), long(64 * half)))
-                    weights = list(_weights(context, b, form, place, block, half, numbers))
-                    with b.if_else(pairs) as (paired_rows, single_rows):
-                        with paired_rows:
-                            for row in range(GROUP // 2 if multiplies_bfloat(context) else 0):
-                                couple = paired(b, weights[2 * row], weights[2 * row + 1])
-                                store(b, at, b.mul(step, long(row)), couple)
-                        with single_rows:
-                            for row, each in enumerate(weights):
-                                store(b, at, b.mul(step, long(row)), each)
-
-        possible = FORMATS if multiplies_bytes(context) else [form for form in FORMATS if form.kind in _FLOATS]
-        by_kind(b, kind, possible, emit)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, place, *[types.int64] * 3, types.boolean), build
-
-
-@kernel
-def gather_down_tile(kind: int, tile_at: int, tail_at: int, cols: int, out: int, first: int, columns: int) -> None:
-    """As `gemm.gather_columns` of the 32 rows of a tile: `columns` columns from column `first` on."""
-    _gather(kind, (tile_at, tail_at, cols), out, first // BLOCK, columns // BLOCK, in_pairs(kind))

@@ -20,31 +20,38 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.shared.kernels.activation import Activation, activate_times, activation_of, factor, fires, up_fires
-from warmfront.shared.kernels.atomics import bytes_at, floats_at, longs_at
+from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, longs_at
 from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import (
     add_down_tile,
+    down_in_bytes,
     down_in_tiles,
-    gather_down_tile,
     interleave_down,
 )
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
 from warmfront.shared.kernels.gemm import (
-    SUM,
-    Gathered,
     Panels,
     Rows,
     gather_columns,
     in_pairs,
-    multiply_columns,
-    multiply_rows,
     pack_panels,
 )
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
-from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile, multiply_tile_rows
+from warmfront.shared.kernels.prefill.byte_products import PANEL_BLOCK
+from warmfront.shared.kernels.prefill.down_bytes import (
+    COLUMNS_BYTES,
+    DownRows,
+    add_down_bytes,
+    arrange_columns,
+    quantise_factors,
+)
+from warmfront.shared.kernels.prefill.group_sums import Columns, Factors, add_columns
+from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
+from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch, row_stride
+from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES, whole_panels
 
 __all__ = [
@@ -64,9 +71,10 @@ __all__ = [
 # Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
 # fetched, 2 to 5 % faster (docs/log.md).
 _PREFETCHED = 4
-# Several tokens: groups whose factors are kept until their down rows follow, for a stretch of columns at a time whose
-# sums stay in the cache meanwhile: 128 columns of 288 tokens are 0.3 MB of int64.
-_BATCH, _COLUMNS = 64, 128
+# Several tokens: groups whose factors are kept until their down rows follow, and columns of them that are widened at a
+# time: 12 groups' factors for 48 tokens, 37 KB, and their 8 columns stay in the first cache, 64 columns in the second.
+_BATCH, _COLUMNS = 12, 64
+_Q4C = int(Kind.Q4C)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
@@ -130,9 +138,9 @@ def scratch_bytes(hidden: int, groups: int, max_tokens: int) -> int:
     """Bytes that a thread needs beside its sums, for layers of so many groups."""
     tokens = whole_panels(max_tokens)
     single = LIST_BYTES + 4 * hidden
-    # 16 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
-    several = 4 * max(TILE * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
-    return max(single, several + 4 * min(_BATCH, groups) * GROUP * tokens)
+    # 16 rows, or a stretch of a batch's columns, widened; gate and up of a group; x as packed; the factors of a batch.
+    several = 4 * max(TILE * hidden, _BATCH * GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
+    return max(single, several + min(_BATCH, groups) * (4 * GROUP + PANEL_BLOCK // LANES) * tokens)
 
 
 @kernel
@@ -320,31 +328,65 @@ def _scale_tokens(at: int, inverse_at: int, panels: int) -> None:
 
 
 @kernel
-def _keep(kind: int, at: int, out: int, panels: int) -> None:
-    """Copy a group's factors [panels, 32, 16] as rows of `kind` want them."""
-    if in_pairs(kind):
+def _keep(kind: int, at: int, panels: int, out: int, blocks: int) -> None:
+    """Keep a group's factors [panels, 32, 16] for its down rows: at `out`, of Q4C as bytes at `blocks`."""
+    if in_pairs(kind) and not down_in_bytes(kind):
         pack_panels(kind, at, out, GROUP, panels)
-        return
-    values, kept = carray(floats_at(at), (panels * GROUP * LANES,)), carray(floats_at(out), (panels * GROUP * LANES,))
-    for i in range(len(values)):
-        kept[i] = values[i]
+    elif kind == _Q4C and down_in_bytes(kind):
+        ones = np.ones(GROUP, np.float32)
+        quantise_factors(kind, at, address_of(ones), panels, blocks)
+        ones[0] = 1
+    else:
+        values = carray(floats_at(at), (panels * GROUP * LANES,))
+        kept = carray(floats_at(out), (panels * GROUP * LANES,))
+        for i in range(len(values)):
+            kept[i] = values[i]
 
 
 @kernel
 def _gates_and_ups(b: Bundles, group_at: int, x_at: int, gates: Panels, up_at: int, scratch_at: int) -> None:
     """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups."""
     for part in range(2):
-        out_at = up_at if part else gates.at
-        rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
-        if b.tiled and in_tiles(b.gate_kind):
-            multiply_tile_rows(rows, 0, GROUP, x_at, Panels(out_at, gates.step, gates.panels), scratch_at)
+        out = Panels(up_at if part else gates.at, gates.step, gates.panels)
+        if b.tiled:
+            rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
+            multiply_tokens(rows, GROUP, 0, GROUP, x_at, out, scratch_at)
         else:
-            if not b.tiled:
-                rows = Rows(b.gate_kind, group_at + part * b.up_offset, b.bundle_bytes, b.hidden)
-            for row in range(0, GROUP, 8):
-                eight = Panels(out_at + row * LANES * 4, gates.step, gates.panels)
-                at = rows.at + row * rows.stride
-                multiply_rows(Rows(rows.kind, at, rows.stride, rows.cols), x_at, eight, scratch_at)
+            rows = Rows(b.gate_kind, group_at + part * b.up_offset, b.bundle_bytes, b.hidden)
+            multiply_tokens(rows, 0, 0, GROUP, x_at, out, scratch_at)
+
+
+@kernel
+def _add_widened(b: Bundles, slots: Ints, factors: Factors, sums_at: int, scratch_at: int) -> None:
+    """Add the down rows of `slots` times their factors, as floats or pairs."""
+    for first in range(0, b.hidden, _COLUMNS):
+        columns = min(_COLUMNS, b.hidden - first)
+        for i in range(len(slots)):
+            at = _bundle(b, slots, i * GROUP)
+            rows, apart = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, b.hidden), 1
+            if b.tiled:
+                block_bytes, apart = row_stride(b.down_kind, b.hidden) // (b.hidden // BLOCK), GROUP
+                rows = Rows(b.down_kind, at + GROUP * b.down_offset, block_bytes, b.hidden)
+            out = scratch_at + i * GROUP * columns * 4
+            gather_columns(rows, GROUP, at + b.tail_offset, out, first, columns, apart)
+        sums = Panels(sums_at + first * LANES * 8, b.hidden * LANES * 8, factors.panels)
+        add_columns(Columns(b.down_kind, scratch_at, len(slots), columns), factors, sums)
+
+
+@kernel
+def _add_bytes(b: Bundles, slots: Ints, factors: Factors, blocks_at: int, sums_at: int, scratch_at: int) -> None:
+    """Add the down rows of `slots` times their factors, which are at `blocks_at` for Q4C, as bytes."""
+    panels = factors.panels
+    for block in range(b.hidden // BLOCK):
+        for i in range(len(slots)):
+            at, columns_at = _bundle(b, slots, i * GROUP), scratch_at + i * COLUMNS_BYTES
+            rows_at, stride = at + (GROUP if b.tiled else 1) * b.down_offset, 0 if b.tiled else b.bundle_bytes
+            arrange_columns(DownRows(b.down_kind, rows_at, stride, at + b.tail_offset, b.hidden), block, columns_at)
+            if b.down_kind != _Q4C:
+                own = factors.at + i * panels * GROUP * LANES * 4
+                quantise_factors(b.down_kind, own, columns_at, panels, blocks_at + i * panels * PANEL_BLOCK)
+        sums = Panels(sums_at + block * BLOCK * LANES * 8, b.hidden * LANES * 8, panels)
+        add_down_bytes(b.down_kind, scratch_at, blocks_at, len(slots), sums)
 
 
 @kernel
@@ -358,32 +400,23 @@ def dense_groups(
     """
     hidden, scratch_at = b.hidden, vectors.scratch
     size = 4 * panels * GROUP * LANES
-    gate_at = scratch_at + 4 * max(TILE * hidden, GROUP * _COLUMNS)
+    gate_at = scratch_at + 4 * max(TILE * hidden, _BATCH * GROUP * _COLUMNS)
     up_at = gate_at + size
     input_at = up_at + size
-    factors_at = input_at + 2 * panels * LANES * hidden
-    x_at = pack_panels(b.gate_kind, vectors.x, input_at, hidden, panels)
+    blocks_at = input_at + 2 * panels * LANES * hidden
+    factors_at = blocks_at + min(_BATCH, high - low) * panels * PANEL_BLOCK
+    x_at = pack_tokens(b.gate_kind, vectors.x, input_at, hidden, panels)
     for start in range(low, high, _BATCH):
-        groups = min(_BATCH, high - start)
-        for i in range(groups):
-            group_at = _bundle(b, slots, (start + i) * GROUP)
+        batch = slots[start : min(start + _BATCH, high)]
+        for i in range(len(batch)):
+            group_at = _bundle(b, batch, i * GROUP)
             _gates_and_ups(b, group_at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
             activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
             _scale_tokens(gate_at, vectors.inverse, panels)
-            _keep(b.down_kind, gate_at, factors_at + i * size, panels)
-        for first in range(0, hidden, _COLUMNS):
-            columns = min(_COLUMNS, hidden - first)
-            sums = Panels(vectors.sums + first * LANES * 8, hidden * LANES * 8, panels)
-            for i in range(groups):
-                at = _bundle(b, slots, (start + i) * GROUP)
-                tail_at = at + b.tail_offset
-                if b.tiled:
-                    tile_at = at + GROUP * b.down_offset
-                    gather_down_tile(b.down_kind, tile_at, tail_at, hidden, scratch_at, first, columns)
-                else:
-                    rows = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, hidden)
-                    gather_columns(rows, GROUP, tail_at, scratch_at, first, columns)
-                left = Gathered(b.down_kind, scratch_at, GROUP, columns)
-                multiply_columns(left, factors_at + i * size, GROUP, sums, SUM)
+            _keep(b.down_kind, gate_at, panels, factors_at + i * size, blocks_at + i * panels * PANEL_BLOCK)
+        if down_in_bytes(b.down_kind):
+            _add_bytes(b, batch, Factors(factors_at, panels), blocks_at, vectors.sums, scratch_at)
+        else:
+            _add_widened(b, batch, Factors(factors_at, panels), vectors.sums, scratch_at)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
-from warmfront.shared.kernels.gemm import Panels, Rows, pack_panels
+from warmfront.shared.kernels.gemm import Rows
 from warmfront.shared.kernels.tiles import (
     TILE,
     in_tiles,
     interleave,
     multiply_tile,
-    multiply_tile_rows,
     widen_tiled_row,
 )
 from warmfront.shared.machine.memory import address
@@ -84,21 +83,6 @@ def test_infinities_and_nan_reach_every_row(tiles: Tiles) -> None:
         x = np.ones(tiles.rows.cols, np.float32)
         x[-1] = number
         assert not np.isfinite(tiles.times(x)).any()
-
-
-@pytest.mark.parametrize("tokens", [2, 4])
-@pytest.mark.parametrize(("low", "high"), [(0, ROWS), (8, 40), (16, 24), (24, 24)])
-def test_panels(tiles: Tiles, tokens: int, low: int, high: int) -> None:
-    kind, cols = tiles.rows.kind, tiles.rows.cols
-    x = np.random.default_rng(4).standard_normal((tokens, cols, 16)).astype(np.float32)
-    packed, scratch = np.zeros(x.nbytes, np.uint8), np.zeros(TILE * cols, np.float32)
-    y = np.full((tokens, ROWS, 16), np.nan, np.float32)
-    x_at = pack_panels(kind, address(x), address(packed), cols, tokens)
-    multiply_tile_rows(tiles.rows, low, high, x_at, Panels(address(y), ROWS * 64, tokens), address(scratch))
-    expected = np.einsum("rk,pkl->prl", tiles.values, x.astype(np.float64))[:, low:high]
-    np.testing.assert_allclose(y[:, low:high], expected, rtol=0, atol=1e-2 * np.abs(expected).max(initial=0))
-    assert np.isnan(y[:, :low]).all()
-    assert np.isnan(y[:, high:]).all()
 
 
 def test_a_row_by_itself(tiles: Tiles) -> None:

@@ -1,0 +1,1 @@
+"""Rows times several tokens. Knows no board and no owner."""

@@ -1,0 +1,117 @@
+"""Down rows of prefill: those of several groups times their neurons' factors, added to exact sums.
+
+A group's part of a column is a float32 sum in registers, rounded once for each token (`exact_sums.py`). That costs as
+much as half of the products: two conversions, additions, loads and stores for 32 neurons. So one group follows the
+other while 8 columns of 48 tokens stay where they are: 6 KB of sums, in the first cache.
+"""
+
+from typing import Any, NamedTuple
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.exact_sums import add_to_sums
+from warmfront.shared.kernels.gemm import PANELS, ROWS, Panels, accumulate, in_pairs, multiplies_bfloat
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.simd import FLOAT, I32, I64, load, long, splat, vector
+from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import LANES
+
+__all__ = ["Columns", "Factors", "add_columns"]
+
+
+class Columns(NamedTuple):
+    """Columns of the down rows of groups, as `gather_columns` widens them; a group takes 32 * columns * 4 bytes."""
+
+    # Weight type of the rows.
+    kind: int
+    at: int
+    groups: int
+    # A multiple of 8.
+    columns: int
+
+
+class Factors(NamedTuple):
+    """What the groups' neurons are multiplied with: [32, 16] for each panel, packed; 32 * 64 * panels bytes a group."""
+
+    at: int
+    panels: int
+
+
+def _make_product(panels: int, pairs: bool) -> Any:
+    @intrinsic
+    def product(context, left, x, y, groups):
+        """Group after group: y[p][c][:] += sum over rows k of left[k][c] * x[p][k][:], rounded, for 8 columns c."""
+
+        def build(context, b, _signature, arguments):
+            if pairs and not multiplies_bfloat(context):
+                return context.get_dummy_value()
+            left, x, y = (cgutils.unpack_tuple(b, each, size) for each, size in zip(arguments, (3, 3, 2), strict=False))
+            sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
+            element, terms = (I32, GROUP // 2) if pairs else (FLOAT, GROUP)
+            with cgutils.for_range(b, arguments[3], intp=I64) as group:
+                weights = b.add(left[0], b.mul(group.index, left[1]))
+                factors = b.add(x[0], b.mul(group.index, x[1]))
+                for cell in (cell for row in sums for cell in row):
+                    b.store(simd.constants(0.0), cell)
+                with cgutils.for_range(b, long(terms), intp=I64) as loop:
+                    at, k = b.mul(loop.index, long(64)), b.mul(loop.index, left[2])
+                    tokens = [load(b, factors, b.add(b.mul(x[2], long(p)), at), vector(element)) for p in range(panels)]
+                    for r in range(ROWS):
+                        weight = splat(b, load(b, weights, b.add(k, long(4 * r)), element))
+                        for p in range(panels):
+                            b.store(accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
+                for r in range(ROWS):
+                    for p in range(panels):
+                        place = b.add(b.mul(y[1], long(p)), long(128 * r))
+                        add_to_sums(context, b, y[0], place, b.load(sums[r][p]))
+            return context.get_dummy_value()
+
+        return types.void(left, x, y, types.int64), build
+
+    return product
+
+
+_singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
+_pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
+
+
+# A kernel of its own, or LLVM would unroll the loops that call it.
+@kernel
+def _add(
+    pairs: bool, left: tuple[int, int, int], x: tuple[int, int, int], y: tuple[int, int], groups: int, panels: int
+) -> None:
+    if pairs:
+        if panels == PANELS:
+            _pairs_3(left, x, y, groups)
+        elif panels == 2:
+            _pairs_2(left, x, y, groups)
+        else:
+            _pairs_1(left, x, y, groups)
+    elif panels == PANELS:
+        _singles_3(left, x, y, groups)
+    elif panels == 2:
+        _singles_2(left, x, y, groups)
+    else:
+        _singles_1(left, x, y, groups)
+
+
+@kernel
+def add_columns(left: Columns, x: Factors, y: Panels) -> None:
+    """Add to the int64 sums y[p][column][lane] what the groups' neurons make of the columns, in units of the tokens."""
+    pairs = in_pairs(left.kind)
+    row_bytes = left.columns * 4
+    # Two rows to a word.
+    per_word = 2 if pairs else 1
+    x_step = GROUP // per_word * LANES * 4
+    panel = 0
+    while panel < x.panels:
+        count = min(x.panels - panel, PANELS)
+        factors = (x.at + panel * x_step, GROUP * LANES * 4 * x.panels, x_step)
+        for column in range(0, left.columns, ROWS):
+            eight = (left.at + column * 4, GROUP * row_bytes, row_bytes)
+            sums = (y.at + panel * y.step + column * LANES * 8, y.step)
+            _add(pairs, eight, factors, sums, left.groups, count)
+        panel += count
