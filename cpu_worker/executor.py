@@ -13,19 +13,12 @@ from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
 from warmfront.shared.kernels.byte_dot import quantise_input
-from warmfront.shared.kernels.feed_forward.ffn import (
-    Bundles,
-    Vectors,
-    dense_groups,
-    listed_neurons,
-    open_gates,
-    open_neurons,
-    open_ups,
-    whole_groups,
-)
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
+from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons, open_ups, whole_groups
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import LANES

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.feed_forward.ffn import bundles_at, scratch_bytes, tile_group
+from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
 from warmfront.shared.kernels.jit import compile_for
+from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.machine.process import pin, take_short_turns

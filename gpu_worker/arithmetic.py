@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.byte_dot import quantise_input
-from warmfront.shared.kernels.feed_forward.ffn import Bundles, Vectors, dense_groups, listed_neurons, whole_groups
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
+from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, whole_groups
 from warmfront.shared.kernels.feed_forward.neuron_lists import list_masked
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.model.bundle import GROUP
 
 __all__ = ["HostWorkspace", "Tokens", "add_masked", "add_whole"]

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.feed_forward.ffn import bundles_at, scratch_bytes, tile_group
+from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
 from warmfront.shared.kernels.jit import compile_for
+from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
 from warmfront.shared.machine.memory import address, anonymous
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.architecture import FeedForward

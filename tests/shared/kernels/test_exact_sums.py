@@ -20,8 +20,10 @@ from tests.shared.kernels.feed_forward.test_ffn import (
     slots_of,
 )
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums, round_to_sums
-from warmfront.shared.kernels.feed_forward.ffn import bundles_at, dense_groups, listed_neurons, open_gates, open_neurons
+from warmfront.shared.kernels.feed_forward.bundles import bundles_at
+from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
+from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.model.formats import Kind
 
 PARTITIONS = 20

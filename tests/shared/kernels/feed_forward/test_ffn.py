@@ -10,18 +10,10 @@ import pytest
 from tests.activations import NAMES, SPARSE, THRESHOLD, described, factors, firing
 from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
 from warmfront.shared.kernels.exact_sums import inverse_unit
-from warmfront.shared.kernels.feed_forward.ffn import (
-    Bundles,
-    Vectors,
-    bundles_at,
-    dense_groups,
-    listed_neurons,
-    open_gates,
-    open_neurons,
-    open_ups,
-    scratch_bytes,
-)
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundles_at
+from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons, open_ups
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
+from warmfront.shared.kernels.prefill.dense_groups import dense_groups, scratch_bytes
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack

@@ -20,8 +20,10 @@ from tests.shared.kernels.feed_forward.test_ffn import (
     inputs,
     slots_of,
 )
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, bundles_at, tile_group
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles
-from warmfront.shared.kernels.feed_forward.ffn import Bundles, bundles_at, dense_groups, tile_group, whole_groups
+from warmfront.shared.kernels.feed_forward.ffn import whole_groups
+from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind
 

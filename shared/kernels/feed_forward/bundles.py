@@ -1,0 +1,101 @@
+"""Slots of groups in memory, how they are read and used, and the vectors that a job reads and writes."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray
+
+from warmfront.shared.kernels.activation import Activation, activation_of
+from warmfront.shared.kernels.atomics import bytes_at
+from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles, interleave_down
+from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.tiles import in_tiles, interleave
+from warmfront.shared.model.architecture import FeedForward
+from warmfront.shared.model.bundle import GROUP, BundleLayout
+
+__all__ = ["Bundles", "Vectors", "bundle_at", "bundles_at", "tile_group"]
+
+Ints = npt.NDArray[np.int32]
+
+
+class Bundles(NamedTuple):
+    """Slots of groups in memory, and how to read and use them."""
+
+    # Address of [slots, group_bytes].
+    at: int
+    # As in `BundleLayout`.
+    bundle_bytes: int
+    group_bytes: int
+    tail_offset: int
+    up_offset: int
+    down_offset: int
+    gate_kind: int
+    down_kind: int
+    hidden: int
+    activation: Activation
+    # Whether the groups are in tiles: see `tile_group`.
+    tiled: bool
+
+
+class Vectors(NamedTuple):
+    """Addresses of what a job reads and of what one thread writes."""
+
+    # float32 [hidden] for one token, [panels, hidden, 16] for several.
+    x: int
+    # One token only: what `quantise_input` made of it.
+    quantised: int
+    # float32 [tokens]: 1 / unit of each token's sums.
+    inverse: int
+    # int64, laid out as x: the outputs are added here, in units.
+    sums: int
+    # [scratch_bytes(...)].
+    scratch: int
+
+
+def bundles_at(at: int, layout: BundleLayout, feed_forward: FeedForward, whole: bool = False) -> Bundles:
+    """Describe slots at address `at`.
+
+    `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them.
+    """
+    return Bundles(
+        at=at,
+        bundle_bytes=layout.bundle_bytes,
+        group_bytes=layout.group_bytes,
+        tail_offset=layout.tail_offset,
+        up_offset=layout.up_offset,
+        down_offset=layout.down_offset,
+        gate_kind=int(layout.gate_kind),
+        down_kind=int(layout.down_kind),
+        hidden=layout.hidden,
+        activation=activation_of(feed_forward),
+        tiled=whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind)),
+    )
+
+
+@kernel
+def bundle_at(b: Bundles, slots: Ints, neuron: int) -> Any:
+    """Where neuron `neuron` of a list of slots lies."""
+    return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
+
+
+@kernel
+def tile_group(b: Bundles, at: int) -> None:
+    """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail.
+
+    Gate and up rows of floats stay rows, one behind the other.
+    """
+    kept = np.empty(b.tail_offset, np.uint8)
+    group = carray(bytes_at(at), (b.tail_offset,))
+    kept[:] = group
+    for part in range(2):
+        rows_at = at + part * GROUP * b.up_offset
+        for neuron in range(GROUP):
+            source = kept[neuron * b.bundle_bytes + part * b.up_offset :]
+            row = carray(bytes_at(rows_at + neuron * b.up_offset), (b.up_offset,))
+            for i in range(b.up_offset):
+                row[i] = source[i]
+        if in_tiles(b.gate_kind):
+            interleave(b.gate_kind, rows_at, GROUP, b.hidden)
+    down_at = at + GROUP * b.down_offset
+    interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)
