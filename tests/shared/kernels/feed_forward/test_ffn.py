@@ -349,11 +349,11 @@ def test_dense_groups_note_which_tokens_fire_which_neurons(gate: Kind, down: Kin
         several = Panels(slots, x, 0, activation)
         ids = np.random.default_rng(tokens).permutation(groups)[: len(order)].astype(np.int32)
         low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
-        firing = np.full((groups, 32, several.count), 0xAAAA, np.uint16)
-        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.count, ids, firing)
+        noted = np.full((groups, 32, several.count), 0xAAAA, np.uint16)
+        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.count, ids, noted)
         for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
             exact, ups = slots.gates_and_ups(np.arange(32 * slot, 32 * slot + 32), x)
-            bits = np.unpackbits(firing[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
+            bits = np.unpackbits(noted[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
             # bfloat16 products leave a gate, or an up, at the border to chance.
             slack = (1e-5 if gate == Kind.F32 else BFLOAT) * np.abs(exact).max()
             clear = (np.abs(exact - (THRESHOLD if ":" in activation else 0)) > slack) & (np.abs(ups) > slack)
@@ -361,7 +361,7 @@ def test_dense_groups_note_which_tokens_fire_which_neurons(gate: Kind, down: Kin
             assert not bits[:, tokens:].any(), "tokens that are not there fire nothing"
             told += int(clear.sum())
         others = np.setdiff1d(np.arange(groups), ids[low:high])
-        assert (firing[others] == 0xAAAA).all()
+        assert (noted[others] == 0xAAAA).all()
     assert told > 0.9 * 32 * (2 * 5 + 16 * 3 + 37 + 70 * 2)
 
 
