@@ -71,19 +71,21 @@ def _scale_tokens(at: int, inverse_at: int, panels: int) -> None:
 
 
 @kernel
-def _keep(kind: int, at: int, panels: int, out: int, blocks: int) -> None:
+def _keep(kind: int, at: int, inverse: int, panels: int, out: int, blocks: int) -> None:
     """Keep a group's factors [panels, 32, 16] for its down rows: at `out`, of Q4C as bytes at `blocks`."""
-    if in_pairs(kind) and not down_in_bytes(kind):
-        pack_panels(kind, at, out, GROUP, panels)
-    elif kind == _Q4C and down_in_bytes(kind):
+    if not down_in_bytes(kind):
+        _scale_tokens(at, inverse, panels)
+        if in_pairs(kind):
+            pack_panels(kind, at, out, GROUP, panels)
+            return
+    elif kind == _Q4C:
         ones = np.ones(GROUP, np.float32)
-        quantise_factors(kind, at, address_of(ones), panels, blocks)
-        ones[0] = 1
-    else:
-        values = carray(floats_at(at), (panels * GROUP * LANES,))
-        kept = carray(floats_at(out), (panels * GROUP * LANES,))
-        for i in range(len(values)):
-            kept[i] = values[i]
+        quantise_factors(kind, at, inverse, address_of(ones), panels, blocks)
+        ones[0] = 1  # An address alone does not keep an array's memory.
+        return
+    values, kept = carray(floats_at(at), (panels * GROUP * LANES,)), carray(floats_at(out), (panels * GROUP * LANES,))
+    for i in range(len(values)):
+        kept[i] = values[i]
 
 
 @kernel
@@ -117,9 +119,9 @@ def _add_widened(b: Bundles, slots: Ints, factors: Factors, sums_at: int, scratc
 
 
 @kernel
-def _add_bytes(b: Bundles, slots: Ints, factors: Factors, blocks_at: int, sums_at: int, scratch_at: int) -> None:
+def _add_bytes(b: Bundles, slots: Ints, factors: Factors, blocks_at: int, vectors: Vectors) -> None:
     """Add the down rows of `slots` times their factors, which are at `blocks_at` for Q4C, as bytes."""
-    panels = factors.panels
+    panels, scratch_at = factors.panels, vectors.scratch
     for block in range(b.hidden // BLOCK):
         for i in range(len(slots)):
             at, columns_at = bundle_at(b, slots, i * GROUP), scratch_at + i * COLUMNS_BYTES
@@ -127,8 +129,9 @@ def _add_bytes(b: Bundles, slots: Ints, factors: Factors, blocks_at: int, sums_a
             arrange_columns(DownRows(b.down_kind, rows_at, stride, at + b.tail_offset, b.hidden), block, columns_at)
             if b.down_kind != _Q4C:
                 own = factors.at + i * panels * GROUP * LANES * 4
-                quantise_factors(b.down_kind, own, columns_at, panels, blocks_at + i * panels * PANEL_BLOCK)
-        sums = Panels(sums_at + block * BLOCK * LANES * 8, b.hidden * LANES * 8, panels)
+                blocks = blocks_at + i * panels * PANEL_BLOCK
+                quantise_factors(b.down_kind, own, vectors.inverse, columns_at, panels, blocks)
+        sums = Panels(vectors.sums + block * BLOCK * LANES * 8, b.hidden * LANES * 8, panels)
         add_down_bytes(b.down_kind, scratch_at, blocks_at, len(slots), sums)
 
 
@@ -157,9 +160,9 @@ def dense_groups(
             activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
-            _scale_tokens(gate_at, vectors.inverse, panels)
-            _keep(b.down_kind, gate_at, panels, factors_at + i * size, blocks_at + i * panels * PANEL_BLOCK)
+            own = blocks_at + i * panels * PANEL_BLOCK
+            _keep(b.down_kind, gate_at, vectors.inverse, panels, factors_at + i * size, own)
         if down_in_bytes(b.down_kind):
-            _add_bytes(b, batch, Factors(factors_at, panels), blocks_at, vectors.sums, scratch_at)
+            _add_bytes(b, batch, Factors(factors_at, panels), blocks_at, vectors)
         else:
             _add_widened(b, batch, Factors(factors_at, panels), vectors.sums, scratch_at)

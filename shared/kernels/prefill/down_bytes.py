@@ -157,11 +157,12 @@ def arrange_columns(rows: DownRows, block: int, out: int) -> None:
 
 
 @intrinsic
-def _quantise(context, x, scales, minima, zero, out):
-    """A panel's factors [32, 16] times the neurons' scales as a block; minima: 0 if there are none."""
+def _quantise(context, x, inverse, scales, zero, out):
+    """A panel's factors [32, 16] times the neurons' scales as a block; scales: address, that of minima or 0."""
 
     def build(context, b, _signature, arguments):
-        x, scales, minima, zero, out = arguments
+        x, inverse, scales, zero, out = arguments
+        scales, minima = cgutils.unpack_tuple(b, scales, 2)
         if not multiplies_bytes(context):
             return context.get_dummy_value()
 
@@ -176,24 +177,28 @@ def _quantise(context, x, scales, minima, zero, out):
         with b.if_then(b.icmp_signed("!=", minima, long(0))):
             for k in range(GROUP):
                 b.store(call(b, "llvm.fma.v16f32", V16, *product(k, minima), b.load(offsets)), offsets)
-        store_block(b, out, numbers, b.load(offsets))
+        # The inverse of a token's unit is a power of two, or NaN: here it is the same as in each of the factors.
+        per_unit = load(b, inverse, long(0), V16)
+        scale, offset = (b.fmul(each, per_unit, flags=STRICT) for each in (numbers.scale, b.load(offsets)))
+        store_block(b, out, numbers._replace(scale=scale), offset)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3, types.float32, types.int64), build
+    return types.void(types.int64, types.int64, scales, types.float32, types.int64), build
 
 
 @kernel
-def quantise_factors(kind: int, factors: int, columns: int, panels: int, out: int) -> None:
+def quantise_factors(kind: int, factors: int, inverse: int, columns: int, panels: int, out: int) -> None:
     """Quantise a group's factors, float32 [panels, 32, 16], for 32 columns at `columns`, into blocks [panels].
 
-    Of Q4C for all columns; `columns` are then 32 scales that are 1.
+    Of Q4C for all columns; `columns` are then 32 scales that are 1. `inverse`: of the tokens' units, [panels, 16].
     """
     # The number that counts as zero; of Q4C it is the column's, and the sum of the factors is kept to be multiplied.
     zero = np.float32(128 if kind == _Q8 else -1 if kind == _Q4C else 8)
     scales = columns if kind == _Q4C else columns + _NUMBERS
     for panel in range(panels):
         minima = scales + 4 * BLOCK if kind == _Q4 else 0
-        _quantise(factors + panel * GROUP * LANES * 4, scales, minima, zero, out + panel * PANEL_BLOCK)
+        x, unit = factors + panel * GROUP * LANES * 4, inverse + panel * LANES * 4
+        _quantise(x, unit, (scales, minima), zero, out + panel * PANEL_BLOCK)
 
 
 def _make_product(panels: int, by_column: bool) -> Any:
