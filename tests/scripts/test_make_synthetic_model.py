@@ -291,7 +291,7 @@ def test_warmfront_reads_it(make: Make) -> None:
     )
     assert hf.names() >= gguf_file.names()
     assert hf.tokenizer is not None
-    assert (hf.tokenizer.eos_id, hf.tokenizer.add_bos) == (2, False)
+    assert (hf.tokenizer.eos_ids, hf.tokenizer.add_bos) == ((2,), False)
 
 
 @pytest.mark.parametrize(
