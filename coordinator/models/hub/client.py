@@ -94,18 +94,27 @@ def _fetch(url: str, headers: dict[str, str], blob: Path, size: int | None, coun
         return
     partial = blob.with_name(f"{blob.name}.incomplete")
     while True:
-        with _Counted(partial, count) as file:
-            begun = file.seek(0, os.SEEK_END)
-            if size is None or begun > size:
-                begun = file.truncate(file.seek(0))
-            count(begun)
-            http_get(url, file, resume_size=begun, headers=headers, expected_size=size, tqdm_class=_NoBar)
-            file.flush()
-            os.fsync(file.fileno())  # a blob that has its name is complete, even after a power cut
+        begun = _size(partial)
+        try:
+            with _Counted(partial, count) as file:
+                if size is None or begun > size:
+                    begun = file.truncate(0)
+                count(file.seek(begun))
+                http_get(url, file, resume_size=begun, headers=headers, expected_size=size, tqdm_class=_NoBar)
+                file.flush()
+                os.fsync(file.fileno())  # a blob that has its name is complete, even after a power cut
+        except errors.HTTPError as error:
+            if isinstance(error, errors.HfHubHTTPError) or _size(partial) <= begun:
+                raise
+            continue  # a connection that broke, but brought something
         if not begun or _is(partial, blob.name):
             partial.replace(blob)
             return
         partial.unlink()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class _NoBar(huggingface_hub.utils.tqdm):  # type: ignore[misc]

@@ -50,7 +50,7 @@ def find(name: HubName, say: Say, progress: Progress) -> Path:
     except UnreachableError:
         if found is None:
             raise
-        say(f"{name} has no tokenizer in the cache, and the hub cannot be asked for it: used without")
+        say(f"{name} may lack some of its tokenizer here, and the hub cannot be asked for it: used as it is")
         return found.path
 
 

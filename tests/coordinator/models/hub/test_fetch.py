@@ -198,7 +198,8 @@ def test_offline_with_a_copy(repository: FakeHub, seen: Seen, monkeypatch: pytes
     (path / "tokenizer_config.json").unlink()
     seen.lines.clear()
     assert seen.find(NAME) == path
-    assert seen.lines == ["org/name has no tokenizer in the cache, and the hub cannot be asked for it: used without"]
+    (line,) = seen.lines
+    assert line.startswith("org/name may lack some of its tokenizer here, and the hub cannot be asked")
     shard = sorted(path.glob("*-00001-of-*"))[0]
     shard.unlink()
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
