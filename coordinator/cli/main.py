@@ -1,4 +1,5 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `cache`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `pull`,
+`models`, `cache`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. The exit code is 2 for a wrong request,
 1 for a failure at run time, 130 after Ctrl-C; an error is one line. Here are the declarations; what a command does is
@@ -207,8 +208,32 @@ def info(model: str, dtype: str, activation: str, as_json: bool) -> None:
 
     from warmfront.coordinator.cli.info import describe, render
 
-    facts = describe(model, config, say)
+    with Bars() as bars:
+        facts = describe(model, config, say, bars.show)
     click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Fetch the newest version of NAME from the Hugging Face hub: ORG/NAME, ORG/NAME:FILE.gguf or ORG/NAME:Q4_K_M."""
+    with hold_interrupts():
+        from warmfront.coordinator.cli.models import pull
+
+    with Bars() as bars:
+        line = pull(name, say, bars.show)
+    click.echo(line)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def models(as_json: bool) -> None:
+    """List the models on this disk that have a name: in the hub's cache, in warmfront's, and what is packed."""
+    with hold_interrupts():
+        from warmfront.coordinator.cli.models import describe, render
+
+    facts = describe()
+    click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
 @cli.command()

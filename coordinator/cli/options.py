@@ -176,7 +176,7 @@ engine_options = _together(
         type=click.Path(),
         default="smollm2-135m",
         show_default=True,
-        help="GGUF file or Hugging Face folder.",
+        help="GGUF file, Hugging Face folder, or a name of the hub: ORG/NAME, ORG/NAME:Q4_K_M.",
     ),
     selector_option,
     run_options,

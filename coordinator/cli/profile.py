@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from warmfront.coordinator.engine.load import open_for_profiling, opened
-from warmfront.coordinator.models.default_model import find_model
+from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
@@ -61,9 +61,8 @@ def _profile(
     progress: Progress,
     counted: Progress,
 ) -> dict[str, Any]:
-    path = ensure_packed(
-        find_model(model, say), config.dtype, say, lambda done, total: progress("packing", done, total)
-    )
+    found = find_model(model, say, progress)
+    path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
     with opened(path, config) as packed:
         ids = _encoded(packed, texts, tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))

@@ -44,8 +44,10 @@ class Bars:
         self._start: tuple[float, int] | None = None
 
     def show(self, what: str, done: int, total: int) -> None:
-        """Draw `done` of `total` bytes of `what`."""
+        """Draw `done` of `total` bytes of `what`; nothing is left of a bar that is full."""
         self._draw(what, done, total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        if done >= total:
+            self.close()
 
     def count(self, what: str, done: int, total: int) -> None:
         """Draw `done` of `total` tokens of `what`, and the rate since the first call."""

@@ -61,7 +61,7 @@ class Engine:
         progress: Callable[[str, int, int], None] = _no_progress,
         **overrides: Any,
     ) -> Self:
-        """Load `model` (a GGUF file, a Hugging Face folder or "smollm2-135m") and start its workers.
+        """Load `model` (a GGUF file, a Hugging Face folder, a name of the hub or "smollm2-135m") and start its workers.
 
         `overrides` are the fields of `EngineConfig`. `say` gets a line for each thing worth knowing, `progress` (what,
         bytes done, bytes in all). Raises a WarmfrontError; then nothing is left running.

@@ -12,7 +12,7 @@ import numpy as np
 
 from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices
 from warmfront.coordinator.engine.session import Session
-from warmfront.coordinator.models.default_model import find_model
+from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
 from warmfront.coordinator.profile.counts import Profile
@@ -31,7 +31,7 @@ _OWN_TEXTS, _OWN_TOKENS = 4, 48
 
 
 def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Session:
-    """A session on the model `name` (a GGUF file, a Hugging Face folder or a known name), ready for a user's texts.
+    """A session on the model `name` (as `find_model` takes it), ready for a user's texts.
 
     Raises a WarmfrontError; then nothing is left running.
     """
@@ -40,7 +40,7 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
 
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
-    path = ensure_packed(find_model(name, say), config.dtype, say, partial(progress, "packing"))
+    path = ensure_packed(find_model(name, say, progress), config.dtype, say, partial(progress, "packing"))
     model = opened(path, config)
     try:
         plan = resolve(config, devices, model, say)

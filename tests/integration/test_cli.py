@@ -50,7 +50,7 @@ def test_help_comes_at_once(args: list[str]) -> None:
 
 def test_help_names_what_there_is() -> None:
     outcome = run("--help")
-    for command in ("generate", "chat", "info"):
+    for command in ("generate", "chat", "info", "pull", "models"):
         assert f"\n  {command} " in outcome.out
     options = run("generate", "--help").out
     for option in (*DTYPES, "--workers", "--vram-budget", "--ctx", "--seed", "--stop", "--prompt-ids", "--json"):

@@ -148,6 +148,7 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
     write_config(tmp_path / "broken", "{")
     write_config(tmp_path / "gemma", '{"model_type": "gemma2"}')
     write_config(tmp_path / "bare", '{"model_type": "llama"}')
+    (tmp_path / "bare" / "model.safetensors").touch()
     tiny_gguf("qwen.gguf", architecture="qwen2")
     tiny_gguf("part.gguf", without=["blk.0.ffn_up.weight"])
     for name, words in {

@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType as Type
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 
-__all__ = ["GgufFile", "is_gguf"]
+__all__ = ["OTHER_FILE", "GgufFile", "is_gguf"]
 
 POWERINFER = b"PWRI"
 MAGICS = (b"GGUF", POWERINFER)
@@ -36,6 +36,8 @@ LENGTH = struct.Struct("<Q")
 # Bytes before the data; the largest vocabularies take 20 MB.
 MAX_HEAD_BYTES = 1 << 26
 MAX_DIMENSIONS = 4
+# What to do about weights of a type that cannot be read.
+OTHER_FILE = "choose a file that is quantised in another way, such as Q4_K_M"
 
 
 def is_gguf(path: Path) -> bool:
@@ -118,7 +120,8 @@ class GgufFile:
             raise ValueError(f"tensor {name} has {count} dimensions")
         *sizes, kind, offset = self._unpack(f"{count}QIQ")
         if kind not in gguf.GGML_QUANT_SIZES:
-            raise ValueError(f"tensor {name} has the unknown type {kind}")
+            what = f"weights of the unknown type {kind}, as forks of llama.cpp have"
+            raise ModelError(f"{self.path}: tensor {name} has {what}; {OTHER_FILE}")
         return name, Type(kind), tuple(reversed(sizes)), offset
 
     def _place(self, table: list[tuple[str, Type, tuple[int, ...], int]]) -> None:

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of, supported
+from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
 from warmfront.coordinator.models.gguf.config import Found
-from warmfront.coordinator.models.gguf.file import GgufFile
+from warmfront.coordinator.models.gguf.file import OTHER_FILE, GgufFile
+from warmfront.coordinator.models.gguf.refusals import checked_architecture
 from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.rope import Doubles
 from warmfront.coordinator.models.source import IGNORE_OVERFLOW, Order, SourceTensor
@@ -50,9 +51,7 @@ class GgufSource:
         self.notes: list[str] = []
         file = GgufFile(path)
         fields = Fields(path, file.fields)
-        architecture = fields.text("general.architecture")
-        if architecture not in FAMILIES:
-            raise ModelError(f"{path}: architecture '{architecture}' is not supported; {supported()}")
+        architecture = checked_architecture(path, fields)
         self._family = FAMILIES[architecture]
         if fields.count("split.count", 1, low=0) > 1:
             raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
@@ -134,7 +133,9 @@ class GgufSource:
                 f"{self.path}: tensor {tensor.name} has shape {tensor.shape} instead of {whole}; the file is damaged"
             )
         if kind_of(tensor.type) is None or (len(shape) == 1 and tensor.type not in FLOATS):
-            raise ModelError(f"{self.path}: {tensor.name} has type {tensor.type.name}, which cannot be read")
+            raise ModelError(
+                f"{self.path}: {tensor.name} has type {tensor.type.name}, which cannot be read; {OTHER_FILE}"
+            )
         return tensor if rows == shape[0] else tensor.piece(first, shape[0])
 
     def _tensor(self, name: str, stored: StoredTensor[Type]) -> "GgufTensor":

@@ -8,16 +8,25 @@ from warmfront.coordinator.models.hf.safetensors_file import read_safetensors
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 
-__all__ = ["inside", "read_fields", "read_text", "read_weights"]
+__all__ = ["folder_name", "inside", "read_fields", "read_text", "read_weights"]
 
 # Bytes of a text file; the largest tokenizers have some 30 MB.
 MAX_TEXT_BYTES = 1 << 28
 
 
+def folder_name(folder: Path) -> str:
+    """What the model in a folder is called: by its repository in the hub's cache, whose folders are commits."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        return home.parents[1].name.rpartition("--")[2]
+    return home.name
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file of that name in the folder; raises ModelError if it lies elsewhere or is not a regular file.
 
-    Links must stay in the folder, except those of Hugging Face's cache, from snapshots/REVISION to the blobs beside it.
+    Links must stay in the folder, except those of the hub's cache: from below snapshots/REVISION to the blobs beside
+    it, and to those that all repositories share.
     """
     path = folder / name
     try:
@@ -25,12 +34,21 @@ def inside(folder: Path, name: str) -> Path:
         special = real.exists() and not real.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, not a name
         raise ModelError(f"{path} cannot be a file of the model ({error}); fetch it again") from error
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if Path(name).name != name or real.parent not in homes:
+    if Path(name).name != name or not (real.parent == home or _is_blob(real, home)):
         raise ModelError(f"{path} does not lie in the model's folder; copy it there, with a plain name")
     if special:
         raise ModelError(f"{path} is not a regular file; a model's files must be")
     return path
+
+
+def _is_blob(file: Path, home: Path) -> bool:
+    """Whether a file is the content of one of a snapshot of the hub's cache, in which `home` is a folder."""
+    snapshots = next((place for place in home.parents if place.name == "snapshots"), None)
+    if snapshots is None:
+        return False
+    repository = snapshots.parent
+    shared = file.parent.parent == repository.parent / "blobs" and file.parent.name == file.name[:2]
+    return file.parent == repository / "blobs" or shared
 
 
 def read_text(folder: Path, name: str) -> str | None:
@@ -69,9 +87,7 @@ def read_weights(folder: Path) -> dict[str, StoredTensor[str]]:
         return read_safetensors(inside(folder, "model.safetensors"), advice)[0]
     index = read_fields(folder, "model.safetensors.index.json")
     if index is None:
-        raise ModelError(
-            f"{folder} has no model.safetensors; other weight files are not supported, save it as safetensors"
-        )
+        raise ModelError(f"{folder} has no model.safetensors; fetch it again")
     where = index.section("weight_map")
     files = {where.text(name) for name in where}
     stored: dict[str, StoredTensor[str]] = {}

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.models.families import FAMILIES, HF, Cuts, pair_order, part_of, supported
-from warmfront.coordinator.models.fields import Fields, faults_of
-from warmfront.coordinator.models.hf.folder import inside, read_fields, read_weights
+from warmfront.coordinator.models.families import FAMILIES, HF, Cuts, pair_order, part_of
+from warmfront.coordinator.models.fields import faults_of
+from warmfront.coordinator.models.hf.folder import folder_name, inside, read_weights
+from warmfront.coordinator.models.hf.refusals import checked_config
 from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS, read_safetensors
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.source import Order, SourceTensor
@@ -43,18 +44,10 @@ class HfSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        config = read_fields(folder, "config.json")
-        if config is None:
-            raise ModelError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file")
-        if (folder / "adapter_config.json").exists():
-            raise ModelError(f"{folder} has an adapter, which is not supported; merge it into the model's weights")
-        model_type = config.text("model_type", "")
-        if model_type not in FAMILIES:
-            raise ModelError(f"{folder}: model type '{model_type}' is not supported; {supported()}")
-        _check_unquantised(folder, config)
-        self._family = FAMILIES[model_type]
+        config = checked_config(folder, {file.name for file in folder.iterdir()})
+        self._family = FAMILIES[config.text("model_type")]
         with faults_of(folder):
-            self.spec = self._family.hf(config, folder.resolve().name)
+            self.spec = self._family.hf(config, folder_name(folder))
         stored = self._read()
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
@@ -161,15 +154,6 @@ def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:
     """Whether two matrices of one shape hold the same bytes."""
     starts = range(0, a.shape[0], ROWS_COMPARED)
     return all(np.array_equal(a.rows(i, i + ROWS_COMPARED), b.rows(i, i + ROWS_COMPARED)) for i in starts)
-
-
-def _check_unquantised(folder: Path, config: Fields) -> None:
-    quantised = config.section("quantization_config")
-    if [*quantised]:
-        method = quantised.text("quant_method", "some method")
-        raise ModelError(
-            f"{folder} is quantised by {method}, which is not supported; give the unquantised model or a GGUF"
-        )
 
 
 def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:

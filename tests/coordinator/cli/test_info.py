@@ -30,7 +30,7 @@ def test_predictors(
 ) -> None:
     fields = {"llama.block_count": layers, "powerinfer.sparse_threshold": 0.25}
     path = tiny_gguf(shapes=shapes, without=["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"], fields=fields)
-    facts = describe(str(path), EngineConfig(dtype="q4"), print)
+    facts = describe(str(path), EngineConfig(dtype="q4"), print, print)
     assert facts["predictor"] == {"input": "residual", "activation": "relu", "threshold": 0.25, "rank": rank}
     # Of type Q8: 34 bytes for 32 weights, and ranks are whole blocks.
     padded = [96, 64][:layers]
@@ -40,6 +40,6 @@ def test_predictors(
 
 
 def test_without_predictors(tiny_gguf: Make) -> None:
-    facts = describe(str(tiny_gguf()), EngineConfig(), print)
+    facts = describe(str(tiny_gguf()), EngineConfig(), print, print)
     assert facts["predictor"] is None
     assert "predictor" not in render(facts)

