@@ -70,7 +70,7 @@ def _part(name: str) -> str:
         return "feed-forward"
     if name in ("embed", "head"):
         return "embedding and head"
-    if name.endswith((".fc1", ".fc2")):
+    if name.split(".")[2:3] in (["fc1"], ["fc2"]):
         return "predictor"
     return "attention" if name.split(".")[-1] in ("q", "k", "v", "o") else "rest"
 

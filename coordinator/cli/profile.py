@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from warmfront.coordinator.engine.load import open_for_profiling, opened
+from warmfront.coordinator.engine.load import open_for_profiling, opened, settled
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
@@ -63,6 +63,7 @@ def _profile(
 ) -> dict[str, Any]:
     found = find_model(model, say, progress)
     path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
+    config = settled(path, config, say, progress)
     with opened(path, config) as packed:
         ids = _encoded(packed, texts, tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))

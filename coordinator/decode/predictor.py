@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray
 
 from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
-from warmfront.coordinator.decode.network import FC1, FC2, LOWBIT, Network, State
+from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, Network, State
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_input
@@ -48,7 +48,15 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
     inner, kind = net.ranks[layer], net.kinds[layer, FC1]
     low, high = portion(st.cuts, inner, 8, rank)
     x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, 1, 1)
-    linear(Matrix(kind, net.weights[layer, FC1], 0, inner, net.hidden), low, high, x, address_of(st.inner), inner, 0)
+    linear(
+        Matrix(kind, net.weights[layer, FC1], net.weights[layer, FC1_BIAS], inner, net.hidden),
+        low,
+        high,
+        x,
+        address_of(st.inner),
+        inner,
+        0,
+    )
     if net.rectified:
         for i in range(low, high):
             st.inner[i] = max(st.inner[i], np.float32(0))

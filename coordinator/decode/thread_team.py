@@ -98,6 +98,10 @@ class ThreadTeam:
                         ranks[layer] = files[name].entries[name].shape[0]
         predictor, lowbit = spec.predictor or Predictor(), self._lowbit
         thresholds = np.full((spec.layers, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
+        for layer in range(spec.layers):
+            if (name := f"layers.{layer}.fc2.bias") in at:
+                # logit + bias > threshold
+                thresholds[layer] -= self._model.floats(name)
         if lowbit is not None:
             kinds[:, LOWBIT] = lowbit.bits
             thresholds = lowbit.thresholds

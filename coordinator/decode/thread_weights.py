@@ -33,7 +33,7 @@ class ThreadWeights:
     ) -> None:
         """All tensors but bundles and unused predictors; pages are bound by the present `cuts` (see `RowSplit`)."""
         self._spec, self._cuts, self._threads = model.spec, cuts.copy(), len(cuts) - 1
-        idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
+        idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
         apart = ("tokenizer", "profile", "places", "largest")
         # The file that each tensor is read from.
         self.files = {n: model for n in model.entries if not n.endswith(idle) and n not in apart}

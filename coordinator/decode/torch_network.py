@@ -49,6 +49,8 @@ class _Layer(NamedTuple):
     ffn_post_norm: _Norm
     fc1: Tensor | None
     fc2: Tensor | None
+    fc1_bias: Tensor | None
+    fc2_bias: Tensor | None
 
 
 def _dtype(kind: Kind | None) -> torch.dtype:
@@ -56,7 +58,7 @@ def _dtype(kind: Kind | None) -> torch.dtype:
 
 
 def _tensors(model: PackedModel, selector: str) -> list[str]:
-    idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2")
+    idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
     apart = ("tokenizer", "profile", "places", "largest")
     return [name for name in model.entries if not name.endswith(idle) and name not in apart]
 
@@ -146,6 +148,8 @@ class TorchNetwork:
             ffn_post_norm=_norm(have, f"{prefix}ffn_post_norm"),
             fc1=have.get(f"{prefix}fc1"),
             fc2=have.get(f"{prefix}fc2"),
+            fc1_bias=have.get(f"{prefix}fc1.bias"),
+            fc2_bias=have.get(f"{prefix}fc2.bias"),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -190,13 +194,14 @@ class TorchNetwork:
 
     def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
         """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each."""
-        fc1, fc2 = self._layers[layer].fc1, self._layers[layer].fc2
+        weights = self._layers[layer]
+        fc1, fc2 = weights.fc1, weights.fc2
         assert fc1 is not None
         assert fc2 is not None
-        inner = _linear(normed if self._predictor.input == "normed" else x, fc1, None)
+        inner = _linear(normed if self._predictor.input == "normed" else x, fc1, weights.fc1_bias)
         if self._predictor.activation == "relu":
             inner = inner.relu()
-        fires = _linear(inner, fc2, None).view(-1, GROUP) > self._predictor.threshold
+        fires = _linear(inner, fc2, weights.fc2_bias).view(-1, GROUP) > self._predictor.threshold
         return (fires.int() << self._bits).sum(1, dtype=torch.int32)
 
     def logits(self, x: Tensor) -> Tensor:

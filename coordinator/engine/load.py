@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from warmfront.coordinator.engine.activation_trial import with_activation
 from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.models.find import find_model
@@ -22,7 +23,7 @@ from warmfront.shared.config import THREADING, EngineConfig, Sampling
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["load", "open_for_profiling", "opened"]
+__all__ = ["load", "open_for_profiling", "opened", "settled"]
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -41,6 +42,7 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
     path = ensure_packed(find_model(name, say, progress), config.dtype, say, partial(progress, "packing"))
+    config = settled(path, config, say, progress)
     model = opened(path, config)
     try:
         plan = resolve(config, devices, model, say)
@@ -54,6 +56,11 @@ def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress:
         model.close()
         raise
     return _started(session, say, progress)
+
+
+def settled(path: Path, config: EngineConfig, say: Say, progress: Progress) -> EngineConfig:
+    """`config` with the activation of the packed model at `path`, which is found out now if its files leave it open."""
+    return with_activation(path, config, lambda how: open_for_profiling(path, how, say, progress), say)
 
 
 def opened(path: Path, config: EngineConfig) -> PackedModel:

@@ -167,6 +167,11 @@ FAMILIES = {
     "olmo2": _OLMO2,
     "stablelm": _STABLELM,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
+    # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
+    "sparsellama": _LLAMA,
+    "prosparse-llama": _LLAMA,
+    "bamboo": replace(_LLAMA, hf=hf_config.mistral),
+    "llama_sparse_relu": _LLAMA,
     "minicpm": replace(_LLAMA, hf=hf_config.minicpm, gguf=gguf_config.minicpm),
 }
 

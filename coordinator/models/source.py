@@ -186,6 +186,8 @@ class Source(Protocol):
     tokenizer: TokenizerFiles | None
     # Lines for the user: what was converted, and how.
     notes: list[str]
+    # The activations that are plausible by the files: see `activations.py`.
+    activations: tuple[str, ...]
 
     def names(self) -> Set[str]:
         """The names that `tensor` takes."""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = ["Known", "content_of", "known_sources", "state_of"]
 
 # Files of a folder that readers read.
 _READ = (".gguf", ".jinja", ".json", ".safetensors")
+_PREDICTOR = re.compile(r"model_\d+\.pt")
 # Bytes that one thread hashes at a time.
 _PIECE = 64 << 20
 # Bytes from which on the user is told that reading takes a while.
@@ -66,7 +68,7 @@ def state_of(path: Path) -> State:
 
 
 def _is_read(file: Path) -> bool:
-    return file.suffix in _READ and not file.name.startswith(".")
+    return (file.suffix in _READ or _PREDICTOR.fullmatch(file.name) is not None) and not file.name.startswith(".")
 
 
 def content_of(path: Path, say: Callable[[str], None]) -> str:

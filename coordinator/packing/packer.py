@@ -4,6 +4,7 @@ Done once for each content (`content.py`) and weight type. A second run waits fo
 that is damaged, or of another version of the format, is packed anew.
 """
 
+import json
 import os
 import re
 import time
@@ -98,7 +99,10 @@ def _pack(path: Path, dtype: str, target: Path, say: Callable[[str], None], prog
     plan = PackingPlan(source, dtype)
     tensors = map(plan.data, plan.shapes)
     with published(target) as fd:
-        write_packed(fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress)
+        plausible = json.dumps(source.activations if source.activations[0] == source.spec.activation else [])
+        write_packed(
+            fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress, plausible=plausible
+        )
         if state_of(path) != before:
             raise ModelError(f"{path} was changed while it was packed: start again")
 
@@ -134,6 +138,8 @@ class PackingPlan:
                     # With four bits a predictor misses neurons that fire.
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
+                    if part in spec.predictor.biases:
+                        self.shapes[f"{name}.bias"] = ("F32", (rows,))
         self.shapes |= {name: ("F32", published[name]) for name in sorted(published) if len(published[name]) == 1}
         self._tokenizer = b"" if source.tokenizer is None else pack_tokenizer(source.tokenizer.json)
         if self._tokenizer:
@@ -169,7 +175,8 @@ class PackingPlan:
             return np.array(self._largest, np.float32)
         if name.endswith(".ffn"):
             return self._bundles(name.removesuffix(".ffn"))
-        return np.ascontiguousarray(self.source.tensor(name).float32())
+        values = self.source.tensor(name).float32()
+        return np.pad(values, (0, self.shapes[name][1][0] - len(values)))
 
     def _bundles(self, layer: str) -> Bytes:
         layout = self.layout

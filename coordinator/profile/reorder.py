@@ -6,6 +6,7 @@ down rows of type Q4C, whose scales belong to 32 neurons together, whole groups 
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -99,15 +100,15 @@ def _write(
     kinds = {name: int(entry.kind) for name, entry in model.entries.items() if entry.kind is not None}
     kinds |= {"gate": int(model.layout.gate_kind), "down": int(model.layout.down_kind)}
     tensors = chain((_reordered(model, name, permutation) for name in names), made.values())
-    more = {"order": order, "profile": profile.to_json()}
+    more = {"order": order, "profile": profile.to_json(), "plausible": json.dumps(model.plausible)}
     write_packed(fd, model.spec, kinds, model.text, shapes, tensors, progress, **more)
 
 
 def _reordered(model: PackedModel, name: str, permutation: Permutation) -> Bytes:
     """The bytes of tensor `name`, with those of neurons in their new places."""
     data = model.bytes_of(name)
-    _, _, role = name.rpartition(".")
-    if role not in ("ffn", "fc2"):
+    role = name.split(".", 2)[-1]
+    if role not in ("ffn", "fc2", "fc2.bias"):
         return data
     order = permutation[int(name.split(".")[1])]
     if role == "ffn" and model.layout.down_kind == Kind.Q4C:

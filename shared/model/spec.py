@@ -19,7 +19,7 @@ _PREDICTOR_ACTIVATIONS = ("relu", "none")
 class Predictor:
     """How a layer's fc1 [r, hidden] and fc2 [ffn, r] tell which neurons fire, before gate and up are computed.
 
-    Neuron n is predicted active iff (fc2 . activation(fc1 . x))[n] > threshold.
+    Neuron n is predicted active iff (fc2 . activation(fc1 . x + bias) + bias)[n] > threshold.
     """
 
     # What x is: the "residual" as it enters the feed-forward layer, or the same after the layer's norm, "normed".
@@ -28,6 +28,10 @@ class Predictor:
     activation: str = "relu"
     # Compared with the raw logit.
     threshold: float = 0.0
+    # Whether x is that of the layer before; the first layer's is its own.
+    look_ahead: bool = False
+    # Which of fc1 and fc2 have a bias.
+    biases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -36,6 +40,8 @@ class Predictor:
         ):
             if value not in known:
                 raise ValueError(f"predictor {what} '{value}' is not supported; {' and '.join(known)} are")
+        if self.biases not in ((), ("fc1",), ("fc2",), ("fc1", "fc2")):
+            raise ValueError(f"predictor biases are {self.biases}, not some of fc1, fc2")
         if not math.isfinite(self.threshold):
             raise ValueError(f"predictor threshold {self.threshold} is not a number; the file is damaged")
 

@@ -6,6 +6,7 @@ Tensors:
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
+    layers.{i}.{fc1,fc2}.bias            F32 [r], [32 * groups], where predictors have them
     norm, layers.{i}.{attn_norm,ffn_norm,...}, ...bias    F32 [n]
     largest                              F32 [3 * layers]: no weight of gate, up, down of a layer is larger in magnitude
     tokenizer                            U8 [n]: `coordinator/models/packed_tokenizer.py` (absent if the model had none)
@@ -21,7 +22,9 @@ Metadata (strings):
     kinds      JSON: weight type of each U8 matrix by name; `gate` and `down` for the bundles
     text       JSON: chat template, end-of-text ids and the like
     profile    JSON: on what the profile was counted
-    order      identifies the order of the neurons, in which the rows of ffn, fc2 and profile lie; absent: as published
+    plausible  JSON: the activations that are plausible by the model's files, the one of the spec first
+    order      identifies the order of the neurons, in which the rows of ffn, fc2, its bias and profile lie; absent: as
+               published
 
 What is checked, and when: header, sizes and norms whenever the file is opened; every other piece whenever it is read,
 before anything is computed with it. A piece is a group of bundles, eight packed rows, or any other tensor as a whole.
@@ -125,6 +128,7 @@ class PackedModel:
             self.spec = ModelSpec.from_json(metadata["spec"])
             self.text: dict[str, Any] = json.loads(metadata["text"])
             self.order: str = metadata.get("order", "")
+            self.plausible = [str(name) for name in json.loads(metadata.get("plausible", "[]"))]
             self.profile: dict[str, Any] = json.loads(metadata.get("profile", "{}"))
             self.layout = BundleLayout(
                 hidden=self.spec.hidden,
@@ -178,7 +182,7 @@ class PackedModel:
         for name, entry in self.entries.items():
             *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
             shape: tuple[int, ...] | None = (parts if layer else top).get(part)
-            if layer and part in ("ffn", "fc1", "fc2"):
+            if layer and part in ("ffn", "fc1", "fc2", "fc1.bias", "fc2.bias"):
                 shape = self._neuron_shape(".".join(layer), part)
             elif shape is not None and len(shape) == 2:
                 shape = shape[0], self._row_bytes(name, shape[1])
@@ -195,6 +199,8 @@ class PackedModel:
         if part == "ffn":
             return self.layout.groups, self.layout.group_bytes
         rank = self.entries[f"{layer}.fc1"].shape[0]
+        if part.endswith(".bias"):
+            return (rank if part == "fc1.bias" else self.layout.groups * GROUP,)
         rows, cols = (rank, self.spec.hidden) if part == "fc1" else (self.layout.groups * GROUP, rank)
         return rows, self._row_bytes(f"{layer}.{part}", cols)
 

@@ -12,6 +12,7 @@ layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has
 layers.{i}.down                [hidden, ffn]
 layers.{i}.fc1                 [r, hidden], if the model has predictors; r may differ between layers
 layers.{i}.fc2                 [ffn, r], likewise
+layers.{i}.fc1.bias, .fc2.bias [r], [ffn], if the predictors have them
 {any of these}.bias            [out], when the model has it
 """
 
@@ -68,8 +69,11 @@ def file_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
 
 
 def predictor_shapes(spec: ModelSpec, have: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of the predictors' matrices, where r is as many as each fc1 of `have` has rows, 1 at least."""
+    """Name and shape of the predictors' tensors, where r is as many as each fc1 of `have` has rows, 1 at least."""
+    biases = spec.predictor.biases if spec.predictor is not None else ()
     for i in range(spec.layers):
         rank = max((have.get(f"layers.{i}.fc1") or (1,))[0], 1)
-        yield f"layers.{i}.fc1", (rank, spec.hidden)
-        yield f"layers.{i}.fc2", (spec.ffn, rank)
+        for part, rows, cols in (("fc1", rank, spec.hidden), ("fc2", spec.ffn, rank)):
+            yield f"layers.{i}.{part}", (rows, cols)
+            if part in biases:
+                yield f"layers.{i}.{part}.bias", (rows,)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from warmfront.coordinator.models import rope
+from warmfront.coordinator.models.activations import in_gguf
 from warmfront.coordinator.models.described import described, layer_windows
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.rope import Doubles
@@ -43,8 +44,8 @@ class Found(NamedTuple):
 
     # Shape of each tensor by the name of `tensors.py`; it has "embed".
     shapes: Mapping[str, tuple[int, ...]]
-    # Whether it is in PowerInfer's dialect, whose models all use ReLU.
-    powerinfer: bool
+    # "powerinfer" and "sparkinfer" are those of sparse models; "" is llama.cpp's.
+    dialect: str
 
     def qk_norm(self, head_dim: int) -> str | None:
         """What of q and k is normed: see `Attention`."""
@@ -93,12 +94,12 @@ def llama(fields: Fields, found: Found, norm: str = "rms") -> ModelSpec:
             norm=Norm(kind=norm, epsilon=keys.positive(_EPSILONS[norm]), bias="norm.bias" in found.shapes),
             positions=Positions(),
             attention=attention,
-            feed_forward=FeedForward(
-                activation="relu" if found.powerinfer else "silu", biases=found.biases(("gate", "up", "down"))
+            feed_forward=FeedForward(activation="silu", biases=found.biases(("gate", "up", "down"))).activated(
+                in_gguf(fields, found.dialect)[0]
             ),
             tied_head="head" not in found.shapes,
         ),
-        predictor=Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0)) if found.predictors else None,
+        predictor=_predictor(fields, found) if found.predictors else None,
     )
     return described(spec, attention={"windows": layer_windows(spec, window, lambda _layer: True)})
 
@@ -179,6 +180,13 @@ def gemma3_rotary(fields: Fields, spec: ModelSpec, factors: Factors) -> Position
     local = rope.rotary(fields.path, rope.frequencies(_rotary_dim(fields, spec), base))
     layers = tuple(int((layer + 1) % _GEMMA3_PATTERN != 0) for layer in range(spec.layers))
     return Positions(rotary=(whole, local), rotary_of_layer=layers)
+
+
+def _predictor(fields: Fields, found: Found) -> Predictor:
+    if found.dialect == "sparkinfer":
+        # Active where sigmoid(logit) > 0.5; of the layer behind, except for the first one's own.
+        return Predictor(input="normed", look_ahead=True, biases=found.biases(("fc1", "fc2")))
+    return Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0))
 
 
 def rotary(fields: Fields, spec: ModelSpec, factors: Factors, base: float = 1e4) -> Positions:

@@ -1,8 +1,9 @@
-"""GGUF files of the `FAMILIES`, and those of PowerInfer's dialect.
+"""GGUF files of the `FAMILIES`, and those of the dialects of PowerInfer and SparkInfer.
 
 GGUF's blocks of a `down` matrix run across neurons. Those of Q4_0, Q4_1 and Q4_K are kept (as Q4C), others become Q8.
 PowerInfer's files begin with PWRI instead of GGUF, store `down` with a row for each neuron (`ffn_down_t`) and, in all
-layers or in none, predictors (`fc1`, `fc2`).
+layers or in none, predictors (`fc1`, `fc2`). SparkInfer's have `pred_lora` among their fields; with predictors
+(`ffn_pred_up`, `ffn_pred_down`) `ffn_down` has a row for each neuron under its usual name.
 Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
 See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
+from warmfront.coordinator.models.activations import in_gguf
 from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
@@ -37,8 +39,12 @@ __all__ = ["GgufSource"]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# What PowerInfer's files have instead of "ffn_down", and beside it.
-POWERINFER_NAMES = {"down": "blk.{i}.ffn_down_t", "fc1": "blk.{i}.fc1", "fc2": "blk.{i}.fc2"}
+# What the dialects of sparse models have instead of "ffn_down", and beside it.
+DIALECTS = {
+    "powerinfer": {"down": "blk.{i}.ffn_down_t", "fc1": "blk.{i}.fc1", "fc2": "blk.{i}.fc2"},
+    "sparkinfer": {"fc1": "blk.{i}.ffn_pred_up", "fc2": "blk.{i}.ffn_pred_down"},
+    "": {},
+}
 # Divisors of the rotary frequencies.
 ROPE_FACTORS = ("rope_freqs", "rope_factors_short", "rope_factors_long")
 
@@ -58,7 +64,10 @@ class GgufSource:
         if fields.count(f"{architecture}.expert_count", 0, low=0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
         tensors = file.tensors
-        self._powerinfer = file.powerinfer or any(".ffn_down_t." in name for name in tensors)
+        self._dialect = _dialect(file, architecture)
+        self.activations = in_gguf(fields, self._dialect)
+        # Whether `down` has a row for each neuron.
+        self._turned = self._dialect == "powerinfer" or any(".ffn_pred_up." in name for name in tensors)
         factors = {
             name: _read_factors(tensors.pop(f"{name}.weight")) for name in ROPE_FACTORS if f"{name}.weight" in tensors
         }
@@ -67,7 +76,7 @@ class GgufSource:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
         shapes = {name: tensor.shape for name, tensor in named.items()}
         with faults_of(path):
-            self.spec = self._family.gguf(fields, Found(shapes, self._powerinfer))
+            self.spec = self._family.gguf(fields, Found(shapes, self._dialect))
         stored = self._checked(named)
         with faults_of(path):
             positions = self._family.gguf_positions(fields, self.spec, factors)
@@ -86,9 +95,7 @@ class GgufSource:
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
         """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""
-        names = {part: gguf for part, (_, gguf) in self._family.tensors.items()}
-        if self._powerinfer:
-            names |= POWERINFER_NAMES
+        names = {part: gguf for part, (_, gguf) in self._family.tensors.items()} | DIALECTS[self._dialect]
         parts: dict[str, list[str]] = {}
         for part, name in names.items():
             parts.setdefault(name, []).append(part)
@@ -97,7 +104,7 @@ class GgufSource:
             match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
             found = parts.get(f"blk.{{i}}.{match[2]}" if match[1] else match[2]) if match else None
             if match is None or found is None:
-                model = f"{'PowerInfer ' if self._powerinfer else ''}{architecture} model"
+                model = f"{'PowerInfer ' if self._dialect == 'powerinfer' else ''}{architecture} model"
                 raise ModelError(
                     f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported"
                 )
@@ -124,7 +131,7 @@ class GgufSource:
         tensor = named.get(name)
         if tensor is None:
             raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
-        if name.endswith(".down") and self._powerinfer:
+        if name.endswith(".down") and self._turned:
             shape = shape[::-1]
         first, rows = cuts.get(part_of(name), (0, shape[0]))
         whole = (rows, *shape[1:]) if rows != shape[0] else shape
@@ -140,7 +147,7 @@ class GgufSource:
 
     def _tensor(self, name: str, stored: StoredTensor[Type]) -> "GgufTensor":
         order = None if self._family.gguf_pairs else pair_order(self.spec, name)
-        return GgufTensor(stored, transposed=name.endswith(".down") and not self._powerinfer, order=order)
+        return GgufTensor(stored, transposed=name.endswith(".down") and not self._turned, order=order)
 
     def _note_conversions(self) -> None:
         down = Counter(t.type for t in self._tensors.values() if t.transposed and t.type not in FLOATS)
@@ -209,6 +216,13 @@ class GgufTensor(SourceTensor):
         exact = repack(self.type, Kind.Q4)
         assert exact is not None
         return split_q4(exact(self._stored.rows()), self.shape[0])
+
+
+def _dialect(file: GgufFile, architecture: str) -> str:
+    """Whose file it is: a key of DIALECTS."""
+    if file.powerinfer or any(".ffn_down_t." in name for name in file.tensors):
+        return "powerinfer"
+    return "sparkinfer" if f"{architecture}.pred_lora" in file.fields else ""
 
 
 def _read_factors(factors: StoredTensor[Type]) -> Doubles:

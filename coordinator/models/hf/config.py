@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from warmfront.coordinator.models import rope
+from warmfront.coordinator.models.activations import in_config
 from warmfront.coordinator.models.described import described, layer_windows
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
@@ -31,15 +32,6 @@ __all__ = [
     "stablelm",
 ]
 
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
 
 def llama(config: Fields, name: str) -> ModelSpec:
     """The description of a Llama, without its positions."""
@@ -51,9 +43,9 @@ def llama(config: Fields, name: str) -> ModelSpec:
         biases=("q", "k", "v", "o") if config.flag("attention_bias", False) else (),
     )
     feed_forward = FeedForward(
-        activation=_activation(config, config.text("hidden_act", "silu")),
+        activation="silu",
         biases=("gate", "up", "down") if config.flag("mlp_bias", False) else (),
-    )
+    ).activated(in_config(config)[0])
     return ModelSpec(
         family=config.text("model_type"),
         name=name,
@@ -70,13 +62,6 @@ def llama(config: Fields, name: str) -> ModelSpec:
             tied_head=config.flag("tie_word_embeddings", False),
         ),
     )
-
-
-def _activation(config: Fields, name: str) -> str:
-    if name not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise ModelError(f"{config.path.parent}: activation '{name}' is not supported; {known} are")
-    return ACTIVATION_NAMES[name]
 
 
 def mistral(config: Fields, name: str) -> ModelSpec:

@@ -1,7 +1,6 @@
 """Hugging Face folders of the `FAMILIES`: config.json, safetensors (one file or several by an index), tokenizer.json.
 
-A folder may have low-rank predictors too, in `predictor.safetensors`: tensors layers.{i}.fc1.weight [r, hidden] and
-layers.{i}.fc2.weight [ffn, r] for every layer, and as metadata the fields of `Predictor`, which are optional.
+A folder may have low-rank predictors too (`predictors.py`).
 Does not cover: quantised checkpoints, pickled weights.
 """
 
@@ -13,18 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.models.activations import in_config
 from warmfront.coordinator.models.families import FAMILIES, HF, Cuts, pair_order, part_of
 from warmfront.coordinator.models.fields import faults_of
-from warmfront.coordinator.models.hf.folder import folder_name, inside, read_weights
+from warmfront.coordinator.models.hf.folder import folder_name, read_weights
+from warmfront.coordinator.models.hf.predictors import INNER, read_predictors
 from warmfront.coordinator.models.hf.refusals import checked_config
-from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS, read_safetensors
+from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
 from warmfront.coordinator.models.source import Order, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import unpack
-from warmfront.shared.model.spec import ModelSpec, Predictor
-from warmfront.shared.model.tensors import file_shapes, predictor_shapes
+from warmfront.shared.model.tensors import file_shapes
 
 __all__ = ["HfSource"]
 
@@ -45,6 +45,7 @@ class HfSource:
         self.folder = folder
         self.notes: list[str] = []
         config = checked_config(folder, {file.name for file in folder.iterdir()})
+        self.activations = in_config(config)
         self._family = FAMILIES[config.text("model_type")]
         with faults_of(folder):
             self.spec = self._family.hf(config, folder_name(folder))
@@ -52,10 +53,9 @@ class HfSource:
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
         self._tensors = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
-        if (folder / "predictor.safetensors").exists():
-            settings, matrices = _predictor(inside(folder, "predictor.safetensors"), self.spec)
-            self.spec = replace(self.spec, predictor=settings)
-            self._tensors |= matrices
+        predictor, matrices = read_predictors(folder, self._inner, self.spec)
+        self.spec = replace(self.spec, predictor=predictor)
+        self._tensors |= {name: HfTensor(tensor) for name, tensor in matrices.items()}
         self.tokenizer = read_tokenizer(folder, config, self.spec.vocab)
 
     def names(self) -> Set[str]:
@@ -75,6 +75,7 @@ class HfSource:
         if embed not in stored and embed.removeprefix(BASE) in stored:
             # Saved by the base class of the model, which has no head.
             stored = {name if name == head else f"{BASE}{name}": tensor for name, tensor in stored.items()}
+        self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
             stored.pop(head, None)
@@ -154,34 +155,3 @@ def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:
     """Whether two matrices of one shape hold the same bytes."""
     starts = range(0, a.shape[0], ROWS_COMPARED)
     return all(np.array_equal(a.rows(i, i + ROWS_COMPARED), b.rows(i, i + ROWS_COMPARED)) for i in starts)
-
-
-def _predictor(path: Path, spec: ModelSpec) -> tuple[Predictor, dict[str, HfTensor]]:
-    """The predictors' settings and matrices; raises ModelError for a tensor that is missing or unknown."""
-    values, metadata = read_safetensors(path, "make it anew or remove it")
-    settings: dict[str, Any] = {name: metadata[name] for name in ("input", "activation") if name in metadata}
-    try:
-        threshold = float(metadata.get("threshold", 0))
-    except ValueError:
-        raise ModelError(f"{path}: threshold '{metadata['threshold']}' is not a number; write one like 0.5") from None
-    with faults_of(path):
-        predictor = Predictor(**settings, threshold=threshold)
-    tensors: dict[str, HfTensor] = {}
-    shapes = {name.removesuffix(".weight"): found.shape for name, found in values.items()}
-    for name, shape in predictor_shapes(spec, shapes):
-        published = f"{name}.weight"
-        found = values.pop(published, None)
-        if found is None:
-            raise ModelError(f"{path}: tensor {published} is missing; make predictors for every layer")
-        if found.shape != shape:
-            raise ModelError(
-                f"{path}: tensor {published} has shape {found.shape} instead of {shape}; it is of another model"
-            )
-        if found.type not in KINDS:
-            raise ModelError(f"{path}: tensor {published} has type {found.type}; save it as one of {', '.join(KINDS)}")
-        tensors[name] = HfTensor(found)
-    if values:
-        raise ModelError(
-            f"{path}: tensor {min(values)} is unknown; only fc1.weight and fc2.weight of each layer are read"
-        )
-    return predictor, tensors

@@ -100,7 +100,7 @@ def test_ranks_are_those_of_each_layer(tiny_gguf: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "bamboo"}, "architecture 'bamboo' is not supported; llama, mistral, .* are"),
+        ({"architecture": "opossum"}, "architecture 'opossum' is not supported; llama, mistral, .* are"),
         (
             {"architecture": "generic.gpu_index"},
             "architecture 'generic.gpu_index' is not supported; llama, mistral, .* are",

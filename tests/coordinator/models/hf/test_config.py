@@ -50,7 +50,7 @@ def test_spec(tiny_llama: Make) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model type 'mamba' is not supported; llama, mistral, .* are"),
-        ({"hidden_act": "fatrelu"}, "activation 'fatrelu' is not supported"),
+        ({"hidden_act": "softplus"}, "activation 'softplus' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
         ({"rope_parameters": {"rope_type": "su", "factor": 4.0}}, "RoPE type 'su' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta is 1.0, not above"),
