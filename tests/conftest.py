@@ -181,15 +181,16 @@ def write_gguf(
     without: Iterable[str] = (),
     values: dict[str, npt.NDArray[np.float32]] | None = None,
     kinds: dict[str, str] | None = None,
+    tensors_a_file: int = 0,
 ) -> None:
     """`kind`: GGUF's type of the matrices, `kinds`: of some of them by name.
 
-    `fields`, `shapes`, `values` add to or replace, `without` removes either.
+    `fields`, `shapes`, `values` add to or replace, `without` removes either. `tensors_a_file`: split the model so.
     """
     import gguf
 
     rng = np.random.default_rng(5)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     for key, value in (GGUF_FIELDS | (fields or {})).items():
         if key not in without:
             _add_field(writer, key, value)

@@ -3,6 +3,7 @@
 A new family is a row here, and functions in `hf/config.py` and `gguf/config.py` where its keys differ from others'.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -176,6 +177,35 @@ FAMILIES = {
 }
 
 
-def supported() -> str:
-    """The end of a message that refuses another family: "llama is"."""
-    return f"{', '.join(FAMILIES)} {'is' if len(FAMILIES) == 1 else 'are'}"
+# What families that are not in the table have, by the same names, and nothing here computes yet.
+_UNGATED = "a feed-forward without a gate"
+_LEARNED = f"learned positions and {_UNGATED}"
+_EXPERTS = "a mixture of experts (MoE)"
+_MISSING = {
+    "opt": _LEARNED,
+    "gpt2": _LEARNED,
+    "gpt_neox": _UNGATED,
+    "gptneox": _UNGATED,
+    "falcon": _UNGATED,
+    "phi": _UNGATED,
+    "phi2": _UNGATED,
+    "starcoder2": _UNGATED,
+    "nemotron": _UNGATED,
+    "cohere": "a norm that attention and feed-forward share",
+    "command-r": "a norm that attention and feed-forward share",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen2moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "qwen3moe": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "gpt_oss": _EXPERTS,
+    "gpt-oss": _EXPERTS,
+}
+
+
+def supported(name: str) -> str:
+    """The end of a message that refuses the family `name`: what it has that is missing here, and what there is."""
+    missing = f": it has {_MISSING[name]}" if name in _MISSING else ""
+    near = difflib.get_close_matches(name, FAMILIES, 1)
+    return f"{missing}; {', '.join(FAMILIES)} are" + (f" (did you mean {near[0]}?)" if near and not missing else "")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from warmfront.coordinator.models.parts import parts_of
 from warmfront.coordinator.models.source import Source
 from warmfront.shared.errors import ModelError
 
@@ -26,9 +27,12 @@ def open_source(path: Path) -> Source:
 
 
 def model_files(path: Path) -> list[Path]:
-    """`path`, or the files of the folder; raises ModelError for a pipe or a device: reading one could block forever."""
+    """`path` and its other parts, or the files of the folder.
+
+    Raises ModelError for a part that is missing, and for a pipe or a device: reading one could block forever.
+    """
     try:
-        files = sorted(p for p in path.iterdir() if p.exists() and not p.is_dir()) if path.is_dir() else [path]
+        files = sorted(p for p in path.iterdir() if p.exists() and not p.is_dir()) if path.is_dir() else parts_of(path)
         special = [file for file in files if file.exists() and not file.is_file()]
     except OSError as error:
         raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error

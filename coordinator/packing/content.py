@@ -96,7 +96,8 @@ def content_of(path: Path, say: Callable[[str], None]) -> str:
 def _digest(path: Path, state: State) -> str:
     """The key of names, sizes and contents; pieces are read in parallel on all cores."""
     sizes = {name: fields[1] for name, fields in state.items()}
-    pieces = [(path / name, at) for name, size in sizes.items() for at in range(0, size, _PIECE)]
+    home = path if path.is_dir() else path.parent
+    pieces = [(home / name if name else path, at) for name, size in sizes.items() for at in range(0, size, _PIECE)]
     digest = hashlib.sha256(repr(sizes).encode())
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for piece in pool.map(_digest_piece, pieces):

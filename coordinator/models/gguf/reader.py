@@ -4,7 +4,8 @@ GGUF's blocks of a `down` matrix run across neurons. Those of Q4_0, Q4_1 and Q4_
 PowerInfer's files begin with PWRI instead of GGUF, store `down` with a row for each neuron (`ffn_down_t`) and, in all
 layers or in none, predictors (`fc1`, `fc2`). SparkInfer's have `pred_lora` among their fields; with predictors
 (`ffn_pred_up`, `ffn_pred_down`) `ffn_down` has a row for each neuron under its usual name.
-Does not cover: PowerInfer's split files (`gpu_idx`), experts, files split over several parts, YaRN.
+A model may lie in several files (`parts.py`).
+Does not cover: PowerInfer's split files (`gpu_idx`), experts.
 See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 """
 
@@ -27,6 +28,7 @@ from warmfront.coordinator.models.gguf.config import Found
 from warmfront.coordinator.models.gguf.file import OTHER_FILE, GgufFile
 from warmfront.coordinator.models.gguf.refusals import checked_architecture
 from warmfront.coordinator.models.gguf.tokenizer import read_tokenizer
+from warmfront.coordinator.models.parts import parts_of
 from warmfront.coordinator.models.rope import Doubles
 from warmfront.coordinator.models.source import IGNORE_OVERFLOW, Order, SourceTensor
 from warmfront.coordinator.models.stored_tensor import StoredTensor
@@ -55,16 +57,15 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []
-        file = GgufFile(path)
-        fields = Fields(path, file.fields)
+        files = [GgufFile(part) for part in parts_of(path)]
+        file = files[0]
+        fields = Fields(file.path, file.fields)
         architecture = checked_architecture(path, fields)
         self._family = FAMILIES[architecture]
-        if fields.count("split.count", 1, low=0) > 1:
-            raise ModelError(f"{path}: one part of a split file; join the parts with llama-gguf-split --merge")
         if fields.count(f"{architecture}.expert_count", 0, low=0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
-        tensors = file.tensors
-        self._dialect = _dialect(file, architecture)
+        tensors = _joined(files)
+        self._dialect = _dialect(file.powerinfer, tensors, architecture, fields)
         self.activations = in_gguf(fields, self._dialect)
         # Whether `down` has a row for each neuron.
         self._turned = self._dialect == "powerinfer" or any(".ffn_pred_up." in name for name in tensors)
@@ -218,11 +219,29 @@ class GgufTensor(SourceTensor):
         return split_q4(exact(self._stored.rows()), self.shape[0])
 
 
-def _dialect(file: GgufFile, architecture: str) -> str:
-    """Whose file it is: a key of DIALECTS."""
-    if file.powerinfer or any(".ffn_down_t." in name for name in file.tensors):
+def _dialect(powerinfer: bool, tensors: Mapping[str, StoredTensor[Type]], architecture: str, fields: Fields) -> str:
+    """Whose file it is: a key of DIALECTS. `powerinfer`: by its first bytes."""
+    if powerinfer or any(".ffn_down_t." in name for name in tensors):
         return "powerinfer"
-    return "sparkinfer" if f"{architecture}.pred_lora" in file.fields else ""
+    return "sparkinfer" if f"{architecture}.pred_lora" in fields else ""
+
+
+def _joined(files: list[GgufFile]) -> dict[str, StoredTensor[Type]]:
+    """The tensors of all parts of a model."""
+    tensors: dict[str, StoredTensor[Type]] = {}
+    for i, file in enumerate(files):
+        fields = Fields(file.path, file.fields)
+        place = fields.count("split.no", 0, low=0), max(fields.count("split.count", 1, low=0), 1)
+        if place != (i, len(files)):
+            raise ModelError(
+                f"{file.path} is part {place[0] + 1} of {place[1]}, whatever its name says: "
+                f"name the parts NAME-00001-of-{place[1]:05}.gguf and so on, or fetch them again"
+            )
+        twice = sorted(tensors.keys() & file.tensors.keys())
+        if twice:
+            raise ModelError(f"{file.path}: tensor {twice[0]} is in another part too; fetch the parts again")
+        tensors |= file.tensors
+    return tensors
 
 
 def _read_factors(factors: StoredTensor[Type]) -> Doubles:

@@ -27,5 +27,5 @@ def checked_architecture(path: Path, fields: Fields) -> str:
     if architecture in FAMILIES:
         return architecture
     if architecture in _ENCODERS:
-        raise ModelError(f"{path}: '{architecture}' is an encoder, which writes no text; {supported()}")
-    raise ModelError(f"{path}: architecture '{architecture}' is not supported; {supported()}")
+        raise ModelError(f"{path}: '{architecture}' is an encoder, which writes no text{supported(architecture)}")
+    raise ModelError(f"{path}: architecture '{architecture}' is not supported{supported(architecture)}")

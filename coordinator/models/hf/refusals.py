@@ -53,7 +53,7 @@ def checked_config(folder: Path, files: Collection[str]) -> Fields:
         raise ModelError(f"{folder} has an adapter, which is not supported; merge it into the model's weights")
     model_type = config.text("model_type", "")
     if model_type not in FAMILIES:
-        raise ModelError(f"{folder}{_other_type(config, model_type)}; {supported()}")
+        raise ModelError(f"{folder}{_other_type(config, model_type)}{supported(model_type)}")
     if method := _quantised_by(config, files):
         raise ModelError(
             f"{folder} is quantised by {method}, which is not supported; give the unquantised model or a GGUF"

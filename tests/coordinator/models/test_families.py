@@ -54,7 +54,9 @@ def test_another_row_is_read_in_both_formats(
         assert ours.names() == theirs.names()
         for name in ours.names():
             np.testing.assert_array_equal(ours.tensor(name).float32(), theirs.tensor(name).float32())
-    with pytest.raises(ModelError, match=r"model type 'mama' is not supported; llama, .*, lama are$"):
+    with pytest.raises(
+        ModelError, match=r"model type 'mama' is not supported; llama, .*, lama are \(did you mean lama\?\)$"
+    ):
         open_source(edited(plain[0], tmp_path / "mama", model_type="mama"))
 
 
