@@ -1,6 +1,7 @@
 """`warmfront chat`: reads a line, renders the conversation with the model's template, streams the answer."""
 
 import io
+import os
 import sys
 
 import click
@@ -102,7 +103,8 @@ def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[
 
 def _show(text: str, dim: bool) -> None:
     """Print a piece; click leaves out the codes where stdout is no terminal."""
-    click.echo(click.style(text, dim=True) if dim and text else text, nl=False)
+    dim = dim and bool(text) and os.environ.get("TERM") != "dumb"
+    click.echo(click.style(text, dim=True) if dim else text, nl=False)
 
 
 def _prepare_input() -> None:

@@ -17,7 +17,7 @@ _ATTACH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);
 class Terminal:
     """A command to type to and read from; a context manager that ends it. `text` is all that was shown."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], kind: str = "dumb") -> None:
         self._master, slave = pty.openpty()
         self.text = ""
         self.process = subprocess.Popen(
@@ -26,7 +26,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"TERM": "dumb"},
+            env=os.environ | {"TERM": kind},
         )
         os.close(slave)
 

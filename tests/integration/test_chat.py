@@ -1,5 +1,6 @@
 """The chat, through a pipe and on a terminal.  pytest tests/integration/test_chat.py"""
 
+import json
 import os
 import subprocess
 import sys
@@ -151,6 +152,59 @@ def test_keys_on_a_terminal(scripted: Callable[..., Path]) -> None:
         assert terminal.wait() == 0
     assert "Traceback" not in terminal.text
     assert "warmfront:" not in terminal.text
+
+
+def test_reasoning_is_dimmed_on_a_terminal(scripted: Callable[..., Path], tmp_path: Path) -> None:
+    """Here the template opens it; in a pipe there are no codes."""
+    template = tmp_path / "reasoning.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n\n"
+    )  # Jinja drops the last line break
+    model = scripted("a", *"</think>", "b", "<|im_end|>")
+    args = ["chat", "-m", os.fspath(model), "--chat-template", os.fspath(template)]
+    assert run(*args, stdin=None, input="hi\n").out == "a</think>b\n"
+    with Terminal([WARMFRONT, *args], "xterm") as terminal:
+        terminal.read_until("> ")
+        terminal.press("hi\n")
+        assert "\x1b[2ma\x1b[0m\x1b[2m</think>\x1b[0mb\r\n" in terminal.read_until("b\r\n")
+        if "> " not in terminal.text.rpartition("b\r\n")[2]:
+            terminal.read_until("> ")
+        terminal.press(CTRL_D)
+        assert terminal.wait() == 0
+
+
+def test_a_model_without_a_template_is_asked_as_chatml(scripted: Callable[..., Path], tmp_path: Path) -> None:
+    model = scripted("a", "b", "<|im_end|>")
+    asked = run("generate", "-m", model, "--chat", "--system", "s", "-p", "hi", "--json")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    prepack(model)
+    plain = run("generate", "-m", model, "--chat", "--system", "s", "-p", "hi", "--json")
+    said = "has no chat template: it is asked as ChatML; --chat-template FILE gives another\n"
+    assert plain.err.endswith(said)
+    assert plain.err.count("\n") == 1
+    assert json.loads(plain.out)["prompt_ids"] == json.loads(asked.out)["prompt_ids"]
+    assert run("chat", "-m", model, stdin=None, input="hi\n").err.endswith(said)
+    file = tmp_path / "template"
+    file.write_text("{{ messages[0].content }}")
+    own = run("generate", "-m", model, "--chat", "--chat-template", file, "-p", "hi", "--json")
+    assert own.err == ""
+    tokenizer = FastTokenizer.from_file(str(model / "tokenizer.json"))
+    assert json.loads(own.out)["prompt_ids"] == tokenizer.encode("hi").ids
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("chat",), "cannot read the chat template from nowhere: No such file or directory"),
+        (("generate", "--chat", "-p", "x"), "cannot read the chat template from nowhere: No such file or directory"),
+        (("generate", "-p", "x"), "--chat-template is for a chat: pass --chat too"),
+    ],
+)
+def test_templates_that_are_refused(args: tuple[str, ...], message: str) -> None:
+    outcome = run(*args, "--chat-template", "nowhere")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"warmfront: {message}\n")
 
 
 @pytest.mark.slow

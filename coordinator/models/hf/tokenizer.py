@@ -84,9 +84,9 @@ def _named_tokens(named: Fields) -> Iterator[Any]:
             yield _added(named.section(role), special=True)
         elif named.text(role, ""):
             yield AddedToken(named.text(role), special=True)
-    for more in ("additional_special_tokens", "extra_special_tokens"):
-        for item in named.items(more):
-            yield AddedToken(item, special=True) if isinstance(item, str) else _added(item, special=True)
+    # The second is the older name.
+    for item in named.items("extra_special_tokens") or named.items("additional_special_tokens"):
+        yield AddedToken(item, special=True) if isinstance(item, str) else _added(item, special=True)
 
 
 def _add_tokens(tokenizer: Any, added: list[Any], named: Fields, vocab: int) -> bool:

@@ -110,7 +110,7 @@ def test_decoding_returns_the_text(smollm2: Path, smollm2_fields: dict[str, Any]
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("pre", sorted(PRE))
+@pytest.mark.parametrize("pre", sorted(PRE.keys() - {"youtu"}))  # of which not all versions look up whole words
 def test_words_are_cut_as_in_llama_cpp(
     tiny_gguf: Callable[..., Path], smollm2_fields: dict[str, Any], pre: str
 ) -> None:
@@ -123,7 +123,7 @@ def test_words_are_cut_as_in_llama_cpp(
     # llama.cpp's version of tekken's pattern takes combining marks for no part of a word; the model's own does.
     texts = tuple(t for t in TEXTS if pre != "tekken" or not any(unicodedata.category(c)[0] == "M" for c in t))
     assert [ids(files, text) for text in texts] == llama_cpp_ids(path, texts)
-    assert files.add_bos == (pre in ("llama-bpe", "tekken"))
+    assert files.add_bos == (pre in ("llama-bpe", "tekken", "chameleon"))
     assert files.note is None
 
 

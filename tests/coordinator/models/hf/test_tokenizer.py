@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from tests.coordinator.models.hf.folders import edited
 from warmfront.coordinator.models.open import open_source
+from warmfront.coordinator.models.source import TokenizerFiles
 from warmfront.shared.errors import ModelError
 
 Make = Callable[..., Path]
@@ -68,10 +69,7 @@ def test_tokens_that_only_the_settings_have(tiny_llama: Make, tmp_path: Path) ->
     settings |= {"added_tokens_decoder": added, "eos_token": "<|stop|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").unlink(missing_ok=True)
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.zeros(310, 64)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with_embedding(folder, 310)
     files, theirs = open_source(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
     assert files is not None
     ours = Tokenizer.from_str(files.json)
@@ -79,6 +77,51 @@ def test_tokens_that_only_the_settings_have(tiny_llama: Make, tmp_path: Path) ->
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
     assert files.special_tokens["eos_token"] == theirs.eos_token
     assert set(files.eos_ids) == {0, 2, 302}
+
+
+def with_embedding(folder: Path, vocab: int) -> None:
+    """Weights with rows for more tokens than the tokenizer has."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.zeros(vocab, 64)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def check_as_transformers(folder: Path) -> TokenizerFiles:
+    files, theirs = open_source(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+    assert files is not None
+    ours = Tokenizer.from_str(files.json)
+    for text in ("a <|user|>  b", "x<|end|>\n\n y", "the warm front<|im_end|> z", "a<|more|> <|pad|> b", "a<tool> b"):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False), text
+    assert files.special_tokens == {name: str(text) for name, text in theirs.special_tokens_map.items()}
+    return files
+
+
+def test_flags_of_the_settings_go_before_those_of_the_tokenizer(tiny_llama: Make, tmp_path: Path) -> None:
+    """White space around a special token belongs to it, as with Phi-3."""
+    folder = edited(tiny_llama(), tmp_path / "copy")
+    spaces = {"lstrip": True, "rstrip": True, "single_word": False, "normalized": False, "special": True}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"added_tokens_decoder": {"2": {"content": "<|im_end|>"} | spaces}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    check_as_transformers(folder)
+
+
+def test_folders_from_before_the_settings_listed_tokens(tiny_llama: Make, tmp_path: Path) -> None:
+    """added_tokens.json has the ids, special_tokens_map.json says which are special; it goes before the settings."""
+    folder = edited(tiny_llama(), tmp_path / "copy", vocab_size=306, eos_token_id=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    with_embedding(folder, 306)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": 301, "<|user|>": 300, "warm": 302}))
+    end = {"content": "<|end|>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    named = {"eos_token": end, "pad_token": "<|pad|>", "additional_special_tokens": ["<|more|>", "<|user|>", "<tool>"]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    files = check_as_transformers(folder)
+    assert set(files.eos_ids) == {0, 2, 301}
+    assert files.special_tokens["eos_token"] == "<|end|>"
 
 
 def test_begin_token_of_the_post_processor(tiny_llama: Make, tmp_path: Path) -> None:
