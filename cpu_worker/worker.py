@@ -13,6 +13,7 @@ from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURON
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
@@ -58,7 +59,13 @@ class CpuWorker:
             predicted=plan.selector in PREDICTING,
             skip=plan.selector in PREDICTING and spec.sparse,
             slow=plan.slowdown,
-            bundles=bundles_at(address(self._weights), layout, spec.architecture.feed_forward, plan.selector == "all"),
+            bundles=bundles_at(
+                address(self._weights),
+                layout,
+                spec.architecture.feed_forward,
+                plan.selector == "all",
+                as_distances(plan.distances),
+            ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
             slot=board.slot[plan.index],

@@ -105,14 +105,14 @@ class EngineConfig:
     node); threads: compute threads in all (default: one per core); coordinator_threads: of its team (default: as many
     as the workers'); spins: rounds that a thread spins at a barrier before it lets others in; force: more threads than
     cores are meant; pin: threads stay on their cores and memory on its node; tuning: take what `warmfront tune` found,
-    where none of these is given; vram_budget: bytes of device memory for the GPU worker; attention: where attention and
-    predictors run, on the CPU or on a device of torch's; policy: how neurons move between the workers; plan: a file of
-    `warmfront plan` to begin with; context: tokens that the KV cache holds; kv: their type, by default float16, for
-    float32 models float32; measure: compare the selected neurons with those that fire, on one token of 64; verify:
-    check for every token that each selected neuron was computed exactly once; look_ahead: predict a layer's neurons
-    from the input of the one before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that
-    are to seem slower than they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the
-    gates, and the recall by mass that its thresholds are calibrated for.
+    where none of these is given, and measure how memory is best read; vram_budget: bytes of device memory for the GPU
+    worker; attention: where attention and predictors run, on the CPU or on a device of torch's; policy: how neurons
+    move between the workers; plan: a file of `warmfront plan` to begin with; context: tokens that the KV cache holds;
+    kv: their type, by default float16, for float32 models float32; measure: compare the selected neurons with those
+    that fire, on one token of 64; verify: check for every token that each selected neuron was computed exactly once;
+    look_ahead: predict a layer's neurons from the input of the one before, beside its work; trace: a file to write a
+    Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4", an emulation. For the
+    selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from warmfront.coordinator.cli.cache import cache
 from warmfront.coordinator.cli.options import (
@@ -242,10 +243,14 @@ def models(as_json: bool) -> None:
 @activation_option
 @selector_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
+@click.option("--kernels", is_flag=True, help="Instead, without MODEL: how far ahead to fetch rows of weights here.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def tune(model: str, exhaustive: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
+def tune(model: str, exhaustive: bool, kernels: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
     """Find the workers, threads and spins that decode MODEL fastest here; Ctrl-C keeps the best so far."""
+    if kernels:
+        _tune_kernels(as_json)
+        return
     EngineConfig(**overrides)
     if plot:
         check_writable(plot)
@@ -268,6 +273,18 @@ def tune(model: str, exhaustive: bool, plot: Path | None, as_json: bool, **overr
     click.echo(json.dumps(result) if as_json else "\n".join(render(result)))
     if result["interrupted"]:
         raise click.Abort
+
+
+def _tune_kernels(as_json: bool) -> None:
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if others := set(given) - {"kernels", "as_json"}:
+        raise UsageError(f"--kernels measures this machine for every model: leave {min(others)} out")
+    with hold_interrupts():
+        from warmfront.coordinator.cli.kernels import describe, render
+
+    facts = describe(say)
+    click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
 @cli.command()

@@ -138,7 +138,12 @@ load_options = _together(
     click.option("--spins", type=int, help="Rounds of spinning at a barrier [default: 100; 0 where cores are shared]"),
     click.option("--force", is_flag=True, help="Allow more threads than cores."),
     click.option("--pin/--no-pin", default=_ENGINE.pin, show_default=True, help="Keep threads and memory in place."),
-    click.option("--tuning/--no-tuning", default=_ENGINE.tuning, show_default=True, help="Use what `tune` found."),
+    click.option(
+        "--tuning/--no-tuning",
+        default=_ENGINE.tuning,
+        show_default=True,
+        help="Use what `tune` found, and measure what is missing.",
+    ),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
 )

@@ -35,8 +35,6 @@ __all__ = ["attend_one", "attend_panels", "cache_panels", "join", "rotate"]
 _F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
 _WIDTH = SCORES // LANES
-# How many tiles ahead are fetched: 4 KB or more.
-_AHEAD = 2
 # Exponent bits of a float16, all ones in infinities and NaN.
 _F16_EXPONENT = 0x7C00
 # Lower than any score, and the score of what a token does not see.
@@ -180,11 +178,11 @@ def _first_seen(net: Network, layer: int, position: int) -> int:
 
 @kernel
 def _tiles(cache: Cache, padded: int, head: int, layer: int, position: int) -> tuple[Tile, Tile]:
-    """The tiles of a position's keys and values, with those to fetch meanwhile."""
+    """The tiles of a position's keys and values, with how far away those are that are fetched meanwhile."""
     tile = _tile_offset(cache, head, layer, position)
-    ahead = _tile_offset(cache, head, layer, position + _AHEAD * TILE)
-    keys = Tile(cache.kind, cache.keys_at + tile, padded, cache.keys_at + ahead)
-    return keys, Tile(cache.kind, cache.values_at + tile, padded, cache.values_at + ahead)
+    ahead = _tile_offset(cache, head, layer, position + cache.ahead * TILE) - tile
+    keys = Tile(cache.kind, cache.keys_at + tile, padded, ahead)
+    return keys, Tile(cache.kind, cache.values_at + tile, padded, ahead)
 
 
 @inlined

@@ -11,7 +11,8 @@ from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["SCORES", "attended_bytes", "cache_bytes", "chunks_of", "scratch_bytes", "scratch_shapes"]
 
-# Scores of a query head that attention has at a time: of one token 4096 positions, of a panel of 16 tokens 256.
+# Scores of a query head that attention has at a time: of one token 4096 positions, of a panel of 16 tokens 256. They do
+# not follow the caches: where a softmax is cut changes its last bits. 16 KB a head are in any second-level cache.
 SCORES = 4096
 # Panels of 16 tokens that attention takes at a time, or more if more query heads share a key-value head.
 PANELS = 3

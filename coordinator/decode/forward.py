@@ -54,6 +54,7 @@ from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
+from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Rows, panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import row_stride, widen
@@ -226,7 +227,7 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
     normalise(last_norm(net), net.hidden, x, h, 1, 1)
     low, high = portion(st.cuts, net.vocab, 1, rank)
     normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, 1, 1)
-    matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden)
+    matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden, net.ahead[MATRIX_ROWS, net.head_kind])
     linear(matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
     if net.logit_scale != 1:
         for i in range(low, high):

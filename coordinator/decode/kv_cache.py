@@ -24,7 +24,10 @@ __all__ = ["KvCache"]
 class KvCache:
     """The two arrays, and which of their positions are not finite."""
 
-    def __init__(self, spec: ModelSpec, kind: Kind, context: int, cores: CorePlan, cuts: npt.NDArray[Any]) -> None:
+    def __init__(
+        self, spec: ModelSpec, kind: Kind, context: int, cores: CorePlan, cuts: npt.NDArray[Any], ahead: int = 0
+    ) -> None:
+        """`ahead`: how many bytes ahead to fetch while one token attends."""
         attention = spec.architecture.attention
         # No position before this one is spoiled, and none from `_spoiled_end` on.
         self.clean = self._context = context
@@ -33,13 +36,15 @@ class KvCache:
         size, spans = cache_bytes(spec, kind, context) // 2, whole_spans(context) // SPAN
         self._arrays = keys, values = anonymous(size, huge=True), anonymous(size, huge=True)
         # As the compiled pass reads it.
+        tile = tile_bytes(kind, attention.head_dim)
         self.layout = Cache(
             kind=int(kind),
             keys_at=address(keys),
             values_at=address(values),
-            tile_bytes=tile_bytes(kind, attention.head_dim),
+            tile_bytes=tile,
             layers=spec.layers,
             spans=spans,
+            ahead=-(-ahead // tile),
         )
         head = size // attention.kv_heads
         for rank, cpu in enumerate(cores.coordinator):

@@ -8,10 +8,11 @@ from numba import carray
 from warmfront.coordinator.decode.network import BIAS, Network
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
-from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, row_stride, takes_quantised
+from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
 from warmfront.shared.model.panels import LANES
 
@@ -28,6 +29,8 @@ class Matrix(NamedTuple):
     rows: int
     # Weights of a row.
     cols: int
+    # How many bytes ahead it is fetched, 0: not at all.
+    ahead: int
 
 
 class Input(NamedTuple):
@@ -44,7 +47,8 @@ class Input(NamedTuple):
 @inlined
 def layer_matrix(net: Network, layer: int, part: int, rows: int, cols: int) -> Matrix:
     """Matrix `part` of q, k, v and o of a layer."""
-    return Matrix(net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS], rows, cols)
+    kind, at, bias_at = net.kinds[layer, part], net.weights[layer, part], net.weights[layer, part + BIAS]
+    return Matrix(kind, at, bias_at, rows, cols, net.ahead[MATRIX_ROWS, kind])
 
 
 @kernel
@@ -73,7 +77,7 @@ def _multiply_tiles(matrix: Matrix, low: int, high: int, q_at: int, y_at: int) -
         # Where the threads' ranges cut a tile, both compute all of it and keep what is theirs.
         whole = first >= low and first + TILE <= high
         out_at = y_at + first * 4 if whole else address_of(part)
-        multiply_tile(matrix.kind, matrix.at + first * stride, q_at, matrix.cols, out_at, AHEAD_BYTES)
+        multiply_tile(matrix.kind, matrix.at + first * stride, q_at, matrix.cols, out_at, matrix.ahead)
         if not whole:
             for r in range(max(first, low), min(first + TILE, high)):
                 y[r] = part[r - first]
@@ -94,9 +98,7 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
             _multiply_tiles(matrix, low, middle, x.packed_at, y_at)
         y = carray(floats_at(y_at), (matrix.rows,))
         for r in range(middle, high):
-            row_at = matrix.at + r * stride
-            # The rows of a matrix lie one behind the other: what is fetched ahead is the row some KB further on.
-            y[r] = dot(kind, row_at, x.at, x.packed_at, cols, row_at + AHEAD_BYTES)
+            y[r] = dot(kind, matrix.at + r * stride, x.at, x.packed_at, cols, matrix.ahead)
     else:
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)

@@ -100,6 +100,8 @@ class Network(NamedTuple):
     # low-bit copy is its number of bits.
     weights: Any
     kinds: Any
+    # `fetching.Distances`: how far ahead rows are fetched.
+    ahead: Any
     # Embedding [vocab, hidden], output head, which may be the same, and the last norm with its bias.
     embed: int
     embed_kind: int
@@ -173,6 +175,8 @@ class Cache(NamedTuple):
     layers: int
     # Of each head and layer.
     spans: int
+    # How many tiles ahead are fetched while one token attends, 0: none.
+    ahead: int
 
 
 class State(NamedTuple):

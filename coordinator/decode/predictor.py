@@ -18,10 +18,11 @@ from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, Net
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.fetching import LOWBIT_ROWS, MATRIX_ROWS
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
 from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
-from warmfront.shared.kernels.rows import AHEAD_BYTES, prefetch, row_stride
+from warmfront.shared.kernels.rows import prefetch, row_stride
 from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.wire.handoff import DONE, barrier
@@ -48,15 +49,9 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
     inner, kind = net.ranks[layer], net.kinds[layer, FC1]
     low, high = portion(st.cuts, inner, 8, rank)
     x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, 1, 1)
-    linear(
-        Matrix(kind, net.weights[layer, FC1], net.weights[layer, FC1_BIAS], inner, net.hidden),
-        low,
-        high,
-        x,
-        address_of(st.inner),
-        inner,
-        0,
-    )
+    at, bias_at = net.weights[layer, FC1], net.weights[layer, FC1_BIAS]
+    first = Matrix(kind, at, bias_at, inner, net.hidden, net.ahead[MATRIX_ROWS, kind])
+    linear(first, low, high, x, address_of(st.inner), inner, 0)
     if net.rectified:
         for i in range(low, high):
             st.inner[i] = max(st.inner[i], np.float32(0))
@@ -64,7 +59,7 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
     if result != DONE:
         return result
     kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
-    second = Matrix(kind, at, 0, net.groups * GROUP, inner)
+    second = Matrix(kind, at, 0, net.groups * GROUP, inner, net.ahead[MATRIX_ROWS, kind])
     inner_at = address_of(st.inner)
     x = packed_input(kind, inner_at, address_of(st.packed[rank]), inner, 1, 1)
     stride = row_stride(kind, inner)
@@ -77,7 +72,8 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
             linear(second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
         else:
             for row_at in range(at + row * stride, at + (row + GROUP) * stride, ROWS * stride):
-                prefetch(row_at + AHEAD_BYTES, ROWS * stride, 64)
+                if second.ahead != 0:
+                    prefetch(row_at + second.ahead, ROWS * stride, 64)
                 dot_rows(kind, row_at, stride, inner_at, inner, scores_at + (row_at - at) // stride * 4 - row * 4)
         mask[group] = _word(scores, net.thresholds[layer, row : row + GROUP])
     return DONE
@@ -87,13 +83,15 @@ def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at
 def _lowbit(net: Network, st: State, mask: Any, layer: int, rank: int, input_at: int) -> None:
     bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
     q_at = quantise_input(input_at, address_of(st.packed[rank]), net.hidden)
-    stride = net.lowbit_stride
+    stride, ahead = net.lowbit_stride, net.ahead[LOWBIT_ROWS, bits]
     scores = st.scores[rank]
     low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
         for i in range(GROUP):
             row_at = at + (group * GROUP + i) * stride
-            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden, row_at + AHEAD_BYTES)
+            if ahead != 0:
+                prefetch(row_at + ahead, stride, 64)
+            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden)
         mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
 
 

@@ -1,7 +1,8 @@
 """How a team of the coordinator runs, whichever kind it is; filled by the runtime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from warmfront.shared.kernels.fetching import Distances, usual_distances
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.model.formats import Kind
 
@@ -22,6 +23,8 @@ class TeamConfig:
     selector: str
     # Predict a layer's neurons while the one before is computed.
     look_ahead: bool = False
+    # Threads: how far ahead rows are fetched.
+    distances: Distances = field(default_factory=usual_distances)
     # Threads: keep each on its cpu.
     pinned: bool = True
     # Threads: rows move between them as the load of their cores shifts.

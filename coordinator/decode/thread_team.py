@@ -32,6 +32,7 @@ from warmfront.coordinator.selectors.lowbit import Lowbit
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.errors import WarmfrontError, WorkerError
 from warmfront.shared.kernels.byte_dot import quantised_bytes
+from warmfront.shared.kernels.fetching import CACHED_TILES
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.lowbit import lowbit_bytes
 from warmfront.shared.kernels.tiles import TILE
@@ -67,7 +68,8 @@ class ThreadTeam:
         self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
         self._rows = RowSplit(len(cpus), config.balances)
         self._weights = ThreadWeights(model, lowbit, config.selector, config.cores, self._rows.cuts)
-        self._cache = KvCache(model.spec, config.cache_kind, config.context, config.cores, self._rows.cuts)
+        ahead = int(config.distances[CACHED_TILES, config.cache_kind])
+        self._cache = KvCache(model.spec, config.cache_kind, config.context, config.cores, self._rows.cuts, ahead)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
@@ -128,6 +130,7 @@ class ThreadTeam:
             logit_cap=np.float32(architecture.logit_cap or 0),
             weights=weights,
             kinds=kinds,
+            ahead=self._config.distances,
             embed=at["embed"],
             embed_kind=int(self._model.entries["embed"].kind or 0),
             head=at[head],

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from warmfront.coordinator.engine.resolve import RunPlan
 from warmfront.shared.config import parse_slow
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.kernels.fetching import Distances
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.messages import Assignment, Hello
 
@@ -22,11 +23,17 @@ _SPARE_SHARE = 1 / 2
 
 
 def make_assignments(
-    model: PackedModel, plan: RunPlan, home: npt.NDArray[np.uint8], hellos: Mapping[str, Hello], attention_bytes: int
+    model: PackedModel,
+    plan: RunPlan,
+    home: npt.NDArray[np.uint8],
+    distances: Distances,
+    hellos: Mapping[str, Hello],
+    attention_bytes: int,
 ) -> dict[str, Assignment]:
     """One for each worker that said Hello.
 
-    `home`: uint8 [layers, groups]; `attention_bytes`: that attention will yet take on the GPU.
+    `home`: uint8 [layers, groups]; `distances`: how far ahead rows are fetched; `attention_bytes`: that attention will
+    yet take on the GPU.
     Raises ResourceError for a budget that the GPU does not have.
     """
     slow, cores = parse_slow(plan.config.slow), plan.cores
@@ -49,6 +56,7 @@ def make_assignments(
             pinned=plan.config.pin,
             spins=cores.spins,
             activation=model.spec.activation,
+            distances=distances.tobytes(),
         )
     return assignments
 

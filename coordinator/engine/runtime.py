@@ -19,12 +19,15 @@ from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.engine.assignments import make_assignments
 from warmfront.coordinator.engine.memory import check_memory, check_nodes
 from warmfront.coordinator.engine.resolve import RunPlan
+from warmfront.coordinator.engine.uses import uses_of
+from warmfront.coordinator.hardware.fetching import distances_for
 from warmfront.coordinator.hardware.node_bandwidth import worker_speeds
 from warmfront.coordinator.placement.expected_load import expected_bytes
 from warmfront.coordinator.placement.homes import most_active, place_homes
 from warmfront.coordinator.placement.plan_file import read_plan
 from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import UsageError
+from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.panels import LANES
@@ -56,6 +59,7 @@ class Runtime:
     def __init__(self, model: PackedModel, plan: RunPlan, *, profiles: bool = False) -> None:
         self.model, self.plan, self.profiles = model, plan, profiles
         self.lowbit: Lowbit | None = None
+        self._distances = usual_distances()
         self.board: Board
         self.supervisor: Supervisor
         self.team: ThreadTeam | TorchTeam
@@ -86,6 +90,9 @@ class Runtime:
         check_memory(model, plan, self.max_tokens)
         for note in plan.cores.notes:
             say(note)
+        # A profile is made by jobs of many tokens, which read each row once for all of them.
+        if plan.config.tuning and not self.profiles:
+            self._distances = distances_for(uses_of(model, plan), plan.cores.coordinator, say)
         names, spec, layout = plan.worker_names, model.spec, model.layout
         self._home = place_homes(layout.groups, spec.layers, worker_speeds(plan.cores))
         check_nodes(model, plan.cores, self._home, say)
@@ -118,6 +125,7 @@ class Runtime:
             cache_kind=plan.cache_kind,
             selector=plan.selector,
             look_ahead=config.look_ahead or self._trained_ahead,
+            distances=self._distances,
             pinned=config.pin,
             balances=config.policy == "balance",
             device="cpu" if plan.attention == "host" else plan.attention,
@@ -158,7 +166,7 @@ class Runtime:
 
     def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Assignment]:
         """What each worker is to do; called by the supervisor once they have said Hello."""
-        return make_assignments(self.model, self.plan, self._home, hellos, self._attention_bytes)
+        return make_assignments(self.model, self.plan, self._home, self._distances, hellos, self._attention_bytes)
 
     def _open_ownership(self, say: Say, progress: Callable[[int, int], None]) -> None:
         """Give the GPU what it begins with."""

@@ -6,7 +6,8 @@
     kernels/      compiled code, a folder for each version
     profiles/     profiles of the user's own texts  } the user's work: removed only when it is named
     tuning.json   what `warmfront tune` found       }
-    the rest      small: measurements of this machine, which content is at which path (`content.py`)
+    the rest      small: measurements of this machine (`fetching.json` and others), which content is at which path
+                  (`content.py`)
 
 Links are not followed: a link in the cache is removed itself, its target is not.
 """

@@ -3,8 +3,8 @@
 numba's own cache notices a change only in the file of the cached function, not in the files it calls into; it falls
 back to folders beside the source, and runs what it finds there. So the project has a cache of its own:
 
-    kernels/DIGEST/       private; DIGEST is of all sources that hold compiled code, of those that they import, and of
-                          the versions of what compiles them: a changed kernel can never be run from a stale copy
+    kernels/DIGEST/       private; DIGEST (`version.py`) is of the sources and of what compiles them: a changed kernel
+                          can never be run from a stale copy
       NAME.KEY.nbc        a compiled form of the kernel NAME; KEY is of its signature and the processor
       NAME.nbi            JSON: KEY -> SHA-256 of that file
 
@@ -18,16 +18,13 @@ import inspect
 import json
 import os
 import pickle
-import re
 import shutil
 import stat
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
 import numba
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
@@ -35,6 +32,7 @@ from numba.core.types.misc import unliteral
 
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.files import make_folder
+from warmfront.shared.kernels.version import digest
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.paths import cache_root
 
@@ -42,47 +40,15 @@ __all__ = ["cache_is_cold", "compile_for", "compiling_note", "inlined", "kernel"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TOP = Path(__file__).parents[2]
-_PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
-_COMPILED = re.compile(r"^ *@(kernel|inlined|intrinsic)\b", re.MULTILINE)
-# At the top of a module, where what a kernel uses is imported: from which module, which names, or plain modules.
-_IMPORT = re.compile(r"^(?:from +warmfront([.\w]*) +import +(\([^)]*\)|.*)|import +(.*))", re.MULTILINE)
 # Caches that are kept, so that two installations do not make each other compile anew.
 _KEPT = 4
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
-def _imported(text: str) -> Iterator[Path]:
-    """Where the modules of warmfront may lie that a module imports, with the packages on the way to them."""
-    for module, names, plain in _IMPORT.findall(text):
-        imported = [f"{module}.{name}" for name in re.findall(r"\w+", names)]  # a name may be a module's
-        for each in imported + re.findall(r"\bwarmfront([.\w]+)", plain):
-            place = _TOP
-            for part in filter(None, each.split(".")):
-                place /= part
-                yield from (place.with_suffix(".py"), place / "__init__.py")
-
-
-def _digest() -> str:
-    files = [file for package in _PACKAGES for file in (_TOP / package).rglob("*.py")]
-    texts = {file: file.read_text(encoding="utf-8") for file in files}
-    # Constants and types that compiled code imports are compiled in, however far they come.
-    found: set[Path] = set()
-    ahead = [file for file, text in texts.items() if _COMPILED.search(text)]
-    while ahead:
-        if (file := ahead.pop()) in texts and file not in found:
-            found.add(file)
-            ahead += _imported(texts[file])
-    digest = hashlib.sha256(f"{sys.version} {numba.__version__} {llvmlite.__version__}".encode())
-    for file in sorted(found):
-        digest.update(f"\0{file.relative_to(_TOP)}\0{texts[file]}".encode())
-    return digest.hexdigest()[:16]
-
-
 def _cache_folder() -> Path | None:
     try:
-        return cache_root() / "kernels" / _digest()
+        return cache_root() / "kernels" / digest()
     except ResourceError:  # told when a kernel is to be kept, which not every command does
         return None
 

@@ -113,22 +113,17 @@ def _levels_of_pair(b: Any, bits: int, row: Any, pair: Any) -> Any:
 
 def _make_dot(bits: int) -> Any:
     @intrinsic
-    def dot_of_bits(context, row, x, cols, ahead):
+    def dot_of_bits(context, row, x, cols):
         def build(context, b, _signature, arguments):
-            row, x, cols, ahead = arguments
+            row, x, cols = arguments
             size = b.mul(b.udiv(b.add(cols, long(_PAIR - 1)), long(_PAIR)), long(_PAIR * bits // 8))
             scales = b.add(row, size)
             if multiplies_bytes(context):
 
-                def weights(pair: Any) -> Any:
-                    with b.if_then(b.icmp_unsigned("==", b.and_(pair, long(64 * 8 // bits // _PAIR - 1)), long(0))):
-                        simd.prefetch_line(b, b.add(ahead, b.mul(pair, long(8 * bits))))
-                    return _levels_of_pair(b, bits, row, pair)
-
                 def halves(at: Any) -> Any:
                     return widened(context, b, load(b, scales, at, vector(I16)))
 
-                return byte_dot(b, x, cols, weights, halves, (2**bits - 1) / 2)
+                return byte_dot(b, x, cols, lambda pair: _levels_of_pair(b, bits, row, pair), halves, (2**bits - 1) / 2)
             sums = simd.zeros(b)
             middle = constants((2**bits - 1) / 2)
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
@@ -146,7 +141,7 @@ def _make_dot(bits: int) -> Any:
                     b.store(fma(b, b.fsub(levels, middle), scaled, b.load(sums)), sums)
             return simd.total(b, b.load(sums))
 
-        return types.float32(types.int64, types.int64, types.int64, types.int64), build
+        return types.float32(types.int64, types.int64, types.int64), build
 
     return dot_of_bits
 
@@ -155,10 +150,10 @@ _dot_1, _dot_2 = _make_dot(1), _make_dot(2)
 
 
 @kernel
-def lowbit_dot(bits: int, row: int, q: int, cols: int, ahead: int) -> Any:
+def lowbit_dot(bits: int, row: int, q: int, cols: int) -> Any:
     """Inner product of a row of 1, 2 or 4 bits with the input at `q` (from `quantise_input`), as `rows.dot`."""
     if bits == 1:
-        return _dot_1(row, q, cols, ahead)
+        return _dot_1(row, q, cols)
     if bits == 2:
-        return _dot_2(row, q, cols, ahead)
-    return rows.dot(_Q4, row, q, q, cols, ahead)
+        return _dot_2(row, q, cols)
+    return rows.dot(_Q4, row, q, q, cols, 0)

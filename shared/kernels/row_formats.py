@@ -17,16 +17,16 @@ from warmfront.shared.kernels.simd import (
     I64,
     V16,
     constants,
+    fetch,
     fma,
     load,
     long,
-    prefetch_line,
     splat,
     vector,
 )
 from warmfront.shared.model.formats import BLOCK, Kind, row_bytes
 
-__all__ = ["FORMATS", "PLAIN", "ByteFormat", "RowFormat", "by_kind", "column_scales", "prefetch_blocks", "stride"]
+__all__ = ["FORMATS", "PLAIN", "ByteFormat", "RowFormat", "by_kind", "column_scales", "fetch_blocks", "stride"]
 
 V32, V64 = vector(I8, 32), vector(I8, 64)
 
@@ -185,11 +185,13 @@ def stride(b: Any, kind: Kind, cols: Any) -> Any:
     return b.add(b.mul(b.udiv(cols, long(BLOCK)), long(size)), long(row_bytes(kind, BLOCK) - size))
 
 
-def prefetch_blocks(b: Any, kind: Kind, ahead: Any, block: Any, blocks: int = 1) -> None:
-    """Fetch of the row at `ahead` as many lines as `blocks` blocks are long, from where `block` would lie on."""
+def fetch_blocks(b: Any, kind: Kind, row: Any, ahead: Any, block: Any, blocks: int = 1) -> None:
+    """Fetch what lies `ahead` bytes behind `blocks` blocks of the row from `block` on; where that is 0, nothing.
+
+    As many lines as the blocks are long, scales included, though these lie at the row's end: over a row that is all.
+    """
     size = _block_bytes(kind)
-    for line in range(0, size * blocks, 64):
-        prefetch_line(b, b.add(ahead, b.add(b.mul(block, long(size)), long(line))))
+    fetch(b, b.add(row, b.mul(block, long(size))), ahead, size * blocks)
 
 
 def column_scales(context: Any, b: Any, tail: Any, cols: Any, at: Any) -> tuple[Any, Any]:

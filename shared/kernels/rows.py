@@ -1,7 +1,7 @@
 """Compiled arithmetic on packed rows (layouts: `shared/model/formats.py`): dot and widen for every weight type.
 
-Rows are fetched ahead by the caller's hint. Inner products with rows of whole numbers take the input quantised where
-the CPU multiplies bytes (`byte_dot.py`); elsewhere they take it as it is.
+Rows are fetched ahead by the caller's hint, if it gives one (`fetching.py`). Inner products with rows of whole numbers
+take the input quantised where the CPU multiplies bytes (`byte_dot.py`); elsewhere they take it as it is.
 """
 
 from typing import Any
@@ -20,14 +20,13 @@ from warmfront.shared.kernels.row_formats import (
     ByteFormat,
     RowFormat,
     by_kind,
-    prefetch_blocks,
+    fetch_blocks,
     stride,
 )
 from warmfront.shared.kernels.simd import I64, V16, fma, load, long, store
 from warmfront.shared.model.formats import BLOCK
 
 __all__ = [
-    "AHEAD_BYTES",
     "dot",
     "prefetch",
     "row_stride",
@@ -36,16 +35,12 @@ __all__ = [
     "widen",
 ]
 
-# How far ahead rows are fetched: the hardware's own fetching starts anew at each page, and a kernel that unpacks 4 bits
-# keeps too few lines in flight by itself (docs/log.md).
-AHEAD_BYTES = 5120
-
 
 def _float_dot(context: Any, b: Any, form: RowFormat, row: Any, x: Any, cols: Any, ahead: Any) -> Any:
     # Two sums: a multiply-add takes four cycles, and with one sum each would wait for the one before.
     sums = (simd.zeros(b), simd.zeros(b))
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-        prefetch_blocks(b, form.kind, ahead, loop.index)
+        fetch_blocks(b, form.kind, row, ahead, loop.index)
         for half, weights in enumerate(form.weights(context, b, row, cols, loop.index)):
             at = b.add(b.mul(loop.index, long(128)), long(64 * half))
             b.store(fma(b, weights, load(b, x, at, V16), b.load(sums[half])), sums[half])
@@ -56,7 +51,7 @@ def _byte_dot(
     context: Any, b: Any, form: RowFormat, integers: ByteFormat, row: Any, q: Any, cols: Any, ahead: Any
 ) -> Any:
     def weights(pair: Any) -> Any:
-        prefetch_blocks(b, form.kind, ahead, b.mul(pair, long(2)), 2)
+        fetch_blocks(b, form.kind, row, ahead, b.mul(pair, long(2)), 2)
         return integers.numbers(b, row, pair)
 
     def scales(at: Any) -> Any:
@@ -124,8 +119,9 @@ def takes_quantised(kind: int) -> bool:
 
 @kernel
 def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
-    """Inner product of the packed row at `row` with float32 [cols] at `x`, while fetching the row at `ahead`.
+    """Inner product of the packed row at `row` with float32 [cols] at `x`.
 
+    `ahead`: fetch meanwhile the row that lies so many bytes behind this one, which may be any; 0: none.
     `q`: what `quantise_input` returned for x; used only if `takes_quantised(kind)`.
     """
     return _dot(kind, row, x, q, cols, ahead)

@@ -20,6 +20,7 @@ __all__ = [
     "V16",
     "call",
     "constants",
+    "fetch",
     "fma",
     "largest",
     "load",
@@ -109,3 +110,14 @@ def prefetch_line(b: Any, address: Any) -> None:
     """Fetch the cache line at `address`, which may be any."""
     hints = (ir.Constant(I32, value) for value in (0, 3, 1))
     call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), *hints)
+
+
+def fetch(b: Any, at: Any, ahead: Any, size: int) -> None:
+    """Fetch `size` bytes that lie `ahead` bytes behind `at`; where `ahead` is 0 at run time, nothing.
+
+    LLVM takes the question out of small loops; in large ones it is one instruction for each line or more, which the
+    kernels do not feel in the cache.
+    """
+    with b.if_then(b.icmp_signed("!=", ahead, long(0))):
+        for line in range(0, size, 64):
+            prefetch_line(b, b.add(b.add(at, ahead), long(line)))

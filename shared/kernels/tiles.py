@@ -26,7 +26,7 @@ from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, qu
 from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import Rows
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, fetch_blocks
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import (
     I8,
@@ -39,7 +39,6 @@ from warmfront.shared.kernels.simd import (
     fma,
     load,
     long,
-    prefetch_line,
     splat,
     store,
     vector,
@@ -151,14 +150,10 @@ def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: An
     low_at, input_scales, input_sums = quantised_parts(b, q, cols)
     scales_at, minima_at = scales_of(b, form, tile, cols)
     sums = simd.zeros(b)
-    lines = 8 if form.kind == Kind.Q8 else 4
     seven = constants(7, vector(I32))
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
         block = loop.index
-        if ahead is not None:
-            for line in range(lines):
-                at = b.add(b.add(tile, ahead), b.add(b.mul(block, long(64 * lines)), long(64 * line)))
-                prefetch_line(b, at)
+        fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(TILE)), TILE)
         place, words = block_offset(b, block), numbers_of(b, form, tile, block)
         parts = []
         for start in (q, low_at):
@@ -187,18 +182,12 @@ def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: An
 
 @intrinsic
 def _tile(context, kind, tile, q, cols, y, ahead):
-    """Variants with and without fetching `ahead`, for a hint that fetches nothing costs a slot, too."""
-
     def build(context, b, _signature, arguments):
         kind, tile, q, cols, y, ahead = arguments
 
         def emit(form: RowFormat) -> None:
             if multiplies_bytes(context):
-                with b.if_else(b.icmp_signed("==", ahead, long(0))) as (plain, fetching):
-                    with plain:
-                        _tile_dot(context, b, form, tile, q, cols, y, None)
-                    with fetching:
-                        _tile_dot(context, b, form, tile, q, cols, y, ahead)
+                _tile_dot(context, b, form, tile, q, cols, y, ahead)
 
         by_kind(b, kind, _TILED, emit)
         return context.get_dummy_value()

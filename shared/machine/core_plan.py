@@ -15,7 +15,8 @@ from warmfront.shared.machine.topology import Node, Topology
 
 __all__ = ["CorePlan", "WorkerCores", "plan_cores"]
 
-# Rounds that a thread spins at a barrier, about 2 us, where every thread has its own core and the others come soon.
+# Rounds that a thread spins at a barrier, where every thread has its own core and the others come soon: about 2 us on
+# the machine they were chosen on, other processors' rounds are shorter or longer, so `warmfront tune` races several.
 # Where threads share cores it is 0: a thread that spins keeps those it waits for from running.
 _SPINS = 100
 

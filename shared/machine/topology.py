@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_caches", "read_topology"]
+__all__ = ["Cache", "Node", "Topology", "parse_cpu_list", "read_caches", "read_processor", "read_topology"]
 
 
 # Pages of files, as the kernel's accounts of a cgroup name them.
@@ -229,6 +229,21 @@ def read_caches(root: Path = Path("/"), allowed: Collection[int] | None = None) 
                 cpus = _cpus(folder / "shared_cpu_list") or (cpu,)
                 found.setdefault((level, int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]), set()).add(cpus)
     return tuple(Cache(level, size, len(several)) for (level, size), several in sorted(found.items()))
+
+
+def read_processor(root: Path = Path("/")) -> str:
+    """What tells a processor from a faster one: its model as the kernel names it, and its nominal clock if known."""
+    fields: dict[str, str] = {}
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    # A virtual machine's name may be that of a whole family; ARM has numbers only.
+    numbers = ("cpu family", "model", "stepping", "cpu implementer", "cpu variant", "cpu part", "cpu revision")
+    model = [fields[name] for name in ("model name", *numbers) if name in fields]
+    highest = _text(root / "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    # BogoMIPS of x86 are twice the clock of its counter; measured anew at each boot, hence rounded.
+    mhz = int(highest) / 1000 if highest.isdigit() else float(fields.get("bogomips", 0)) / 2
+    return " ".join(model) + (f", {round(mhz, -2):.0f} MHz" if mhz else "")
 
 
 def _gpus(root: Path) -> Iterator[tuple[str, int]]:

@@ -57,6 +57,7 @@ __all__ = [
 LINE = 128
 # Results of a wait.
 DONE, ABORTED, LATE = 0, 1, 2
+# The times below are those of Linux's scheduler and of people, not of the machine's speed.
 # How long a waiter yields before it sleeps: longer than the pause between two tokens.
 PATIENCE_NS = 3_000_000
 # Upper bound of one sleep; a lost wake-up or an abort without one costs no more than this.

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 6
+PROTOCOL = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class Assignment:
     pinned: bool = True  # threads stay on their cpus
     spins: int = 0  # rounds of spinning at a barrier
     activation: str = ""  # of the feed-forward layers; "": that of the packed file
+    distances: bytes = b""  # of a CPU worker: how far ahead weights are fetched (`fetching.as_distances`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.command import MARK, WARMFRONT, Outcome, assert_refused, marked, prepack, run
+from warmfront.coordinator.hardware.fetching import choices_file
 from warmfront.shared.paths import cache_root
 
 IDS = ["--prompt-ids", "40,41", "-n", "4"]
@@ -126,6 +127,7 @@ def test_a_damaged_kernel_is_compiled_anew_by_a_worker(model: Path, answer: str,
     shutil.copytree(newest, kernels)
     kernels.chmod(0o700)
     (tmp_path / "warmfront/models").symlink_to(cache_root() / "models")
+    shutil.copy(choices_file(), tmp_path / "warmfront")
     (index,) = kernels.glob("warmfront.shared.kernels.rows.dot.nbi")
     os.truncate(index, 10)
     for file in kernels.glob("warmfront.cpu_worker.executor.serve.*.nbc"):

@@ -28,10 +28,10 @@ from warmfront.shared.kernels.simd import (
     V16,
     call,
     constants,
+    fetch,
     fma,
     load,
     long,
-    prefetch_line,
     splat,
     store,
     vector,
@@ -57,7 +57,7 @@ class Tile(NamedTuple):
     at: int
     # Of the head, a multiple of 32.
     numbers: int
-    # What to fetch meanwhile: the tile at this address.
+    # Fetch meanwhile the tile that lies so many bytes behind this one; 0: none.
     ahead: int
 
 
@@ -83,11 +83,6 @@ def scale_vectors(context: Any, b: Any, at: Any, block: Any) -> list[Any]:
     return [widened(context, b, load(b, at, start, vector(I16))) for start in starts]
 
 
-def _fetch(b: Any, ahead: Any, offset: Any, size: int) -> None:
-    for line in range(0, size, 64):
-        prefetch_line(b, b.add(ahead, b.add(offset, long(line))))
-
-
 def _float_sums(context: Any, b: Any, form: RowFormat, strip: Any, x: list[Any], sums: list[list[Any]]) -> None:
     """Of a strip of floats."""
     at, rows, ahead = strip
@@ -99,7 +94,7 @@ def _float_sums(context: Any, b: Any, form: RowFormat, strip: Any, x: list[Any],
         for turn, totals in enumerate((sums, others)[:turns]):
             row = b.add(b.mul(loop.index, long(turns)), long(turn))
             offset = b.mul(row, long(size))
-            _fetch(b, ahead, offset, size)
+            fetch(b, b.add(at, offset), ahead, size)
             halves = form.weights(context, b, b.add(at, offset), long(TILE), long(0))
             for head, pair in zip(x, totals, strict=True):
                 factor = splat(b, load(b, head, b.mul(row, long(4)), FLOAT))
@@ -120,7 +115,7 @@ def _byte_sums(context: Any, b: Any, strip: Any, x: list[Any], sums: list[list[A
         parts = [[[nothing, nothing] for _ in (0, 1)] for _ in x]
         for four in range(BLOCK // 4):
             offset = b.add(b.mul(loop.index, long(TILE * BLOCK)), long(128 * four))
-            _fetch(b, ahead, offset, 128)
+            fetch(b, b.add(at, offset), ahead, 128)
             numbers = [load(b, at, b.add(offset, long(64 * half)), vector(I8, 64)) for half in (0, 1)]
             for head, products in zip(x, parts, strict=True):
                 first = b.add(b.mul(loop.index, long(BLOCK)), long(4 * four))
@@ -152,7 +147,7 @@ def _wide_sums(context: Any, b: Any, strip: Any, x: list[Any], sums: list[list[A
         offset = b.mul(loop.index, long(TILE * BLOCK))
         inputs = [b.add(head, b.mul(loop.index, long(4 * BLOCK))) for head in x]
         _wide_rows(b, b.add(at, offset), 128, inputs, blocks)
-        _fetch(b, ahead, offset, TILE * BLOCK)
+        fetch(b, b.add(at, offset), ahead, TILE * BLOCK)
         factors = scale_vectors(context, b, scales_at, loop.index)
         for pair, totals in zip(blocks, sums, strict=True):
             for block, factor, total in zip(pair, factors, totals, strict=True):
@@ -249,7 +244,7 @@ def _make_mix(heads: int) -> Any:
                     scales = [b.fmul(half, inverse) for half in scales]
                 for own, out in zip(chances, weights, strict=True):
                     _weigh(context, b, scales, own, out)
-                _fetch(b, ahead, strip, TILE * BLOCK)
+                fetch(b, b.add(at, strip), ahead, TILE * BLOCK)
                 sums = [[simd.zeros(b) for _ in (0, 1)] for _ in range(heads)]
                 if whole:
                     factors = [b.fmul(largest, each) for each in shrunk]
@@ -344,7 +339,7 @@ def add_values(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
     if tile.kind != _Q8:
         size = TILE * row_stride(tile.kind, TILE)
         for strip in range(tile.numbers // TILE):
-            values = _Strip(tile.kind, tile.at + strip * size, TILE, tile.ahead + strip * size)
+            values = _Strip(tile.kind, tile.at + strip * size, TILE, tile.ahead)
             _multiply(values, x, Heads(y.at + strip * TILE * 4, y.step), heads, 1)
         return
     for head in range(0, heads, _HEADS):

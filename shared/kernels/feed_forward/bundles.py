@@ -8,7 +8,9 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import Activation, activation_of
 from warmfront.shared.kernels.atomics import bytes_at
+from warmfront.shared.kernels.feed_forward.down_rows import TOGETHER
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles, interleave_down
+from warmfront.shared.kernels.fetching import ANNOUNCED, BUNDLES, GATE_ROWS, SCATTERED, Distances, usual_distances
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.tiles import in_tiles, interleave
 from warmfront.shared.model.architecture import FeedForward
@@ -36,6 +38,12 @@ class Bundles(NamedTuple):
     activation: Activation
     # Whether the groups are in tiles: see `tile_group`.
     tiled: bool
+    # How far ahead is fetched: of tiles in bytes, else in neurons; in neurons down rows, gates by `open_gates`, and by
+    # `listed_neurons` a line of each KB. 0: not at all.
+    ahead: int
+    down_ahead: int
+    gates_ahead: int
+    announced: int
 
 
 class Vectors(NamedTuple):
@@ -53,11 +61,18 @@ class Vectors(NamedTuple):
     scratch: int
 
 
-def bundles_at(at: int, layout: BundleLayout, feed_forward: FeedForward, whole: bool = False) -> Bundles:
+def bundles_at(
+    at: int, layout: BundleLayout, feed_forward: FeedForward, whole: bool = False, distances: Distances | None = None
+) -> Bundles:
     """Describe slots at address `at`.
 
     `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them.
+    `distances`: how far ahead to fetch, by default the usual.
     """
+    kind, table = layout.gate_kind, usual_distances() if distances is None else distances
+    tiled = whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind))
+    distance = int(table[BUNDLES if whole else SCATTERED, kind])
+    neurons = -(-distance // layout.bundle_bytes)
     return Bundles(
         at=at,
         bundle_bytes=layout.bundle_bytes,
@@ -69,7 +84,12 @@ def bundles_at(at: int, layout: BundleLayout, feed_forward: FeedForward, whole: 
         down_kind=int(layout.down_kind),
         hidden=layout.hidden,
         activation=activation_of(feed_forward),
-        tiled=whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind)),
+        tiled=tiled,
+        ahead=distance if tiled else neurons,
+        # So many are read side by side: the next one is being read already.
+        down_ahead=max(neurons, TOGETHER) if neurons else 0,
+        gates_ahead=-(-int(table[GATE_ROWS, kind]) // layout.gate_row_bytes),
+        announced=0 if whole else int(table[ANNOUNCED, kind]),
     )
 
 

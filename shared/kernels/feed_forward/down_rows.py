@@ -15,20 +15,21 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import has
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, prefetch_blocks
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, fetch_blocks
 from warmfront.shared.kernels.simd import FLOAT, I64, V16, fma, load, long, splat, store
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, Kind
 
-__all__ = ["FACTORS_AT", "LATER_AT", "LIST_BYTES", "PARTIAL_AT", "add_down_rows"]
+__all__ = ["AHEAD_AT", "FACTORS_AT", "LIST_BYTES", "PARTIAL_AT", "TOGETHER", "add_down_rows"]
 
-# A list of up to 32 rows, at byte offsets: int64 [32] their addresses; int64 [32] the rows to fetch meanwhile; float32
-# [32] the factors, and the sum of all of them; then float32 [cols] of scratch.
-LATER_AT, FACTORS_AT = 8 * GROUP, 16 * GROUP
+# A list of up to 32 rows, at byte offsets: int64 [32] their addresses; int64 [32] how many bytes behind them lies what
+# is fetched meanwhile, 0: nothing; float32 [32] the factors, and the sum of all; then float32 [cols] of scratch.
+AHEAD_AT, FACTORS_AT = 8 * GROUP, 16 * GROUP
 PARTIAL_AT = FACTORS_AT + 4 * GROUP + 64
 LIST_BYTES = PARTIAL_AT
-# Rows read side by side: streams that the hardware's own fetching can follow, and enough work between two stores.
-_TOGETHER = 4
+# Rows read side by side: streams that the hardware's own fetching can follow, and enough work between two stores. It
+# changes no bit, and 2, 4 and 8 are equally fast (docs/log.md).
+TOGETHER = 4
 
 
 class _Part(NamedTuple):
@@ -51,8 +52,8 @@ def _totals(context: Any, b: Any, form: RowFormat, part: _Part, blocks: int) -> 
     with cgutils.for_range(b, part.count, intp=I64) as loop:
         number = b.add(part.first, loop.index)
         eight = b.mul(number, long(8))
-        row, later = (load(b, part.list, b.add(eight, long(start)), I64) for start in (0, LATER_AT))
-        prefetch_blocks(b, form.kind, later, part.block, blocks)
+        row, ahead = (load(b, part.list, b.add(eight, long(start)), I64) for start in (0, AHEAD_AT))
+        fetch_blocks(b, form.kind, row, ahead, part.block, blocks)
         factor = splat(b, load(b, part.list, b.add(b.mul(number, long(4)), long(FACTORS_AT)), FLOAT))
         for i in range(blocks):
             halves = form.weights(context, b, row, part.cols, b.add(part.block, long(i)))
@@ -113,6 +114,6 @@ def add_down_rows(kind: int, list_at: int, count: int, tail_at: int, sums_at: in
 
     `tail_at`: the group's tail, for Q4C.
     """
-    for first in range(0, count, _TOGETHER):
-        rows = min(_TOGETHER, count - first)
+    for first in range(0, count, TOGETHER):
+        rows = min(TOGETHER, count - first)
         _add_some(kind, list_at, first, rows, first + rows == count, (tail_at, sums_at, cols))

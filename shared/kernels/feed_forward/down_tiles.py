@@ -29,7 +29,7 @@ from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_blo
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, fetch_blocks
 from warmfront.shared.kernels.rows import row_stride, takes_quantised
 from warmfront.shared.kernels.simd import (
     FLOAT,
@@ -152,14 +152,15 @@ def _products(b: Any, numbers: list[Any], factors: Split) -> Any:
     return b.add(b.shl(parts[0], constants(7, vector(I32))), parts[1])
 
 
-def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any]) -> None:
-    tile, factors, sums, cols = place
+def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any, Any]) -> None:
+    tile, factors, sums, cols, ahead = place
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
         # Two sums for each half: a multiply-add takes four cycles.
         totals = [[simd.zeros(b) for _ in range(2)] for _ in range(2)]
         with cgutils.for_range(b, long(GROUP // 4), intp=I64) as four:
             first = b.add(b.mul(loop.index, long(GROUP)), b.mul(four.index, long(4)))
             for i in range(4):
+                fetch_blocks(b, form.kind, tile, ahead, b.add(first, long(i)))
                 factor = splat(b, load(b, factors, b.add(b.mul(four.index, long(16)), long(4 * i)), FLOAT))
                 halves = form.weights(context, b, tile, cols, b.add(first, long(i)))
                 for weights, total in zip(halves, totals[i % 2], strict=True):
@@ -170,13 +171,13 @@ def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, An
 
 
 @intrinsic
-def _add_tile(context, kind, tile, factors, tail, sums, cols):
+def _add_tile(context, kind, tile, factors, tail, sums, cols, ahead):
     def build(context, b, _signature, arguments):
-        kind, tile, factors, tail, sums, cols = arguments
+        kind, tile, factors, tail, sums, cols, ahead = arguments
 
         def emit(form: RowFormat) -> None:
             if form.kind in _FLOATS:
-                _add_floats(context, b, form, (tile, factors, sums, cols))
+                _add_floats(context, b, form, (tile, factors, sums, cols, ahead))
                 return
             if not multiplies_bytes(context):
                 return
@@ -184,6 +185,7 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
             fixed = split_block(b, given) if form.kind == Kind.Q4C else None
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
                 block = loop.index
+                fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(GROUP)), GROUP)
                 parts, offset = fixed, None
                 if parts is None:
                     scales, *minima = neuron_scales(context, b, form, tile, cols, block)
@@ -211,13 +213,13 @@ def _add_tile(context, kind, tile, factors, tail, sums, cols):
         by_kind(b, kind, FORMATS, emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), build
+    return types.void(*[types.int64] * 7), build
 
 
 @kernel
-def add_down_tile(kind: int, tile_at: int, factors_at: int, tail_at: int, sums_at: int, cols: int) -> None:
+def add_down_tile(kind: int, tile_at: int, factors_at: int, tail_at: int, sums_at: int, cols: int, ahead: int) -> None:
     """Add the sum of factor times row over the 32 rows of a tile to int64 sums [cols]; factors: float32 [32].
 
-    `tail_at`: the group's tail, for Q4C.
+    `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to fetch, 0: not at all.
     """
-    _add_tile(kind, tile_at, factors_at, tail_at, sums_at, cols)
+    _add_tile(kind, tile_at, factors_at, tail_at, sums_at, cols, ahead)

@@ -22,19 +22,16 @@ from numba import carray
 from warmfront.shared.kernels.activation import activate_times, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import floats_at, longs_at
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundle_at
-from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, add_down_rows
+from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
+from warmfront.shared.kernels.rows import dot, prefetch
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
 from warmfront.shared.model.bundle import GROUP
 
 __all__ = ["listed_neurons", "open_gates", "open_neurons", "open_ups", "whole_groups"]
 
-# Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
-# fetched, 2 to 5 % faster (docs/log.md).
-_PREFETCHED = 4
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
@@ -50,43 +47,49 @@ def whole_groups(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors)
         if in_tiles(b.gate_kind):
             for row in range(0, 2 * GROUP, TILE):
                 tile_at = at + row * b.up_offset
-                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, gates_at + row * 4, AHEAD_BYTES)
+                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, gates_at + row * 4, b.ahead)
         else:
             for row in range(2 * GROUP):
                 row_at = at + row * b.up_offset
-                gates[row] = dot(b.gate_kind, row_at, vectors.x, vectors.quantised, b.hidden, row_at + AHEAD_BYTES)
+                gates[row] = dot(b.gate_kind, row_at, vectors.x, vectors.quantised, b.hidden, b.ahead)
         activate_times(b.activation, gates_at, ups_at, GROUP)
         inverse = carray(floats_at(vectors.inverse), (1,))[0]
         for neuron in range(GROUP):
             gates[neuron] *= inverse
-        add_down_tile(b.down_kind, at + GROUP * b.down_offset, gates_at, at + b.tail_offset, vectors.sums, b.hidden)
+        add_down_tile(
+            b.down_kind, at + GROUP * b.down_offset, gates_at, at + b.tail_offset, vectors.sums, b.hidden, b.ahead
+        )
 
 
 @kernel
-def _prefetch_later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> None:
-    """Announce the bundle of a later entry of the list to the memory system."""
-    prefetch(bundle_at(b, slots, listed[min(i + _PREFETCHED, high - 1)]), b.bundle_bytes, 1024)
+def _later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> tuple[int, int]:
+    """How many bytes behind that of entry i the bundles lie whose gate and up rows, and whose down row, are fetched.
+
+    An even later one is announced. Scattered bundles come at two thirds of the bandwidth of contiguous ones: with a
+    line of each KB their addresses are translated, and the hardware's own fetching starts.
+    """
+    if b.announced != 0:
+        prefetch(bundle_at(b, slots, listed[min(i + b.announced, high - 1)]), b.bundle_bytes, 1024)
+    at, last = bundle_at(b, slots, listed[i]), high - 1
+    down = bundle_at(b, slots, listed[min(i + b.down_ahead, last)]) - at
+    return bundle_at(b, slots, listed[min(i + b.ahead, last)]) - at, down
 
 
 @kernel
-def _ahead(b: Bundles) -> int:
-    """How many neurons ahead to fetch."""
-    return 1 + AHEAD_BYTES // b.bundle_bytes
-
-
-@kernel
-def _note_neuron(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, count: int, skip: bool) -> bool:
+def _note_neuron(
+    b: Bundles, at: int, ahead: tuple[int, int], gate: Any, vectors: Vectors, count: int, skip: bool
+) -> bool:
     """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the list of down rows.
 
-    Fetches the up row of the one at `ahead_at`. Returns False, if it may `skip` it, for one whose up does not fire.
+    `ahead`: from `_later`. Returns False, if it may `skip` it, for one whose up does not fire.
     """
-    up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead_at + b.up_offset)
+    up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead[0])
     if skip and not up_fires(b.activation, up):
         return False
-    rows, later = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + LATER_AT), (GROUP,))
+    rows, aheads = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + AHEAD_AT), (GROUP,))
     factors = carray(floats_at(vectors.scratch + FACTORS_AT), (GROUP + 1,))
     own = factor(b.activation, gate, up) * carray(floats_at(vectors.inverse), (1,))[0]
-    rows[count], later[count], factors[count] = at + b.down_offset, ahead_at + b.down_offset, own
+    rows[count], aheads[count], factors[count] = at + b.down_offset, ahead[1], own
     factors[GROUP] = own + (factors[GROUP] if count > 0 else np.float32(0))
     return True
 
@@ -107,15 +110,13 @@ def listed_neurons(
     `skip`: leave a neuron out whose gate or up does not fire. The others get their bit in `computed`, a word for each
     slot of the list; returns how many they are.
     """
-    ahead = _ahead(b)
     count, found = 0, 0
     for i in range(low, high):
         neuron = listed[i]
         at = bundle_at(b, slots, neuron)
-        ahead_at = bundle_at(b, slots, listed[min(i + ahead, high - 1)])
-        _prefetch_later(b, slots, listed, i, high)
-        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead_at)
-        if (not skip or fires(b.activation, gate)) and _note_neuron(b, at, ahead_at, gate, vectors, found, skip):
+        ahead = _later(b, slots, listed, i, high)
+        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead[0])
+        if (not skip or fires(b.activation, gate)) and _note_neuron(b, at, ahead, gate, vectors, found, skip):
             set_bit(computed, neuron)
             found += 1
             count += 1
@@ -130,9 +131,10 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, g
     """List those of neurons low..high whose gate fires, with their gates; returns their number."""
     count = 0
     for neuron in range(low, high):
-        # Gates lie a bundle apart, too far for the hardware's own fetching: the fourth from here is fetched.
-        ahead_at = bundle_at(b, slots, min(neuron + 4, high - 1))
-        gate = dot(b.gate_kind, bundle_at(b, slots, neuron), vectors.x, vectors.quantised, b.hidden, ahead_at)
+        # Gates lie a bundle apart: on some machines too far for the hardware's own fetching.
+        at = bundle_at(b, slots, neuron)
+        ahead = bundle_at(b, slots, min(neuron + b.gates_ahead, high - 1)) - at
+        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead)
         if fires(b.activation, gate):
             gates[count] = gate
             opened[count] = neuron
@@ -148,13 +150,11 @@ def open_neurons(
 
     Those whose up fires get their bit in `computed`, a word for each slot; returns how many they are.
     """
-    ahead = _ahead(b)
     count, found = 0, 0
     for i in range(low, high):
         neuron = opened[i]
-        ahead_at = bundle_at(b, slots, opened[min(i + ahead, high - 1)])
-        _prefetch_later(b, slots, opened, i, high)
-        if _note_neuron(b, bundle_at(b, slots, neuron), ahead_at, gates[i], vectors, found, True):
+        ahead = _later(b, slots, opened, i, high)
+        if _note_neuron(b, bundle_at(b, slots, neuron), ahead, gates[i], vectors, found, True):
             set_bit(computed, neuron)
             found += 1
             count += 1
@@ -170,5 +170,5 @@ def open_ups(b: Bundles, slots: Ints, opened: Ints, count: int, vectors: Vectors
     found = 0
     for i in range(count):
         up_at = bundle_at(b, slots, opened[i]) + b.up_offset
-        found += up_fires(b.activation, dot(b.gate_kind, up_at, vectors.x, vectors.quantised, b.hidden, up_at))
+        found += up_fires(b.activation, dot(b.gate_kind, up_at, vectors.x, vectors.quantised, b.hidden, 0))
     return found

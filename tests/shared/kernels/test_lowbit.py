@@ -79,5 +79,5 @@ def test_dot(bits: int, cols: int) -> None:
     for row, reference in zip(packed, values, strict=True):
         fenced[128:-128] = row
         row_at = address(fenced) + 128
-        got = lowbit_dot(bits, row_at, q_at, cols, row_at)
+        got = lowbit_dot(bits, row_at, q_at, cols)
         assert got == pytest.approx(reference @ x, abs=2e-4 * np.sqrt(cols))

@@ -75,7 +75,8 @@ def test_whole_numbers_are_exact(tiles: Tiles) -> None:
 
 def test_fetching_ahead_changes_no_bit(tiles: Tiles) -> None:
     x = np.random.default_rng(3).standard_normal(tiles.rows.cols).astype(np.float32)
-    np.testing.assert_array_equal(tiles.times(x), tiles.times(x, 4096))
+    for ahead in (1, 4096, -(1 << 40)):
+        np.testing.assert_array_equal(tiles.times(x), tiles.times(x, ahead))
 
 
 def test_infinities_and_nan_reach_every_row(tiles: Tiles) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.shared.machines import GB, MACHINES, STATUS, V2, Machine, write
-from warmfront.shared.machine.topology import Cache, Topology, parse_cpu_list, read_caches, read_topology
+from warmfront.shared.machine.topology import (
+    Cache,
+    Topology,
+    parse_cpu_list,
+    read_caches,
+    read_processor,
+    read_topology,
+)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +235,20 @@ def test_this_machine() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert sum(node.total_bytes for node in topology.nodes) == pytest.approx(total, rel=0.01)
     assert all(0 < node.available_bytes <= node.total_bytes for node in topology.nodes)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "highest", "name"),
+    [
+        ("model\t: 143\nmodel name\t: Xeon\nbogomips\t: 5199.99\n\nmodel name\t: other", "", "Xeon 143, 2600 MHz"),
+        ("model name : Xeon\nbogomips : 5199.99", "3512000\n", "Xeon, 3500 MHz"),
+        ("CPU implementer : 0x41\nCPU part : 0xd0c", "", "0x41 0xd0c"),
+        ("", "", ""),
+    ],
+)
+def test_processor(cpuinfo: str, highest: str, name: str, tmp_path: Path) -> None:
+    files = {"proc/cpuinfo": cpuinfo, "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq": highest}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    assert read_processor(tmp_path) == name

@@ -32,7 +32,7 @@ def tile_of(kind: Kind, numbers: int, part: str) -> tuple[np.ndarray, Tile, Floa
         data = np.concatenate((packed.reshape(-1), np.ascontiguousarray(scales.T).reshape(-1).view(np.uint8)))
         wide = integers * np.repeat(scales.astype(np.float64), 32, axis=1)
     assert data.nbytes == tile_bytes(kind, numbers)
-    return data, Tile(kind, address(data), numbers, address(data)), wide
+    return data, Tile(kind, address(data), numbers, 0), wide
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 7])
@@ -65,6 +65,20 @@ def test_values(kind: Kind, numbers: int, heads: int) -> None:
     np.testing.assert_array_less(np.abs(y[:, 2:-2] - expected).max(1), 5e-5 * np.abs(expected).max(1))
     np.testing.assert_array_equal(y[:, [0, 1, -2, -1]], before[:, [0, 1, -2, -1]])
     assert kept.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fetching_ahead_changes_no_bit(kind: Kind) -> None:
+    results = set()
+    for ahead in (0, 1, 4096, -(1 << 40)):
+        data, x, y = np.full(32 * 64 * 4 + 256, 0x3C, np.uint8), np.full((3, 64), 0.5, np.float32), np.zeros((2, 3, 64))
+        tile, out = Tile(kind, address(data), 64, ahead), y.astype(np.float32)
+        x_at = quantise_heads(kind, address(x), address(packed := np.empty_like(x)), 64, 3)
+        multiply_keys(tile, Heads(x_at, 256), Heads(address(out[0]), 256), 3)
+        add_values(tile, Heads(address(x), 256), Heads(address(out[1]), 256), 3)
+        results.add(out.tobytes())
+        assert packed.size == x.size
+    assert len(results) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

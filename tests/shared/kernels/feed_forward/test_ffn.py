@@ -40,7 +40,7 @@ class Slots:
         self.layout = BundleLayout(hidden=HIDDEN, ffn=SLOTS * 32, gate_kind=gate_kind, down_kind=down_kind)
         size = self.layout.group_bytes
         self._memory = np.full((SLOTS + 2) * size, 0xFF, np.uint8)
-        groups = self._memory[size:-size].reshape(SLOTS, size)
+        self.groups = groups = self._memory[size:-size].reshape(SLOTS, size)
         bundles = groups[:, : self.layout.tail_offset].reshape(SLOTS, 32, -1)
         self.at = address(groups)
         starts = (0, self.layout.up_offset, self.layout.down_offset)
