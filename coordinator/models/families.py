@@ -179,7 +179,7 @@ FAMILIES = {
 
 # What families that are not in the table have, by the same names, and nothing here computes yet.
 _UNGATED = "a feed-forward without a gate"
-_LEARNED = f"learned positions and {_UNGATED}"
+_LEARNED = f"learned positions and {_UNGATED}, with biases"
 _EXPERTS = "a mixture of experts (MoE)"
 _MISSING = {
     "opt": _LEARNED,

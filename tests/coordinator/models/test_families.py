@@ -78,3 +78,43 @@ def test_minicpm_is_a_granite_in_other_words(tiny_family: Make, tmp_path: Path) 
     other = open_source(edited(folder, tmp_path / "copy", attention_multiplier=None, **words)).spec
     theirs = open_source(edited(folder, tmp_path / "plain", attention_multiplier=1.0)).spec
     assert other == replace(changed(theirs, "architecture.attention.scale", None), family="minicpm", name=other.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "gemma3",
+            {"layer_types": ["full_attention"]},
+            "layer_types is .*, not sliding_attention or",
+        ),
+        (
+            "gemma3",
+            {"layer_types": ["chunked_attention"] * 7},
+            "layer_types is .*, not sliding_attention or",
+        ),
+        ("gemma3", {"layer_types": None, "num_hidden_layers": 2**31 - 1}, "are more than any model has"),
+        ("gemma3", {"text_config": {"hidden_size": 64}}, "vision part, which is not supported; its language model is"),
+        ("gemma2", {"use_bidirectional_attention": True}, "attends to what comes later too"),
+        (
+            "gemma2",
+            {"model_type": "llama"},
+            "_feedforward_layernorm.weight does not belong to the",
+        ),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is not supported; one without is"),
+        ("phi3", {"num_key_value_heads": 4}, r"qkv_proj.weight has shape \(128, 64\), config.json says"),
+        ("phi3", {"intermediate_size": 64}, r"gate_up_proj.weight has shape \(192, 64\), config.json says"),
+        ("phi3 longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "short_factor is miss"),
+        (
+            "qwen2",
+            {"model_type": "opt"},
+            "it has learned positions and a feed-forward without a gate, with biases; llama",
+        ),
+    ],
+)
+def test_folders_that_are_refused(
+    tiny_family: Make, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(edited(tiny_family(name), tmp_path / "copy", **changes))
+    assert "\n" not in str(caught.value)
