@@ -184,8 +184,7 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
         require("matplotlib", "--plot")
 
     with hold_interrupts():
-        from warmfront.coordinator.cli.plan import plan
-        from warmfront.coordinator.cli.plan_chart import draw, render
+        from warmfront.coordinator.cli.plan import draw, plan, render
 
     with Bars() as bars:
         figures = plan(model, overrides, exact, out, say, bars.show)

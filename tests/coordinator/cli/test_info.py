@@ -31,7 +31,14 @@ def test_predictors(
     fields = {"llama.block_count": layers, "powerinfer.sparse_threshold": 0.25}
     path = tiny_gguf(shapes=shapes, without=["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"], fields=fields)
     facts = describe(str(path), EngineConfig(dtype="q4"), print, print)
-    assert facts["predictor"] == {"input": "residual", "activation": "relu", "threshold": 0.25, "rank": rank}
+    assert facts["predictor"] == {
+        "input": "residual",
+        "activation": "relu",
+        "threshold": 0.25,
+        "rank": rank,
+        "look_ahead": False,
+        "biases": (),
+    }
     # Of type Q8: 34 bytes for 32 weights, and ranks are whole blocks.
     padded = [96, 64][:layers]
     assert facts["bytes"]["predictor"] == sum(r * 256 * 34 // 32 + 512 * r * 34 // 32 for r in padded)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator.cli.plan import PlanInputs, figures_of, make_plan
-from warmfront.coordinator.cli.plan_chart import draw, render
+from warmfront.coordinator.cli.plan import PlanInputs, draw, figures_of, make_plan, render
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.placement.expected_load import firing_of, load_of, neurons_of
 from warmfront.coordinator.placement.solver import DeviceCosts

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from warmfront.coordinator.cli.plan_chart import _bars
+from warmfront.coordinator.cli.plan import _bars
 from warmfront.coordinator.cli.terminal import Bars
 from warmfront.coordinator.measure import bench
 

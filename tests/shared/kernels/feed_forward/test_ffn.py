@@ -356,13 +356,15 @@ def test_dense_groups_note_which_tokens_fire_which_neurons(gate: Kind, down: Kin
             bits = np.unpackbits(noted[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
             # bfloat16 products leave a gate, or an up, at the border to chance.
             slack = (1e-5 if gate == Kind.F32 else BFLOAT) * np.abs(exact).max()
-            clear = (np.abs(exact - (THRESHOLD if ":" in activation else 0)) > slack) & (np.abs(ups) > slack)
+            clear = np.abs(exact - (THRESHOLD if ":" in activation else 0)) > slack
+            if activation == "drelu":
+                clear &= np.abs(ups) > slack
             assert (firing(activation, exact, ups) == bits[:, :tokens].T)[clear].all()
             assert not bits[:, tokens:].any(), "tokens that are not there fire nothing"
             told += int(clear.sum())
         others = np.setdiff1d(np.arange(groups), ids[low:high])
         assert (noted[others] == 0xAAAA).all()
-    assert told > 0.9 * 32 * (2 * 5 + 16 * 3 + 37 + 70 * 2)
+    assert told > (0.8 if activation == "drelu" else 0.9) * 32 * (2 * 5 + 16 * 3 + 37 + 70 * 2)
 
 
 def test_results_repeat_to_the_bit() -> None:
