@@ -28,7 +28,7 @@ def opening(system: str | None) -> Messages:
 def use_template(engine: Engine, template: str | None) -> None:
     """Chat with the user's `template`; without one say so if the model has none either."""
     engine.tokenizer.chat_template = template
-    if template is None and not engine.tokenizer.has_chat_template:
+    if template is None and engine.tokenizer.present and not engine.tokenizer.has_chat_template:
         say(f"{engine.model.spec.name} has no chat template: it is asked as ChatML; --chat-template FILE gives another")
 
 
