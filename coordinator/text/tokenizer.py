@@ -55,7 +55,7 @@ class Tokenizer:
     def encode(self, text: str, *, with_start: bool = True) -> list[int]:
         """Token ids of `text`, after the beginning-of-text token if the model has one and `with_start`."""
         if self._fast is None:
-            raise ModelError(f"{self._name} came without a tokenizer.json: ask it with warmfront generate --prompt-ids 1,2,3")
+            raise ModelError(f"{self._name} came without a tokenizer.json: use warmfront generate --prompt-ids 1,2")
         try:  # Python keeps bytes of the command line that are not text in its locale as surrogates
             text = text.encode(errors="surrogateescape").decode()
         except UnicodeError:
