@@ -13,6 +13,7 @@ import numpy.typing as npt
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
+from warmfront.shared.kernels.feed_forward.batches import batch_scratch_bytes
 from warmfront.shared.kernels.feed_forward.ffn import bundles_at, scratch_bytes, tile_group
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, anonymous
@@ -42,7 +43,7 @@ class HostDevice:
             # The neurons to compute; x quantised; widened rows and the like.
             "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
-            + scratch_bytes(layout.hidden, layout.groups, max_tokens),
+            + max(batch_scratch_bytes(layout.hidden), scratch_bytes(layout.hidden, layout.groups, max_tokens)),
         }
 
     def reserve(self, layout: BundleLayout, activation: int, slots: int, max_tokens: int, whole: bool = False) -> None:

@@ -1,15 +1,7 @@
-"""Compiled feed-forward arithmetic over neuron bundles: what every worker on a CPU computes.
+"""Bundles of neurons in memory, and the feed-forward arithmetic of a prompt's tokens: small GEMMs over whole groups.
 
-    all       gate and up dot, axpy of the down row            `whole_groups` of tiles, else `listed_neurons`
-    lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
-    lowbit    gate does not fire end there
-    exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
-              those whose gate fires (`activation.fires`)
-    prefill   several tokens: small GEMMs over whole groups    `dense_groups`
-
-A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Who computes some
-neuron of a group computes all that are wanted of it, and adds their sum to exact sums (`exact_sums.py`) that belong to
-one thread: the bits of a layer's output do not depend on how its groups are shared out.
+What decoded tokens take is in `batches.py`. Whose groups' outputs are added to which sums is said there, too: all are
+exact, so a layer's output has the same bits however its groups are shared out.
 """
 
 from typing import Any, NamedTuple
@@ -18,16 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.shared.kernels.activation import activate, activate_times, fires
-from warmfront.shared.kernels.atomics import bytes_at, floats_at, longs_at
-from warmfront.shared.kernels.feed_forward.down_rows import FACTORS_AT, LATER_AT, LIST_BYTES, add_down_rows
-from warmfront.shared.kernels.feed_forward.down_tiles import (
-    add_down_tile,
-    down_in_tiles,
-    gather_down_tile,
-    interleave_down,
-)
-from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
+from warmfront.shared.kernels.activation import activate_times, fires
+from warmfront.shared.kernels.atomics import bytes_at, floats_at
+from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles, gather_down_tile, interleave_down
 from warmfront.shared.kernels.gemm import (
     SUM,
     Gathered,
@@ -40,8 +25,7 @@ from warmfront.shared.kernels.gemm import (
     pack_panels,
 )
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import AHEAD_BYTES, dot, prefetch
-from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile, multiply_tile_rows
+from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave, multiply_tile_rows
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
 
@@ -50,23 +34,15 @@ __all__ = [
     "Vectors",
     "bundles_at",
     "dense_groups",
-    "listed_neurons",
-    "open_gates",
-    "open_neurons",
+    "neuron_at",
     "scratch_bytes",
     "tile_group",
-    "whole_groups",
 ]
 
-# Scattered bundles come at two thirds of the bandwidth of contiguous ones; announced this many neurons before they are
-# fetched, 2 to 5 % faster (docs/log.md).
-_PREFETCHED = 4
 # Several tokens: groups whose factors are kept until their down rows follow, for a stretch of columns at a time whose
 # sums stay in the cache meanwhile: 128 columns of 288 tokens are 0.3 MB of int64.
 _BATCH, _COLUMNS = 64, 128
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
-Words = npt.NDArray[np.uint32]
 
 
 class Bundles(NamedTuple):
@@ -90,12 +66,10 @@ class Bundles(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Addresses of what a job reads and of what one thread writes."""
+    """Addresses of what a job of a prompt's tokens reads and of what one thread writes."""
 
-    # float32 [hidden] for one token, [panels, hidden, 16] for several.
+    # float32 [panels, hidden, 16].
     x: int
-    # One token only: what `quantise_input` made of it.
-    quantised: int
     # float32 [tokens]: 1 / unit of each token's sums.
     inverse: int
     # int64, laid out as x: the outputs are added here, in units.
@@ -125,16 +99,16 @@ def bundles_at(at: int, layout: BundleLayout, activation: int, whole: bool = Fal
 
 
 def scratch_bytes(hidden: int, groups: int, max_tokens: int) -> int:
-    """Bytes that a thread needs beside its sums, for layers of so many groups."""
+    """Bytes that a thread needs for a prompt beside its sums, for layers of so many groups."""
     tokens = whole_panels(max_tokens)
-    single = LIST_BYTES + 4 * hidden
     # 16 rows, or a stretch of columns, widened; gate and up of a group; x as packed; the factors of a batch.
     several = 4 * max(TILE * hidden, GROUP * _COLUMNS) + 8 * GROUP * tokens + 2 * tokens * hidden
-    return max(single, several + 4 * min(_BATCH, groups) * GROUP * tokens)
+    return several + 4 * min(_BATCH, groups) * GROUP * tokens
 
 
 @kernel
-def _bundle(b: Bundles, slots: Ints, neuron: int) -> Any:
+def neuron_at(b: Bundles, slots: Ints, neuron: int) -> Any:
+    """Where a neuron's bundle is; in tiles only a group's first has a place."""
     return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
 
 
@@ -154,117 +128,6 @@ def tile_group(b: Bundles, at: int) -> None:
         interleave(b.gate_kind, rows_at, GROUP, b.hidden)
     down_at = at + GROUP * b.down_offset
     interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)
-
-
-@kernel
-def whole_groups(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors) -> None:
-    """Add the outputs of all neurons of slots low..high, which are in tiles, for one token."""
-    gates_at, ups_at = vectors.scratch, vectors.scratch + GROUP * 4
-    gates = carray(floats_at(gates_at), (GROUP,))
-    for i in range(low, high):
-        at = _bundle(b, slots, i * GROUP)
-        for part in range(2):
-            for row in range(0, GROUP, TILE):
-                tile_at = at + (part * GROUP + row) * b.up_offset
-                out_at = gates_at + (part * GROUP + row) * 4
-                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, out_at, AHEAD_BYTES)
-        activate_times(b.activation, gates_at, ups_at, GROUP)
-        inverse = carray(floats_at(vectors.inverse), (1,))[0]
-        for neuron in range(GROUP):
-            gates[neuron] *= inverse
-        add_down_tile(b.down_kind, at + GROUP * b.down_offset, gates_at, at + b.tail_offset, vectors.sums, b.hidden)
-
-
-@kernel
-def _prefetch_later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> None:
-    """Announce the bundle of a later entry of the list to the memory system."""
-    prefetch(_bundle(b, slots, listed[min(i + _PREFETCHED, high - 1)]), b.bundle_bytes, 1024)
-
-
-@kernel
-def _ahead(b: Bundles) -> int:
-    """How many neurons ahead to fetch."""
-    return 1 + AHEAD_BYTES // b.bundle_bytes
-
-
-@kernel
-def _note_neuron(b: Bundles, at: int, ahead_at: int, gate: Any, vectors: Vectors, count: int) -> None:
-    """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the list of down rows.
-
-    Fetches the up row of the one at `ahead_at`.
-    """
-    up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead_at + b.up_offset)
-    rows, later = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + LATER_AT), (GROUP,))
-    factors = carray(floats_at(vectors.scratch + FACTORS_AT), (GROUP + 1,))
-    factor = activate(b.activation, gate) * up * carray(floats_at(vectors.inverse), (1,))[0]
-    rows[count], later[count], factors[count] = at + b.down_offset, ahead_at + b.down_offset, factor
-    factors[GROUP] = factor + (factors[GROUP] if count > 0 else np.float32(0))
-
-
-@kernel
-def _add_group(b: Bundles, slots: Ints, neuron: int, vectors: Vectors, count: int) -> None:
-    """Add the down rows on the list, of the group of `neuron`, to the sums."""
-    tail_at = _bundle(b, slots, neuron // GROUP * GROUP) + b.tail_offset
-    add_down_rows(b.down_kind, vectors.scratch, count, tail_at, vectors.sums, b.hidden)
-
-
-@kernel
-def listed_neurons(
-    b: Bundles, slots: Ints, listed: Ints, low: int, high: int, skip: bool, vectors: Vectors, computed: Words
-) -> int:
-    """Add the outputs of entries low..high, whole groups, of a list of neurons in ascending order, for one token.
-
-    `skip`: leave a neuron out whose gate does not fire. The others get their bit in `computed`, a word for each slot of
-    the list; returns how many they are.
-    """
-    ahead = _ahead(b)
-    count, found = 0, 0
-    for i in range(low, high):
-        neuron = listed[i]
-        at = _bundle(b, slots, neuron)
-        ahead_at = _bundle(b, slots, listed[min(i + ahead, high - 1)])
-        _prefetch_later(b, slots, listed, i, high)
-        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead_at)
-        if not skip or fires(gate):
-            set_bit(computed, neuron)
-            _note_neuron(b, at, ahead_at, gate, vectors, found)
-            found += 1
-            count += 1
-        if found > 0 and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
-            _add_group(b, slots, neuron, vectors, found)
-            found = 0
-    return count
-
-
-@kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, gates: Floats, opened: Ints) -> int:
-    """List those of neurons low..high whose gate fires, with their gates; returns their number."""
-    count = 0
-    for neuron in range(low, high):
-        # Gates lie a bundle apart, too far for the hardware's own fetching: the fourth from here is fetched.
-        ahead_at = _bundle(b, slots, min(neuron + 4, high - 1))
-        gate = dot(b.gate_kind, _bundle(b, slots, neuron), vectors.x, vectors.quantised, b.hidden, ahead_at)
-        if fires(gate):
-            gates[count] = gate
-            opened[count] = neuron
-            count += 1
-    return count
-
-
-@kernel
-def open_neurons(b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors) -> None:
-    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made."""
-    ahead = _ahead(b)
-    found = 0
-    for i in range(low, high):
-        neuron = opened[i]
-        ahead_at = _bundle(b, slots, opened[min(i + ahead, high - 1)])
-        _prefetch_later(b, slots, opened, i, high)
-        _note_neuron(b, _bundle(b, slots, neuron), ahead_at, gates[i], vectors, found)
-        found += 1
-        if i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP:
-            _add_group(b, slots, neuron, vectors, found)
-            found = 0
 
 
 @kernel
@@ -335,7 +198,7 @@ def dense_groups(
     for start in range(low, high, _BATCH):
         groups = min(_BATCH, high - start)
         for i in range(groups):
-            group_at = _bundle(b, slots, (start + i) * GROUP)
+            group_at = neuron_at(b, slots, (start + i) * GROUP)
             _gates_and_ups(b, group_at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)
@@ -346,7 +209,7 @@ def dense_groups(
             columns = min(_COLUMNS, hidden - first)
             sums = Panels(vectors.sums + first * LANES * 8, hidden * LANES * 8, panels)
             for i in range(groups):
-                at = _bundle(b, slots, (start + i) * GROUP)
+                at = neuron_at(b, slots, (start + i) * GROUP)
                 tail_at = at + b.tail_offset
                 if b.tiled:
                     tile_at = at + GROUP * b.down_offset
