@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from warmfront.shared.config import BITS, DTYPES, KV_TYPES, POLICIES, SELECTORS, EngineConfig, Sampling, parse_size
+from warmfront.shared.config import (
+    BITS,
+    DTYPES,
+    KV_TYPES,
+    POLICIES,
+    SELECTORS,
+    SPECULATIONS,
+    EngineConfig,
+    Sampling,
+    parse_size,
+)
 from warmfront.shared.errors import UsageError
 
 __all__ = [
@@ -161,6 +171,13 @@ engine_options = _together(
     ),
     selector_option,
     run_options,
+    click.option(
+        "--speculate",
+        type=click.Choice(SPECULATIONS),
+        default=_ENGINE.speculate,
+        show_default=True,
+        help="ngram: compute tokens ahead that the text repeats; the answer is the same.",
+    ),
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
 prompt_options = _together(
