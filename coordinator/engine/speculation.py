@@ -64,7 +64,7 @@ class PassCosts:
 
 
 def _class_of(length: int) -> int:
-    """Guesses behind 2 and 3, 4 to 7, 8 to 15, ... agreeing tokens are alike."""
+    """Guesses behind 3, 4 to 7, 8 to 15, ... agreeing tokens are alike."""
     return min(length, 32).bit_length()
 
 
@@ -133,8 +133,10 @@ class Speculation:
         self._guess, self._length = self._index.guess(BATCH)
         count = worth(self._costs, self._acceptance, self._length, min(most - 1, len(self._guess)))
         began = time.perf_counter()
-        rows: list[Floats] = list(self._session.verify(turn, [token, *self._guess[:count]]))
+        if count == 0:
+            logits, self._rows = self._session.step(turn, token), []
+        else:
+            logits, *self._rows = self._session.verify(turn, [token, *self._guess[:count]])
         self._costs.note(1 + count, time.perf_counter() - began)
         self.drafted += count
-        self._rows = rows[1:]
-        return rows[0]
+        return logits

@@ -219,16 +219,16 @@ def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: 
     for token in range(0, y.panels, 4):
         rest = y.panels - token
         x_at, y_at = x.at + token * x.step, y.at + token * y.step
-        if rest == 1:
-            _tile_1(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-        elif rest == 2:
-            _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-        elif rest == 3:
-            _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-            _tile_1(kind, tile, cols, (x_at + 2 * x.step, x.step), (y_at + 2 * y.step, y.step), 0)
-        else:
+        if rest >= 4:
             _tile_4(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-        ahead = 0
+            ahead = 0
+            continue
+        if rest >= 2:
+            _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
+            ahead = 0
+        if rest != 2:
+            last = rest - 1
+            _tile_1(kind, tile, cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), ahead)
 
 
 def _columns(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[Any]:

@@ -92,8 +92,8 @@ def whole_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch) -> 
             activate_times(b.activation, factors_at, ups_at + token * GROUP * 4, GROUP)
             for neuron in range(GROUP):
                 gates[token, neuron] *= inverse[token]
-            sums_at = batch.sums + token * b.hidden * 8
-            add_down_tile(b.down_kind, at + GROUP * b.down_offset, factors_at, at + b.tail_offset, sums_at, b.hidden)
+        factors, sums = Panels(gates_at, GROUP * 4, tokens), Panels(batch.sums, b.hidden * 8, tokens)
+        add_down_tile(b.down_kind, at + GROUP * b.down_offset, at + b.tail_offset, factors, sums, b.hidden)
 
 
 @kernel
