@@ -1,6 +1,6 @@
 """Positions, KV cache and causal attention of the compiled pass.
 
-The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. One token: dots
+The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. A batch: dots
 with the keys, exponentials and sums of the values, some thousand positions at a time; the positions are split into
 chunks where the key-value heads do not divide evenly over the threads. A prompt: matrix products, with 16 tokens
 in the lanes and the query heads that share a key-value head as panels, some hundred positions at a time. Either way the
@@ -30,7 +30,7 @@ from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.kv_layout import SPAN, TILE
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["attend_one", "attend_panels", "cache_panels", "join", "rotate"]
+__all__ = ["attend_batch", "attend_panels", "cache_panels", "join", "rotate"]
 
 _F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
@@ -183,34 +183,36 @@ def _tiles(cache: Cache, padded: int, head: int, layer: int, position: int) -> t
 
 
 @inlined
-def attend_one(net: Network, st: State, layer: int, rank: int, token: int) -> None:
-    """Causal attention of one token of a batch: this thread's (key-value head, chunk of the positions) pairs.
+def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
+    """Causal attention of a batch, token by token: this thread's (key-value head, chunk of the positions) pairs.
 
-    It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
-    Of a token that comes alone, whoever has the last chunk of a head writes its key and value into the cache: only it
-    reads that tile. Positions of the tiles at both ends that the token does not see have no weight, so the sums do not
-    depend on what is there.
+    It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`. A
+    chunk is read by one token after the other, so that it comes from memory once if it fits the cache. Of a token that
+    comes alone, whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile.
+    Positions of the tiles at both ends that a token does not see have no weight, so the sums do not depend on what is
+    there.
     """
-    cache, head_dim, group, position = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[POSITION] + token
-    first_query = token * (net.heads + 2 * net.kv_heads) * head_dim
+    cache, head_dim, group, tokens = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[TOKENS]
     padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
     packed = np.empty((group, padded), np.float32)
     scores_at, scores = address_of(st.scores[rank]), st.scores[rank]
-    seen = _first_seen(net, layer, position)
-    base = seen // TILE * TILE
     low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, rank)
-    for task in range(low, high):
+    for turn in range(low * tokens, high * tokens):
+        task, token = turn // tokens, turn % tokens
         kv_head, chunk = task // st.chunks, task % st.chunks
-        if st.job[TOKENS] == 1 and chunk == st.chunks - 1:
+        if tokens == 1 and chunk == st.chunks - 1:
             _cache_head(net, st, layer, kv_head, 0, 1)
+        position = st.job[POSITION] + token
+        seen = _first_seen(net, layer, position)
+        base = seen // TILE * TILE
         start, end = share(position + 1 - base, TILE, chunk, chunk + 1, st.chunks)
         tops, totals = st.tops[token, chunk], st.totals[token, chunk]
+        first_query = (token * (net.heads + 2 * net.kv_heads) + kv_head * group) * head_dim
         for head in range(group):
-            number = kv_head * group + head
-            tops[number], totals[number] = _LOWEST, 0
+            tops[kv_head * group + head], totals[kv_head * group + head] = _LOWEST, 0
             for i in range(head_dim):
-                queries[head, i] = st.qkv[first_query + number * head_dim + i] * net.score_scale
+                queries[head, i] = st.qkv[first_query + head * head_dim + i] * net.score_scale
         mixed[:] = 0
         queries_at = quantise_heads(cache.kind, address_of(queries), address_of(packed), padded, group)
         for first in range(base + start, base + end, SCORES):

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache_panels, join, rotate
+from warmfront.coordinator.decode.attention import attend_batch, attend_panels, cache_panels, join, rotate
 from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, normalise, packed_input
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
@@ -264,8 +264,7 @@ def forward(rank: int, net: Network, st: State) -> int:
             if result != DONE:
                 return result
         if decode:
-            for token in range(tokens):
-                attend_one(net, st, layer, rank, token)
+            attend_batch(net, st, layer, rank)
         else:
             attend_panels(net, st, layer, rank, panels)
         result = barrier(st.barrier)
