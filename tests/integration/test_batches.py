@@ -3,14 +3,20 @@
 Run: pytest tests/integration/test_batches.py
 """
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.integration.command import needs_two_cores
 from warmfront.coordinator.engine.engine import Engine
@@ -94,6 +100,56 @@ def test_smollm2(smollm2: Path, overrides: dict[str, Any]) -> None:
     prompt = np.random.default_rng(2).integers(300, 49000, 150).tolist()
     with Engine.load(str(smollm2), **overrides) as engine:
         assert_the_same(engine, prompt, BATCHES)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
+def test_attention(tiny_llama: Callable[..., Path], tmp_path: Path, window: int, kv: str) -> None:
+    """Heads that the threads divide by chunks of positions; tokens whose windows begin in different tiles."""
+    made = tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=192)
+    folder = shutil.copytree(made, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window or None}
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = [3 + (7 * i + i // 13) % 290 for i in range(300)]
+    with Engine.load(str(folder), kv=kv) as engine:
+        assert_the_same(engine, ids[:90], [ids[at : at + 16] for at in range(90, 170, 16)])
+
+
+def test_a_guess_that_is_not_finite(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Token 7 drives a value beyond what the cache holds: as a guess it changes nothing of what is before it."""
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    tensors = dict(load_file(folder / "model.safetensors"))
+    embed, values = (tensors[f"model.{name}.weight"].copy() for name in ("embed_tokens", "layers.0.self_attn.v_proj"))
+    values[0], values[0, 0] = 0, 3e4
+    embed[:, 0], embed[7], embed[7, 0] = 0, 0, 5
+    tensors |= {"model.embed_tokens.weight": embed, "model.layers.0.self_attn.v_proj.weight": values}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with Engine.load(str(folder), dtype="f16") as engine:
+        expected = one_by_one(engine, [5, 6], [[8, 9, 10]])
+        session = engine.session
+        engine.reset()
+        with session.text() as turn:
+            session.prefill(turn, [5, 6])
+            rows = [session.verify(turn, [token, 11, 7, 12]).copy() for token in (8, 9)]
+            assert [len(row) for row in rows] == [1, 1]
+            rows.append(session.verify(turn, [10, 11]).copy()[:1])
+    np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03])
+def test_a_gpu_worker_dies(made: Path, delay: float) -> None:
+    """Between two batches or within one: the logits are those with it."""
+    batches = [PROMPT[at : at + 7] for at in range(14)] * 8
+    with Engine.load(str(made), dtype="q8", gpu="host", vram_budget=3_000_000, verify=True) as engine:
+        expected = in_batches(engine, PROMPT, batches)
+        pid = engine.session.runtime.supervisor.hellos["gpu0"].pid
+        killer = threading.Timer(delay, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        got = in_batches(engine, PROMPT, batches)
+        killer.join()
+        assert engine.session.runtime.supervisor.hellos["gpu0"].pid != pid or not engine.ownership._present[-1]
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_what_is_not_accepted_leaves_no_trace(made: Path) -> None:
