@@ -41,7 +41,7 @@ SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
 PREDICTING = frozenset({"lowrank", "lowbit"})
 # How tokens are guessed that are computed before they are known to come.
-SPECULATIONS = ("off", "ngram")
+SPECULATIONS = ("auto", "ngram", "off")
 # How groups move between the workers; the names of coordinator/balancing/policies.py.
 POLICIES = ("balance", "static", "lru", "ema")
 # The wishes that say which threads run.
@@ -130,7 +130,7 @@ class EngineConfig:
     vram_budget: int | None = None
     attention: str = "auto"
     policy: str = "balance"
-    speculate: str = "off"
+    speculate: str = "auto"
     plan: str | None = None
     context: int | None = None
     kv: str = "auto"

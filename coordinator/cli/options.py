@@ -176,7 +176,7 @@ engine_options = _together(
         type=click.Choice(SPECULATIONS),
         default=_ENGINE.speculate,
         show_default=True,
-        help="ngram: compute tokens ahead that the text repeats; the answer is the same.",
+        help="Compute tokens ahead that the text repeats; the answer is the same.",
     ),
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )

@@ -177,9 +177,11 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
 
 
 def _resolve_speculation(config: EngineConfig, attention: str, say: Say) -> bool:
-    """As wished, but only the compiled pass computes batches: where nobody asked for another, a line says so."""
+    """As wished, by default yes: it is done only while it pays. But only the compiled pass computes batches."""
     if config.speculate == "off" or attention == "cpu":
         return config.speculate != "off"
+    if config.speculate == "auto":
+        return False
     if config.attention != "auto":
         raise UsageError(
             f"--speculate {config.speculate}, but --attention {attention} computes no batches: pass --attention cpu"
