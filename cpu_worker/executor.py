@@ -4,6 +4,8 @@ One resident thread per core runs `serve`. The neurons that the board's owner ta
 mask, give this worker are split over the threads, evenly but for whole groups (by `exact` twice: all gates, then the
 open neurons); each thread adds into sums of its own; after a barrier each adds up a slice of all sums, and the last to
 finish publishes. The sums are exact: they do not depend on the number of threads, nor on who owns what.
+
+Of a batch, the neurons that any of its tokens wants are shared out together (`feed_forward/ffn.py`).
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +14,17 @@ import numpy as np
 from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
-from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
-from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons, open_ups, whole_groups
+from warmfront.shared.kernels.feed_forward.ffn import (
+    Batch,
+    Selection,
+    listed_neurons,
+    open_gates,
+    open_neurons,
+    open_ups,
+    whole_groups,
+)
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
@@ -58,28 +68,30 @@ class Worker(NamedTuple):
     requested: Any
     computed: Any
     firing: Any
-    # [threads, groups], of the owned groups: int32 slots, int32 numbers, uint32 of the mask, uint32 of what was
-    # computed whole.
+    # Of the owned groups, int32 [threads, groups]: slots, numbers.
     owned: Any
     ids: Any
+    # uint32 [threads, BATCH, groups]: the masks, and what was computed whole; [threads, groups]: of any token's mask.
     words: Any
     bits: Any
+    wanted: Any
     # int32 [threads, neurons of a layer]: neurons to compute; 0, 1, 2, ... where nothing is predicted.
     listed: Any
-    # float32, int32 [threads, neurons of a layer]: gates that fire and whose they are; int64 [threads, 16]: how many.
+    # float32 [threads, BATCH * neurons of a layer], int32 [threads, neurons of a layer]: gates of the neurons that fire
+    # for any token, and whose they are; int64 [threads, 16]: how many.
     gates: Any
     opened: Any
     opened_count: Any
     # int64 [threads, 16], a cache line each.
     counts: Any
-    # uint8 [threads, n]: the input quantised; int64 [threads, max_tokens * hidden], uint8 [threads, n]: see `Vectors`.
+    # uint8 [threads, n]: the inputs quantised; int64 [threads, max_tokens * hidden], uint8 [threads, n]: see `Vectors`.
     quantised: Any
     sums: Any
     scratch: Any
     # int64 [1]: when the first thread began the job, ns; by that thread.
     started: Any
     # int64 [layers, 8]: sums over all single-token jobs, by the last thread of each; prefill is dense and says nothing
-    # about the balance of decoding.
+    # about the balance of decoding, and what a batch reads is not told apart by tokens.
     load: Any
     # Hand-off.
     job_at: int
@@ -98,42 +110,40 @@ class Worker(NamedTuple):
 
 
 @inlined
-def _vectors(w: Worker, rank: int, quantised_at: int) -> Vectors:
-    """What this thread reads and writes."""
-    return Vectors(w.x_at, quantised_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+def _owned_groups(w: Worker, rank: int, layer: int, decoded: int) -> int:
+    """List the groups that this worker owns in `layer`: slots, numbers, of a batch the words of the masks too.
 
-
-@inlined
-def _owned_groups(w: Worker, rank: int, layer: int, tokens: int) -> int:
-    """List the groups that this worker owns in `layer`: slots, numbers, words of the mask; returns how many.
-
-    The first thread notes on the board what is asked of a single token.
+    The first thread notes on the board what is asked for the tokens of a batch. Returns how many groups there are.
     """
-    owned, ids, words, bits = w.owned[rank], w.ids[rank], w.words[rank], w.bits[rank]
-    notes = rank == 0 and tokens == 1
+    owned, ids, wanted = w.owned[rank], w.ids[rank], w.wanted[rank]
     count = 0
     for group in range(w.owner.shape[1]):
-        word = np.uint32(0)
         if w.owner[layer, group] == w.me:
-            word = w.mask[layer, group] if w.predicted else np.uint32(0xFFFFFFFF)
-            owned[count], ids[count] = w.slot[layer, group], group
-            words[count], bits[count] = word, 0
+            owned[count], ids[count], wanted[count] = w.slot[layer, group], group, 0
             count += 1
-        if notes:
-            w.requested[layer, group] = word
+    for token in range(decoded):
+        words = w.words[rank, token]
+        for i in range(count):
+            words[i] = w.mask[token, layer, ids[i]] if w.predicted else np.uint32(0xFFFFFFFF)
+            wanted[i] |= words[i]
+        w.bits[rank, token, :count] = 0
+        if rank == 0:
+            w.requested[token, layer, :] = 0
+            for i in range(count):
+                w.requested[token, layer, ids[i]] = words[i]
     return count
 
 
 @inlined
-def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
-    """One token by `exact`; returns whether it was not aborted.
+def _sparse(w: Worker, rank: int, neurons: int, batch: Batch) -> bool:
+    """A batch by `exact`; returns whether it was not aborted.
 
-    The gates that fire are counted over the threads before they are shared out: each thread would find more or fewer.
+    The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
     """
-    b, slots = w.bundles, w.owned[rank]
+    b, slots, tokens = w.bundles, w.owned[rank], batch.tokens
     low, high = share(neurons, GROUP, rank, rank + 1, w.threads)
-    w.counts[rank, _GATES] = high - low
-    w.opened_count[rank, 0] = open_gates(b, slots, low, high, vectors, w.gates[rank], w.opened[rank])
+    w.counts[rank, _GATES] = (high - low) * tokens
+    w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, w.gates[rank], w.opened[rank])
     if barrier(w.barrier) != DONE:
         return False
     total = 0
@@ -145,57 +155,70 @@ def _sparse(w: Worker, rank: int, neurons: int, vectors: Vectors) -> bool:
         opened, count = w.opened[other], w.opened_count[other, 0]
         start = group_start(opened, count, min(max(low - first, 0), count))
         end = group_start(opened, count, min(max(high - first, 0), count))
-        done += open_neurons(b, slots, w.gates[other], opened, start, end, vectors, w.bits[rank])
+        done += open_neurons(b, slots, w.gates[other], opened, start, end, batch, w.bits[rank])
         first += count
     w.counts[rank, _NEURONS] = done
     return True
 
 
 @inlined
-def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> bool:
-    """This thread's part of the job into its sums; returns whether it was not aborted."""
-    slots, counts = w.owned[rank], w.counts[rank]
-    if tokens > 1:
-        low, high = share(groups, 1, rank, rank + 1, w.threads)
-        dense_groups(w.bundles, slots, low, high, _vectors(w, rank, 0), panels_of(tokens), w.ids[rank], w.firing[layer])
-        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP
-        return True
-    vectors = _vectors(w, rank, quantise_input(w.x_at, address_of(w.quantised[rank]), w.bundles.hidden))
+def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
+    """This thread's part of a batch into its sums; returns whether it was not aborted."""
+    slots, counts, hidden = w.owned[rank], w.counts[rank], w.bundles.hidden
+    quantised_at, row = quantise_batch(w.x_at, address_of(w.quantised[rank]), hidden, tokens)
+    sums_at, scratch_at = address_of(w.sums[rank]), address_of(w.scratch[rank])
+    batch = Batch(tokens, w.x_at, quantised_at, row, w.inverse_at, sums_at, scratch_at)
     if w.exact:
-        return _sparse(w, rank, groups * GROUP, vectors)
+        return _sparse(w, rank, groups * GROUP, batch)
     if w.bundles.tiled:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
-        whole_groups(w.bundles, slots, low, high, vectors)
-        for i in range(low, high):
-            w.bits[rank, i] = 0xFFFFFFFF
-        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP
+        whole_groups(w.bundles, slots, low, high, batch)
+        w.bits[rank, :tokens, low:high] = 0xFFFFFFFF
+        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP * tokens
         return True
     listed = w.listed[rank]
-    count = list_masked(w.words[rank], groups, listed) if w.predicted else groups * GROUP
+    count = list_masked(w.wanted[rank], groups, listed) if w.predicted else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[_GATES] = high - low
-    counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, w.skip, vectors, w.bits[rank])
+    selection = Selection(w.words[rank], w.skip, w.bits[rank])
+    counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, selection, batch)
     if w.descriptor[COMPARE_SELECTION] != 0:
         low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
-        opened = open_gates(w.bundles, slots, low, high, vectors, w.gates[rank], w.opened[rank])
-        counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, vectors)
+        opened = open_gates(w.bundles, slots, low, high, batch, w.gates[rank], w.opened[rank])
+        counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, batch)
     return True
 
 
 @inlined
-def _note_computed(w: Worker, layer: int, groups: int) -> None:
-    """Join what the threads computed."""
-    for i in range(groups):
-        word = np.uint32(0)
-        for rank in range(w.threads):
-            word |= w.bits[rank, i]
-        w.computed[layer, w.ids[0, i]] = word
+def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int, decode: bool) -> bool:
+    """This thread's part of the job into its sums; returns whether it was not aborted."""
+    if decode:
+        return _decode(w, rank, groups, tokens)
+    low, high = share(groups, 1, rank, rank + 1, w.threads)
+    vectors = Vectors(w.x_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+    dense_groups(w.bundles, w.owned[rank], low, high, vectors, panels_of(tokens), w.ids[rank], w.firing[layer])
+    w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
+    return True
 
 
 @inlined
-def _publish(w: Worker, rank: int, layer: int, groups: int, tokens: int, size: int, sequence: int) -> None:
-    """Add up this thread's slice of all sums; the last thread to come announces the job done."""
+def _note_computed(w: Worker, layer: int, groups: int, decoded: int) -> None:
+    """Join what the threads computed."""
+    for token in range(decoded):
+        for i in range(groups):
+            word = np.uint32(0)
+            for rank in range(w.threads):
+                word |= w.bits[rank, token, i]
+            w.computed[token, layer, w.ids[0, i]] = word
+
+
+@inlined
+def _publish(w: Worker, rank: int, layer: int, groups: int, decoded: int, size: int, sequence: int) -> None:
+    """Add up this thread's slice of all sums; the last thread to come announces the job done.
+
+    `decoded`: tokens of a batch, else 0.
+    """
     y = carray(longs_at(w.y_at), (size,))
     low, high = share(size, LANES, rank, rank + 1, w.threads)
     # Thread by thread, not number by number: the sums of one thread are read in one stream.
@@ -211,8 +234,7 @@ def _publish(w: Worker, rank: int, layer: int, groups: int, tokens: int, size: i
         neurons += w.counts[other, _NEURONS]
         fired += w.counts[other, _FIRED]
     read = gates * w.gate_bytes + neurons * w.rest_bytes
-    if tokens == 1:
-        _note_computed(w, layer, groups)
+    _note_computed(w, layer, groups, decoded)
     now = clock_ns()
     # Emulation of a slower machine; `slow` is 1 otherwise.
     until = w.started[0] + (now - w.started[0]) * w.slow
@@ -220,7 +242,7 @@ def _publish(w: Worker, rank: int, layer: int, groups: int, tokens: int, size: i
         pause()
         now = clock_ns()
     w.record[0], w.record[1], w.record[2], w.record[3] = w.started[0], now, neurons, read
-    if tokens == 1:
+    if decoded == 1:
         load = w.load[layer]
         load[JOBS] += 1
         # From the announcement on: that a thread of the worker woke late is part of what a job costs.
@@ -249,11 +271,12 @@ def serve(rank: int, w: Worker) -> None:
             return
         if rank == 0:
             w.started[0] = clock_ns()
-        size = panels_of(tokens) * w.bundles.hidden * lanes
+        decode = lanes == 1
+        size = (tokens if decode else panels_of(tokens) * lanes) * w.bundles.hidden
         sums[:size] = 0
-        groups = _owned_groups(w, rank, layer, tokens)
-        if not _compute(w, rank, layer, groups, tokens):
+        groups = _owned_groups(w, rank, layer, tokens if decode else 0)
+        if not _compute(w, rank, layer, groups, tokens, decode):
             return
         if barrier(w.barrier) != DONE:
             return
-        _publish(w, rank, layer, groups, tokens, size, sequence)
+        _publish(w, rank, layer, groups, tokens if decode else 0, size, sequence)

@@ -13,6 +13,7 @@ from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURON
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
@@ -20,6 +21,7 @@ from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.machine.process import pin, take_short_turns
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import BATCH
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE, Barrier
@@ -52,6 +54,7 @@ class CpuWorker:
         self._lines = zeros(3 * LINE // 8, np.int64)
         lines_at, quit_at = address(self._lines), address(board.quit[plan.index])
         neurons = sizes.groups * GROUP
+        scratch = max(batch_scratch_bytes(sizes.hidden), scratch_bytes(sizes.hidden, sizes.groups, sizes.max_tokens))
         self._worker = Worker(
             me=plan.index,
             threads=threads,
@@ -76,16 +79,17 @@ class CpuWorker:
             firing=board.firing,
             owned=zeros((threads, sizes.groups), np.int32),
             ids=zeros((threads, sizes.groups), np.int32),
-            words=zeros((threads, sizes.groups), np.uint32),
-            bits=zeros((threads, sizes.groups), np.uint32),
+            words=zeros((threads, BATCH, sizes.groups), np.uint32),
+            bits=zeros((threads, BATCH, sizes.groups), np.uint32),
+            wanted=zeros((threads, sizes.groups), np.uint32),
             listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
-            gates=zeros((threads, neurons), np.float32),
+            gates=zeros((threads, BATCH * neurons), np.float32),
             opened=zeros((threads, neurons), np.int32),
             opened_count=zeros((threads, 16), np.int64),
             counts=zeros((threads, 16), np.int64),
-            quantised=zeros((threads, quantised_bytes(sizes.hidden)), np.uint8),
+            quantised=zeros((threads, BATCH * quantised_bytes(sizes.hidden)), np.uint8),
             sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.int64),
-            scratch=zeros((threads, scratch_bytes(sizes.hidden, sizes.groups, sizes.max_tokens)), np.uint8),
+            scratch=zeros((threads, scratch), np.uint8),
             started=np.zeros(1, np.int64),
             load=self._load,
             job_at=address(board.job),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
-from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, whole_groups
+from warmfront.shared.kernels.feed_forward.ffn import Batch, Selection, listed_neurons, whole_groups
 from warmfront.shared.kernels.feed_forward.neuron_lists import list_masked
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
@@ -56,12 +56,13 @@ def add_masked(
         out[:] = 0
         quantised_at = quantise_input(x_at, work.quantised_at, b.hidden)
         inverse_at = address_of(tokens.inverse) + 4 * token
-        vectors = Vectors(x_at, quantised_at, inverse_at, address_of(out), work.scratch_at)
+        batch = Batch(1, x_at, quantised_at, 0, inverse_at, address_of(out), work.scratch_at)
         if b.tiled:
-            whole_groups(b, slots, 0, groups, vectors)
+            whole_groups(b, slots, 0, groups, batch)
             total += groups * GROUP
         else:
-            total += listed_neurons(b, slots, listed, 0, count, sparse, vectors, computed)
+            selection = Selection(mask.reshape(1, -1), sparse, computed.reshape(1, -1))
+            total += listed_neurons(b, slots, listed, 0, count, selection, batch)
     if b.tiled:
         computed[:groups] = 0xFFFFFFFF
     return total
@@ -72,5 +73,5 @@ def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens, firing: Any) -> 
     """All neurons for several tokens in panels, as matrix products; `firing`: empty."""
     tokens.out[:] = 0
     x_at, inverse_at, out_at = address_of(tokens.x), address_of(tokens.inverse), address_of(tokens.out)
-    vectors = Vectors(x_at, 0, inverse_at, out_at, work.scratch_at)
+    vectors = Vectors(x_at, inverse_at, out_at, work.scratch_at)
     dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x), slots, firing)

@@ -14,6 +14,7 @@ from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, a
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
 from warmfront.shared.machine.memory import address, anonymous
@@ -44,7 +45,7 @@ class HostDevice:
             # The neurons to compute; x quantised; widened rows and the like.
             "partials": 4 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
-            + scratch_bytes(layout.hidden, layout.groups, max_tokens),
+            + max(batch_scratch_bytes(layout.hidden), scratch_bytes(layout.hidden, layout.groups, max_tokens)),
         }
 
     def reserve(

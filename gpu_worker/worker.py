@@ -90,9 +90,9 @@ class GpuWorker:
             if result != DONE or layer == QUIT:
                 return
             started = time.monotonic_ns()
-            gates, neurons = self._single(layer) if lanes == 1 else self._several(layer, tokens)
+            gates, neurons = self._batch(layer, tokens) if lanes == 1 else self._several(layer, tokens)
             ended = time.monotonic_ns()
-            self._note(layer, tokens, started, ended, gates, neurons)
+            self._note(layer, tokens if lanes == 1 else 0, started, ended, gates, neurons)
             announce(done_at, sequence)
 
     def _groups(self, layer: int) -> _Owned:
@@ -104,21 +104,29 @@ class GpuWorker:
             known = self._owned[layer] = _Owned(owner, groups, self._board.slot[self._plan.index][layer, groups])
         return known
 
-    def _single(self, layer: int) -> tuple[int, int]:
-        """One token; returns gates and whole neurons computed."""
+    def _batch(self, layer: int, tokens: int) -> tuple[int, int]:
+        """Tokens of a batch, one after the other: each as if it came alone. Returns gates and whole neurons computed.
+
+        The groups are read from the device's own memory for each, which is the fast one.
+        """
+        counts = [self._single(layer, token) for token in range(tokens)]
+        return sum(gates for gates, _ in counts), sum(neurons for _, neurons in counts)
+
+    def _single(self, layer: int, token: int) -> tuple[int, int]:
         board, (_, groups, slots) = self._board, self._groups(layer)
         hidden, index = board.sizes.hidden, self._plan.index
-        x, y = board.x[None, :hidden], board.y[index][None, :hidden]
-        mask = board.mask[layer, groups] if self._predicted else None
+        own = slice(token * hidden, (token + 1) * hidden)
+        x, inverse, y = board.x[None, own], board.inverse[token : token + 1], board.y[index][None, own]
+        mask = board.mask[token, layer, groups] if self._predicted else None
         computed = np.zeros(len(groups), np.uint32)
-        neurons, _ = self._device.execute(slots, x, board.inverse[:1], self._sparse, y, mask, computed)
-        requested = board.requested[index][layer]
+        neurons, _ = self._device.execute(slots, x, inverse, self._sparse, y, mask, computed)
+        requested = board.requested[index][token, layer]
         requested[:] = 0
         requested[groups] = 0xFFFFFFFF if mask is None else mask
-        board.computed[layer, groups] = computed
+        board.computed[token, layer, groups] = computed
         gates = int(np.bitwise_count(requested).sum())
         if board.descriptor[COMPARE_SELECTION] != 0 and mask is not None:
-            fired, _ = self._device.execute(slots, x, board.inverse[:1], True, np.empty_like(y))
+            fired, _ = self._device.execute(slots, x, inverse, True, np.empty_like(y))
             self._compared += (1, gates, fired, neurons)
         return gates, neurons
 
@@ -130,11 +138,12 @@ class GpuWorker:
         neurons, _ = self._device.execute_many(slots, x, board.inverse[: whole_panels(tokens)], tokens, y)
         return neurons, neurons
 
-    def _note(self, layer: int, tokens: int, started: int, ended: int, gates: int, neurons: int) -> None:
+    def _note(self, layer: int, decoded: int, started: int, ended: int, gates: int, neurons: int) -> None:
+        """`decoded`: tokens of a batch, else 0."""
         layout = self._model.layout
         read = gates * layout.gate_bytes + neurons * layout.rest_bytes
         self._board.record[self._plan.index][:] = (started, ended, neurons, read)
-        if tokens == 1:
+        if decoded == 1:
             self._busy[layer] += (ended - int(self._board.descriptor[ANNOUNCED_NS]), neurons, read)
             self._jobs += 1
 

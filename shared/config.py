@@ -24,6 +24,7 @@ __all__ = [
     "POLICIES",
     "PREDICTING",
     "SELECTORS",
+    "SPECULATIONS",
     "THREADING",
     "EngineConfig",
     "Sampling",
@@ -43,6 +44,8 @@ KV_TYPES = ("auto", "f32", "f16", "q8")
 SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
 # Selectors that guess the neurons before the workers are asked.
 PREDICTING = frozenset({"lowrank", "lowbit"})
+# How tokens are guessed that are computed before they are known to come.
+SPECULATIONS = ("ngram", "off")
 # How groups move between the workers; the names of coordinator/balancing/policies.py.
 POLICIES = ("balance", "static", "lru", "ema")
 # The wishes that say which threads run.
@@ -107,12 +110,13 @@ class EngineConfig:
     cores are meant; pin: threads stay on their cores and memory on its node; tuning: take what `warmfront tune` found,
     where none of these is given, and measure how memory is best read; vram_budget: bytes of device memory for the GPU
     worker; attention: where attention and predictors run, on the CPU or on a device of torch's; policy: how neurons
-    move between the workers; plan: a file of `warmfront plan` to begin with; context: tokens that the KV cache holds;
-    kv: their type, by default float16, for float32 models float32; measure: compare the selected neurons with those
-    that fire, on one token of 64; verify: check for every token that each selected neuron was computed exactly once;
-    look_ahead: predict a layer's neurons from the input of the one before, beside its work; trace: a file to write a
-    Chrome trace to; slow: CPU workers that are to seem slower than they are, such as "cpu0:4", an emulation. For the
-    selector lowbit: bits of its copies of the gates, and the recall by mass that its thresholds are calibrated for.
+    move between the workers; speculate: compute tokens that are guessed by n-grams of the text; plan: a file of
+    `warmfront plan` to begin with; context: tokens that the KV cache holds; kv: their type, by default float16, for
+    float32 models float32; measure: compare the selected neurons with those that fire, on one token of 64; verify:
+    check for every token that each selected neuron was computed exactly once; look_ahead: predict a layer's neurons
+    from the input of the one before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that
+    are to seem slower than they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the
+    gates, and the recall by mass that its thresholds are calibrated for.
     """
 
     dtype: str = "auto"
@@ -131,6 +135,7 @@ class EngineConfig:
     vram_budget: int | None = None
     attention: str = "auto"
     policy: str = "balance"
+    speculate: str = "off"
     plan: str | None = None
     context: int | None = None
     kv: str = "auto"
@@ -162,6 +167,8 @@ class EngineConfig:
             raise UsageError(f"no device {self.attention!r} for attention: use auto, cpu, host or cuda:N")
         if self.policy not in POLICIES:
             raise UsageError(f"no policy {self.policy!r}: use one of {', '.join(POLICIES)}")
+        if self.speculate not in SPECULATIONS:
+            raise UsageError(f"no speculation {self.speculate!r}: use one of {', '.join(SPECULATIONS)}")
         for option, wish in (("--vram-budget", self.vram_budget), ("--plan", self.plan)):
             if wish is not None and self.gpu == "none":
                 raise UsageError(f"{option} with --gpu none: leave one of the two out")

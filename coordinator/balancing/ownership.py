@@ -109,7 +109,7 @@ class Ownership:
         held = self.resident.sum((1, 2)).tolist()
         self._free = [list(range(held[w], supervisor.readies[name].slots)) for w, name in enumerate(names)]
         self._batches: dict[int, _Batch] = {}
-        self._last_batch = self._tokens_since = 0
+        self._last_batch = self._tokens_since = self._tokens_of_job = 0
         self.costs = [WorkerCosts(_JOB_NS, _BYTE_NS) for _ in names]
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
@@ -160,17 +160,20 @@ class Ownership:
             self._apply(self._policy.decide(self._state()))
             self.deciding_ns += _NEW * (time.monotonic_ns() - began - self.deciding_ns)
         # Asked for at the decision the reports would be one interval old: so they answer while a token is made.
-        if self._tokens_since == self._policy.interval - 1:
+        if self._tokens_since + max(1, self._tokens_of_job) >= self._policy.interval:
             self._request_reports()
-        self._token_at = time.monotonic_ns()
+        self._token_at, self._tokens_of_job = time.monotonic_ns(), 0
 
-    def observe(self) -> None:
-        """After a token: learn which neurons were computed, and where. A single worker has nobody to share with."""
+    def observe(self, token: int = 0) -> None:
+        """After a token, that many of the last batch: learn which neurons were computed for it, and where.
+
+        A single worker has nobody to share with.
+        """
         if len(self.names) == 1:
             return
         board, layout = self._board, self._layout
-        whole = np.bitwise_count(board.computed)
-        asked = np.bitwise_count(board.mask) if self._predicted else np.uint8(GROUP)
+        whole = np.bitwise_count(board.computed[token])
+        asked = np.bitwise_count(board.mask[token]) if self._predicted else np.uint8(GROUP)
         read = asked * np.float32(layout.gate_bytes) + whole * np.float32(layout.rest_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))
         self._read = read
@@ -178,18 +181,27 @@ class Ownership:
             for worker in np.flatnonzero(~self.is_home):
                 self._unfired[worker] &= (board.owner != worker) | (whole == 0)
         self._tokens_since += 1
-        taken = time.monotonic_ns() - self._token_at
+        self._tokens_of_job += 1
+        # The first token of a batch takes the time of all, the others next to none: it is their mean that counts.
+        now = time.monotonic_ns()
+        taken, self._token_at = now - self._token_at, now
         self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
 
     def fired(self) -> npt.NDArray[np.uint32]:
-        """What the last token fired: [layers, groups], bit i = neuron i of the group."""
-        return self._board.computed.copy()
+        """What the last single token fired: [layers, groups], bit i = neuron i of the group."""
+        fired: npt.NDArray[np.uint32] = self._board.computed[0].copy()
+        return fired
 
-    def verify(self) -> None:
-        """Raise WorkerError unless every selected neuron of the last token was asked of exactly one worker."""
+    def verify(self, tokens: int = 1) -> None:
+        """Raise WorkerError unless every selected neuron of the last batch was asked of exactly one worker."""
+        for token in range(tokens):
+            self._verify(token)
+
+    def _verify(self, token: int) -> None:
         board = self._board
-        wanted = board.mask if self._predicted else np.full_like(board.computed, 0xFFFFFFFF)
-        requested = np.stack([asked for asked, present in zip(board.requested, self._present, strict=True) if present])
+        wanted = board.mask[token] if self._predicted else np.full_like(board.computed[token], 0xFFFFFFFF)
+        present = np.flatnonzero(self._present)
+        requested = np.stack([board.requested[worker][token] for worker in present])
         # All of it by somebody, and no bit twice.
         once = np.bitwise_or.reduce(requested) == wanted
         once &= np.bitwise_count(requested).sum(0) == np.bitwise_count(wanted)

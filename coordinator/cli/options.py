@@ -13,6 +13,7 @@ from warmfront.shared.config import (
     KV_TYPES,
     POLICIES,
     SELECTORS,
+    SPECULATIONS,
     EngineConfig,
     Sampling,
     parse_size,
@@ -185,6 +186,13 @@ engine_options = _together(
     ),
     selector_option,
     run_options,
+    click.option(
+        "--speculate",
+        type=click.Choice(SPECULATIONS),
+        default=_ENGINE.speculate,
+        show_default=True,
+        help="Compute tokens ahead that the text repeats; the answer is the same.",
+    ),
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
 chat_template_option = click.option(

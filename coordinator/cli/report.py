@@ -21,6 +21,8 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "load_s": round(stats.load_s, 4),
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
         "workers": [asdict(worker) for worker in workers],
@@ -44,10 +46,11 @@ def _logprob(engine: Engine, token: int, logprob: float | None) -> dict[str, Any
 def rates(engine: Engine) -> str:
     """One line of times and rates of the last answer."""
     stats = engine.stats
+    guessed = f" · {stats.accepted} of {stats.drafted} guessed tokens came true" if engine.plan.speculates else ""
     return (
         f"load {stats.load_s:.2f} s · prefill {stats.prefilled} tokens in {stats.prefill_s:.2f} s "
         f"({stats.prefill_tps:.0f} tok/s) · decode {stats.new_tokens} tokens in {stats.decode_s:.2f} s "
-        f"({stats.decode_tps:.1f} tok/s)"
+        f"({stats.decode_tps:.1f} tok/s){guessed}"
     )
 
 

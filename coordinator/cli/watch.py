@@ -1,7 +1,7 @@
 """`generate --watch`: which worker computes what, drawn in the terminal with rich, ten times a second.
 
 A line for each layer shows how the bytes of the last token's active neurons were divided over the workers. Below, a
-line for each worker shows how much of the token's time it computed; above are tokens and moves a second. The answer
+line for each worker shows how much of the pass's time it computed; above are tokens and moves a second. The answer
 is at the bottom.
 """
 
@@ -49,8 +49,9 @@ class Watch:
         token_s, self._token_at = now - self._token_at, now
         loads = engine.ownership.layer_loads()
         shares = loads / np.maximum(loads.sum(1, keepdims=True), 1)
-        _, spans = engine.statistics.times()
-        busy = (spans[:, :, 1] - spans[:, :, 0]).sum(0) / 1e9 / max(token_s, 1e-9)
+        steps, spans = engine.statistics.times()
+        # Of the pass, which may have made several tokens.
+        busy = (spans[:, :, 1] - spans[:, :, 0]).sum(0) / max(1, int(steps[-1, -1] - steps[0, 0]))
         if self._shares is None or self._busy is None:
             self._token_s, self._shares, self._busy = token_s, shares, busy
         self._token_s += _NEW * (token_s - self._token_s)

@@ -1,8 +1,8 @@
 """Positions, KV cache and causal attention of the compiled pass.
 
-The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. One token: dots
+The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. A batch: dots
 with the keys, exponentials and sums of the values, some thousand positions at a time; the positions are split into
-chunks where the key-value heads do not divide evenly over the threads. Several tokens: matrix products, with 16 tokens
+chunks where the key-value heads do not divide evenly over the threads. A prompt: matrix products, with 16 tokens
 in the lanes and the query heads that share a key-value head as panels, some hundred positions at a time. Either way the
 softmax is made as the scores come: what was summed so far shrinks when a higher score turns up, so that scratch memory
 does not grow with the context. exp(a - top) * exp(top - new top) is exp(a - new top) but for some roundings of float32,
@@ -30,7 +30,7 @@ from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.kv_layout import SPAN, TILE
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["attend_one", "attend_panels", "cache_panels", "join", "rotate"]
+__all__ = ["attend_batch", "attend_panels", "cache_panels", "join", "rotate"]
 
 _F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
@@ -186,32 +186,36 @@ def _tiles(cache: Cache, padded: int, head: int, layer: int, position: int) -> t
 
 
 @inlined
-def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
-    """Causal attention of one token: this thread's (key-value head, chunk of the positions) pairs.
+def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
+    """Causal attention of a batch, token by token: this thread's (key-value head, chunk of the positions) pairs.
 
-    It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`.
-    Whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile. Positions of
-    the tiles at both ends that the token does not see have no weight, so the sums do not depend on what is there.
+    It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`. A
+    chunk is read by one token after the other, so that it comes from memory once if it fits the cache. Of a token that
+    comes alone, whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile.
+    Positions of the tiles at both ends that a token does not see have no weight, so the sums do not depend on what is
+    there.
     """
-    cache, head_dim, group, position = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[POSITION]
+    cache, head_dim, group, tokens = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[TOKENS]
     padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
     packed = np.empty((group, padded), np.float32)
     scores_at, scores = address_of(st.scores[rank]), st.scores[rank]
-    seen = _first_seen(net, layer, position)
-    base = seen // TILE * TILE
     low, high = portion(st.cuts, net.kv_heads * st.chunks, 1, rank)
-    for task in range(low, high):
+    for turn in range(low * tokens, high * tokens):
+        task, token = turn // tokens, turn % tokens
         kv_head, chunk = task // st.chunks, task % st.chunks
-        if chunk == st.chunks - 1:
+        if tokens == 1 and chunk == st.chunks - 1:
             _cache_head(net, st, layer, kv_head, 0, 1)
+        position = st.job[POSITION] + token
+        seen = _first_seen(net, layer, position)
+        base = seen // TILE * TILE
         start, end = share(position + 1 - base, TILE, chunk, chunk + 1, st.chunks)
-        tops, totals = st.tops[chunk], st.totals[chunk]
+        tops, totals = st.tops[token, chunk], st.totals[token, chunk]
+        first_query = (token * (net.heads + 2 * net.kv_heads) + kv_head * group) * head_dim
         for head in range(group):
-            number = kv_head * group + head
-            tops[number], totals[number] = _LOWEST, 0
+            tops[kv_head * group + head], totals[kv_head * group + head] = _LOWEST, 0
             for i in range(head_dim):
-                queries[head, i] = st.qkv[number * head_dim + i] * net.score_scale
+                queries[head, i] = st.qkv[first_query + head * head_dim + i] * net.score_scale
         mixed[:] = 0
         queries_at = quantise_heads(cache.kind, address_of(queries), address_of(packed), padded, group)
         for first in range(base + start, base + end, SCORES):
@@ -239,11 +243,11 @@ def attend_one(net: Network, st: State, layer: int, rank: int) -> None:
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
-                st.partial[chunk, at + i] = mixed[head, i]
+                st.partial[token, chunk, at + i] = mixed[head, i]
 
 
 @inlined
-def join(net: Network, st: State, out: Floats) -> None:
+def join(net: Network, st: State, token: int, out: Floats) -> None:
     """The attention of one token [heads * head_dim], from the chunks; each thread does all of it for itself.
 
     A chunk's softmax is relative to its own highest score; exp(own highest - highest of all) puts them on one scale.
@@ -251,15 +255,15 @@ def join(net: Network, st: State, out: Floats) -> None:
     for head in range(net.heads):
         top = np.float32(-np.inf)
         for chunk in range(st.chunks):
-            top = max(top, st.tops[chunk, head])
+            top = max(top, st.tops[token, chunk, head])
         total = np.float32(0)
         for chunk in range(st.chunks):
-            total += st.totals[chunk, head] * np.exp(st.tops[chunk, head] - top)
+            total += st.totals[token, chunk, head] * np.exp(st.tops[token, chunk, head] - top)
         result = out[head * net.head_dim : (head + 1) * net.head_dim]
         result[:] = 0
         for chunk in range(st.chunks):
-            factor = np.exp(st.tops[chunk, head] - top) / total
-            part = st.partial[chunk, head * net.head_dim : (head + 1) * net.head_dim]
+            factor = np.exp(st.tops[token, chunk, head] - top) / total
+            part = st.partial[token, chunk, head * net.head_dim : (head + 1) * net.head_dim]
             for i in range(net.head_dim):
                 result[i] += factor * part[i]
 

@@ -7,6 +7,7 @@ from math import gcd, prod
 
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.kv_layout import TILE, tile_bytes, whole_spans
+from warmfront.shared.model.panels import BATCH
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["SCORES", "attended_bytes", "cache_bytes", "chunks_of", "scratch_bytes", "scratch_shapes"]
@@ -52,9 +53,9 @@ def scratch_shapes(spec: ModelSpec, threads: int, max_tokens: int) -> dict[str, 
         "proj": (max_tokens * spec.hidden,),
         "scores": (threads, scores),
         "chances": (threads, scores // 2),
-        "partial": (chunks, width),
-        "tops": (chunks, attention.heads),
-        "totals": (chunks, attention.heads),
+        "partial": (BATCH, chunks, width),
+        "tops": (BATCH, chunks, attention.heads),
+        "totals": (BATCH, chunks, attention.heads),
         "scratch": (threads, 16 * widest),
     }
 

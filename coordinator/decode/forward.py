@@ -13,8 +13,10 @@ another wrote. Per layer:
     x += each worker's part
 
 Every thread keeps its own x and repeats the small work on it (norm, additions): cheaper than two more barriers.
-One token (decode) and up to `max_tokens` (prefill) take the same way; they differ in the number of lanes of an
-activation (`shared/kernels/rows.py`), so that a weight row is a dot product in the one case and a GEMM in the other.
+A batch of up to 16 tokens (decode) and up to `max_tokens` (prefill) take the same way; they differ in the number of
+lanes of an activation (`shared/model/panels.py`), so that a weight row is a dot product for each token in the one case
+and a GEMM in the other. In a batch, every sum of a token has the terms and the order that it has if the token comes
+alone, whatever is beside it: the logits are the same bit for bit.
 The rows of q and k are stored with the two halves of a rotated pair side by side.
 """
 
@@ -24,13 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.attention import attend_one, attend_panels, cache_panels, join, rotate
+from warmfront.coordinator.decode.attention import attend_batch, attend_panels, cache_panels, join, rotate
 from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, packed_input
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
     ATTN_POST_NORM,
     CAPTURE,
     COMPARE,
+    DECODE,
     FFN_NORM,
     FFN_POST_NORM,
     LOST,
@@ -199,12 +202,12 @@ def _note_workers(st: State, layer: int, rank: int) -> None:
 
 
 @inlined
-def _embed(net: Network, st: State, rank: int, lanes: int) -> None:
+def _embed(net: Network, st: State, rank: int, panels: int, lanes: int) -> None:
     """Every thread's own copy of the residual."""
     table = Rows(net.embed_kind, net.embed, row_stride(net.embed_kind, net.hidden), net.hidden)
     tiled = net.vocab // TILE * TILE if in_tiles(table.kind) else 0
     x, h = st.x[rank], st.h[rank]
-    x[:] = 0
+    x[: panels * net.hidden * lanes] = 0
     for token in range(st.job[TOKENS]):
         row = st.tokens[token]
         if row < tiled:
@@ -218,25 +221,29 @@ def _embed(net: Network, st: State, rank: int, lanes: int) -> None:
 
 @inlined
 def _output(net: Network, st: State, rank: int, lanes: int) -> None:
-    """Logits of the last token: this thread's share of the vocabulary."""
-    last = st.job[TOKENS] - 1
+    """Logits of a batch's tokens, or of the last of a prompt: this thread's share of the vocabulary."""
+    tokens = st.job[TOKENS]
     x, h = st.x[rank], st.h[rank]
-    at = (last // lanes) * net.hidden * lanes + last % lanes
-    for k in range(net.hidden):
-        x[k] = x[at + k * lanes]
-    normalise(last_norm(net), net.hidden, x, h, 1, 1)
+    if lanes > 1:
+        at = (tokens - 1) // lanes * net.hidden * lanes + (tokens - 1) % lanes
+        for k in range(net.hidden):
+            x[k] = x[at + k * lanes]
+        tokens = 1
+    normalise(last_norm(net), net.hidden, x, h, tokens, 1)
     low, high = portion(st.cuts, net.vocab, 1, rank)
-    normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, 1, 1)
+    normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, tokens, 1)
     matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden, net.ahead[MATRIX_ROWS, net.head_kind])
     linear(matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
-    if net.logit_scale != 1:
-        for i in range(low, high):
-            st.logits[i] *= net.logit_scale
-    if net.logit_cap > 0:
-        whole = (high - low) // LANES * LANES
-        soft_cap(address_of(st.logits) + low * 4, whole, net.logit_cap)
-        for i in range(low + whole, high):
-            st.logits[i] = net.logit_cap * np.tanh(st.logits[i] / net.logit_cap)
+    for token in range(tokens):
+        logits = st.logits[token]
+        if net.logit_scale != 1:
+            for i in range(low, high):
+                logits[i] *= net.logit_scale
+        if net.logit_cap > 0:
+            whole = (high - low) // LANES * LANES
+            soft_cap(address_of(logits) + low * 4, whole, net.logit_cap)
+            for i in range(low + whole, high):
+                logits[i] = net.logit_cap * np.tanh(logits[i] / net.logit_cap)
 
 
 @kernel
@@ -268,13 +275,14 @@ def forward(rank: int, net: Network, st: State) -> int:
     """Run the job in `st.job` as thread `rank` of the team; returns DONE, ABORTED, LATE or LOST."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
     tokens = st.job[TOKENS]
-    lanes = 1 if tokens == 1 else LANES
-    panels = panels_of(tokens)
+    decode = st.job[DECODE] != 0
+    lanes = 1 if decode else LANES
+    panels = tokens if decode else panels_of(tokens)
     count = panels * hidden * lanes
     x, h = st.x[rank], st.h[rank]
     scratch_at, packed_at = address_of(st.scratch[rank]), address_of(st.packed[rank])
     low, high = portion(st.cuts, hidden, 8, rank)
-    _embed(net, st, rank, lanes)
+    _embed(net, st, rank, panels, lanes)
     for layer in range(net.layers):
         _note(st.times, layer, rank, _START)
         # A thread could begin when the last worker had answered: later is its wait for a core that others use.
@@ -294,13 +302,14 @@ def forward(rank: int, net: Network, st: State) -> int:
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _QKV)
-        if lanes == 1:
-            attend_one(net, st, layer, rank)
-        else:
+        if tokens > 1:
             cache_panels(net, st, layer, rank, panels, lanes)
             result = barrier(st.barrier)
             if result != DONE:
                 return result
+        if decode:
+            attend_batch(net, st, layer, rank)
+        else:
             attend_panels(net, st, layer, rank, panels)
         result = barrier(st.barrier)
         if result != DONE:
@@ -308,9 +317,10 @@ def forward(rank: int, net: Network, st: State) -> int:
         _note(st.times, layer, rank, _ATTENTION)
         since = passed(st.barrier)
         attended = st.att
-        if lanes == 1:
+        if decode:
             attended = st.h[rank]
-            join(net, st, attended)
+            for token in range(tokens):
+                join(net, st, token, attended[token * q_rows : (token + 1) * q_rows])
         matrix = layer_matrix(net, layer, OUT, hidden, q_rows)
         mixed = packed_input(matrix.kind, address_of(attended), packed_at, q_rows, panels, lanes)
         linear(matrix, low, high, mixed, address_of(st.proj), hidden, scratch_at)
@@ -325,7 +335,7 @@ def forward(rank: int, net: Network, st: State) -> int:
         if net.parallel:
             _add_block(net, post_norm, st.proj, h, x, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
-        if net.predicts and lanes == 1 and (layer == 0 or not net.look_ahead):
+        if net.predicts and decode and (layer == 0 or not net.look_ahead):
             result = predict(net, st, layer, rank)
             if result != DONE:
                 return result
@@ -337,7 +347,7 @@ def forward(rank: int, net: Network, st: State) -> int:
                 for i in range(count):
                     st.captured[layer, i] = h[i]
         _note(st.times, layer, rank, _POST)
-        if net.look_ahead and lanes == 1 and layer + 1 < net.layers:
+        if net.look_ahead and decode and layer + 1 < net.layers:
             result = predict(net, st, layer + 1, rank)
             if result != DONE:
                 return result

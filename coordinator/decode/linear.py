@@ -1,4 +1,4 @@
-"""Matrix product of the compiled pass, for one token and for panels of several."""
+"""Matrix product of the compiled pass, for a batch of decoded tokens and for panels of a prompt's."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from numba import carray
 
 from warmfront.coordinator.decode.network import BIAS, Network
 from warmfront.shared.kernels.atomics import address_of, floats_at
-from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
@@ -37,9 +37,10 @@ class Input(NamedTuple):
     """What a matrix is multiplied with: x [panels, cols, lanes]."""
 
     at: int
-    # The same as rows of the matrix's kind want it: see `packed_input`.
+    # The same as rows of the matrix's kind want it: see `packed_input`; of a batch also the bytes of a token.
     packed_at: int
-    # 1 and 1 for a single token.
+    packed_row: int
+    # Of a batch: its tokens, and 1.
     panels: int
     lanes: int
 
@@ -52,10 +53,10 @@ def layer_matrix(net: Network, layer: int, part: int, rows: int, cols: int) -> M
 
 
 @kernel
-def _packed(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> int:
+def _packed(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> tuple[int, int]:
     if lanes > 1:
-        return pack_tokens(kind, x_at, out_at, cols, panels)
-    return int(quantise_input(x_at, out_at, cols)) if takes_quantised(kind) else x_at
+        return pack_tokens(kind, x_at, out_at, cols, panels), 0
+    return quantise_batch(x_at, out_at, cols, panels) if takes_quantised(kind) else (x_at, 0)
 
 
 @inlined
@@ -64,23 +65,26 @@ def packed_input(kind: int, x_at: int, out_at: int, cols: int, panels: int, lane
 
     Inlined, so that a caller's constant 1 for `lanes` rids `linear` of its other half.
     """
-    return Input(x_at, _packed(kind, x_at, out_at, cols, panels, lanes), panels, lanes)
+    packed_at, packed_row = _packed(kind, x_at, out_at, cols, panels, lanes)
+    return Input(x_at, packed_at, packed_row, panels, lanes)
 
 
 @kernel
-def _multiply_tiles(matrix: Matrix, low: int, high: int, q_at: int, y_at: int) -> None:
-    """Rows low..high of a matrix in tiles times one quantised input into float32 y [rows of the matrix]."""
+def _multiply_tiles(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int) -> None:
+    """Rows low..high of a matrix in tiles times a batch's quantised inputs into float32 y [tokens, rows]."""
     stride = row_stride(matrix.kind, matrix.cols)
-    y = carray(floats_at(y_at), (matrix.rows,))
-    part = np.empty(TILE, np.float32)
+    inputs = Panels(x.packed_at, x.packed_row, x.panels)
+    part = np.empty((x.panels, TILE), np.float32)
     for first in range(low // TILE * TILE, high, TILE):
         # Where the threads' ranges cut a tile, both compute all of it and keep what is theirs.
         whole = first >= low and first + TILE <= high
-        out_at = y_at + first * 4 if whole else address_of(part)
-        multiply_tile(matrix.kind, matrix.at + first * stride, q_at, matrix.cols, out_at, matrix.ahead)
+        out = Panels(y_at + first * 4, rows * 4, x.panels) if whole else Panels(address_of(part), TILE * 4, x.panels)
+        multiply_tile(matrix.kind, matrix.at + first * stride, matrix.cols, inputs, out, matrix.ahead)
         if not whole:
-            for r in range(max(first, low), min(first + TILE, high)):
-                y[r] = part[r - first]
+            for token in range(x.panels):
+                y = carray(floats_at(y_at + token * rows * 4), (matrix.rows,))
+                for r in range(max(first, low), min(first + TILE, high)):
+                    y[r] = part[token, r - first]
 
 
 @kernel
@@ -95,10 +99,14 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
     if lanes == 1:
         middle = min(max(low, tiled), high)
         if low < middle:
-            _multiply_tiles(matrix, low, middle, x.packed_at, y_at)
-        y = carray(floats_at(y_at), (matrix.rows,))
+            _multiply_tiles(matrix, low, middle, x, y_at, rows)
+        y = carray(floats_at(y_at), (x.panels * rows,))
         for r in range(middle, high):
-            y[r] = dot(kind, matrix.at + r * stride, x.at, x.packed_at, cols, matrix.ahead)
+            # A row comes from memory once for all tokens.
+            for token in range(x.panels):
+                x_at, packed_at = x.at + token * cols * 4, x.packed_at + token * x.packed_row
+                ahead = matrix.ahead if token == 0 else 0
+                y[token * rows + r] = dot(kind, matrix.at + r * stride, x_at, packed_at, cols, ahead)
     else:
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)

@@ -11,6 +11,7 @@ __all__ = [
     "BIAS",
     "CAPTURE",
     "COMPARE",
+    "DECODE",
     "FC1",
     "FC1_BIAS",
     "FC2",
@@ -47,7 +48,7 @@ ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BI
 BIAS = len(_BIASED)
 ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
 Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT = range(2 * BIAS, len(ROLES))
-# Words of State.job; the engine's thread writes them before it announces the job, but for the last two.
+# Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
 (
     TOKENS,
     POSITION,
@@ -62,7 +63,9 @@ Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT = range(2 * BIAS, len(ROLES))
     POSTED,
     # Not 0 once the job has written a key or value that is not finite; by any thread.
     SPOILED,
-) = range(8)
+    # The tokens are a batch of decoded ones, each computed as if it came alone; else a prompt's, in panels.
+    DECODE,
+) = range(9)
 # What a job of the team ends with beside the results of a wait (`shared/wire/handoff.py`): a worker has died.
 LOST = 3
 # A worker that takes longer than this for one layer is taken for lost.
@@ -116,7 +119,7 @@ class Network(NamedTuple):
     pairs: Any
     # int64 [layers]: how many tokens a token attends to, itself included; 0: all before it.
     windows: Any
-    # Whether a selector predicts the neurons of a single token, and whether it does so a layer ahead.
+    # Whether a selector predicts the neurons of decoded tokens, and whether it does so a layer ahead.
     predicts: bool
     look_ahead: bool
     # Groups of neurons of a layer.
@@ -150,7 +153,7 @@ class Handoff(NamedTuple):
     board_x: Any
     # float32 [max_tokens] on the board: 1 / unit of each token's sums; by the first thread.
     inverse: Any
-    # uint32 [layers, groups] on the board: the neurons predicted; each thread writes its groups.
+    # uint32 [BATCH, layers, groups] on the board: the neurons predicted; each thread writes its groups.
     mask: Any
     # int64 [workers]: whether it takes part; changed by the coordinator between two jobs.
     present: Any
@@ -205,8 +208,9 @@ class State(NamedTuple):
     # float32 [threads, n]: attention's scores, or a predictor's, and the same as pairs of bfloat16.
     scores: Any
     chances: Any
-    # Attention of one token takes the positions in so many chunks: float32 [chunks, heads * head_dim], and [chunks,
-    # heads] twice: the mix of the values, the highest score and the sum of the exponentials. One for all.
+    # Attention of decoded tokens takes the positions in so many chunks: float32 [BATCH, chunks, heads * head_dim], and
+    # [BATCH, chunks, heads] twice: the mix of the values, the highest score and the sum of the exponentials. One for
+    # all.
     chunks: int
     partial: Any
     tops: Any
@@ -214,7 +218,7 @@ class State(NamedTuple):
     # float32 [threads, n]: 16 widened rows; uint8 [threads, n]: a matrix's input, quantised or as pairs.
     scratch: Any
     packed: Any
-    # float32 [vocab], and [rank] inside a predictor; one for all, each thread writes its rows.
+    # float32 [BATCH, vocab], and [BATCH, rank] inside a predictor; one for all, each thread writes its rows.
     logits: Any
     inner: Any
     # float32 [layers, max_tokens * hidden], or empty: feed-forward inputs that were asked for; by the first thread.

@@ -51,18 +51,19 @@ def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes:
             out[i] = x[i]
         return
     weight = carray(floats_at(norm.weight_at), (size,))
-    mean = np.float32(0)
     if lanes == 1:
-        total = np.float32(0)
-        if norm.kind == _LAYER:
+        for token in range(panels):
+            own, result = x[token * size : (token + 1) * size], out[token * size : (token + 1) * size]
+            mean, total = np.float32(0), np.float32(0)
+            if norm.kind == _LAYER:
+                for k in range(size):
+                    mean += own[k]
+                mean /= np.float32(size)
             for k in range(size):
-                mean += x[k]
-            mean /= np.float32(size)
-        for k in range(size):
-            total += (x[k] - mean) * (x[k] - mean)
-        factor = np.float32(1) / np.sqrt(total / np.float32(size) + norm.epsilon)
-        for k in range(size):
-            out[k] = (x[k] - mean) * factor * weight[k]
+                total += (own[k] - mean) * (own[k] - mean)
+            factor = np.float32(1) / np.sqrt(total / np.float32(size) + norm.epsilon)
+            for k in range(size):
+                result[k] = (own[k] - mean) * factor * weight[k]
     else:
         # Tokens are lanes: sixteen sums at a time, each in the order of the features.
         means, factors = np.empty(LANES, np.float32), np.empty(LANES, np.float32)

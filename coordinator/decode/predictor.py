@@ -5,7 +5,7 @@
     lowbit    the dot of a low-bit copy of the gate row with the normed input > the layer's threshold, which was
               calibrated for a given recall (`lowbit.py`); needs no training
 
-The guess is a mask on the board, a word of 32 neurons for each group.
+The guess is a mask on the board, a word of 32 neurons for each group and token of the batch.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from numba import carray
 
 from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
-from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, Network, State
+from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, TOKENS, Network, State
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
-from warmfront.shared.kernels.byte_dot import quantise_input
+from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.fetching import LOWBIT_ROWS, MATRIX_ROWS
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
@@ -41,72 +41,80 @@ def _word(scores: Any, thresholds: Any) -> Any:
 
 
 @inlined
-def _lowrank(net: Network, st: State, mask: Any, layer: int, rank: int, input_at: int) -> int:
+def _lowrank(net: Network, st: State, layer: int, rank: int, input_at: int) -> int:
     """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED.
 
     A row of the second matrix is short, hundreds of weights: 16 are multiplied at once, with the input in registers.
     """
-    inner, kind = net.ranks[layer], net.kinds[layer, FC1]
+    inner, kind, tokens = net.ranks[layer], net.kinds[layer, FC1], st.job[TOKENS]
     low, high = portion(st.cuts, inner, 8, rank)
-    x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, 1, 1)
+    x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, tokens, 1)
     at, bias_at = net.weights[layer, FC1], net.weights[layer, FC1_BIAS]
     first = Matrix(kind, at, bias_at, inner, net.hidden, net.ahead[MATRIX_ROWS, kind])
     linear(first, low, high, x, address_of(st.inner), inner, 0)
     if net.rectified:
-        for i in range(low, high):
-            st.inner[i] = max(st.inner[i], np.float32(0))
+        for token in range(tokens):
+            for i in range(token * inner + low, token * inner + high):
+                st.inner[i] = max(st.inner[i], np.float32(0))
     result = barrier(st.barrier)
     if result != DONE:
         return result
     kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
     second = Matrix(kind, at, 0, net.groups * GROUP, inner, net.ahead[MATRIX_ROWS, kind])
     inner_at = address_of(st.inner)
-    x = packed_input(kind, inner_at, address_of(st.packed[rank]), inner, 1, 1)
+    x = packed_input(kind, inner_at, address_of(st.packed[rank]), inner, tokens, 1)
     stride = row_stride(kind, inner)
     scores_at = address_of(st.scores[rank])
-    scores = carray(floats_at(scores_at), (GROUP,))
+    scores = carray(floats_at(scores_at), (tokens, GROUP))
     low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
         row = group * GROUP
         if in_tiles(kind):
             linear(second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
         else:
-            for row_at in range(at + row * stride, at + (row + GROUP) * stride, ROWS * stride):
+            for first_row in range(row, row + GROUP, ROWS):
+                row_at = at + first_row * stride
                 if second.ahead != 0:
                     prefetch(row_at + second.ahead, ROWS * stride, 64)
-                dot_rows(kind, row_at, stride, inner_at, inner, scores_at + (row_at - at) // stride * 4 - row * 4)
-        mask[group] = _word(scores, net.thresholds[layer, row : row + GROUP])
+                for token in range(tokens):
+                    out_at = scores_at + (token * GROUP + first_row - row) * 4
+                    dot_rows(kind, row_at, stride, inner_at + token * inner * 4, inner, out_at)
+        for token in range(tokens):
+            word = _word(scores[token], net.thresholds[layer, row : row + GROUP])
+            st.handoff.mask[token, layer, group] = word
     return DONE
 
 
 @inlined
-def _lowbit(net: Network, st: State, mask: Any, layer: int, rank: int, input_at: int) -> None:
-    bits, at = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT]
-    q_at = quantise_input(input_at, address_of(st.packed[rank]), net.hidden)
+def _lowbit(net: Network, st: State, layer: int, rank: int, input_at: int) -> None:
+    bits, at, tokens = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT], st.job[TOKENS]
+    q_at, q_row = quantise_batch(input_at, address_of(st.packed[rank]), net.hidden, tokens)
     stride, ahead = net.lowbit_stride, net.ahead[LOWBIT_ROWS, bits]
     scores = st.scores[rank]
     low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
-        for i in range(GROUP):
-            row_at = at + (group * GROUP + i) * stride
-            if ahead != 0:
-                prefetch(row_at + ahead, stride, 64)
-            scores[i] = lowbit_dot(bits, row_at, q_at, net.hidden)
-        mask[group] = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+        for token in range(tokens):
+            for i in range(GROUP):
+                row_at = at + (group * GROUP + i) * stride
+                if ahead != 0 and token == 0:
+                    prefetch(row_at + ahead, stride, 64)
+                scores[i] = lowbit_dot(bits, row_at, q_at + token * q_row, net.hidden)
+            word = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+            st.handoff.mask[token, layer, group] = word
 
 
 @kernel
 def predict(net: Network, st: State, layer: int, rank: int) -> int:
-    """Write the mask of the one token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
+    """Write the mask of each token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
 
     Ahead of its layer it takes the input of the one before, which is much like its own: a layer adds little to the
     residual (Deja Vu).
     """
-    normed_at, mask = address_of(st.h[rank]), st.handoff.mask[layer]
+    normed_at = address_of(st.h[rank])
     if net.lowbit_stride > 0:
-        _lowbit(net, st, mask, layer, rank, normed_at)
+        _lowbit(net, st, layer, rank, normed_at)
     else:
-        result = _lowrank(net, st, mask, layer, rank, normed_at if net.normed else address_of(st.x[rank]))
+        result = _lowrank(net, st, layer, rank, normed_at if net.normed else address_of(st.x[rank]))
         if result != DONE:
             return result
     return barrier(st.barrier)

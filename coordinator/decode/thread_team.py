@@ -12,6 +12,7 @@ from warmfront.coordinator.decode.kv_cache import KvCache
 from warmfront.coordinator.decode.network import (
     CAPTURE,
     COMPARE,
+    DECODE,
     LOWBIT,
     POSITION,
     POSTED,
@@ -40,7 +41,7 @@ from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.panels import LANES, whole_panels
+from warmfront.shared.model.panels import BATCH, LANES, whole_panels
 from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board
@@ -65,7 +66,7 @@ class ThreadTeam:
         self._cpus = cpus = config.cores.coordinator
         # int64 [workers]: whether it takes part in the next job.
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
-        self.logits: npt.NDArray[np.float32] = zeros(model.spec.vocab, np.float32)
+        self.logits: npt.NDArray[np.float32] = zeros((BATCH, model.spec.vocab), np.float32)
         self._rows = RowSplit(len(cpus), config.balances)
         self._weights = ThreadWeights(model, lowbit, config.selector, config.cores, self._rows.cuts)
         ahead = int(config.distances[CACHED_TILES, config.cache_kind])
@@ -159,7 +160,7 @@ class ThreadTeam:
         max_tokens = board.sizes.max_tokens
         shapes = scratch_shapes(spec, threads, max_tokens)
         widest, inner = shapes["scratch"][1] // TILE, int(self._network.ranks.max())
-        packed = max(quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
+        packed = max(BATCH * quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
         captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
         barrier_at = address(self._lines) + 3 * LINE
         return State(
@@ -175,7 +176,7 @@ class ThreadTeam:
             **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
             packed=zeros((threads, packed), np.uint8),
             logits=self.logits,
-            inner=zeros(inner, np.float32),
+            inner=zeros(BATCH * inner, np.float32),
             captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
@@ -261,24 +262,28 @@ class ThreadTeam:
         position: int,
         want_logits: bool,
         *,
+        decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
     ) -> int:
-        """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits`.
+        """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits[0]`.
 
-        `compare_selection`: the workers compare the selection with the truth; `capture`: keep the feed-forward inputs.
+        `decode`: at most 16, each as if it came alone, with logits of each, float32 [len(tokens), vocab]; so is a
+        single token always. `compare_selection`: the workers compare the selection of a single token with the truth;
+        `capture`: keep the feed-forward inputs.
         Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
         KeyboardInterrupt waits for the job to end before it goes on.
         """
         job, handoff = self._state.job, self._state.handoff
         self._state.tokens[: len(tokens)] = tokens
+        job[DECODE] = decode or len(tokens) == 1
         job[COMPARE], job[CAPTURE], job[SPOILED] = compare_selection, capture, 0
         with hold_interrupts():
             self._post(len(tokens), position, want_logits)
             result = await_sequence(handoff.finished_at, self._sequence, handoff.abort_at, 0, 0)
         if job[SPOILED]:
             self._cache.spoil(position, len(tokens))
-        if len(tokens) == 1:
+        if job[DECODE]:
             self._rows.token()
         if result == DONE and LATE in self._state.status:
             self._fail(WorkerError("a worker did not answer for two minutes"))

@@ -44,7 +44,7 @@ class TorchTeam:
         self._predicts, self._look_ahead = config.selector == "lowrank", config.look_ahead
         self.clean = self._context = config.context
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
-        self.logits: npt.NDArray[np.float32] = np.zeros(model.spec.vocab, np.float32)
+        self.logits: npt.NDArray[np.float32] = np.zeros((1, model.spec.vocab), np.float32)
         self._network = TorchNetwork(model, config.device, config.context, config.cache_kind, config.selector)
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
@@ -102,10 +102,12 @@ class TorchTeam:
         position: int,
         want_logits: bool,
         *,
+        decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
     ) -> int:
-        """As `ThreadTeam.run`: returns DONE, ABORTED or LOST."""
+        """As `ThreadTeam.run`, but for batches of one token only: returns DONE, ABORTED or LOST."""
+        assert not decode or len(tokens) == 1
         try:
             with hold_interrupts(), torch.inference_mode():
                 return self._forward(tokens, position, want_logits, compare_selection, capture)
@@ -147,7 +149,7 @@ class TorchTeam:
             self._note(layer, "merge")
             self._spans[layer] = [record[:2] for record in self._board.record]
         if want_logits:
-            torch.from_numpy(self.logits).copy_(network.logits(x))
+            torch.from_numpy(self.logits[0]).copy_(network.logits(x))
             if not np.isfinite(self.logits).all():
                 self.clean = 0  # which keys and values are to blame is not known
         return DONE
@@ -156,7 +158,7 @@ class TorchTeam:
         self._times[layer, STEPS.index(step)] = time.monotonic_ns()
 
     def _write_mask(self, layer: int, words: Tensor) -> None:
-        self._from_device(self._board.mask[layer].view(np.int32), words)
+        self._from_device(self._board.mask[0, layer].view(np.int32), words)
 
     def _post(self, layer: int, normed: Tensor, compare_selection: bool) -> None:
         """Write the job on the board, wait for the device, announce."""

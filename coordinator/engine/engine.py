@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.engine.load import load
 from warmfront.coordinator.engine.session import Session
+from warmfront.coordinator.engine.speculation import Acceptance, PassCosts, Speculation
 from warmfront.coordinator.engine.stats import Statistics, Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
 from warmfront.coordinator.text.sampling import Sampler, token_logprobs
@@ -51,6 +52,7 @@ class Engine:
         self.session, self.model, self.plan = session, session.model, session.plan
         self.tokenizer = session.tokenizer
         self.statistics, self.stats = Statistics(session), Stats()
+        self._pass_costs, self._acceptance = PassCosts(), Acceptance()
 
     @classmethod
     def load(
@@ -105,6 +107,7 @@ class Engine:
         session, stats = self.session, self._new_stats(ids)
         with session.text() as turn:
             logits = self._prefill(turn, ids)
+        guessing = Speculation(session, ids, self._pass_costs, self._acceptance) if self.plan.speculates else None
         first_at = time.monotonic()
         self.statistics.begin_answer()
         while True:
@@ -126,7 +129,11 @@ class Engine:
                 yield Token(token, piece, *chances)
             if last or stops.found:
                 return
-            logits = session.step(turn, token)
+            if guessing is None:
+                logits = session.step(turn, token)
+            else:
+                logits = guessing.step(turn, token, min(max_new - stats.new_tokens, self.plan.context - len(seen)))
+                stats.drafted, stats.accepted = guessing.drafted, guessing.accepted
             self.statistics.add_token()
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:

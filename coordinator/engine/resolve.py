@@ -45,6 +45,7 @@ class RunPlan:
     selector: str  # never "auto"
     context: int  # tokens that the KV cache holds, prompt and answer together
     cache_kind: Kind  # of its keys and values
+    speculates: bool  # tokens are guessed and verified in batches
     cores: CorePlan
 
     @property
@@ -130,6 +131,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         selector=_resolve_selector(config, model.spec),
         context=_resolve_context(config, model.spec),
         cache_kind=_resolve_cache(config, devices, model),
+        speculates=_resolve_speculation(config, devices.attention, say),
         cores=cores.with_emulated_gpu() if devices.gpu == "host" else cores,
     )
     names = plan.worker_names
@@ -171,6 +173,18 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
         lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return chosen
+
+
+def _resolve_speculation(config: EngineConfig, attention: str, say: Say) -> bool:
+    """As wished, but only the compiled pass computes batches."""
+    if config.speculate == "off" or attention == "cpu":
+        return config.speculate != "off"
+    if config.attention != "auto":
+        raise UsageError(
+            f"--speculate {config.speculate}, but --attention {attention} computes no batches: pass --attention cpu"
+        )
+    say(f"nothing is speculated: attention on {attention} computes no batches; pass --attention cpu for it")
+    return False
 
 
 def _resolve_context(config: EngineConfig, spec: ModelSpec) -> int:

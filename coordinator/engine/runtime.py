@@ -225,28 +225,45 @@ class Runtime:
         self._dead[:] = 1
 
     def run(
-        self, tokens: list[int], at: int, want_logits: bool, *, compare_selection: bool = False, capture: bool = False
+        self,
+        tokens: list[int],
+        at: int,
+        want_logits: bool,
+        *,
+        decode: bool = False,
+        compare_selection: bool = False,
+        capture: bool = False,
     ) -> None:
         """One job of `tokens` at position `at`, with the moves of neurons before and after it; see `ThreadTeam.run`.
 
+        Of a batch only the first token is taken for one of the text: see `observe`.
         Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
         """
         self.team.check()
         self.supervisor.check()
         self.ownership.boundary()
-        while (
-            result := self.team.run(tokens, at, want_logits, compare_selection=compare_selection, capture=capture)
-        ) != 0:
+        options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
+        while (result := self.team.run(tokens, at, want_logits, **options)) != 0:
             if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
-        if len(tokens) == 1:
-            self.ownership.observe()
+        if decode or len(tokens) == 1:
+            self.observe(0)
             if self.plan.config.verify:
-                self.ownership.verify()
+                self.ownership.verify(len(tokens))
+
+    def observe(self, token: int) -> None:
+        """That many of the last batch is a token of the text: the balancer learns what it fired."""
+        self.ownership.observe(token)
+
+    @property
+    def batch(self) -> int:
+        """The most tokens of a batch."""
+        return len(self.team.logits)
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
-        """Of the last job that wanted any: float32 [vocab], valid until the next."""
+        """Of the last job that wanted any: float32 [batch, vocab], each token of a batch's, else row 0; valid until the
+        next."""
         return self.team.logits
 
     @property

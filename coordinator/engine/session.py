@@ -52,8 +52,11 @@ class Session:
         self.runtime = Runtime(model, plan, profiles=profiles)
         self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
         self._closed = self._serving = False
-        self._decoded = 0
+        self._decoded = self._compare_at = 0
         self._cached: list[int] = []  # the tokens that the KV cache holds
+        # Of the last batch: tokens behind those that are not of the text yet, and how many have become so.
+        self._guesses: list[int] = []
+        self._accepted = 0
         self._trace = Trace(Path(plan.config.trace)) if plan.config.trace is not None else None
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
@@ -98,7 +101,7 @@ class Session:
             at = len(self._cached)
             chunk = ids[at : at + self.runtime.max_tokens]
             self._run(turn, chunk, want_logits=at + len(chunk) == len(ids))
-        return self.runtime.logits, len(ids) - known
+        return self.runtime.logits[0], len(ids) - known
 
     def _known(self, ids: Sequence[int]) -> int:
         """How many of `ids` a prefill need not compute: the cache holds them, finite."""
@@ -109,10 +112,37 @@ class Session:
 
     def step(self, turn: int, token: int) -> Floats:
         """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job."""
-        compare = self._serving and self.plan.config.measure and self._decoded % _COMPARE_EVERY == 0
+        logits: Floats = self.verify(turn, [token])[0]
+        return logits
+
+    def verify(self, turn: int, tokens: list[int]) -> Floats:
+        """Logits, float32 [len(tokens), vocab], after each of up to `runtime.batch` tokens; valid until the next job.
+
+        The first is the text's next token, the others are a guess of what follows: of the text they are only once they
+        are accepted. The logits are the same bit for bit as if the tokens came one by one; only those after the first
+        if a key or value is not finite.
+        """
+        at = len(self._cached)
+        compare = self._serving and self.plan.config.measure and len(tokens) == 1 and self._decoded >= self._compare_at
+        if compare:
+            self._compare_at = self._decoded + _COMPARE_EVERY
         self._decoded += 1
-        self._run(turn, [token], want_logits=True, compare_selection=compare)
-        return self.runtime.logits
+        self._run(turn, tokens, want_logits=True, decode=True, compare_selection=compare)
+        if len(tokens) > 1 and at <= self.runtime.clean < at + len(tokens):
+            # The tokens share tiles of the cache, where 0 times infinity is NaN.
+            self.forget(at)
+            tokens = tokens[:1]
+            self._run(turn, tokens, want_logits=True, decode=True)
+        return self.runtime.logits[: len(tokens)]
+
+    def accept(self, turn: int) -> None:
+        """The next guess of the last `verify` is the text's next token: its logits count, and the cache holds it."""
+        with self._lock, hold_interrupts():
+            self._check_turn(turn)
+            self._accepted += 1
+            self._cached.append(self._guesses.pop(0))
+            self._decoded += 1
+            self.runtime.observe(self._accepted)
 
     def firing(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Which neurons each of up to 288 tokens fires, computed anew from an empty cache: [layers, tokens, neurons].
@@ -157,6 +187,7 @@ class Session:
     def forget(self, position: int) -> None:
         """Drop what the KV cache holds from `position` on."""
         del self._cached[position:]
+        self._guesses = []
         self.runtime.forget(position)
 
     def _run(
@@ -165,6 +196,7 @@ class Session:
         tokens: list[int],
         *,
         want_logits: bool = False,
+        decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
     ) -> None:
@@ -175,13 +207,18 @@ class Session:
             self._check_turn(turn)
             at = len(self._cached)
             self.check_room(at, len(tokens))
-            if not 0 < len(tokens) <= self.runtime.max_tokens:
-                raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {self.runtime.max_tokens}")
+            most = self.runtime.batch if decode else self.runtime.max_tokens
+            if not 0 < len(tokens) <= most:
+                raise UsageError(f"a job of {len(tokens)} tokens: give 1 to {most}")
             self.check_ids(tokens)
-            self.runtime.run(tokens, at, want_logits, compare_selection=compare_selection, capture=capture)
+            if self._guesses:
+                self.runtime.forget(at)
+            options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
+            self.runtime.run(tokens, at, want_logits, **options)
             if self._trace is not None and self._serving:
                 self._trace.note(at, len(tokens), *self.runtime.times())
-            self._cached += tokens
+            self._cached += tokens[:1] if decode else tokens
+            self._guesses, self._accepted = tokens[1:] if decode else [], 0
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:

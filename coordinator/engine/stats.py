@@ -46,6 +46,9 @@ class Stats:
     decode_s: float = 0.0
     # Prompt tokens that were computed: the rest was in the KV cache.
     prefilled: int = 0
+    # Tokens that were guessed and computed with those before them, and how many of them came true.
+    drafted: int = 0
+    accepted: int = 0
     # "stop" at an end-of-turn token or a stop string, "length" after the most tokens or at the context's end, None
     # while the answer goes on.
     finish_reason: str | None = None
@@ -85,7 +88,8 @@ class Statistics:
 
     def __init__(self, session: Session) -> None:
         self._session, self._runtime = session, session.runtime
-        self._worked = np.zeros((0, 0, 2), np.int64)  # the sums of `times` over the tokens of the last answer
+        self._worked = np.zeros((0, 0, 2), np.int64)  # the sums of `times` over the passes of the last answer
+        self._began = 0  # when the last of them did
 
     def workers(self) -> list[WorkerStats]:
         """What each worker has done since the model was loaded."""
@@ -115,8 +119,11 @@ class Statistics:
         self._worked = np.zeros_like(self.times()[1])
 
     def add_token(self) -> None:
-        """Another one was."""
-        self._worked += self.times()[1]
+        """Another one was, perhaps in the same pass."""
+        steps, spans = self.times()
+        if steps[0, 0] != self._began:
+            self._began = int(steps[0, 0])
+            self._worked += spans
 
     def busy_shares(self, decode_s: float) -> dict[str, float]:
         """Of each worker the part of the last answer's `decode_s` that it computed, 1 at most; 0 without an answer."""

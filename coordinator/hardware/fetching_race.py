@@ -18,8 +18,15 @@ from warmfront.shared.errors import ResourceError
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundles_at
-from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, whole_groups
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, bundles_at
+from warmfront.shared.kernels.feed_forward.ffn import (
+    Batch,
+    Selection,
+    batch_scratch_bytes,
+    listed_neurons,
+    open_gates,
+    whole_groups,
+)
 from warmfront.shared.kernels.fetching import (
     ANNOUNCED,
     BUNDLES,
@@ -32,9 +39,9 @@ from warmfront.shared.kernels.fetching import (
     Use,
     no_fetching,
 )
+from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.lowbit import lowbit_bytes, lowbit_dot
-from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
 from warmfront.shared.kernels.rows import dot, prefetch, row_stride
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
 from warmfront.shared.machine.memory import address, anonymous, zeros
@@ -75,7 +82,7 @@ def _multiply(kind: int, at: int, rows: int, x: int, q: int, ahead: int) -> Any:
     stride, total, part = row_stride(kind, _COLS), np.float32(0), np.empty(TILE, np.float32)
     if in_tiles(kind):
         for r in range(0, rows, TILE):
-            multiply_tile(kind, at + r * stride, q, _COLS, address_of(part), ahead)
+            multiply_tile(kind, at + r * stride, _COLS, Panels(q, 0, 1), Panels(address_of(part), 0, 1), ahead)
             total += part[0]
     else:
         for r in range(rows):
@@ -115,7 +122,7 @@ class _Reader:
         self._at, self._size = address(share), len(share)
         self._x, self._sums, self._inverse = zeros(_COLS, np.float32), zeros(_COLS, np.int64), np.ones(1, np.float32)
         self._x.fill(1e-3)
-        self._q, self._scratch = zeros(quantised_bytes(_COLS), np.uint8), zeros(scratch_bytes(_COLS, 1, 1), np.uint8)
+        self._q, self._scratch = zeros(quantised_bytes(_COLS), np.uint8), zeros(batch_scratch_bytes(_COLS), np.uint8)
         self._quantised_at = quantise_input(address(self._x), address(self._q), _COLS)
 
     def turns(self, use: Use) -> Turn:
@@ -182,16 +189,18 @@ class _Reader:
         table[access, kind], table[ANNOUNCED, kind] = fetch
         return bundles_at(self._at, layout, _RELU, access == BUNDLES, table)
 
-    def _vectors(self) -> Vectors:
+    def _batch(self) -> Batch:
+        """Of one token."""
         places = (address(array) for array in (self._inverse, self._sums, self._scratch))
-        return Vectors(address(self._x), self._quantised_at, *places)
+        return Batch(1, address(self._x), self._quantised_at, 0, *places)
 
     def _listed(self, layout: BundleLayout, access: int, lists: Sequence[npt.NDArray[np.int32]]) -> Turn:
-        slots, computed = np.arange(layout.groups, dtype=np.int32), np.zeros(layout.groups, np.uint32)
+        slots, words = np.arange(layout.groups, dtype=np.int32), np.full((1, layout.groups), 0xFFFFFFFF, np.uint32)
+        selection = Selection(words, False, np.zeros_like(words))
 
         def turn(fetch: Fetch, part: int) -> int:
             listed, bundles = lists[part], self._as_bundles(layout, access, fetch)
-            listed_neurons(bundles, slots, listed, 0, len(listed), False, self._vectors(), computed)
+            listed_neurons(bundles, slots, listed, 0, len(listed), selection, self._batch())
             return len(listed) * layout.bundle_bytes
 
         return turn
@@ -204,7 +213,7 @@ class _Reader:
 
         def turn(fetch: Fetch, part: int) -> int:
             bundles, first = self._as_bundles(layout, BUNDLES, fetch), part * count
-            whole_groups(bundles, slots, first, first + count, self._vectors())
+            whole_groups(bundles, slots, first, first + count, self._batch())
             return count * layout.group_bytes
 
         return turn
@@ -222,7 +231,7 @@ class _Reader:
 
         def turn(fetch: Fetch, part: int) -> int:
             bundles, first = self._as_bundles(layout, GATE_ROWS, fetch), part * count
-            open_gates(bundles, slots, first, first + count, self._vectors(), gates, opened)
+            open_gates(bundles, slots, first, first + count, self._batch(), gates, opened)
             return count * layout.gate_row_bytes
 
         return turn

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
@@ -40,6 +40,7 @@ __all__ = [
     "block_offset",
     "byte_dot",
     "multiplies_bytes",
+    "quantise_batch",
     "quantise_input",
     "quantised_bytes",
     "quantised_parts",
@@ -56,6 +57,7 @@ def multiplies_bytes(context: Any) -> bool:
     return has(context, "avx512vnni", "avx512bw")
 
 
+@register_jitable
 def quantised_bytes(cols: int) -> int:
     """Bytes of a quantised input: 15 bits a feature, x = (128 * high + low) * scale.
 
@@ -147,6 +149,20 @@ def quantise_input(x: int, out: int, cols: int) -> Any:
     Returns the address to give to `dot`: `x` itself where the machine does not multiply bytes.
     """
     return _quantise(x, out, cols)
+
+
+@kernel
+def quantise_batch(x: int, out: int, cols: int, tokens: int) -> tuple[int, int]:
+    """Quantise float32 [tokens, cols] at `x` in `out` [tokens, quantised_bytes(cols)].
+
+    Returns the address to give to `dot` for the first token, and how many bytes behind it the next token's is.
+    """
+    at, row = x, cols * 4
+    for token in range(tokens):
+        given = x + token * cols * 4
+        if quantise_input(given, out + token * quantised_bytes(cols), cols) != given:
+            at, row = out, quantised_bytes(cols)
+    return at, row
 
 
 def byte_dot(

@@ -24,7 +24,7 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
 from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
 from warmfront.shared.kernels.fp16 import from_half, widened
-from warmfront.shared.kernels.gemm import Rows
+from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, fetch_blocks
 from warmfront.shared.kernels.rows import row_stride
@@ -61,6 +61,7 @@ __all__ = [
 # Rows of a tile: one for each lane.
 TILE = LANES
 V64 = vector(I8, 64)
+_MULTIPLY_BYTES = "llvm.x86.avx512.vpdpbusd.512"
 # The types that a tile can be of.
 _TILED = tuple(form for form in FORMATS if form.bytes is not None)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
@@ -146,62 +147,91 @@ def _zero_shift(form: RowFormat) -> int:
     return form.bytes.zero.bit_length() - 1
 
 
-def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, q: Any, cols: Any, y: Any, ahead: Any) -> None:
-    low_at, input_scales, input_sums = quantised_parts(b, q, cols)
+def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, pairs: list[Any], ahead: Any) -> None:
+    """A tile times quantised inputs; `pairs`: the addresses of each input and of its 16 sums.
+
+    The numbers of a block are loaded and unpacked once for all of them. Each input has sums of its own, made in the
+    same steps however many inputs there are.
+    """
     scales_at, minima_at = scales_of(b, form, tile, cols)
-    sums = simd.zeros(b)
+    inputs = [(q, *quantised_parts(b, q, cols)) for q, _ in pairs]
+    sums = [simd.zeros(b) for _ in pairs]
     seven = constants(7, vector(I32))
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
         block = loop.index
         fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(TILE)), TILE)
-        place, words = block_offset(b, block), numbers_of(b, form, tile, block)
-        parts = []
-        for start in (q, low_at):
-            products = constants(0, vector(I32))
-            for i, numbers in enumerate(words):
-                # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
-                at = b.add(place, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
-                four = b.bitcast(splat(b, load(b, start, at, I32)), V64)
-                products = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), products, numbers, four)
-            parts.append(products)
-        whole = b.add(b.shl(parts[0], seven), parts[1])
-        four_bytes = b.mul(block, long(4))
-        scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
-        block_sum = splat(b, load(b, input_sums, four_bytes, I32))
-        if form.kind != Kind.Q4:
-            # What the numbers' offset has added, exactly: number - zero is the weight.
-            whole = b.sub(whole, b.shl(block_sum, constants(_zero_shift(form), vector(I32))))
-        value = b.fmul(b.sitofp(whole, V16), scale)
-        total = fma(b, value, half_vector(context, b, scales_at, block), b.load(sums))
-        if form.kind == Kind.Q4:
-            input_sum = b.fmul(b.sitofp(block_sum, V16), scale)
-            total = fma(b, input_sum, half_vector(context, b, minima_at, block), total)
-        b.store(total, sums)
-    store(b, y, long(0), b.load(sums))
+        place, four_bytes = block_offset(b, block), b.mul(block, long(4))
+        parts = [[constants(0, vector(I32)) for _ in (0, 1)] for _ in pairs]
+        for i, numbers in enumerate(numbers_of(b, form, tile, block)):
+            # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
+            at = b.add(place, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
+            for (*starts, _, _), products in zip(inputs, parts, strict=True):
+                for half, start in enumerate(starts):
+                    four = b.bitcast(splat(b, load(b, start, at, I32)), V64)
+                    products[half] = call(b, _MULTIPLY_BYTES, vector(I32), products[half], numbers, four)
+        row_scale = half_vector(context, b, scales_at, block)
+        row_minimum = half_vector(context, b, minima_at, block) if form.kind == Kind.Q4 else None
+        for (*_, input_scales, input_sums), products, total_at in zip(inputs, parts, sums, strict=True):
+            whole = b.add(b.shl(products[0], seven), products[1])
+            scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
+            block_sum = splat(b, load(b, input_sums, four_bytes, I32))
+            if row_minimum is None:
+                # What the numbers' offset has added, exactly: number - zero is the weight.
+                whole = b.sub(whole, b.shl(block_sum, constants(_zero_shift(form), vector(I32))))
+            total = fma(b, b.fmul(b.sitofp(whole, V16), scale), row_scale, b.load(total_at))
+            if row_minimum is not None:
+                total = fma(b, b.fmul(b.sitofp(block_sum, V16), scale), row_minimum, total)
+            b.store(total, total_at)
+    for (_, y), total_at in zip(pairs, sums, strict=True):
+        store(b, y, long(0), b.load(total_at))
 
 
-@intrinsic
-def _tile(context, kind, tile, q, cols, y, ahead):
-    def build(context, b, _signature, arguments):
-        kind, tile, q, cols, y, ahead = arguments
+def _make_tile(count: int) -> Any:
+    @intrinsic
+    def tile_dot(context, kind, tile, cols, x, y, ahead):
+        """`count` inputs; `x`, `y`: address of the first's, bytes to the next's."""
 
-        def emit(form: RowFormat) -> None:
-            if multiplies_bytes(context):
-                _tile_dot(context, b, form, tile, q, cols, y, ahead)
+        def build(context, b, _signature, arguments):
+            kind, tile, cols, x, y, ahead = arguments
+            (x_at, x_step), (y_at, y_step) = (cgutils.unpack_tuple(b, each, 2) for each in (x, y))
+            pairs = [(b.add(x_at, b.mul(x_step, long(i))), b.add(y_at, b.mul(y_step, long(i)))) for i in range(count)]
 
-        by_kind(b, kind, _TILED, emit)
-        return context.get_dummy_value()
+            def emit(form: RowFormat) -> None:
+                if multiplies_bytes(context):
+                    _tile_dot(context, b, form, tile, cols, pairs, ahead)
 
-    return types.void(*[types.int64] * 6), build
+            by_kind(b, kind, _TILED, emit)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, x, y, types.int64), build
+
+    return tile_dot
+
+
+# So many inputs at once: the sums of more, two registers each, leave none to the numbers.
+_tile_1, _tile_2, _tile_4 = (_make_tile(count) for count in (1, 2, 4))
 
 
 @kernel
-def multiply_tile(kind: int, tile: int, q: int, cols: int, y: int, ahead: int) -> None:
-    """The 16 rows of a tile times the quantised input at `q`, into float32 [16] at `y`.
+def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: int) -> None:
+    """The 16 rows of a tile times the quantised inputs of a batch's tokens, into float32 [16] of each.
 
-    `ahead`: how many bytes ahead to fetch, 0: not at all.
+    A token's sums have the same bits whatever tokens are beside it. `ahead`: how many bytes ahead to fetch, 0: not at
+    all.
     """
-    _tile(kind, tile, q, cols, y, ahead)
+    for token in range(0, y.panels, 4):
+        rest = y.panels - token
+        x_at, y_at = x.at + token * x.step, y.at + token * y.step
+        if rest >= 4:
+            _tile_4(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
+            ahead = 0
+            continue
+        if rest >= 2:
+            _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
+            ahead = 0
+        if rest != 2:
+            last = rest - 1
+            _tile_1(kind, tile, cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), ahead)
 
 
 @kernel

@@ -1,13 +1,17 @@
 """How activations of several tokens lie in memory, on the board and in every kernel.
 
-A single token is a plain vector [features]. Several come 16 to a panel: [panel][feature][lane], one token a lane, so
-that a weight meets 16 tokens in one vector instruction. Lanes behind the last token hold anything.
+A decoded token is a plain vector [features], and a batch of them is [token][feature]: each is computed as if it came
+alone, bit for bit. Tokens of a prompt come 16 to a panel: [panel][feature][lane], one token a lane, so that a weight
+meets 16 tokens in one vector instruction. Lanes behind the last token hold anything. Kernels that serve both see a
+batch as panels of one lane.
 """
 
-__all__ = ["LANES", "whole_panels"]
+__all__ = ["BATCH", "LANES", "whole_panels"]
 
 # Tokens of a panel: the floats of a vector in the kernels (`kernels/simd.py`).
 LANES = 16
+# The most tokens of a batch.
+BATCH = 16
 
 
 def whole_panels(tokens: int) -> int:

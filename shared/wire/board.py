@@ -16,12 +16,12 @@
                 │ owner       uint8 [layers, groups]: index of the worker that   │
                 │             computes the group; padded to 128                  │
                 ├────────────────────────────────────────────────────────────────┤
-                │ mask        uint32 [layers, groups]: with a predicting         │
-                │             selector, bit i = compute neuron i of the group;   │
-                │             padded                                             │
+                │ mask        uint32 [16, layers, groups]: with a predicting     │
+                │             selector, bit i = compute neuron i of the group,   │
+                │             for each token of a batch; padded                  │
                 ├────────────────────────────────────────────────────────────────┤
-                │ computed    uint32 [layers, groups]: bit i = neuron i was      │
-                │             computed whole, for the last single token; padded  │
+                │ computed    uint32 [16, layers, groups]: bit i = neuron i was  │
+                │             computed whole, for the last batch; padded         │
                 ├────────────────────────────────────────────────────────────────┤
                 │ firing      if profiles: uint16 [layers, groups, 32, panels]:  │
                 │             bit t = token t of the panel fires the neuron      │
@@ -36,8 +36,8 @@
                 │ quit        a word: not 0 = the worker's waits end at once     │
                 │ slot        int32 [layers, groups]: where in its memory the    │
                 │             group lies; only that of owned groups counts       │
-                │ requested   uint32 [layers, groups]: the neurons that it was   │
-                │             asked for, of the last single token                │
+                │ requested   uint32 [16, layers, groups]: the neurons that it   │
+                │             was asked for, of the last batch                   │
                 │ y           int64 like x: its part of the feed-forward sums,   │
                 │             in units                                           │
                 └────────────────────────────────────────────────────────────────┘
@@ -47,17 +47,15 @@ The coordinator writes descriptor, mask, x and inverse, then announces job = n. 
 up. It changes `owner` and `slot` only while no job is under way: that is how a group moves, all at once. Everything is
 in the machine's byte order: the board never leaves the machine.
 
-The mask holds for single tokens; several are computed densely. If the selection is to be compared, the workers compute
-the gates that were not selected, too, and count what the selection missed (`messages.LoadReport`). A board that
-`profiles` notes which neurons several tokens fire.
-
-Lanes: a single token has one lane; several tokens come in panels of 16 (`shared/model/panels.py`).
+Lanes: 1 for a batch of decoded tokens, 16 for a prompt's in panels (`shared/model/panels.py`). The mask holds for a
+batch, each token by its own; panels are computed densely. If the selection is to be compared, which only a single token
+can ask for, the workers compute the gates that were not selected, too, and count what the selection missed
+(`messages.LoadReport`). A board that `profiles` notes which neurons the tokens of panels fire.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +63,7 @@ import numpy.typing as npt
 from warmfront.shared.errors import ProtocolError
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.panels import LANES
+from warmfront.shared.model.panels import BATCH, LANES
 
 __all__ = [
     "ANNOUNCED_NS",
@@ -79,7 +77,7 @@ __all__ = [
 ]
 
 MAGIC = b"WARMFRNT"
-VERSION = 5
+VERSION = 6
 LINE = 128
 ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
 # Words of the descriptor.
@@ -112,6 +110,11 @@ class BoardSizes:
         return _padded(4 * self.layers * self.groups)
 
     @property
+    def masks_bytes(self) -> int:
+        """The same for each token of a batch."""
+        return _padded(4 * BATCH * self.layers * self.groups)
+
+    @property
     def mask_at(self) -> int:
         """Offset of the mask."""
         return OWNER_AT + _padded(self.layers * self.groups)
@@ -119,7 +122,7 @@ class BoardSizes:
     @property
     def firing_at(self) -> int:
         """Offset of firing."""
-        return self.mask_at + 2 * self.words_bytes
+        return self.mask_at + 2 * self.masks_bytes
 
     @property
     def firing_shape(self) -> tuple[int, int, int, int]:
@@ -140,7 +143,7 @@ class BoardSizes:
         """Offset of worker `index`'s done line; its other parts follow."""
         y_bytes = _padded(8 * self.hidden * self.max_tokens)
         first = self.inverse_at + _padded(4 * self.max_tokens)
-        return first + index * (3 * LINE + 2 * self.words_bytes + y_bytes)
+        return first + index * (3 * LINE + self.words_bytes + self.masks_bytes + y_bytes)
 
     @property
     def total(self) -> int:
@@ -165,8 +168,8 @@ class Board:
         self.descriptor = words[DESCRIPTOR_AT // 8 : DESCRIPTOR_AT // 8 + 5]
         count = sizes.layers * sizes.groups
         self.owner = mapping[OWNER_AT : OWNER_AT + count].reshape(sizes.layers, sizes.groups)
-        self.mask = self._table(sizes.mask_at, np.uint32)
-        self.computed = self._table(sizes.mask_at + sizes.words_bytes, np.uint32)
+        self.mask = self._masks(sizes.mask_at)
+        self.computed = self._masks(sizes.mask_at + sizes.masks_bytes)
         firing = mapping[sizes.firing_at : sizes.firing_at + 2 * math.prod(sizes.firing_shape)]
         self.firing = firing.view(np.uint16).reshape(sizes.firing_shape)
         vector = sizes.hidden * sizes.max_tokens
@@ -176,9 +179,9 @@ class Board:
         self.done = [self._words(start, 2) for start in starts]
         self.record = [self._words(start + LINE, 4) for start in starts]
         self.quit = [self._words(start + 2 * LINE, 1) for start in starts]
-        self.slot = [self._table(start + 3 * LINE, np.int32) for start in starts]
-        self.requested = [self._table(start + 3 * LINE + sizes.words_bytes, np.uint32) for start in starts]
-        self.y = [self._words(start + 3 * LINE + 2 * sizes.words_bytes, vector) for start in starts]
+        self.slot = [self._slots(start + 3 * LINE) for start in starts]
+        self.requested = [self._masks(start + 3 * LINE + sizes.words_bytes) for start in starts]
+        self.y = [self._words(start + 3 * LINE + sizes.words_bytes + sizes.masks_bytes, vector) for start in starts]
 
     @classmethod
     def create(cls, mapping: npt.NDArray[np.uint8], sizes: BoardSizes) -> "Board":
@@ -215,7 +218,10 @@ class Board:
     def _words(self, start: int, count: int) -> npt.NDArray[np.int64]:
         return self.mapping[start : start + 8 * count].view(np.int64)
 
-    def _table(self, start: int, kind: Any) -> npt.NDArray[Any]:
-        sizes = self.sizes
-        table: npt.NDArray[Any] = self.mapping[start : start + 4 * sizes.layers * sizes.groups].view(kind)
-        return table.reshape(sizes.layers, sizes.groups)
+    def _slots(self, start: int) -> npt.NDArray[np.int32]:
+        shape = self.sizes.layers, self.sizes.groups
+        return self.mapping[start : start + 4 * math.prod(shape)].view(np.int32).reshape(shape)
+
+    def _masks(self, start: int) -> npt.NDArray[np.uint32]:
+        shape = BATCH, self.sizes.layers, self.sizes.groups
+        return self.mapping[start : start + 4 * math.prod(shape)].view(np.uint32).reshape(shape)

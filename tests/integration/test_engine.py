@@ -244,10 +244,10 @@ def test_an_overflow_stays_in_its_text(tiny_llama: Callable[..., Path], tmp_path
             np.testing.assert_array_equal(np.stack(list(engine.forced_logits(harmless, 12))), fresh)
         # A text that shares its beginning: what was cached beside the overflow is computed anew.
         engine.decode_ids(harmless[:21], 1)
-        clean = engine.session.runtime.logits.copy()
+        clean = engine.session.runtime.logits[0].copy()
         list(engine.forced_logits(poison, 30))
         engine.decode_ids(harmless[:21], 1)
-        np.testing.assert_allclose(engine.session.runtime.logits, clean, rtol=0, atol=0.03 * np.abs(clean).max())
+        np.testing.assert_allclose(engine.session.runtime.logits[0], clean, rtol=0, atol=0.03 * np.abs(clean).max())
 
 
 class _Dying:

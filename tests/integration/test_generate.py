@@ -150,9 +150,9 @@ class TestRequests:
         with Engine.load(str(folder)) as engine:
             answer = engine.generate("x")
             assert next(answer).text == "a"
-            engine.session.runtime.logits[3] = np.nan  # where the next token would be picked
+            engine.session.runtime.logits[0, 3] = np.nan  # where the next token would be picked
             session = engine.session
-            step, session.step = session.step, lambda *_: session.runtime.logits  # type: ignore[method-assign]
+            step, session.step = session.step, lambda *_: session.runtime.logits[0]  # type: ignore[method-assign]
             with pytest.raises(ModelError, match="logits that are not finite"):
                 next(answer)
             session.step = step  # type: ignore[method-assign]

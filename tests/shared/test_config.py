@@ -89,6 +89,7 @@ def test_defaults_leave_everything_open() -> None:
         "gpu": "auto",
         "vram_budget": None,
         "policy": "balance",
+        "speculate": "off",
         "plan": None,
         "context": None,
         "kv": "auto",

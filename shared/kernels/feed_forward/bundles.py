@@ -1,4 +1,4 @@
-"""Slots of groups in memory, how they are read and used, and the vectors that a job reads and writes."""
+"""Slots of groups in memory, how they are read and used, and the vectors that a prompt's job reads and writes."""
 
 from typing import Any, NamedTuple
 
@@ -47,12 +47,10 @@ class Bundles(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Addresses of what a job reads and of what one thread writes."""
+    """Addresses of what a job of a prompt's tokens reads and of what one thread writes."""
 
-    # float32 [hidden] for one token, [panels, hidden, 16] for several.
+    # float32 [panels, hidden, 16].
     x: int
-    # One token only: what `quantise_input` made of it.
-    quantised: int
     # float32 [tokens]: 1 / unit of each token's sums.
     inverse: int
     # int64, laid out as x: the outputs are added here, in units.

@@ -28,6 +28,7 @@ from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
 from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
+from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, fetch_blocks
 from warmfront.shared.kernels.rows import row_stride, takes_quantised
@@ -44,6 +45,7 @@ from warmfront.shared.kernels.simd import (
     load,
     long,
     splat,
+    store,
     vector,
 )
 from warmfront.shared.kernels.simd import (
@@ -138,18 +140,67 @@ def _zero(form: RowFormat) -> int:
     return form.bytes.zero if form.bytes is not None and isinstance(form.bytes.zero, int) else 0
 
 
-def _products(b: Any, numbers: list[Any], factors: Split) -> Any:
+def _keep(b: Any, factors: Split, at: Any) -> None:
+    """The factors' bytes in memory, from where a product takes four in all lanes: int8 [high, low] [32]."""
+    for part, halves in enumerate((factors.high, factors.low)):
+        for half, values in enumerate(halves):
+            store(b, at, long(32 * part + 16 * half), b.trunc(values, vector(I8)))
+
+
+def _products(b: Any, numbers: list[Any], kept: Any) -> Any:
     """Number times factor, added up over the 32 neurons: 16 integers."""
-    parts = []
-    for halves in (factors.high, factors.low):
-        total = constants(0, vector(I32))
-        narrow = [b.bitcast(b.trunc(half, vector(I8)), vector(I32, 4)) for half in halves]
-        for i, each in enumerate(numbers):
-            words = narrow[i // 4]
-            four = b.bitcast(splat(b, b.extract_element(words, ir.Constant(I32, i % 4))), V64)
-            total = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), total, each, four)
-        parts.append(total)
-    return b.add(b.shl(parts[0], constants(7, vector(I32))), parts[1])
+    totals = [constants(0, vector(I32)) for _ in (0, 1)]
+    for i, each in enumerate(numbers):
+        for part in (0, 1):
+            four = b.bitcast(splat(b, load(b, kept, long(32 * part + 4 * i), I32)), V64)
+            totals[part] = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), totals[part], each, four)
+    return b.add(b.shl(totals[0], constants(7, vector(I32))), totals[1])
+
+
+def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any], pairs: list[Any]) -> None:
+    """A tile's sums for some tokens; pairs: each token's factors and sums.
+
+    place: tile, tail of the group, columns, and how many bytes ahead to fetch. The numbers of 32 columns are loaded and
+    unpacked once for all tokens; the steps of a token's sums are the same however many there are.
+    """
+    tile, tail, cols, ahead = place
+    given = [[load(b, factors, long(64 * half), V16) for half in (0, 1)] for factors, _ in pairs]
+    kept = [b.ptrtoint(cgutils.alloca_once(b, V64), I64) for _ in pairs]
+    parts: list[Split] = []
+    if form.kind == Kind.Q4C:
+        parts = [split_block(b, own) for own in given]
+        for split, at in zip(parts, kept, strict=True):
+            _keep(b, split, at)
+    with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+        block = loop.index
+        fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(GROUP)), GROUP)
+        offsets: list[Any] = [None] * len(pairs)
+        if form.kind != Kind.Q4C:
+            scales, *minima = neuron_scales(context, b, form, tile, cols, block)
+            parts = [split_block(b, [b.fmul(f, scale) for f, scale in zip(own, scales, strict=True)]) for own in given]
+            for split, at in zip(parts, kept, strict=True):
+                _keep(b, split, at)
+            if minima:
+                # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
+                eight = constants(8.0)
+                lows = [fma(b, scale, eight, low) for scale, low in zip(scales, minima[0], strict=True)]
+                products = [[b.fmul(f, low) for f, low in zip(own, lows, strict=True)] for own in given]
+                offsets = [splat(b, total_of(b, b.fadd(*halves))) for halves in products]
+        for half, numbers in enumerate(numbers_of(b, form, tile, block)):
+            if form.kind == Kind.Q4C:
+                at = b.add(b.mul(block, long(64)), long(32 * half))
+                scale, minimum = column_scales(context, b, tail, cols, at)
+            for (_, sums), split, at, offset in zip(pairs, parts, kept, offsets, strict=True):
+                whole = _products(b, numbers, at)
+                if zero := 8 if form.kind == Kind.Q4 else _zero(form):
+                    whole = b.sub(whole, splat(b, b.mul(split.total, ir.Constant(I32, zero))))
+                total = b.fmul(b.sitofp(whole, V16), splat(b, split.scale))
+                if form.kind == Kind.Q4C:
+                    factor_sum = splat(b, b.fmul(b.sitofp(split.total, FLOAT), split.scale))
+                    total = fma(b, total, scale, b.fmul(minimum, factor_sum))
+                if offset is not None:
+                    total = b.fadd(total, offset)
+                add_to_sums(context, b, sums, b.add(b.mul(block, long(256)), long(128 * half)), total)
 
 
 def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any, Any]) -> None:
@@ -170,56 +221,52 @@ def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, An
             add_to_sums(context, b, sums, at, b.fadd(*(b.load(total) for total in two)))
 
 
-@intrinsic
-def _add_tile(context, kind, tile, factors, tail, sums, cols, ahead):
-    def build(context, b, _signature, arguments):
-        kind, tile, factors, tail, sums, cols, ahead = arguments
+def _make_adder(count: int) -> Any:
+    @intrinsic
+    def add_tile(context, kind, place, factors, sums):
+        """`count` tokens; `factors`, `sums`: address of the first token's, bytes to the next's."""
 
-        def emit(form: RowFormat) -> None:
-            if form.kind in _FLOATS:
-                _add_floats(context, b, form, (tile, factors, sums, cols, ahead))
-                return
-            if not multiplies_bytes(context):
-                return
-            given = [load(b, factors, long(64 * half), V16) for half in (0, 1)]
-            fixed = split_block(b, given) if form.kind == Kind.Q4C else None
-            with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-                block = loop.index
-                fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(GROUP)), GROUP)
-                parts, offset = fixed, None
-                if parts is None:
-                    scales, *minima = neuron_scales(context, b, form, tile, cols, block)
-                    parts = split_block(b, [b.fmul(f, scale) for f, scale in zip(given, scales, strict=True)])
-                    if minima:
-                        # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
-                        eight = constants(8.0)
-                        lows = (fma(b, scale, eight, low) for scale, low in zip(scales, minima[0], strict=True))
-                        products = [b.fmul(f, low) for f, low in zip(given, lows, strict=True)]
-                        offset = splat(b, total_of(b, b.fadd(*products)))
-                for half, numbers in enumerate(numbers_of(b, form, tile, block)):
-                    whole = _products(b, numbers, parts)
-                    if zero := 8 if form.kind == Kind.Q4 else _zero(form):
-                        whole = b.sub(whole, splat(b, b.mul(parts.total, ir.Constant(I32, zero))))
-                    total = b.fmul(b.sitofp(whole, V16), splat(b, parts.scale))
-                    if form.kind == Kind.Q4C:
-                        at = b.add(b.mul(block, long(64)), long(32 * half))
-                        scale, minimum = column_scales(context, b, tail, cols, at)
-                        factor_sum = splat(b, b.fmul(b.sitofp(parts.total, FLOAT), parts.scale))
-                        total = fma(b, total, scale, b.fmul(minimum, factor_sum))
-                    if offset is not None:
-                        total = b.fadd(total, offset)
-                    add_to_sums(context, b, sums, b.add(b.mul(block, long(256)), long(128 * half)), total)
+        def build(context, b, _signature, arguments):
+            kind, *tuples = arguments
+            (tile, tail, cols, ahead), *vectors = (cgutils.unpack_tuple(b, each) for each in tuples)
+            pairs = [[b.add(at, b.mul(step, long(i))) for at, step in vectors] for i in range(count)]
 
-        by_kind(b, kind, FORMATS, emit)
-        return context.get_dummy_value()
+            def emit(form: RowFormat) -> None:
+                if form.kind in _FLOATS:
+                    for i, (factors, sums) in enumerate(pairs):
+                        _add_floats(context, b, form, (tile, factors, sums, cols, long(0) if i else ahead))
+                elif multiplies_bytes(context):
+                    _add_tokens(context, b, form, (tile, tail, cols, ahead), pairs)
 
-    return types.void(*[types.int64] * 7), build
+            by_kind(b, kind, FORMATS, emit)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, place, factors, sums), build
+
+    return add_tile
+
+
+_add_1, _add_2, _add_4 = (_make_adder(count) for count in (1, 2, 4))
 
 
 @kernel
-def add_down_tile(kind: int, tile_at: int, factors_at: int, tail_at: int, sums_at: int, cols: int, ahead: int) -> None:
-    """Add the sum of factor times row over the 32 rows of a tile to int64 sums [cols]; factors: float32 [32].
+def add_down_tile(kind: int, tile_at: int, tail_at: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
+    """For each token of a batch, add the sum of factor times row over the 32 rows of a tile to its int64 sums [cols].
 
-    `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to fetch, 0: not at all.
+    `factors`: float32 [32] of each token; `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to
+    fetch, 0: not at all. A token's sums have the same bits whatever tokens are beside it.
     """
-    _add_tile(kind, tile_at, factors_at, tail_at, sums_at, cols, ahead)
+    for token in range(0, sums.panels, 4):
+        rest = sums.panels - token
+        factors_at, sums_at = factors.at + token * factors.step, sums.at + token * sums.step
+        if rest >= 4:
+            _add_4(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
+            ahead = 0
+            continue
+        if rest >= 2:
+            _add_2(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
+            ahead = 0
+        if rest != 2:
+            last = rest - 1
+            factors_at, sums_at = factors_at + last * factors.step, sums_at + last * sums.step
+            _add_1(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))

@@ -1,4 +1,4 @@
-"""Compiled feed-forward arithmetic over neuron bundles: what every worker on a CPU computes.
+"""Neurons for a batch of decoded tokens, each computed as if it came alone: what every worker on a CPU does.
 
     all       gate and up dot, axpy of the down row            `whole_groups` of tiles, else `listed_neurons`
     lowrank,  the same for the neurons of a mask; those whose  `list_masked`, `listed_neurons`
@@ -6,14 +6,17 @@
     exact     the gate of every neuron, then up and down of    `open_gates`, `open_neurons`
               those whose gate fires (`activation.fires`);
               with dReLU, down only where up fires too
-    prefill   several tokens                                   `prefill.dense_groups`
+    prefill   a prompt's tokens                                `prefill.dense_groups`
 
 A list of slots says where the groups are; neuron i of the list is neuron i % 32 of slot i // 32. Who computes some
 neuron of a group computes all that are wanted of it, and adds their sum to exact sums (`exact_sums.py`) that belong to
 one thread: the bits of a layer's output do not depend on how its groups are shared out.
+
+The neurons listed are those that any token of the batch wants: a neuron comes from memory once, and each token that
+wants it takes it in turn. The steps of a token's sums do not depend on the tokens beside it, so neither do its bits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,44 +24,92 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import floats_at, longs_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundle_at
-from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, add_down_rows
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, bundle_at
+from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
+from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.rows import dot, prefetch
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import BATCH
 
-__all__ = ["listed_neurons", "open_gates", "open_neurons", "open_ups", "whole_groups"]
+__all__ = [
+    "Batch",
+    "Selection",
+    "batch_scratch_bytes",
+    "listed_neurons",
+    "open_gates",
+    "open_neurons",
+    "open_ups",
+    "whole_groups",
+]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
-Words = npt.NDArray[np.uint32]
+
+
+class Batch(NamedTuple):
+    """Addresses of what a job of 1 to 16 tokens reads and of what one thread writes."""
+
+    tokens: int
+    # float32 [tokens, hidden].
+    x: int
+    # What `quantise_batch` made of it, and bytes of a token's.
+    quantised: int
+    quantised_row: int
+    # float32 [tokens]: 1 / unit of each token's sums.
+    inverse: int
+    # int64 [tokens, hidden]: the outputs are added here, in units.
+    sums: int
+    # [batch_scratch_bytes(hidden)].
+    scratch: int
+
+
+class Selection(NamedTuple):
+    """Which neurons the tokens want: uint32 [tokens, slots], bit i of a word = neuron i of the slot."""
+
+    words: Any
+    # Whether a neuron is left out whose gate or up does not fire.
+    skip: bool
+    # The same, where the neurons that were computed get their bit.
+    computed: Any
+
+
+def batch_scratch_bytes(hidden: int) -> int:
+    """Bytes that a thread needs for a batch beside its sums: a list of down rows for each token."""
+    return BATCH * (LIST_BYTES + 4 * hidden)
 
 
 @kernel
-def whole_groups(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors) -> None:
-    """Add the outputs of all neurons of slots low..high, which are in tiles, for one token."""
-    gates_at, ups_at = vectors.scratch, vectors.scratch + GROUP * 4
-    gates = carray(floats_at(gates_at), (2 * GROUP,))
+def whole_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch) -> None:
+    """Add the outputs of all neurons of slots low..high, which are in tiles."""
+    tokens, gates_at = batch.tokens, batch.scratch
+    ups_at = gates_at + tokens * GROUP * 4
+    inputs = Panels(batch.quantised, batch.quantised_row, tokens)
+    gates, inverse = carray(floats_at(gates_at), (tokens, GROUP)), carray(floats_at(batch.inverse), (tokens,))
     for i in range(low, high):
         at = bundle_at(b, slots, i * GROUP)
-        if in_tiles(b.gate_kind):
-            for row in range(0, 2 * GROUP, TILE):
-                tile_at = at + row * b.up_offset
-                multiply_tile(b.gate_kind, tile_at, vectors.quantised, b.hidden, gates_at + row * 4, b.ahead)
-        else:
-            for row in range(2 * GROUP):
-                row_at = at + row * b.up_offset
-                gates[row] = dot(b.gate_kind, row_at, vectors.x, vectors.quantised, b.hidden, b.ahead)
-        activate_times(b.activation, gates_at, ups_at, GROUP)
-        inverse = carray(floats_at(vectors.inverse), (1,))[0]
-        for neuron in range(GROUP):
-            gates[neuron] *= inverse
-        add_down_tile(
-            b.down_kind, at + GROUP * b.down_offset, gates_at, at + b.tail_offset, vectors.sums, b.hidden, b.ahead
-        )
+        for part in range(2):
+            part_at, out_at = at + part * GROUP * b.up_offset, ups_at if part else gates_at
+            if in_tiles(b.gate_kind):
+                for row in range(0, GROUP, TILE):
+                    out = Panels(out_at + row * 4, GROUP * 4, tokens)
+                    multiply_tile(b.gate_kind, part_at + row * b.up_offset, b.hidden, inputs, out, b.ahead)
+            else:
+                products = carray(floats_at(out_at), (tokens, GROUP))
+                for row in range(GROUP):
+                    row_at = part_at + row * b.up_offset
+                    for token in range(tokens):
+                        products[token, row] = _dot(b, row_at, batch, token, b.ahead if token == 0 else 0)
+        for token in range(tokens):
+            factors_at = gates_at + token * GROUP * 4
+            activate_times(b.activation, factors_at, ups_at + token * GROUP * 4, GROUP)
+            for neuron in range(GROUP):
+                gates[token, neuron] *= inverse[token]
+        factors, sums = Panels(gates_at, GROUP * 4, tokens), Panels(batch.sums, b.hidden * 8, tokens)
+        add_down_tile(b.down_kind, at + GROUP * b.down_offset, at + b.tail_offset, factors, sums, b.hidden, b.ahead)
 
 
 @kernel
@@ -76,67 +127,102 @@ def _later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> tuple[in
 
 
 @kernel
+def _dot(b: Bundles, row_at: int, batch: Batch, token: int, ahead: int) -> Any:
+    """A gate or up row times a token's input."""
+    quantised_at = batch.quantised + token * batch.quantised_row
+    return dot(b.gate_kind, row_at, batch.x + token * b.hidden * 4, quantised_at, b.hidden, ahead)
+
+
+@kernel
+def _list_at(b: Bundles, batch: Batch, token: int) -> int:
+    """Where a token's list of down rows is."""
+    return batch.scratch + token * (LIST_BYTES + 4 * b.hidden)
+
+
+@kernel
 def _note_neuron(
-    b: Bundles, at: int, ahead: tuple[int, int], gate: Any, vectors: Vectors, count: int, skip: bool
+    b: Bundles, at: int, ahead: tuple[int, int], gate: Any, batch: Batch, token: int, count: int, skip: bool
 ) -> bool:
-    """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the list of down rows.
+    """Put the neuron at `at`, whose gate is known, behind `count` others of its group on the token's list of down rows.
 
     `ahead`: from `_later`. Returns False, if it may `skip` it, for one whose up does not fire.
     """
-    up = dot(b.gate_kind, at + b.up_offset, vectors.x, vectors.quantised, b.hidden, ahead[0])
+    list_at = _list_at(b, batch, token)
+    up = _dot(b, at + b.up_offset, batch, token, ahead[0])
     if skip and not up_fires(b.activation, up):
         return False
-    rows, aheads = carray(longs_at(vectors.scratch), (GROUP,)), carray(longs_at(vectors.scratch + AHEAD_AT), (GROUP,))
-    factors = carray(floats_at(vectors.scratch + FACTORS_AT), (GROUP + 1,))
-    own = factor(b.activation, gate, up) * carray(floats_at(vectors.inverse), (1,))[0]
+    rows, aheads = carray(longs_at(list_at), (GROUP,)), carray(longs_at(list_at + AHEAD_AT), (GROUP,))
+    factors = carray(floats_at(list_at + FACTORS_AT), (GROUP + 1,))
+    own = factor(b.activation, gate, up) * carray(floats_at(batch.inverse), (batch.tokens,))[token]
     rows[count], aheads[count], factors[count] = at + b.down_offset, ahead[1], own
     factors[GROUP] = own + (factors[GROUP] if count > 0 else np.float32(0))
     return True
 
 
 @kernel
-def _add_group(b: Bundles, slots: Ints, neuron: int, vectors: Vectors, count: int) -> None:
-    """Add the down rows on the list, of the group of `neuron`, to the sums."""
+def _add_group(b: Bundles, slots: Ints, neuron: int, batch: Batch, found: Any) -> None:
+    """Add the down rows on the tokens' lists, of the group of `neuron`, to the sums; empties the lists."""
     tail_at = bundle_at(b, slots, neuron // GROUP * GROUP) + b.tail_offset
-    add_down_rows(b.down_kind, vectors.scratch, count, tail_at, vectors.sums, b.hidden)
+    for token in range(batch.tokens):
+        if found[token] > 0:
+            sums_at = batch.sums + token * b.hidden * 8
+            add_down_rows(b.down_kind, _list_at(b, batch, token), found[token], tail_at, sums_at, b.hidden)
+            found[token] = 0
+
+
+@kernel
+def _ends_group(listed: Ints, i: int, high: int) -> bool:
+    """Whether entry i of an ascending list that ends at `high` is the last of its group."""
+    return i == high - 1 or listed[i + 1] // GROUP != listed[i] // GROUP
 
 
 @kernel
 def listed_neurons(
-    b: Bundles, slots: Ints, listed: Ints, low: int, high: int, skip: bool, vectors: Vectors, computed: Words
+    b: Bundles, slots: Ints, listed: Ints, low: int, high: int, selection: Selection, batch: Batch
 ) -> int:
-    """Add the outputs of entries low..high, whole groups, of a list of neurons in ascending order, for one token.
+    """Add the outputs of entries low..high, whole groups, of a list of neurons in ascending order.
 
-    `skip`: leave a neuron out whose gate or up does not fire. The others get their bit in `computed`, a word for each
-    slot of the list; returns how many they are.
+    Returns how many were computed, for each token that wanted them.
     """
-    count, found = 0, 0
+    count, found = 0, np.zeros(batch.tokens, np.int64)
     for i in range(low, high):
         neuron = listed[i]
+        slot, bit = neuron // GROUP, np.uint32(1) << np.uint32(neuron % GROUP)
         at = bundle_at(b, slots, neuron)
         ahead = _later(b, slots, listed, i, high)
-        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead[0])
-        if (not skip or fires(b.activation, gate)) and _note_neuron(b, at, ahead, gate, vectors, found, skip):
-            set_bit(computed, neuron)
-            found += 1
-            count += 1
-        if found > 0 and (i == high - 1 or listed[i + 1] // GROUP != neuron // GROUP):
-            _add_group(b, slots, neuron, vectors, found)
-            found = 0
+        for token in range(batch.tokens):
+            if selection.words[token, slot] & bit == 0:
+                continue
+            # Whichever tokens want it: what is fetched twice comes from the cache.
+            gate = _dot(b, at, batch, token, ahead[0])
+            if selection.skip and not fires(b.activation, gate):
+                continue
+            if _note_neuron(b, at, ahead, gate, batch, token, found[token], selection.skip):
+                set_bit(selection.computed[token], neuron)
+                found[token] += 1
+                count += 1
+        if _ends_group(listed, i, high):
+            _add_group(b, slots, neuron, batch, found)
     return count
 
 
 @kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, gates: Floats, opened: Ints) -> int:
-    """List those of neurons low..high whose gate fires, with their gates; returns their number."""
+def open_gates(b: Bundles, slots: Ints, low: int, high: int, batch: Batch, gates: Floats, opened: Ints) -> int:
+    """List those of neurons low..high whose gate fires for any token, with their gates [listed, tokens].
+
+    Returns how many are listed; `gates` and `opened` have room for all.
+    """
     count = 0
     for neuron in range(low, high):
         # Gates lie a bundle apart: on some machines too far for the hardware's own fetching.
         at = bundle_at(b, slots, neuron)
         ahead = bundle_at(b, slots, min(neuron + b.gates_ahead, high - 1)) - at
-        gate = dot(b.gate_kind, at, vectors.x, vectors.quantised, b.hidden, ahead)
-        if fires(b.activation, gate):
-            gates[count] = gate
+        fired = False
+        for token in range(batch.tokens):
+            gate = _dot(b, at, batch, token, ahead if token == 0 else 0)
+            gates[count * batch.tokens + token] = gate
+            fired |= fires(b.activation, gate)
+        if fired:
             opened[count] = neuron
             count += 1
     return count
@@ -144,31 +230,32 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, g
 
 @kernel
 def open_neurons(
-    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, vectors: Vectors, computed: Words
+    b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, batch: Batch, computed: Any
 ) -> int:
-    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made.
+    """Add the outputs of entries low..high, whole groups, of a list that `open_gates` made, where their gates fire.
 
-    Those whose up fires get their bit in `computed`, a word for each slot; returns how many they are.
+    Those whose up fires too get their bit in `computed`, as in `Selection`; returns how many they are, for each token.
     """
-    count, found = 0, 0
+    count, found = 0, np.zeros(batch.tokens, np.int64)
     for i in range(low, high):
-        neuron = opened[i]
+        at = bundle_at(b, slots, opened[i])
         ahead = _later(b, slots, opened, i, high)
-        if _note_neuron(b, bundle_at(b, slots, neuron), ahead, gates[i], vectors, found, True):
-            set_bit(computed, neuron)
-            found += 1
-            count += 1
-        if found > 0 and (i == high - 1 or opened[i + 1] // GROUP != neuron // GROUP):
-            _add_group(b, slots, neuron, vectors, found)
-            found = 0
+        for token in range(batch.tokens):
+            gate = gates[i * batch.tokens + token]
+            if fires(b.activation, gate) and _note_neuron(b, at, ahead, gate, batch, token, found[token], True):
+                set_bit(computed[token], opened[i])
+                found[token] += 1
+                count += 1
+        if _ends_group(opened, i, high):
+            _add_group(b, slots, opened[i], batch, found)
     return count
 
 
 @kernel
-def open_ups(b: Bundles, slots: Ints, opened: Ints, count: int, vectors: Vectors) -> int:
-    """How many neurons of a list that `open_gates` made have an up that fires too."""
+def open_ups(b: Bundles, slots: Ints, opened: Ints, count: int, batch: Batch) -> int:
+    """How many neurons of a list that `open_gates` made for one token have an up that fires too."""
     found = 0
     for i in range(count):
         up_at = bundle_at(b, slots, opened[i]) + b.up_offset
-        found += up_fires(b.activation, dot(b.gate_kind, up_at, vectors.x, vectors.quantised, b.hidden, 0))
+        found += up_fires(b.activation, _dot(b, up_at, batch, 0, 0))
     return found

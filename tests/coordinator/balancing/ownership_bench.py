@@ -146,7 +146,7 @@ class Bench:
         self.boundary()
         self.board.computed[:] = 0
         for layer, group in fired:
-            self.board.computed[layer, group] = 1
+            self.board.computed[0, layer, group] = 1
         self.ownership.observe()
         assert_tables_hold(self.ownership, self.slots)
 

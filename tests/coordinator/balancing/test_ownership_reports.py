@@ -166,32 +166,54 @@ def test_reports_are_asked_for_now_and_then(bench: Bench, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("predicted", [False, True])
-def test_verify(predicted: bool) -> None:
+@pytest.mark.parametrize("token", [0, 2])
+def test_verify(predicted: bool, token: int) -> None:
+    """Of each token of a batch."""
     bench = Bench(predicted)
     bench.fill(7)
     board = bench.board
-    board.mask[:] = np.random.default_rng(4).integers(1, 1 << 32, (LAYERS, GROUPS), dtype=np.uint32)
-    wanted = board.mask if predicted else np.full((LAYERS, GROUPS), ALL, np.uint32)
+    board.mask[:] = np.random.default_rng(4).integers(1, 1 << 32, board.mask.shape, dtype=np.uint32)
+    wanted = board.mask if predicted else np.full_like(board.mask, ALL)
     for worker in range(3):
         board.requested[worker][:] = np.where(board.owner == worker, wanted, 0)
-    bench.ownership.verify()
-    for layer, group in ((0, 0), (1, 11)):
+    bench.ownership.verify(token + 1)
+    for place in ((token, 0, 0), (token, 1, 11)):
+        _, layer, group = place
         owner = int(board.owner[layer, group])
         for worker in range(3):
-            for bit in (int(wanted[layer, group]) & -int(wanted[layer, group]), int(wanted[layer, group])):
+            for bit in (int(wanted[place]) & -int(wanted[place]), int(wanted[place])):
                 # Not computed by its owner, or computed by another too.
-                board.requested[worker][layer, group] ^= np.uint32(bit)
+                board.requested[worker][place] ^= np.uint32(bit)
                 with pytest.raises(WorkerError, match=f"^group {group} of layer {layer} was not computed exactly once"):
-                    bench.ownership.verify()
-                board.requested[worker][layer, group] ^= np.uint32(bit)
+                    bench.ownership.verify(token + 1)
+                board.requested[worker][place] ^= np.uint32(bit)
         if predicted:
             # Computed though it was not selected.
-            board.requested[owner][layer, group] = ALL
+            board.requested[owner][place] = ALL
             with pytest.raises(WorkerError, match="exactly once"):
-                bench.ownership.verify()
-            board.requested[owner][layer, group] = wanted[layer, group]
-    bench.ownership.verify()
+                bench.ownership.verify(token + 1)
+            board.requested[owner][place] = wanted[place]
+    bench.ownership.verify(token + 1)
     # What one that is away has left there does not count, and what it would have computed is missing.
     bench.present[GPU] = 0
     with pytest.raises(WorkerError, match=r"^group 0 of layer 0 "):
-        bench.ownership.verify()
+        bench.ownership.verify(token + 1)
+
+
+def test_a_batch_is_its_accepted_tokens(bench: Bench, clock: Clock) -> None:
+    """Each is observed by what it fired itself; the time of the job is theirs together."""
+    board, bench.policy.interval = bench.board, 8
+    bench.boundary()
+    board.computed[:] = 0
+    board.computed[1, 0, 3] = 0xFF
+    clock.now += 6_000_000
+    for token in range(3):
+        bench.ownership.observe(token)
+    assert [float(active.sum()) for _, active in bench.policy.observed] == [0, 8 / 32, 0]
+    # With three tokens a job the reports are asked for in time, though no job begins just before the decision.
+    bench.boundary()
+    assert bench.workers.inquiries == 0
+    for token in range(3):
+        bench.ownership.observe(token)
+    bench.boundary()
+    assert bench.workers.inquiries == 1

@@ -69,7 +69,7 @@ class Workers:
             x = board.x[:count]
             if worker == 0:
                 rows = x.reshape(-1, board.sizes.hidden, lanes).swapaxes(1, 2).reshape(-1, board.sizes.hidden)
-                self.asked.append((descriptor, rows[:tokens].copy(), board.mask[layer].copy()))
+                self.asked.append((descriptor, rows[:tokens].copy(), board.mask[0, layer].copy()))
             if worker == 1 and self.silent:
                 self.dead[1] = 1
                 return
@@ -117,7 +117,7 @@ def asked_and_said(
     for tokens in jobs:
         assert team.run(tokens, position, True, compare_selection=len(tokens) == 1) == DONE
         position += len(tokens)
-        logits.append(team.logits.copy())
+        logits.append(team.logits[0].copy())
     team.stop()
     workers.end()
     return workers.asked, np.array(logits)

@@ -21,7 +21,7 @@ from tests.shared.kernels.feed_forward.test_ffn import (
 )
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums, round_to_sums
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at
-from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons
+from warmfront.shared.kernels.feed_forward.ffn import Selection, listed_neurons, open_gates, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.model.formats import Kind
@@ -126,19 +126,20 @@ def one_token(slots: Slots, activation: str, words: np.ndarray, seed: int, way: 
     bundles = bundles_at(slots.at, slots.layout, described(activation))
     parts = [Input(slots, x, 0, activation)]
     for ids in workers_and_threads(rng):
-        listed, computed = np.zeros(SLOTS * 32, np.int32), np.zeros(SLOTS, np.uint32)
+        listed, computed = np.zeros(SLOTS * 32, np.int32), np.zeros((1, SLOTS), np.uint32)
+        selection = Selection(~computed, way == "skip", computed)
         gates = np.zeros(SLOTS * 32, np.float32)
         if way == "open":
-            count = open_gates(bundles, ids, 0, len(ids) * 32, parts[0].vectors, gates, listed)
+            count = open_gates(bundles, ids, 0, len(ids) * 32, parts[0].batch, gates, listed)
         else:
             count = list_masked(np.ascontiguousarray(words[ids]), len(ids), listed)
         starts = [group_start(listed, count, at) for at in cuts(rng, count)]
         for low, high in pairwise(starts):
             parts.append(Input(slots, x, 0, activation))
             if way == "open":
-                open_neurons(bundles, ids, gates, listed, low, high, parts[-1].vectors, computed)
+                open_neurons(bundles, ids, gates, listed, low, high, parts[-1].batch, computed)
             else:
-                listed_neurons(bundles, ids, listed, low, high, way == "skip", parts[-1].vectors, computed)
+                listed_neurons(bundles, ids, listed, low, high, selection, parts[-1].batch)
     return added(parts)
 
 

@@ -41,8 +41,8 @@ def test_neurons(gate: Kind, down: Kind) -> None:
             some, one = Input(slots, x), Input(slots, x)
             computed = run_listed(bundles, order, listed, some, skip=True)
             gates, opened = np.zeros(96, np.float32), np.zeros(96, np.int32)
-            count = open_gates(bundles, order, 0, 96, one.vectors, gates, opened)
-            open_neurons(bundles, order, gates, opened, 0, count, one.vectors, np.zeros(3, np.uint32))
+            count = open_gates(bundles, order, 0, 96, one.batch, gates, opened)
+            open_neurons(bundles, order, gates, opened, 0, count, one.batch, np.zeros((1, 3), np.uint32))
             results.add((some.bits(), tuple(computed), gates.tobytes(), opened.tobytes(), one.bits()))
     assert len(results) == 1
 
@@ -60,7 +60,7 @@ def test_whole_groups(gate: Kind, down: Kind) -> None:
         table[BUNDLES, gate] = ahead
         one = Input(slots, x)
         bundles = bundles_at(address(memory), slots.layout, RELU, True, table)
-        whole_groups(bundles, np.arange(SLOTS, dtype=np.int32), 0, SLOTS, one.vectors)
+        whole_groups(bundles, np.arange(SLOTS, dtype=np.int32), 0, SLOTS, one.batch)
         results.add(one.bits())
     assert len(results) == 1
     assert any(results.pop()[: 8 * HIDDEN])

@@ -6,8 +6,8 @@ Run: pytest tests/shared/kernels/test_tiles.py
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
-from warmfront.shared.kernels.gemm import Rows
+from warmfront.shared.kernels.byte_dot import quantise_batch, quantised_bytes
+from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.tiles import (
     TILE,
     in_tiles,
@@ -42,15 +42,17 @@ class Tiles:
         assert (self._memory[-64:] == 0xFF).all()
 
     def times(self, x: np.ndarray, ahead: int = 0) -> np.ndarray:
-        """The product with one float32 vector."""
-        quantised = np.full(quantised_bytes(self.rows.cols), 0xFF, np.uint8)
-        q_at = quantise_input(address(x), address(quantised), self.rows.cols)
-        y = np.full(ROWS + 2, np.nan, np.float32)
+        """The products [tokens, rows] with float32 [tokens, cols]."""
+        tokens, cols = x.shape
+        quantised = np.full(tokens * quantised_bytes(cols), 0xFF, np.uint8)
+        q_at, q_row = quantise_batch(address(x), address(quantised), cols, tokens)
+        y = np.full((tokens, ROWS + 2), np.nan, np.float32)
         for row in range(0, ROWS, TILE):
-            tile_at = self.rows.at + row * self.rows.stride
-            multiply_tile(self.rows.kind, tile_at, q_at, self.rows.cols, address(y[1 + row :]), ahead)
-        assert np.isnan(y[[0, -1]]).all()
-        return y[1:-1]
+            tile_at, out_at = self.rows.at + row * self.rows.stride, address(y) + 4 * (1 + row)
+            inputs, out = Panels(q_at, q_row, tokens), Panels(out_at, 4 * (ROWS + 2), tokens)
+            multiply_tile(self.rows.kind, tile_at, cols, inputs, out, ahead)
+        assert np.isnan(y[:, [0, -1]]).all()
+        return y[:, 1:-1]
 
 
 @pytest.fixture(scope="module", params=[(kind, cols) for kind in KINDS for cols in WIDTHS], ids=str)
@@ -59,31 +61,40 @@ def tiles(request: pytest.FixtureRequest) -> Tiles:
 
 
 def test_one_input(tiles: Tiles) -> None:
-    x = np.random.default_rng(1).standard_normal(tiles.rows.cols).astype(np.float32)
-    expected = tiles.values @ x.astype(np.float64)
+    x = np.random.default_rng(1).standard_normal((1, tiles.rows.cols)).astype(np.float32)
+    expected = x.astype(np.float64) @ tiles.values.T
     np.testing.assert_allclose(tiles.times(x), expected, rtol=QUANTISED, atol=QUANTISED * np.abs(expected).max())
 
 
 def test_whole_numbers_are_exact(tiles: Tiles) -> None:
     """An input that 15 bits hold loses nothing: what is left is a float32 sum, of the scales of both."""
-    x = np.random.default_rng(2).integers(-100, 100, tiles.rows.cols).astype(np.float32)
-    x[::32] = 127  # the largest of each block: a step is then 2^-7, and whole numbers are multiples of it
-    expected = tiles.values @ x.astype(np.float64)
-    size = np.abs(tiles.values) @ np.abs(x.astype(np.float64))
+    x = np.random.default_rng(2).integers(-100, 100, (1, tiles.rows.cols)).astype(np.float32)
+    x[:, ::32] = 127  # the largest of each block: a step is then 2^-7, and whole numbers are multiples of it
+    expected = x.astype(np.float64) @ tiles.values.T
+    size = np.abs(x.astype(np.float64)) @ np.abs(tiles.values.T)
     assert (np.abs(tiles.times(x) - expected) <= 2e-6 * size).all()
 
 
 def test_fetching_ahead_changes_no_bit(tiles: Tiles) -> None:
-    x = np.random.default_rng(3).standard_normal(tiles.rows.cols).astype(np.float32)
+    x = np.random.default_rng(3).standard_normal((1, tiles.rows.cols)).astype(np.float32)
     for ahead in (1, 4096, -(1 << 40)):
         np.testing.assert_array_equal(tiles.times(x), tiles.times(x, ahead))
 
 
 def test_infinities_and_nan_reach_every_row(tiles: Tiles) -> None:
     for number in (np.nan, np.inf):
-        x = np.ones(tiles.rows.cols, np.float32)
-        x[-1] = number
-        assert not np.isfinite(tiles.times(x)).any()
+        x = np.ones((3, tiles.rows.cols), np.float32)
+        x[1, -1] = number
+        assert np.isfinite(tiles.times(x)).all(1).tolist() == [True, False, True]
+        assert not np.isfinite(tiles.times(x)[1]).any()
+
+
+def test_a_batch_is_its_tokens_one_by_one(tiles: Tiles) -> None:
+    """Bit for bit, whatever their number."""
+    x = np.random.default_rng(5).standard_normal((16, tiles.rows.cols)).astype(np.float32)
+    alone = np.concatenate([tiles.times(token[None], 4096) for token in x])
+    for first, last in ((0, 16), (0, 7), (5, 8), (14, 16)):
+        np.testing.assert_array_equal(tiles.times(x[first:last], 4096), alone[first:last])
 
 
 def test_a_row_by_itself(tiles: Tiles) -> None:

@@ -12,12 +12,13 @@ from warmfront.shared.errors import ProtocolError
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.wire.board import Board, BoardSizes
 
-# 15 owners, and 15 words of a table, are padded to 128 bytes; the firing of one panel, 15 * 32 * 2 = 960 bytes, to
-# 1024; x is 4 * 32 * 16 = 2048 bytes, y twice as much; inverse, 4 * 16 bytes, is padded to 128.
+# 15 owners, and 15 words of a table, are padded to 128 bytes; 16 times 15 words of masks, and the firing of one panel,
+# 15 * 32 * 2, both 960 bytes, to 1024; x is 4 * 32 * 16 = 2048 bytes, y twice as much; inverse, 4 * 16 bytes, is padded
+# to 128.
 SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1)
-X_AT = 512 + 128 + 128 + 128 + 1024
+X_AT = 512 + 128 + 1024 + 1024 + 1024
 INVERSE_AT = X_AT + 2048
-WORKER_BYTES = 128 + 128 + 128 + 128 + 128 + 4096
+WORKER_BYTES = 128 + 128 + 128 + 128 + 1024 + 4096
 TOTAL = INVERSE_AT + 128 + 2 * WORKER_BYTES
 
 
@@ -26,15 +27,16 @@ def board_of(sizes: BoardSizes = SIZES) -> Board:
 
 
 def test_sizes_by_hand() -> None:
-    assert TOTAL == 13568
-    assert SIZES.x_at == X_AT == 1920
-    assert SIZES.inverse_at == INVERSE_AT == 3968
-    assert [SIZES.worker_at(index) for index in range(2)] == [4096, 8832]
+    assert TOTAL == 17152
+    assert SIZES.x_at == X_AT == 3712
+    assert SIZES.inverse_at == INVERSE_AT == 5760
+    assert [SIZES.worker_at(index) for index in range(2)] == [5888, 11520]
     assert SIZES.total == TOTAL
     assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024  # that does not profile
-    # 130 owners take two lines, 130 words five; 33 words take two.
-    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 640
-    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 256
+    # 130 owners take two lines, and 130 words five; 16 times 33 words take 17.
+    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 16 * 520
+    assert BoardSizes(1, 13, 10, 32, 16).words_bytes == 640
+    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 17 * 128
     # Three panels of two groups: 2 * 32 * 3 * 2 bytes.
     assert BoardSizes(1, 1, 2, 32, 48, 1).x_at == 512 + 128 + 2 * 128 + 384
 
@@ -48,8 +50,8 @@ def test_every_byte() -> None:
     board.job[:] = 21, 22
     board.descriptor[:] = -1, 32, 33, 34, 35
     board.owner[:] = np.arange(100, 115).reshape(3, 5)
-    board.mask[:] = np.arange(15).reshape(3, 5) + 0xFFFFFF00
-    board.computed[:] = np.arange(15).reshape(3, 5) + 0xEEEEEE00
+    board.mask[:] = np.arange(240).reshape(16, 3, 5) + 0xFFFFFF00
+    board.computed[:] = np.arange(240).reshape(16, 3, 5) + 0xEEEEEE00
     board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
     board.inverse[:] = inverse
@@ -58,28 +60,28 @@ def test_every_byte() -> None:
         board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
         board.quit[index][:] = 110 + index
         board.slot[index][:] = np.arange(15).reshape(3, 5) - 7 - 100 * index
-        board.requested[index][:] = np.arange(15).reshape(3, 5) + 0xDDDDDD00 + 32 * index
+        board.requested[index][:] = np.arange(240).reshape(16, 3, 5) + 0xDDDDDD00 + 256 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=7q", 5, 2, 3, 5, 32, 16, 1)),
+        (0, b"WARMFRNT" + struct.pack("=7q", 6, 2, 3, 5, 32, 16, 1)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
         (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
         (512, bytes(range(100, 115))),
-        (640, struct.pack("=15I", *range(0xFFFFFF00, 0xFFFFFF0F))),
-        (768, struct.pack("=15I", *range(0xEEEEEE00, 0xEEEEEE0F))),
-        (896, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
-        (1920, struct.pack("=512f", *x)),
-        (3968, struct.pack("=16f", *inverse)),
+        (640, struct.pack("=240I", *range(0xFFFFFF00, 0xFFFFFFF0))),
+        (1664, struct.pack("=240I", *range(0xEEEEEE00, 0xEEEEEEF0))),
+        (2688, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
+        (3712, struct.pack("=512f", *x)),
+        (5760, struct.pack("=16f", *inverse)),
     ]
-    for index, at in enumerate((4096, 8832)):
+    for index, at in enumerate((5888, 11520)):
         parts += [
             (at, struct.pack("=2q", 50 + index, 60 + index)),
             (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
             (at + 256, struct.pack("=q", 110 + index)),
             (at + 384, struct.pack("=15i", *(each - 7 - 100 * index for each in range(15)))),
-            (at + 512, struct.pack("=15I", *(0xDDDDDD00 + 32 * index + each for each in range(15)))),
-            (at + 640, struct.pack("=512q", *(y + index))),
+            (at + 512, struct.pack("=240I", *(0xDDDDDD00 + 256 * index + each for each in range(240)))),
+            (at + 1536, struct.pack("=512q", *(y + index))),
         ]
     expected = bytearray(TOTAL)
     for at, data in parts:
@@ -92,7 +94,7 @@ def test_a_board_that_does_not_profile_has_no_room_for_it() -> None:
     assert board.firing.size == 0
     board.x[:] = 1.0
     assert not board.computed.any()
-    assert board.mapping[896:900].view(np.float32)[0] == 1.0
+    assert board.mapping[2688:2692].view(np.float32)[0] == 1.0
 
 
 def test_owner_is_by_layer_and_group() -> None:
@@ -123,7 +125,7 @@ print(*dataclasses.astuple(board.sizes), *board.descriptor, board.x[5], board.in
 board.y[1][:3] = 1 << 60, -2, int(board.x[5] * board.inverse[15])
 board.done[1][0] = board.job[0]
 board.owner[1] = 9
-board.requested[1][2] = 0xFFFFFFFF
+board.requested[1][3, 2] = 0xFFFFFFFF
 board.slot[0][1, 4] = board.slot[1][1, 4] + 1
 """
 
@@ -147,7 +149,8 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
     assert board.done[1][0] == 41
     assert board.done[0][0] == 0
     assert board.owner.tolist() == [[0] * 5, [9] * 5, [0] * 5]
-    assert board.requested[1].tolist() == [[0] * 5, [0] * 5, [0xFFFFFFFF] * 5]
+    assert board.requested[1][3].tolist() == [[0] * 5, [0] * 5, [0xFFFFFFFF] * 5]
+    assert board.requested[1].sum() == 5 * 0xFFFFFFFF
     assert not board.requested[0].any()
     assert board.slot[0].tolist() == [[0] * 5, [0, 0, 0, 0, (1 << 20) + 1], [0] * 5]
 
@@ -171,7 +174,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 5"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 6"):
         Board.attach(board.mapping)
 
 

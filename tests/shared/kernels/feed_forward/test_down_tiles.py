@@ -56,7 +56,8 @@ class Down:
         """What `add_down_tile` adds for float32 [32] factors, in float64."""
         scaled, sums = factors * INVERSE, np.full(COLS + 2, 7, np.int64)
         tile, tail = address(self.tiles[group]), address(self.tails[group])
-        add_down_tile(int(self.kind), tile, address(scaled), tail, address(sums[1:]), COLS, 0)
+        factors, out = Panels(address(scaled), 0, 1), Panels(address(sums[1:]), 0, 1)
+        add_down_tile(int(self.kind), tile, tail, factors, out, COLS, 0)
         assert sums[0] == sums[-1] == 7
         return (sums[1:-1] - 7) / np.float64(INVERSE)
 

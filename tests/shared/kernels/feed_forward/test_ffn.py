@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from tests.activations import NAMES, SPARSE, THRESHOLD, described, factors, firing
-from warmfront.shared.kernels.byte_dot import quantise_input, quantised_bytes
+from warmfront.shared.kernels.byte_dot import quantise_batch, quantised_bytes
 from warmfront.shared.kernels.exact_sums import inverse_unit
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundles_at
-from warmfront.shared.kernels.feed_forward.ffn import listed_neurons, open_gates, open_neurons, open_ups
+from warmfront.shared.kernels.feed_forward.ffn import (
+    Batch,
+    Selection,
+    batch_scratch_bytes,
+    listed_neurons,
+    open_gates,
+    open_neurons,
+    open_ups,
+)
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups, scratch_bytes
 from warmfront.shared.machine.memory import address
@@ -106,29 +114,29 @@ def begun(start: float, inverse: np.ndarray) -> np.ndarray:
 
 
 class Input:
-    """One token, as itself and as quantised rows want it, with sums that begin at `start` and scratch memory."""
+    """A batch of tokens, themselves and quantised, with sums that begin at `start` and scratch memory."""
 
     def __init__(self, slots: Slots, x: np.ndarray, start: float = 0, activation: str = "relu") -> None:
-        self._x = np.ascontiguousarray(x, np.float32)
-        self._inverse = slots.inverse(self._x[None], activation)
-        self._sums = begun(start, self._inverse).repeat(HIDDEN)
-        self._quantised = np.zeros(quantised_bytes(HIDDEN), np.uint8)
-        size = scratch_bytes(HIDDEN, SLOTS, 1)
+        self._x = np.ascontiguousarray(np.atleast_2d(x), np.float32)
+        tokens = len(self._x)
+        self._inverse = slots.inverse(self._x, activation)
+        self._sums = begun(start, self._inverse).repeat(HIDDEN).reshape(tokens, HIDDEN)
+        self._quantised = np.zeros(tokens * quantised_bytes(HIDDEN), np.uint8)
+        size = batch_scratch_bytes(HIDDEN)
         self._scratch = np.full(size + 64, 0xFF, np.uint8)
         self._behind = self._scratch[size:]
         x_at = address(self._x)
-        quantised_at = quantise_input(x_at, address(self._quantised), HIDDEN)
-        addresses = map(address, (self._inverse, self._sums, self._scratch))
-        self.vectors = Vectors(x_at, quantised_at, *addresses)
+        quantised = quantise_batch(x_at, address(self._quantised), HIDDEN, tokens)
+        self.batch = Batch(tokens, x_at, *quantised, *map(address, (self._inverse, self._sums, self._scratch)))
 
     @property
     def sums(self) -> np.ndarray:
-        """As float64; what lies behind the scratch memory is untouched."""
+        """As float64 [tokens, hidden]; what lies behind the scratch memory is untouched."""
         assert (self._behind == 0xFF).all()
-        return np.asarray(self._sums / self._inverse.astype(np.float64))
+        return np.asarray(self._sums / self._inverse.astype(np.float64)[:, None])
 
-    def bits(self) -> bytes:
-        return self._sums.tobytes()
+    def bits(self, token: int = 0) -> bytes:
+        return self._sums[token].tobytes()
 
 
 class Panels:
@@ -147,7 +155,7 @@ class Panels:
         self._scratch = np.full(size + 64, 0xFF, np.uint8)
         self._behind = self._scratch[size:]
         addresses = map(address, (self._inverse, self._sums, self._scratch))
-        self.vectors = Vectors(address(self._x), 0, *addresses)
+        self.vectors = Vectors(address(self._x), *addresses)
 
     @property
     def sums(self) -> np.ndarray:
@@ -171,11 +179,12 @@ def run_listed(
     skip: bool = False,
 ) -> list[int]:
     """The neurons that were computed, by number in the list of slots, after a check of the count."""
-    neurons, words = np.array([*listed], np.int32), np.zeros(len(ids) + 1, np.uint32)
+    neurons, words = np.array([*listed], np.int32), np.zeros((1, len(ids) + 1), np.uint32)
     end = len(neurons) if high is None else high
-    count = listed_neurons(bundles, ids, neurons, low, end, skip, one.vectors, words)
-    assert words[-1] == 0
-    computed = bits_of(words)
+    selection = Selection(np.full_like(words, 0xFFFFFFFF), skip, words)
+    count = listed_neurons(bundles, ids, neurons, low, end, selection, one.batch)
+    assert words[0, -1] == 0
+    computed = bits_of(words[0])
     assert count == len(computed)
     return computed
 
@@ -196,7 +205,7 @@ def test_listed_neurons(gate: Kind, down: Kind, activation: str) -> None:
             one = Input(slots, x[0], 0.5, activation)
             computed = run_listed(bundles, np.array(order, np.int32), range(len(neurons)), one, low, high)
             assert computed == list(range(low, high))
-            assert_close(one.sums, 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
+            assert_close(one.sums[0], 0.5 + slots.expect(activation, neurons[low:high], x)[0], QUANTISED)
 
 
 @pytest.mark.parametrize("activation", SPARSE)
@@ -214,7 +223,7 @@ def test_listed_neurons_with_gaps(gate: Kind, down: Kind, activation: str) -> No
         for skip, fired in ((False, listed), (True, opened)):
             one = Input(slots, x[0], 0, activation)
             assert run_listed(bundles, ids, listed, one, skip=skip) == fired.tolist()
-            assert_close(one.sums, expected, QUANTISED)
+            assert_close(one.sums[0], expected, QUANTISED)
 
 
 def test_set_bit() -> None:
@@ -254,22 +263,22 @@ def test_open_gates_and_neurons(gate: Kind, down: Kind, activation: str) -> None
         for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
             gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
             one = Input(slots, x[0], -0.25, activation)
-            count = open_gates(bundles, ids, low, high, one.vectors, gates, opened)
+            count = open_gates(bundles, ids, low, high, one.batch, gates, opened)
             wanted = [i for i in range(low, high) if exact[i] > (THRESHOLD if ":" in activation else 0)]
             assert opened[:count].tolist() == wanted
             assert_close(gates[:count], exact[wanted], QUANTISED)
-            assert np.isnan(gates[count:]).all()
+            assert np.isnan(gates[count + 1 :]).all()
             found = [i for i in wanted if fires[i]]
-            assert open_ups(bundles, ids, opened, count, one.vectors) == len(found)
+            assert open_ups(bundles, ids, opened, count, one.batch) == len(found)
             # In two parts, as two threads take them.
-            middle, words = group_start(opened, count, count // 3), np.zeros(len(ids), np.uint32)
+            middle, words = group_start(opened, count, count // 3), np.zeros((1, len(ids)), np.uint32)
             done = [
-                open_neurons(bundles, ids, gates, opened, first, last, one.vectors, words)
+                open_neurons(bundles, ids, gates, opened, first, last, one.batch, words)
                 for first, last in ((0, middle), (middle, count))
             ]
-            assert bits_of(words) == found
+            assert bits_of(words[0]) == found
             assert sum(done) == len(found)
-            assert_close(one.sums, slots.expect(activation, neurons[low:high], x)[0] - 0.25, QUANTISED)
+            assert_close(one.sums[0], slots.expect(activation, neurons[low:high], x)[0] - 0.25, QUANTISED)
 
 
 def test_a_gate_that_is_nan_is_open() -> None:
@@ -280,11 +289,11 @@ def test_a_gate_that_is_nan_is_open() -> None:
     slots = Slots(Kind.F32, Kind.F32)
     listed, x = np.arange(SLOTS * 32, dtype=np.int32), np.full(HIDDEN, np.nan, np.float32)
     gates, opened = np.zeros(len(listed), np.float32), np.zeros(len(listed), np.int32)
-    order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros(SLOTS, np.uint32)
+    order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros((1, SLOTS), np.uint32)
     bundles = bundles_at(slots.at, slots.layout, described("relu"))
     one = Input(slots, x)
-    assert open_gates(bundles, order, 0, 64, one.vectors, gates, opened) == 64
-    assert listed_neurons(bundles, order, listed, 0, 64, True, one.vectors, computed) == 64
+    assert open_gates(bundles, order, 0, 64, one.batch, gates, opened) == 64
+    assert listed_neurons(bundles, order, listed, 0, 64, Selection(~computed, True, computed), one.batch) == 64
     assert np.isnan(one.sums).all()
     panel = np.concatenate((inputs(5), x[None]))
     several, firing = Panels(slots, panel), np.zeros((SLOTS, 32, 1), np.uint16)
@@ -304,7 +313,7 @@ def test_no_gate_is_open_at_zero() -> None:
     gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
     one = Input(slots, x[0])
     ids = np.arange(SLOTS, dtype=np.int32)
-    assert open_gates(bundles, ids, 0, SLOTS * 32, one.vectors, gates, opened) == 0
+    assert open_gates(bundles, ids, 0, SLOTS * 32, one.batch, gates, opened) == 0
 
 
 def panels_of(x: np.ndarray) -> np.ndarray:
@@ -385,4 +394,4 @@ def test_far_from_zero_nothing_overflows(activation: str) -> None:
     bundles = bundles_at(slots.at, slots.layout, described(activation))
     one = Input(slots, x[0], 0, activation)
     run_listed(bundles, np.arange(SLOTS, dtype=np.int32), range(SLOTS * 32), one)
-    assert_close(one.sums, slots.expect(activation, np.arange(SLOTS * 32), x)[0])
+    assert_close(one.sums[0], slots.expect(activation, np.arange(SLOTS * 32), x)[0])

@@ -54,8 +54,8 @@ def test_one_token(gate: Kind, down: Kind, activation: str) -> None:
     bundles, _memory = tiled(gate, down, activation)
     for order in ORDERS:
         one = Input(slots, x[0], 0.5, activation)
-        whole_groups(bundles, np.array(order, np.int32), 0, len(order), one.vectors)
-        assert_close(one.sums, 0.5 + slots.expect(activation, slots.neurons(order), x)[0], QUANTISED)
+        whole_groups(bundles, np.array(order, np.int32), 0, len(order), one.batch)
+        assert_close(one.sums[0], 0.5 + slots.expect(activation, slots.neurons(order), x)[0], QUANTISED)
 
 
 @pytest.mark.parametrize(("gate", "down"), KINDS)
