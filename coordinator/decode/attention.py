@@ -62,13 +62,14 @@ def rotate(net: Network, st: State, layer: int, first: int, low: int, high: int,
         count = min(lanes, tokens - panel * lanes)
         pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):
-            at = (panel * rows + row) * lanes
+            # No views: counting their references would take longer than the arithmetic.
+            even = (panel * rows + row) * lanes
+            odd = even + lanes
             if pair < pairs:
-                even, odd = st.qkv[at : at + lanes], st.qkv[at + lanes : at + 2 * lanes]
                 for lane in range(count):
                     cos, sin = cosines[position + lane, pair], sines[position + lane, pair]
-                    a, b = even[lane], odd[lane]
-                    even[lane], odd[lane] = a * cos - b * sin, b * cos + a * sin
+                    a, b = st.qkv[even + lane], st.qkv[odd + lane]
+                    st.qkv[even + lane], st.qkv[odd + lane] = a * cos - b * sin, b * cos + a * sin
             pair += 1
             if 2 * pair == net.head_dim:
                 pair = 0
