@@ -4,10 +4,11 @@ Pickled weights (.bin, .pt) are never among them: loading those can run code.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
 from warmfront.coordinator.models.hf.refusals import what_else
 from warmfront.coordinator.models.hub.names import HubName, is_file_name
+from warmfront.coordinator.models.parts import part_names, split_name
 from warmfront.shared.errors import ModelError
 
 __all__ = ["INDEX", "WEIGHTS", "gguf_files", "gguf_parts", "is_folder", "settings"]
@@ -29,7 +30,6 @@ _SETTINGS = frozenset(
         INDEX,
     )
 )
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 # GGUF files that are no model by themselves: vision projectors, statistics for quantising.
 _OTHER_GGUF = re.compile(r"(^|/)mmproj|imatrix", re.IGNORECASE)
 # Choices that a message lists.
@@ -50,9 +50,8 @@ def gguf_files(files: Iterable[str]) -> list[str]:
     """The GGUF models of a repository; of a split one the first part."""
     found = []
     for file in sorted(files):
-        part = _PART.fullmatch(file)
-        whole = file.lower().endswith(".gguf") and not _OTHER_GGUF.search(file)
-        if whole and is_file_name(file) and (part is None or int(part["number"]) == 1):
+        model = file.lower().endswith(".gguf") and not _OTHER_GGUF.search(file)
+        if model and is_file_name(file) and split_name(file)[1] == 1:
             found.append(file)
     return found
 
@@ -68,7 +67,7 @@ def gguf_parts(name: HubName, files: Collection[str]) -> list[str]:
         found = [file for file in models if _is_quantised_as(file, name.file)]
     if len(found) != 1:
         raise ModelError(_none_or_several(name, files, models, found))
-    parts = list(_parts(found[0]))
+    parts = part_names(found[0])
     missing = [part for part in parts if part not in files]
     if missing:
         raise ModelError(f"{name.repository} lacks {missing[0]}, a part of {found[0]}; choose another file")
@@ -77,21 +76,7 @@ def gguf_parts(name: HubName, files: Collection[str]) -> list[str]:
 
 def _is_quantised_as(file: str, quant: str) -> bool:
     """As llama.cpp takes it: the last words of the name, in upper or lower case."""
-    return re.search(rf"(^|[-./]){re.escape(quant)}$", _stem(file), re.IGNORECASE) is not None
-
-
-def _stem(file: str) -> str:
-    part = _PART.fullmatch(file)
-    return part["stem"] if part else file[: -len(".gguf")]
-
-
-def _parts(first: str) -> Iterator[str]:
-    part = _PART.fullmatch(first)
-    if part is None:
-        yield first
-        return
-    for number in range(1, int(part["count"]) + 1):
-        yield f"{part['stem']}-{number:05d}-of-{part['count']}{first[-len('.gguf') :]}"
+    return re.search(rf"(^|[-./]){re.escape(quant)}$", split_name(file)[0], re.IGNORECASE) is not None
 
 
 def _none_or_several(name: HubName, files: Collection[str], models: list[str], found: list[str]) -> str:
