@@ -93,3 +93,14 @@ def find_module(mark: str, module: str) -> int | None:
         if module in words:
             return pid
     return None
+
+
+def what_it_does(pid: int) -> str:
+    """The command of a process and its state, for the message of a failed test."""
+    try:
+        folder = Path("/proc", str(pid))
+        command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        state = next(line for line in (folder / "status").read_text().splitlines() if line.startswith("State"))
+    except OSError:
+        return "ended meanwhile"
+    return f"{command}({state})"
