@@ -26,7 +26,17 @@ from warmfront.shared.kernels.simd import (
 )
 from warmfront.shared.model.formats import BLOCK, Kind, row_bytes
 
-__all__ = ["FORMATS", "PLAIN", "ByteFormat", "RowFormat", "by_kind", "column_scales", "fetch_blocks", "stride"]
+__all__ = [
+    "FORMATS",
+    "PLAIN",
+    "ByteFormat",
+    "RowFormat",
+    "block_bytes",
+    "by_kind",
+    "column_scales",
+    "fetch_blocks",
+    "stride",
+]
 
 V32, V64 = vector(I8, 32), vector(I8, 64)
 
@@ -174,14 +184,14 @@ def by_kind(b: Any, kind: Any, formats: Sequence[RowFormat], emit: Callable[[Row
     return chosen
 
 
-def _block_bytes(kind: Kind) -> int:
+def block_bytes(kind: Kind) -> int:
     """By how much a block more lengthens a row."""
     return row_bytes(kind, 2 * BLOCK) - row_bytes(kind, BLOCK)
 
 
 def stride(b: Any, kind: Kind, cols: Any) -> Any:
     """Bytes of a row, as `formats.row_bytes`, which is linear in the blocks."""
-    size = _block_bytes(kind)
+    size = block_bytes(kind)
     return b.add(b.mul(b.udiv(cols, long(BLOCK)), long(size)), long(row_bytes(kind, BLOCK) - size))
 
 
@@ -190,7 +200,7 @@ def fetch_blocks(b: Any, kind: Kind, row: Any, ahead: Any, block: Any, blocks: i
 
     As many lines as the blocks are long, scales included, though these lie at the row's end: over a row that is all.
     """
-    size = _block_bytes(kind)
+    size = block_bytes(kind)
     fetch(b, b.add(row, b.mul(block, long(size))), ahead, size * blocks)
 
 

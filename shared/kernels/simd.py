@@ -121,3 +121,14 @@ def fetch(b: Any, at: Any, ahead: Any, size: int) -> None:
     with b.if_then(b.icmp_signed("!=", ahead, long(0))):
         for line in range(0, size, 64):
             prefetch_line(b, b.add(b.add(at, ahead), long(line)))
+
+
+def fetch_part(b: Any, at: Any, size: int, step: int, steps: int) -> None:
+    """Fetch those lines of `size` bytes at `at` whose turn it is in one of so many steps of arithmetic.
+
+    Spread, lines arrive as fast as rows do; all at once they fill what a core can wait for, and from memory the same
+    tiles were read at 26 instead of 32 GB/s.
+    """
+    lines = -(-size // 64)
+    for line in range(lines * step // steps, lines * (step + 1) // steps):
+        prefetch_line(b, b.add(at, long(64 * line)))

@@ -1,11 +1,11 @@
 """Down rows in tiles: those of a whole group, for products in which all of its neurons are computed.
 
 As in a tile of a matrix (`tiles.py`), where the input's bytes are those of a group's factors now: a register holds 16
-columns of 4 neurons. The bytes of the 32 rows, at the same place in another order:
+columns of 4 neurons. The bytes of the 32 rows, at the same place in another order, for each 32 columns:
 
-    numbers   for each 32 columns, for each 4 neurons: for each of 16 columns a byte of each neuron; in 4 bits the low
-              and the high nibbles are columns 16 apart, of Q8 one such vector after the other, with 128 added
-    scales    for each 32 columns: float16 [32] of the neurons; of Q4 then minima likewise; of Q4C none
+    numbers   for each 4 neurons: for each of 16 columns a byte of each neuron; in 4 bits the low and the high nibbles
+              are columns 16 apart, of Q8 one such vector after the other, with 128 added
+    scales    float16 [32] of the neurons; of Q4 then minima likewise; of Q4C none
 
 Rows of floats, on every CPU: for each 32 columns, neuron by neuron, its 32 weights. Nothing is multiplied another way
 then, but memory is read from one end to the other (docs/log.md).
@@ -30,7 +30,7 @@ from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, fetch_blocks
+from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, block_bytes, by_kind, column_scales, fetch_blocks
 from warmfront.shared.kernels.rows import row_stride, takes_quantised
 from warmfront.shared.kernels.simd import (
     FLOAT,
@@ -41,6 +41,7 @@ from warmfront.shared.kernels.simd import (
     V16,
     call,
     constants,
+    fetch_part,
     fma,
     load,
     long,
@@ -99,39 +100,43 @@ def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: i
     size = BLOCK if kind == _Q8 else BLOCK // 2
     flip = np.uint8(128) if kind == _Q8 else np.uint8(0)
     per_block = 0 if kind == _Q4C else 2 if kind == _Q4 else 1
-    numbers = carray(bytes_at(out), (blocks, size // LANES, GROUP // 4, LANES, 4))
-    scales = carray(shorts_at(out + blocks * size * GROUP), (per_block, blocks, GROUP))
+    block_size = GROUP * (size + 2 * per_block)
     for neuron in range(GROUP):
         row_at = address_of(rows) + neuron * stride
         row = carray(bytes_at(row_at), (blocks, size // LANES, LANES))
         halves = carray(shorts_at(row_at + blocks * size), (per_block, blocks))
         for block in range(blocks):
+            block_at = out + block * block_size
+            numbers = carray(bytes_at(block_at), (size // LANES, GROUP // 4, LANES, 4))
+            scales = carray(shorts_at(block_at + size * GROUP), (per_block, GROUP))
             for half in range(size // LANES):
                 for i in range(LANES):
-                    numbers[block, half, neuron // 4, i, neuron % 4] = row[block, half, i] ^ flip
+                    numbers[half, neuron // 4, i, neuron % 4] = row[block, half, i] ^ flip
             for part in range(per_block):
-                scales[part, block, neuron] = halves[part, block]
+                scales[part, neuron] = halves[part, block]
+
+
+def _block_at(b: Any, form: RowFormat, tile: Any, block: Any) -> Any:
+    return b.add(tile, b.mul(block, long(GROUP * block_bytes(form.kind))))
 
 
 def numbers_of(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
     """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons."""
     count = 16 if form.kind == Kind.Q8 else 8
-    start = b.mul(block, long(64 * count))
-    loaded = [load(b, tile, b.add(start, long(64 * i)), V64) for i in range(count)]
+    at = _block_at(b, form, tile, block)
+    loaded = [load(b, at, long(64 * i), V64) for i in range(count)]
     if form.kind == Kind.Q8:
         return loaded[:8], loaded[8:]
     return [b.and_(each, constants(15, V64)) for each in loaded], [b.lshr(each, constants(4, V64)) for each in loaded]
 
 
-def neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, block: Any) -> list[list[Any]]:
+def neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> list[list[Any]]:
     """Scales, and of Q4 minima, of the 32 neurons in 32 columns: two vectors each."""
-    first = b.add(tile, b.mul(cols, long(GROUP if form.kind == Kind.Q8 else GROUP // 2)))
-    parts = []
-    for part in range(2 if form.kind == Kind.Q4 else 1):
-        at = b.add(b.mul(block, long(2 * GROUP)), b.mul(cols, long(2 * part)))
-        halves = (load(b, first, b.add(at, long(32 * half)), vector(I16)) for half in (0, 1))
-        parts.append([widened(context, b, half) for half in halves])
-    return parts
+    count = 2 if form.kind == Kind.Q4 else 1
+    at = _block_at(b, form, tile, block)
+    first = GROUP * (block_bytes(form.kind) - 2 * count)
+    starts = [[long(first + 2 * GROUP * part + 32 * half) for half in (0, 1)] for part in range(count)]
+    return [[widened(context, b, load(b, at, start, vector(I16))) for start in both] for both in starts]
 
 
 def _zero(form: RowFormat) -> int:
@@ -147,10 +152,15 @@ def _keep(b: Any, factors: Split, at: Any) -> None:
             store(b, at, long(32 * part + 16 * half), b.trunc(values, vector(I8)))
 
 
-def _products(b: Any, numbers: list[Any], kept: Any) -> Any:
-    """Number times factor, added up over the 32 neurons: 16 integers."""
+def _products(b: Any, numbers: list[Any], kept: Any, next_at: Any, half: int, size: int) -> Any:
+    """Number times factor, added up over the 32 neurons: 16 integers.
+
+    Meanwhile one half of `size` bytes at `next_at`, if that is given, is fetched.
+    """
     totals = [constants(0, vector(I32)) for _ in (0, 1)]
     for i, each in enumerate(numbers):
+        if next_at is not None:
+            fetch_part(b, next_at, size, 8 * half + i, 16)
         for part in (0, 1):
             four = b.bitcast(splat(b, load(b, kept, long(32 * part + 4 * i), I32)), V64)
             totals[part] = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), totals[part], each, four)
@@ -173,10 +183,10 @@ def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, An
             _keep(b, split, at)
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
         block = loop.index
-        fetch_blocks(b, form.kind, tile, ahead, b.mul(block, long(GROUP)), GROUP)
+        next_at, size = b.add(_block_at(b, form, tile, block), ahead), GROUP * block_bytes(form.kind)
         offsets: list[Any] = [None] * len(pairs)
         if form.kind != Kind.Q4C:
-            scales, *minima = neuron_scales(context, b, form, tile, cols, block)
+            scales, *minima = neuron_scales(context, b, form, tile, block)
             parts = [split_block(b, [b.fmul(f, scale) for f, scale in zip(own, scales, strict=True)]) for own in given]
             for split, at in zip(parts, kept, strict=True):
                 _keep(b, split, at)
@@ -190,8 +200,8 @@ def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, An
             if form.kind == Kind.Q4C:
                 at = b.add(b.mul(block, long(64)), long(32 * half))
                 scale, minimum = column_scales(context, b, tail, cols, at)
-            for (_, sums), split, at, offset in zip(pairs, parts, kept, offsets, strict=True):
-                whole = _products(b, numbers, at)
+            for token, ((_, sums), split, at, offset) in enumerate(zip(pairs, parts, kept, offsets, strict=True)):
+                whole = _products(b, numbers, at, None if token else next_at, half, size)
                 if zero := 8 if form.kind == Kind.Q4 else _zero(form):
                     whole = b.sub(whole, splat(b, b.mul(split.total, ir.Constant(I32, zero))))
                 total = b.fmul(b.sitofp(whole, V16), splat(b, split.scale))
@@ -254,7 +264,7 @@ def add_down_tile(kind: int, tile_at: int, tail_at: int, factors: Panels, sums: 
     """For each token of a batch, add the sum of factor times row over the 32 rows of a tile to its int64 sums [cols].
 
     `factors`: float32 [32] of each token; `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to
-    fetch, 0: not at all. A token's sums have the same bits whatever tokens are beside it.
+    fetch. A token's sums have the same bits whatever tokens are beside it.
     """
     for token in range(0, sums.panels, 4):
         rest = sums.panels - token

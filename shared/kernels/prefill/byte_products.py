@@ -48,7 +48,7 @@ from warmfront.shared.kernels.simd import (
     store,
     vector,
 )
-from warmfront.shared.kernels.tiles import TILE, half_vector, numbers_of, scales_of, split_bytes
+from warmfront.shared.kernels.tiles import TILE, numbers_of, scales_of, split_bytes
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
@@ -335,10 +335,11 @@ def _widen_scales(context, kind, tile, cols, out):
         kind, tile, cols, out = arguments
 
         def emit(form: RowFormat) -> None:
-            scales_at, _ = scales_of(b, form, tile, cols)
-            count = b.mul(b.udiv(cols, long(BLOCK)), long(2 if form.kind == Kind.Q4 else 1))
-            with cgutils.for_range(b, count, intp=I64) as loop:
-                store(b, out, b.mul(loop.index, long(4 * TILE)), half_vector(context, b, scales_at, loop.index))
+            blocks = b.udiv(cols, long(BLOCK))
+            with cgutils.for_range(b, blocks, intp=I64) as loop:
+                for i, each in enumerate(scales_of(context, b, form, tile, loop.index)):
+                    place = b.add(b.mul(blocks, long(i)), loop.index)
+                    store(b, out, b.mul(place, long(4 * TILE)), each)
 
         if multiplies_bytes(context):
             by_kind(b, kind, _BYTES, emit)
@@ -355,8 +356,6 @@ def _prepare(rows: Rows, tiled: bool, count: int, scratch: int) -> _Sixteen:
     minima_at = scales_at + blocks * TILE * 4 if rows.kind == _Q4 else 0
     if tiled:
         _widen_scales(rows.kind, rows.at, rows.cols, scales_at)
-        if rows.kind == _Q8:
-            return _Sixteen(rows.at, scales_at, minima_at)
         _arrange(rows.kind, (rows.at, 0), 0, scratch, blocks)
         return _Sixteen(scratch, scales_at, minima_at)
     # Where there are but 8 rows they stand for the next 8, too, which nobody asks for.

@@ -104,11 +104,11 @@ def _of_rows(b: Any, form: RowFormat, rows: Any, stride: Any, block: Any) -> tup
 
 
 @intrinsic
-def _arrange(context, kind, rows, cols, block, out):
+def _arrange(context, kind, rows, block, out):
     """Write the numbers of 32 columns, and of a tile the neurons' scales; rows: address, stride."""
 
     def build(context, b, _signature, arguments):
-        kind, rows, cols, block, out = arguments
+        kind, rows, block, out = arguments
         rows_at, stride = cgutils.unpack_tuple(b, rows, 2)
 
         def write(halves: tuple[list[Any], list[Any]]) -> None:
@@ -119,7 +119,7 @@ def _arrange(context, kind, rows, cols, block, out):
             with b.if_else(b.icmp_signed("==", stride, long(0))) as (tile, apart):
                 with tile:
                     write(numbers_of(b, form, rows_at, block))
-                    parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, rows_at, cols, block)
+                    parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, rows_at, block)
                     for i, values in enumerate(value for part in parts for value in part):
                         store(b, out, long(_NUMBERS + 64 * i), values)
                 with apart:
@@ -129,14 +129,14 @@ def _arrange(context, kind, rows, cols, block, out):
             by_kind(b, kind, _BYTES, emit)
         return context.get_dummy_value()
 
-    return types.void(types.int64, rows, *[types.int64] * 3), build
+    return types.void(types.int64, rows, *[types.int64] * 2), build
 
 
 @kernel
 def arrange_columns(rows: DownRows, block: int, out: int) -> None:
     """Bring 32 columns, those of block `block`, of a group's down rows into the order above, at `out`."""
     kind, blocks = rows.kind, rows.cols // BLOCK
-    _arrange(kind, (rows.at, rows.stride), rows.cols, block, out)
+    _arrange(kind, (rows.at, rows.stride), block, out)
     scales = carray(floats_at(out + _NUMBERS), (2, BLOCK))
     if kind == _Q4C:
         halves = carray(shorts_at(rows.tail), (2, rows.cols))
