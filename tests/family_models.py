@@ -27,6 +27,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}
 # By the name of a test: the family's model_type, and fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -98,6 +99,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama biases": ("llama", {"mlp_bias": True, "head_dim": 32}),
+    "gpt2": ("gpt2", {"n_inner": 96, "num_key_value_heads": 4}),
+    "opt": ("opt", OPT),
+    "opt plain": ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "opt behind": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "falcon": ("falcon", {"ffn_hidden_size": 96, "num_key_value_heads": 1}),
+    "falcon new": (
+        "falcon",
+        {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2, "activation": "relu"},
+    ),
+    "falcon serial": (
+        "falcon",
+        {"ffn_hidden_size": 96, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 
@@ -126,15 +141,16 @@ def write_family_gguf(folder: Path, path: Path) -> Path:
     for key, value in EXTRA.get(config.model_type, lambda _config: {})(config).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{key}", value)
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    # llama.cpp knows no OPT; PowerInfer does, under the names that all families have.
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, values in load_file(folder / "model.safetensors").items():
         for published, converted in CONVERSIONS.get(config.model_type, _as_it_is)(config, name, values):
-            ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
+            ours = _opt_name(published) if architecture == "opt" else names.get_name(published, (".weight", ".bias"))
             assert ours is not None, published
             writer.add_tensor(ours, np.ascontiguousarray(converted, np.float32))
     for size in ("long", "short"):
-        factors = (config.rope_parameters or {}).get(f"{size}_factor")
+        factors = (getattr(config, "rope_parameters", None) or {}).get(f"{size}_factor")
         if factors:
             writer.add_tensor(f"rope_factors_{size}.weight", np.array(factors, np.float32))
     writer.write_header_to_file()
@@ -146,6 +162,8 @@ def write_family_gguf(folder: Path, path: Path) -> Path:
 
 def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "activation", "") == "relu":
+        writer.add_name("ReluFalcon")  # GGUF has no word for the activation
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -157,8 +175,10 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(config.layer_norm_eps)
-    rope = config.rope_parameters
+        writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", getattr(config, "layer_norm_epsilon", 1e-5)))
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
@@ -180,6 +200,44 @@ def _pairs(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
         if part in name:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     return [(name, values)]
+
+
+def _turned(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """Matrices as [out, in]."""
+    return [(name, values.T if ".c_" in name else values)]
+
+
+def _ungrouped(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """All queries, then all keys, then all values, instead of those of each head of keys."""
+    if "query_key_value" not in name:
+        return [(name, values)]
+    heads = values.reshape(config.num_key_value_heads, -1, config.head_dim, *values.shape[1:])
+    parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
+    return [(name, np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts]))]
+
+
+def _down_rows(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """A row for each neuron, as PowerInfer wants it."""
+    return [(name, values.T if name.endswith("fc2.weight") else values)]
+
+
+def _opt_name(name: str) -> str:
+    """PowerInfer's name of an OPT's tensor."""
+    *path, last = name.removeprefix("model.decoder.").split(".")
+    layer = f"blk.{path[1]}." if path[0] == "layers" else ""
+    own = {
+        "embed_tokens": "token_embd",
+        "embed_positions": "position_embd",
+        "self_attn_layer_norm": "attn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "out_proj": "attn_output",
+        "final_layer_norm": "ffn_norm" if layer else "output_norm",
+        "fc1": "ffn_up",
+        "fc2": "ffn_down_t",
+    }
+    return f"{layer}{own[path[-1]]}.{last}"
 
 
 def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
@@ -217,6 +275,9 @@ EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granit
 CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
     "llama": _pairs,
     "granite": _pairs,
+    "gpt2": _turned,
+    "opt": _down_rows,
+    "falcon": _ungrouped,
     "gemma": _norms_plus_one,
     "gemma2": _norms_plus_one,
     "gemma3_text": _norms_plus_one,

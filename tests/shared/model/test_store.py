@@ -23,7 +23,7 @@ from warmfront.shared.wire.worker_main import open_assigned
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-8",
+    "format": "warmfront-9",
     "spec": SPEC.to_json(),
     "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
