@@ -28,6 +28,8 @@ SIZES = {
     "pad_token_id": None,
 }
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}
+# What families with layer norms call their epsilon.
+EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # By the name of a test: the family's model_type, and fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -104,7 +106,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", OPT),
     "opt plain": ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "opt behind": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
-    "falcon": ("falcon", {"ffn_hidden_size": 96, "num_key_value_heads": 1}),
+    # More heads than a vector has lanes share one key, as in the 7B model.
+    "falcon": (
+        "falcon",
+        {"hidden_size": 160, "num_attention_heads": 20, "ffn_hidden_size": 96, "num_key_value_heads": 1},
+    ),
     "falcon new": (
         "falcon",
         {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2, "activation": "relu"},
@@ -113,6 +119,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {"ffn_hidden_size": 96, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
+    "nemotron": ("nemotron", {"head_dim": 32}),
+    "starcoder2": ("starcoder2", {"head_dim": 32, "sliding_window": 24}),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 
@@ -132,22 +140,31 @@ def write_model(folder: Path, name: str, seed: int = 0, **options: Any) -> Path:
     return folder
 
 
-def write_family_gguf(folder: Path, path: Path) -> Path:
-    """What llama.cpp's converter makes of the folder."""
+def write_family_gguf(folder: Path, path: Path, dialect: str = "") -> Path:
+    """What llama.cpp's converter makes of the folder, or another's; of an OPT, which it does not know, PowerInfer's."""
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
+    dialect = dialect or ("powerinfer" if architecture == "opt" else "")
+    if architecture == "opt" and dialect == "powerinfer":
+        config.max_position_embeddings += 2  # as many as there are rows
+    elif architecture == "opt":
+        writer.add_array("opt.pred_lora", [0] * config.num_hidden_layers)
     _write_fields(writer, config)
     for key, value in EXTRA.get(config.model_type, lambda _config: {})(config).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{key}", value)
-    # llama.cpp knows no OPT; PowerInfer does, under the names that all families have.
     arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, values in load_file(folder / "model.safetensors").items():
+        if architecture == "opt":
+            writer.add_tensor(*_opt_tensor(name, values, dialect))
+            continue
         for published, converted in CONVERSIONS.get(config.model_type, _as_it_is)(config, name, values):
-            ours = _opt_name(published) if architecture == "opt" else names.get_name(published, (".weight", ".bias"))
+            ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
             assert ours is not None, published
+            if dialect == "powerinfer" and ".ffn_down." in ours:
+                ours, converted = ours.replace("ffn_down", "ffn_down_t"), converted.T
             writer.add_tensor(ours, np.ascontiguousarray(converted, np.float32))
     for size in ("long", "short"):
         factors = (getattr(config, "rope_parameters", None) or {}).get(f"{size}_factor")
@@ -175,7 +192,7 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", getattr(config, "layer_norm_epsilon", 1e-5)))
+        writer.add_layer_norm_eps(next((getattr(config, key) for key in EPSILONS if hasattr(config, key)), 1e-5))
     rope = getattr(config, "rope_parameters", None)
     if rope is None:
         return
@@ -216,13 +233,8 @@ def _ungrouped(config: Any, name: str, values: Floats) -> list[tuple[str, Floats
     return [(name, np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts]))]
 
 
-def _down_rows(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
-    """A row for each neuron, as PowerInfer wants it."""
-    return [(name, values.T if name.endswith("fc2.weight") else values)]
-
-
-def _opt_name(name: str) -> str:
-    """PowerInfer's name of an OPT's tensor."""
+def _opt_tensor(name: str, values: Floats, dialect: str) -> tuple[str, Floats]:
+    """PowerInfer has a row of `down` for each neuron, and all positions; SparkInfer, without predictors, does not."""
     *path, last = name.removeprefix("model.decoder.").split(".")
     layer = f"blk.{path[1]}." if path[0] == "layers" else ""
     own = {
@@ -235,9 +247,13 @@ def _opt_name(name: str) -> str:
         "out_proj": "attn_output",
         "final_layer_norm": "ffn_norm" if layer else "output_norm",
         "fc1": "ffn_up",
-        "fc2": "ffn_down_t",
+        "fc2": "ffn_down_t" if dialect == "powerinfer" else "ffn_down",
     }
-    return f"{layer}{own[path[-1]]}.{last}"
+    if dialect == "powerinfer":
+        values = values.T if name.endswith("fc2.weight") else values
+    elif path[-1] == "embed_positions":
+        values = values[2:]
+    return f"{layer}{own[path[-1]]}.{last}", np.ascontiguousarray(values, np.float32)
 
 
 def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
@@ -276,7 +292,7 @@ CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] =
     "llama": _pairs,
     "granite": _pairs,
     "gpt2": _turned,
-    "opt": _down_rows,
+    "nemotron": _norms_plus_one,
     "falcon": _ungrouped,
     "gemma": _norms_plus_one,
     "gemma2": _norms_plus_one,

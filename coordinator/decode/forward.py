@@ -106,11 +106,13 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
 
 
 @kernel
-def _note_units(net: Network, layer: int, inverse: Floats, x: Floats, panels: int, lanes: int) -> None:
+def _note_units(
+    inverse: Floats, reach: float, degree: int, biased: int, x: Floats, panels: int, hidden: int, lanes: int
+) -> None:
     """The inverse unit of each token's sums."""
-    magnitudes, hidden = np.empty(LANES, np.float32), net.hidden
+    magnitudes = np.empty(LANES, np.float32)
     for panel in range(panels):
-        magnitudes[:] = net.biased
+        magnitudes[:] = biased
         values = x[panel * hidden * lanes : (panel + 1) * hidden * lanes]
         if lanes == 1:
             for k in range(hidden):
@@ -120,8 +122,7 @@ def _note_units(net: Network, layer: int, inverse: Floats, x: Floats, panels: in
                 for lane in range(LANES):
                     magnitudes[lane] += abs(values[k * LANES + lane])
         for lane in range(lanes):
-            magnitude = np.float64(magnitudes[lane])
-            inverse[panel * lanes + lane] = inverse_unit(net.reach[layer], net.degree, magnitude)
+            inverse[panel * lanes + lane] = inverse_unit(reach, degree, np.float64(magnitudes[lane]))
 
 
 @inlined
@@ -130,7 +131,7 @@ def _post(net: Network, st: State, sequence: int, layer: int, values: Floats, pa
     handoff = st.handoff
     for i in range(panels * net.hidden * lanes):
         handoff.board_x[i] = values[i]
-    _note_units(net, layer, handoff.inverse, values, panels, lanes)
+    _note_units(handoff.inverse, net.reach[layer], net.degree, net.biased, values, panels, net.hidden, lanes)
     handoff.descriptor[LAYER] = layer
     handoff.descriptor[JOB_TOKENS] = st.job[TOKENS]
     handoff.descriptor[JOB_LANES] = lanes

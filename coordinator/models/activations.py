@@ -21,7 +21,7 @@ _NAMES = {
 }
 # Where config.json says it, and what it is of families whose files may not say it.
 _KEYS = ("hidden_act", "activation_function", "activation")
-_USUAL = {"opt": "relu", "gpt2": "gelu_new", "falcon": "gelu"}
+_USUAL = {"opt": "relu", "gpt2": "gelu_new", "falcon": "gelu", "starcoder2": "gelu_pytorch_tanh", "nemotron": "relu2"}
 # Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, ProSparse's GGUF files.
 _BY_FAMILY = {"bamboo": "drelu", "llama_sparse_relu": "relu", "prosparse-llama": "fatrelu:0.01"}
 # Words in the names of sparse models that were converted as if they were of the family they come from.

@@ -246,6 +246,26 @@ _GPT2 = Family(
     },
     hf_turned=True,
 )
+_UNGATED_NAMES = {part: names for part, names in _LLAMA.tensors.items() if part != "gate"}
+_NEMOTRON = replace(
+    _LLAMA,
+    hf=hf_ungated.nemotron,
+    gguf=gguf_ungated.plain,
+    tensors=_UNGATED_NAMES,
+    gguf_pairs=False,
+    norms_plus_one=True,
+)
+_STARCODER2 = replace(
+    _LLAMA,
+    hf=hf_ungated.starcoder2,
+    gguf=gguf_ungated.plain,
+    tensors={
+        **_UNGATED_NAMES,
+        "up": ("model.layers.{i}.mlp.c_fc", "blk.{i}.ffn_up"),
+        "down": ("model.layers.{i}.mlp.c_proj", "blk.{i}.ffn_down"),
+    },
+    gguf_pairs=False,
+)
 # By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
 FAMILIES = {
     "llama": _LLAMA,
@@ -262,6 +282,8 @@ FAMILIES = {
     "opt": _OPT,
     "falcon": _FALCON,
     "gpt2": _GPT2,
+    "nemotron": _NEMOTRON,
+    "starcoder2": _STARCODER2,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,

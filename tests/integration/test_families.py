@@ -87,7 +87,28 @@ def test_the_gguf_is_the_folder(tiny_family: Make, tmp_path: Path, name: str) ->
     assert set(fields_of(asdict(ours.spec))) == set(fields_of(asdict(theirs.spec)))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "opt", "opt behind", "falcon new"])
+def test_a_falcon_of_powerinfer(tiny_family: Make, tmp_path: Path) -> None:
+    folder = tiny_family("falcon")
+    ours, theirs = open_source(write_family_gguf(folder, tmp_path / "model.gguf", "powerinfer")), open_source(folder)
+    assert ours.spec.activation == "relu"
+    for tensor in theirs.names():
+        np.testing.assert_array_equal(ours.tensor(tensor).float32(), theirs.tensor(tensor).float32(), tensor)
+
+
+def test_sparkinfer_leaves_out_the_rows_before_the_positions(tiny_family: Make, tmp_path: Path) -> None:
+    folder = tiny_family("opt")
+    files = [
+        write_family_gguf(folder, tmp_path / f"{dialect}.gguf", dialect) for dialect in ("powerinfer", "sparkinfer")
+    ]
+    theirs, ours = map(open_source, files)
+    assert ours.spec.architecture.positions.learned_offset == 0
+    assert ours.spec.context == theirs.spec.context
+    for name in theirs.names():
+        rows = slice(2, None) if name == "positions" else slice(None)
+        np.testing.assert_array_equal(ours.tensor(name).float32(), theirs.tensor(name).float32()[rows], name)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "opt behind", "falcon new"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -134,8 +155,10 @@ def rounded(folder: Path, kind: Kind) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon new"])
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8", "q4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("opt", "f16"), ("opt", "bf16"), ("opt", "q8"), ("opt", "q4"), ("gpt2", "q4"), ("falcon new", "q8")],
+)
 def test_narrower_weights(tiny_family: Make, name: str, dtype: str) -> None:
     """Token by token, for prompts are rounded to bytes or bfloat16 where the machine multiplies these."""
     folder = tiny_family(name)

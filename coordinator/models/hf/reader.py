@@ -92,10 +92,9 @@ class HfSource:
             stored[head] = stored[embed]
             self._describe(tied_head=False)
         self._cuts = self._family.cuts(self.spec, HF)
+        widths = {name: (len(matrix),) for name, matrix in self._projections.items()}
         tensors = {
-            name: self._find(
-                name, stored, (shape[0], len(self._projections[name])) if name in self._projections else shape
-            )
+            name: self._find(name, stored, (shape[0], *widths.get(name, shape[1:])))
             for name, shape in file_shapes(self.spec)
             if not (self._ones and name.endswith("norm"))
         }
@@ -115,10 +114,8 @@ class HfSource:
         if not found:
             return {}
         width = found[0].shape[-1]
-        if [(tensor.shape, tensor.type in KINDS) for tensor in found] != [
-            ((hidden, width), True),
-            ((width, hidden), True),
-        ]:
+        shapes, known = [tensor.shape for tensor in found], all(tensor.type in KINDS for tensor in found)
+        if shapes != [(hidden, width), (width, hidden)] or not known:
             raise ModelError(f"{self.folder}: {', '.join(names)} do not lead to {hidden} numbers and back")
         return {"embed": HfTensor(found[0], transposed=True).float32(), "head": HfTensor(found[1]).float32()}
 
@@ -170,7 +167,7 @@ class HfSource:
 class HfTensor(SourceTensor):
     """A tensor of a safetensors file; if `transposed`, delivered so. `plus` is added to every number.
 
-    `picked`: the rows of what is delivered that are this tensor, in ascending order; by default all.
+    `picked`: the rows of what would be delivered that are this tensor, in ascending order; None: all.
     """
 
     def __init__(
@@ -186,13 +183,14 @@ class HfTensor(SourceTensor):
         self._stored = stored
         self._transposed = transposed
         self._plus = np.float32(plus)
-        self._picked = np.arange(rows) if picked is None else picked
+        self._picked = picked
         label, step = f"{stored.path}: tensor {stored.name}", 1 if order is None else len(order)
-        super().__init__(label, (len(self._picked), *cols), KINDS[stored.type], step=step, order=order)
+        shape = (rows if picked is None else len(picked), *cols)
+        super().__init__(label, shape, KINDS[stored.type], step=step, order=order)
 
     def _widen(self, start: int, stop: int) -> Floats:
-        picked = self._picked[start:stop]
-        first, last = int(picked[0]), int(picked[-1]) + 1
+        picked = None if self._picked is None else self._picked[start:stop]
+        first, last = (start, stop) if picked is None else (int(picked[0]), int(picked[-1]) + 1)
         if self._transposed:
             size = ITEM_BYTES[self._stored.type]
             wide = unpack(self._stored.columns(first * size, last * size), self.kind, last - first).T
@@ -200,7 +198,7 @@ class HfTensor(SourceTensor):
             wide = unpack(self._stored.rows(), self.kind, self._stored.shape[0])[0, first:last] + self._plus
         else:
             wide = unpack(self._stored.rows(first, last), self.kind, self.shape[1])
-        return self._ordered(wide if len(wide) == len(picked) else wide[picked - first])
+        return self._ordered(wide if picked is None else wide[picked - first])
 
 
 def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:

@@ -2,12 +2,12 @@
 
 from warmfront.coordinator.models.described import described
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.hf.config import llama
+from warmfront.coordinator.models.hf.config import mistral
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Positions
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["falcon", "gpt2", "opt"]
+__all__ = ["falcon", "gpt2", "nemotron", "opt", "starcoder2"]
 
 # What other families call it.
 _GPT2 = {
@@ -21,12 +21,11 @@ _ATTENTION = ("q", "k", "v", "o")
 
 
 def _plain(config: Fields, name: str, epsilon: float, biased: bool) -> ModelSpec:
-    """A Llama with layer norms, as many heads of keys as of queries, no gates, and biases everywhere if `biased`."""
-    spec = llama(config, name)
+    """A Llama, maybe with windows, with layer norms, without gates, with biases everywhere if it is `biased`."""
     return described(
-        spec,
+        mistral(config, name),
         norm={"kind": "layer", "bias": True, "epsilon": epsilon},
-        attention={"kv_heads": spec.architecture.attention.heads, "biases": _ATTENTION if biased else ()},
+        attention={"biases": _ATTENTION if biased else ()},
         feed_forward={"gated": False, "biases": ("up", "down") if biased else ()},
         tied_head=config.flag("tie_word_embeddings", True),
     )
@@ -77,4 +76,19 @@ def falcon(config: Fields, name: str) -> ModelSpec:
         norm={"shared": parallel and not two_norms},
         attention={"kv_heads": kv_heads},
         residual="parallel" if parallel else "serial",
+    )
+
+
+def starcoder2(config: Fields, name: str) -> ModelSpec:
+    """RoPE, grouped heads, windows, biases if the file says so."""
+    return _plain(config, name, config.positive("norm_epsilon", 1e-5), config.flag("use_bias", True))
+
+
+def nemotron(config: Fields, name: str) -> ModelSpec:
+    """RoPE on a part of the head, grouped heads, squared ReLU."""
+    return described(
+        _plain(config, name, config.positive("norm_eps", 1e-5), False),
+        attention={"biases": _ATTENTION if config.flag("attention_bias", False) else ()},
+        feed_forward={"biases": ("up", "down") if config.flag("mlp_bias", False) else ()},
+        tied_head=config.flag("tie_word_embeddings", False),
     )
