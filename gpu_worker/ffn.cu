@@ -1,15 +1,16 @@
 // Feed-forward of the neurons that lie in slots of device memory, in three kernels:
 //
 //   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 if masked out or a sparse gate does not fire;
-//            with dReLU relu(up . x)
+//            with dReLU relu(up . x); without a gate activation(up . x). To a product its bias is added, if it has one
 //   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
 //   reduce   out[token][column] = sum over segments
 //
 // Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
 //
-// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, CLOSED, UP_OFFSET,
-// DOWN_OFFSET, BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see shared/model/bundle.py and
-// shared/model/formats.py. A new weight type is a name in `Kind` and a branch of `widen`.
+// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, CLOSED, GATED, UP_OFFSET, GATE_BIAS,
+// UP_BIAS, DOWN_OFFSET, BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see
+// shared/model/bundle.py and shared/model/formats.py: what has no gate has its up row where the gate row is, so up is 1.
+// A new weight type is a name in `Kind` and a branch of `widen`.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
 // tests/gpu_worker/cuda_on_cpu.cpp in place of the CUDA built-ins.
 
@@ -172,6 +173,12 @@ __device__ __forceinline__ float activate(float gate) {
 // What a neuron's down row is multiplied with.
 __device__ __forceinline__ float factor(float gate, float up) { return activate(gate) * (up_fires(up) ? up : 0); }
 
+// The bias at OFFSET of a bundle; 0: there is none.
+template <int OFFSET>
+__device__ __forceinline__ float bias(const byte* bundle) {
+    return OFFSET ? *reinterpret_cast<const float*>(bundle + OFFSET) : 0;
+}
+
 // One warp per neuron and token; the tokens of a neuron are neighbours and share its weights in the cache.
 // slots [slot][GROUP_BYTES], ids [groups], mask [groups], x [tokens][HIDDEN], h [tokens][groups * 32].
 // When sparse, passed [groups * 32][tokens] tells which were computed: a byte each, so that no warp waits for another.
@@ -188,9 +195,10 @@ extern "C" __global__ void gate_up(const byte* __restrict__ slots, const int* __
     float value = 0;
     bool whole = false;
     if (mask[neuron / GROUP] >> neuron % GROUP & 1) {
-        const float gate = dot<GATE_KIND, 0>(bundle, input, lane);
+        const float gate = dot<GATE_KIND, 0>(bundle, input, lane) + bias<GATE_BIAS>(bundle);
         if (!sparse || fires(gate)) {
-            const float up = dot<GATE_KIND, UP_OFFSET>(bundle, input, lane);
+            float up = 1;
+            if constexpr (GATED) up = dot<GATE_KIND, UP_OFFSET>(bundle, input, lane) + bias<UP_BIAS>(bundle);
             value = factor(gate, up);
             whole = up_fires(up);
         }

@@ -54,19 +54,26 @@ __device__ __forceinline__ long long place(int token, long long rows, int row) {
     return (token / LANES * rows + row) * LANES + token % LANES;
 }
 
-// Adds the products of the tiles: the warp's weights 4 w to 4 w + 3 and 32 more, each lane's tokens lane + 32 p.
-template <int PER>
-__device__ __forceinline__ void multiply(const Tiles& tiles, float (&sums)[8][PER]) {
+// Adds the products of the tiles: the warp's weights 4 w to 4 w + 3 and, of 8, 32 more, each lane's tokens lane + 32 p.
+template <int PER, int WEIGHTS>
+__device__ __forceinline__ void multiply(const Tiles& tiles, float (&sums)[WEIGHTS][PER]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 4
     for (int k = 0; k < STEP; ++k) {
-        const float4 low = tiles.weights[k][warp], high = tiles.weights[k][WARPS + warp];
-        const float weights[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        float weights[WEIGHTS];
+#pragma unroll
+        for (int i = 0; i < WEIGHTS / 4; ++i) {
+            const float4 four = tiles.weights[k][WARPS * i + warp];
+            weights[4 * i] = four.x;
+            weights[4 * i + 1] = four.y;
+            weights[4 * i + 2] = four.z;
+            weights[4 * i + 3] = four.w;
+        }
 #pragma unroll
         for (int p = 0; p < PER; ++p) {
             const float input = reinterpret_cast<const float*>(tiles.inputs[k])[lane + 32 * p];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sums[i][p] = fmaf(weights[i], input, sums[i][p]);
+            for (int i = 0; i < WEIGHTS; ++i) sums[i][p] = fmaf(weights[i], input, sums[i][p]);
         }
     }
 }
@@ -76,31 +83,38 @@ __device__ __forceinline__ void gate_up_tile(Tiles& tiles, const byte* group, in
                                              float* h) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = static_cast<int>(blockIdx.y) * 32 * PER;
     const int neurons = groups * GROUP, ends = (tokens + LANES - 1) / LANES * LANES;
-    // A unit of a row for every thread: gates in the first half of the block, ups in the second.
+    // A unit of a row for every thread: gates in the first half of the block, ups, if there are any, in the second.
     const int row = threadIdx.x / 4, unit = threadIdx.x % 4;
     const byte* bundle = group + row % GROUP * BUNDLE_BYTES;
-    float sums[8][PER] = {};
+    float sums[GATED ? 8 : 4][PER] = {};
     for (int block = 0; block < BLOCKS; ++block) {
         float weights[UNIT];
         if (row < GROUP)
             widen<GATE_KIND, 0>(bundle, 4 * block + unit, weights);
-        else
+        else if constexpr (GATED)
             widen<GATE_KIND, UP_OFFSET>(bundle, 4 * block + unit, weights);
         __syncthreads();  // all are done with the tiles before
+        if (GATED || row < GROUP) {
 #pragma unroll
-        for (int i = 0; i < UNIT; ++i) reinterpret_cast<float*>(tiles.weights[4 * i + unit])[row] = weights[i];
+            for (int i = 0; i < UNIT; ++i) reinterpret_cast<float*>(tiles.weights[4 * i + unit])[row] = weights[i];
+        }
         take_inputs<PER>(tiles, x + 32 * block * LANES, HIDDEN, first, ends, row_of<GATE_KIND>(threadIdx.x % 128 / 4));
         __syncthreads();
-        multiply<PER>(tiles, sums);
+        multiply(tiles, sums);
     }
 #pragma unroll
     for (int p = 0; p < PER; ++p) {
         const int token = first + 32 * p + lane;
         if (token >= ends) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            h[place(token, neurons, static_cast<int>(blockIdx.x) * GROUP + 4 * warp + i)] =
-                factor(sums[i][p], sums[4 + i][p]);
+        for (int i = 0; i < 4; ++i) {
+            const int neuron = 4 * warp + i;
+            const byte* own = group + neuron * BUNDLE_BYTES;
+            float up = 1;
+            if constexpr (GATED) up = sums[4 + i][p] + bias<UP_BIAS>(own);
+            h[place(token, neurons, static_cast<int>(blockIdx.x) * GROUP + neuron)] =
+                factor(sums[i][p] + bias<GATE_BIAS>(own), up);
+        }
     }
 }
 
@@ -139,7 +153,7 @@ __device__ __forceinline__ void down_tile(Tiles& tiles, const byte* slots, const
         const float* from = h + static_cast<long long>(g) * GROUP * LANES;
         take_inputs<PER>(tiles, from, neurons, first, ends, threadIdx.x % 128 / 4);
         __syncthreads();
-        multiply<PER>(tiles, sums);
+        multiply(tiles, sums);
     }
     float* out = partials + static_cast<long long>(blockIdx.y) * ends * HIDDEN;
 #pragma unroll

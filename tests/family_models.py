@@ -27,6 +27,9 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}
+# What families with layer norms call their epsilon.
+EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # By the name of a test: the family's model_type, and fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -98,6 +101,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama biases": ("llama", {"mlp_bias": True, "head_dim": 32}),
+    "gpt2": ("gpt2", {"n_inner": 96, "num_key_value_heads": 4}),
+    "opt": ("opt", OPT),
+    "opt plain": ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "opt behind": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    # More heads than a vector has lanes share one key, as in the 7B model.
+    "falcon": (
+        "falcon",
+        {"hidden_size": 160, "num_attention_heads": 20, "ffn_hidden_size": 96, "num_key_value_heads": 1},
+    ),
+    "falcon new": (
+        "falcon",
+        {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2, "activation": "relu"},
+    ),
+    "falcon serial": (
+        "falcon",
+        {"ffn_hidden_size": 96, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "nemotron": ("nemotron", {"head_dim": 32}),
+    "starcoder2": ("starcoder2", {"head_dim": 32, "sliding_window": 24}),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 
@@ -117,24 +140,34 @@ def write_model(folder: Path, name: str, seed: int = 0, **options: Any) -> Path:
     return folder
 
 
-def write_family_gguf(folder: Path, path: Path) -> Path:
-    """What llama.cpp's converter makes of the folder."""
+def write_family_gguf(folder: Path, path: Path, dialect: str = "") -> Path:
+    """What llama.cpp's converter makes of the folder, or another's; of an OPT, which it does not know, PowerInfer's."""
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
+    dialect = dialect or ("powerinfer" if architecture == "opt" else "")
+    if architecture == "opt" and dialect == "powerinfer":
+        config.max_position_embeddings += 2  # as many as there are rows
+    elif architecture == "opt":
+        writer.add_array("opt.pred_lora", [0] * config.num_hidden_layers)
     _write_fields(writer, config)
     for key, value in EXTRA.get(config.model_type, lambda _config: {})(config).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{key}", value)
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, values in load_file(folder / "model.safetensors").items():
+        if architecture == "opt":
+            writer.add_tensor(*_opt_tensor(name, values, dialect))
+            continue
         for published, converted in CONVERSIONS.get(config.model_type, _as_it_is)(config, name, values):
             ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
             assert ours is not None, published
+            if dialect == "powerinfer" and ".ffn_down." in ours:
+                ours, converted = ours.replace("ffn_down", "ffn_down_t"), converted.T
             writer.add_tensor(ours, np.ascontiguousarray(converted, np.float32))
     for size in ("long", "short"):
-        factors = (config.rope_parameters or {}).get(f"{size}_factor")
+        factors = (getattr(config, "rope_parameters", None) or {}).get(f"{size}_factor")
         if factors:
             writer.add_tensor(f"rope_factors_{size}.weight", np.array(factors, np.float32))
     writer.write_header_to_file()
@@ -146,6 +179,8 @@ def write_family_gguf(folder: Path, path: Path) -> Path:
 
 def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "activation", "") == "relu":
+        writer.add_name("ReluFalcon")  # GGUF has no word for the activation
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -157,8 +192,10 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(config.layer_norm_eps)
-    rope = config.rope_parameters
+        writer.add_layer_norm_eps(next((getattr(config, key) for key in EPSILONS if hasattr(config, key)), 1e-5))
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
@@ -180,6 +217,43 @@ def _pairs(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
         if part in name:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     return [(name, values)]
+
+
+def _turned(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """Matrices as [out, in]."""
+    return [(name, values.T if ".c_" in name else values)]
+
+
+def _ungrouped(config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """All queries, then all keys, then all values, instead of those of each head of keys."""
+    if "query_key_value" not in name:
+        return [(name, values)]
+    heads = values.reshape(config.num_key_value_heads, -1, config.head_dim, *values.shape[1:])
+    parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
+    return [(name, np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts]))]
+
+
+def _opt_tensor(name: str, values: Floats, dialect: str) -> tuple[str, Floats]:
+    """PowerInfer has a row of `down` for each neuron, and all positions; SparkInfer, without predictors, does not."""
+    *path, last = name.removeprefix("model.decoder.").split(".")
+    layer = f"blk.{path[1]}." if path[0] == "layers" else ""
+    own = {
+        "embed_tokens": "token_embd",
+        "embed_positions": "position_embd",
+        "self_attn_layer_norm": "attn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "out_proj": "attn_output",
+        "final_layer_norm": "ffn_norm" if layer else "output_norm",
+        "fc1": "ffn_up",
+        "fc2": "ffn_down_t" if dialect == "powerinfer" else "ffn_down",
+    }
+    if dialect == "powerinfer":
+        values = values.T if name.endswith("fc2.weight") else values
+    elif path[-1] == "embed_positions":
+        values = values[2:]
+    return f"{layer}{own[path[-1]]}.{last}", np.ascontiguousarray(values, np.float32)
 
 
 def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
@@ -217,6 +291,9 @@ EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granit
 CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
     "llama": _pairs,
     "granite": _pairs,
+    "gpt2": _turned,
+    "nemotron": _norms_plus_one,
+    "falcon": _ungrouped,
     "gemma": _norms_plus_one,
     "gemma2": _norms_plus_one,
     "gemma3_text": _norms_plus_one,

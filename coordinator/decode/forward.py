@@ -12,6 +12,9 @@ another wrote. Per layer:
     from this layer's input meanwhile
     x += each worker's part
 
+With a parallel residual attention's part is added once the job is posted: neither the feed-forward nor a predictor is
+to see it. Where norms are of the sum, x itself is normed after each addition.
+
 Every thread keeps its own x and repeats the small work on it (norm, additions): cheaper than two more barriers.
 A batch of up to 16 tokens (decode) and up to `max_tokens` (prefill) take the same way; they differ in the number of
 lanes of an activation (`shared/model/panels.py`), so that a weight row is a dot product for each token in the one case
@@ -20,24 +23,32 @@ alone, whatever is beside it: the logits are the same bit for bit.
 The rows of q and k are stored with the two halves of a rotated pair side by side.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.attention import attend_batch, attend_panels, cache_panels, join, rotate
-from warmfront.coordinator.decode.linear import Input, Matrix, layer_matrix, linear, packed_input
+from warmfront.coordinator.decode.linear import (
+    Input,
+    Matrix,
+    add_bias,
+    layer_matrix,
+    linear,
+    packed_input,
+    widen_row,
+)
 from warmfront.coordinator.decode.network import (
     ATTN_NORM,
     ATTN_POST_NORM,
     CAPTURE,
     COMPARE,
     DECODE,
+    DOWN_BIAS,
     FFN_NORM,
     FFN_POST_NORM,
     LOST,
     OUT,
+    POSITION,
     POSTED,
     SEQUENCE,
     STEPS,
@@ -58,10 +69,8 @@ from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
-from warmfront.shared.kernels.gemm import Rows, panels_of
+from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.kernels.rows import row_stride, widen
-from warmfront.shared.kernels.tiles import TILE, in_tiles, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
 from warmfront.shared.wire.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
@@ -97,11 +106,13 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
 
 
 @kernel
-def _note_units(inverse: Floats, reach: Any, degree: int, x: Floats, panels: int, hidden: int, lanes: int) -> None:
+def _note_units(
+    inverse: Floats, reach: float, degree: int, biased: int, x: Floats, panels: int, hidden: int, lanes: int
+) -> None:
     """The inverse unit of each token's sums."""
     magnitudes = np.empty(LANES, np.float32)
     for panel in range(panels):
-        magnitudes[:] = 0
+        magnitudes[:] = biased
         values = x[panel * hidden * lanes : (panel + 1) * hidden * lanes]
         if lanes == 1:
             for k in range(hidden):
@@ -120,7 +131,7 @@ def _post(net: Network, st: State, sequence: int, layer: int, values: Floats, pa
     handoff = st.handoff
     for i in range(panels * net.hidden * lanes):
         handoff.board_x[i] = values[i]
-    _note_units(handoff.inverse, net.reach[layer], net.degree, values, panels, net.hidden, lanes)
+    _note_units(handoff.inverse, net.reach[layer], net.degree, net.biased, values, panels, net.hidden, lanes)
     handoff.descriptor[LAYER] = layer
     handoff.descriptor[JOB_TOKENS] = st.job[TOKENS]
     handoff.descriptor[JOB_LANES] = lanes
@@ -204,19 +215,19 @@ def _note_workers(st: State, layer: int, rank: int) -> None:
 @inlined
 def _embed(net: Network, st: State, rank: int, panels: int, lanes: int) -> None:
     """Every thread's own copy of the residual."""
-    table = Rows(net.embed_kind, net.embed, row_stride(net.embed_kind, net.hidden), net.hidden)
-    tiled = net.vocab // TILE * TILE if in_tiles(table.kind) else 0
+    embed = Matrix(net.embed_kind, net.embed, 0, net.vocab, net.hidden, 0)
+    learned = Matrix(net.learned_kind, net.learned, 0, net.learned_rows, net.hidden, 0)
     x, h = st.x[rank], st.h[rank]
     x[: panels * net.hidden * lanes] = 0
     for token in range(st.job[TOKENS]):
-        row = st.tokens[token]
-        if row < tiled:
-            widen_tiled_row(table, row, address_of(h))
-        else:
-            widen(table.kind, table.at + row * table.stride, address_of(h), table.cols)
+        widen_row(embed, st.tokens[token], address_of(h))
         at = (token // lanes) * net.hidden * lanes + token % lanes
         for k in range(net.hidden):
             x[at + k * lanes] = h[k] * net.embedding_scale
+        if learned.at != 0:
+            widen_row(learned, net.learned_offset + st.job[POSITION] + token, address_of(h))
+            for k in range(net.hidden):
+                x[at + k * lanes] += h[k]
 
 
 @inlined
@@ -250,24 +261,28 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
 def _add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, panels: int, lanes: int) -> None:
     """Add a block's output to the residual x, normed and scaled as the model has it; `h` gets what is normed."""
     part = values
-    if norm.weight_at != 0:
+    if norm.weight_at != 0 and not net.norms_sum:
         normalise(norm, net.hidden, values, h, panels, lanes)
         part = h
     for i in range(panels * net.hidden * lanes):
         x[i] += part[i] * net.residual_scale
+    if net.norms_sum:
+        normalise(norm, net.hidden, x, x, panels, lanes)
 
 
 @kernel
 def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
     """Add the feed-forward's output to the residual."""
     x, h = st.x[rank], st.h[rank]
-    norm = layer_norm(net, layer, FFN_POST_NORM)
-    if norm.weight_at == 0 and net.residual_scale == 1:
-        _merge(st.handoff, x, panels, net.hidden, lanes)
-        return
-    h[: panels * net.hidden * lanes] = 0
-    _merge(st.handoff, h, panels, net.hidden, lanes)
-    _add_block(net, norm, h, h, x, panels, lanes)
+    norm, bias_at = layer_norm(net, layer, FFN_POST_NORM), net.weights[layer, DOWN_BIAS]
+    direct = norm.weight_at == 0 and net.residual_scale == 1
+    to = x if direct else h
+    if not direct:
+        h[: panels * net.hidden * lanes] = 0
+    _merge(st.handoff, to, panels, net.hidden, lanes)
+    add_bias(bias_at, 0, net.hidden, address_of(to), net.hidden, panels, lanes)
+    if not direct:
+        _add_block(net, norm, h, h, x, panels, lanes)
 
 
 @inlined
@@ -328,12 +343,10 @@ def forward(rank: int, net: Network, st: State) -> int:
         result = barrier(st.barrier)
         if result != DONE:
             return result
-        post_norm, ffn_norm = layer_norm(net, layer, ATTN_POST_NORM), layer_norm(net, layer, FFN_NORM)
+        post_norm = layer_norm(net, layer, ATTN_POST_NORM)
         if not net.parallel:
             _add_block(net, post_norm, st.proj, h, x, panels, lanes)
-        normalise(ffn_norm, hidden, x, h, panels, lanes)
-        if net.parallel:
-            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
+        normalise(layer_norm(net, layer, FFN_NORM), hidden, x, h, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
         if net.predicts and decode and (layer == 0 or not net.look_ahead):
             result = predict(net, st, layer, rank)
@@ -351,6 +364,8 @@ def forward(rank: int, net: Network, st: State) -> int:
             result = predict(net, st, layer + 1, rank)
             if result != DONE:
                 return result
+        if net.parallel:
+            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
         result = _await_workers(st.handoff, sequence)
         if result != DONE:
             return result

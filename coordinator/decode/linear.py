@@ -12,11 +12,11 @@ from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
-from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised
-from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
+from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised, widen
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["Input", "Matrix", "layer_matrix", "linear", "packed_input"]
+__all__ = ["Input", "Matrix", "add_bias", "layer_matrix", "linear", "packed_input", "widen_row"]
 
 
 class Matrix(NamedTuple):
@@ -88,6 +88,19 @@ def _multiply_tiles(matrix: Matrix, low: int, high: int, x: Input, y_at: int, ro
 
 
 @kernel
+def add_bias(bias_at: int, low: int, high: int, y_at: int, rows: int, panels: int, lanes: int) -> None:
+    """Add the bias of rows low..high to y [panels, rows, lanes]; `bias_at` 0: there is none."""
+    if bias_at == 0:
+        return
+    bias = carray(floats_at(bias_at), (rows,))
+    y = carray(floats_at(y_at), (panels * rows * lanes,))
+    for p in range(panels):
+        for r in range(low, high):
+            for lane in range(lanes):
+                y[(p * rows + r) * lanes + lane] += bias[r]
+
+
+@kernel
 def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
     """Rows low..high of a packed matrix times x into y [panels, rows, lanes], whose row 0 is at y_at.
 
@@ -110,10 +123,14 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
     else:
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)
-    if matrix.bias_at != 0:
-        bias = carray(floats_at(matrix.bias_at), (rows,))
-        y = carray(floats_at(y_at), (x.panels * rows * lanes,))
-        for p in range(x.panels):
-            for r in range(low, high):
-                for lane in range(lanes):
-                    y[(p * rows + r) * lanes + lane] += bias[r]
+    add_bias(matrix.bias_at, low, high, y_at, rows, x.panels, lanes)
+
+
+@kernel
+def widen_row(matrix: Matrix, row: int, out_at: int) -> None:
+    """Write a row of a packed matrix as float32 [cols] to `out_at`."""
+    rows = Rows(matrix.kind, matrix.at, row_stride(matrix.kind, matrix.cols), matrix.cols)
+    if in_tiles(matrix.kind) and row < matrix.rows // TILE * TILE:
+        widen_tiled_row(rows, row, out_at)
+    else:
+        widen(rows.kind, rows.at + row * rows.stride, out_at, rows.cols)

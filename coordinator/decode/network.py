@@ -12,6 +12,7 @@ __all__ = [
     "CAPTURE",
     "COMPARE",
     "DECODE",
+    "DOWN_BIAS",
     "FC1",
     "FC1_BIAS",
     "FC2",
@@ -42,12 +43,12 @@ __all__ = [
 
 # Columns of Network.weights and Network.kinds.
 _BIASED = ("attn_norm", "q", "k", "v", "o", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit")
+_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias")
 ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BIASED))
 # How many columns behind a matrix or a norm its bias is.
 BIAS = len(_BIASED)
 ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
-Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT = range(2 * BIAS, len(ROLES))
+Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS = range(2 * BIAS, len(ROLES))
 # Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
 (
     TOKENS,
@@ -86,8 +87,10 @@ class Network(NamedTuple):
     # Index into `architecture.NORMS`, and float32 epsilon of the norms.
     norm_kind: int
     norm_eps: Any
-    # Whether the feed-forward reads the layer's input too, not what attention made of it.
+    # Whether the feed-forward reads the layer's input too, not what attention made of it; whether the norms of blocks
+    # are of the residual that their output has been added to.
     parallel: bool
+    norms_sum: bool
     # Whether q and k are normed, and whether as whole vectors.
     qk_norm: bool
     whole_qk_norm: bool
@@ -105,9 +108,14 @@ class Network(NamedTuple):
     kinds: Any
     # `fetching.Distances`: how far ahead rows are fetched.
     ahead: Any
-    # Embedding [vocab, hidden], output head, which may be the same, and the last norm with its bias.
+    # Embedding [vocab, hidden]; learned positions, 0: none, how many there are and which is that of position 0; output
+    # head, which may be the embedding, and the last norm with its bias, 0: none.
     embed: int
     embed_kind: int
+    learned: int
+    learned_kind: int
+    learned_rows: int
+    learned_offset: int
     head: int
     head_kind: int
     norm: int
@@ -124,9 +132,11 @@ class Network(NamedTuple):
     look_ahead: bool
     # Groups of neurons of a layer.
     groups: int
-    # float64 [layers], and a number for all of them: see `exact_sums.inverse_unit`.
+    # float64 [layers], and a number for all of them: see `exact_sums.inverse_unit`. 1 where neurons have biases, else
+    # 0: the magnitude of the feature that they are the weights of.
     reach: Any
     degree: int
+    biased: int
     # Low-rank predictors: whether they take the normed input, and whether a ReLU is between their matrices.
     normed: bool
     rectified: bool

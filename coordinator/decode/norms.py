@@ -7,8 +7,9 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.attention import rotate
+from warmfront.coordinator.decode.linear import add_bias
 from warmfront.coordinator.decode.network import BIAS, K_NORM, Q_NORM, Network, State
-from warmfront.shared.kernels.atomics import floats_at
+from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.panels import LANES
@@ -39,7 +40,7 @@ def layer_norm(net: Network, layer: int, role: int) -> Norm:
 
 @inlined
 def last_norm(net: Network) -> Norm:
-    """The norm before the head."""
+    """The norm before the head, if there is one."""
     return Norm(net.norm_kind, net.norm, net.norm_bias, net.norm_eps)
 
 
@@ -87,12 +88,7 @@ def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes:
                 for lane in range(LANES):
                     value = panel[k * LANES + lane] - means[lane]
                     result[k * LANES + lane] = value * factors[lane] * weight[k]
-    if norm.bias_at != 0:
-        bias = carray(floats_at(norm.bias_at), (size,))
-        for p in range(panels):
-            for k in range(size):
-                for lane in range(lanes):
-                    out[(p * size + k) * lanes + lane] += bias[k]
+    add_bias(norm.bias_at, 0, size, address_of(out), size, panels, lanes)
 
 
 @kernel

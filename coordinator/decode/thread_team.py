@@ -93,7 +93,8 @@ class ThreadTeam:
         ranks = np.zeros(spec.layers, np.int64)
         for layer in range(spec.layers):
             for column, role in enumerate(ROLES):
-                name = f"layers.{layer}.{role}"
+                here = role.replace("ffn_norm", "attn_norm") if spec.architecture.norm.shared else role
+                name = f"layers.{layer}.{here}"
                 if name in at:
                     weights[layer, column] = at[name]
                     kinds[layer, column] = files[name].entries[name].kind or 0
@@ -121,6 +122,7 @@ class ThreadTeam:
             norm_kind=NORMS.index(architecture.norm.kind),
             norm_eps=np.float32(architecture.norm.epsilon),
             parallel=architecture.residual == "parallel",
+            norms_sum=architecture.norm.placement == "sum",
             qk_norm=attention.qk_norm is not None,
             whole_qk_norm=attention.qk_norm == "whole",
             score_scale=np.float32(attention.score_scale),
@@ -134,9 +136,13 @@ class ThreadTeam:
             ahead=self._config.distances,
             embed=at["embed"],
             embed_kind=int(self._model.entries["embed"].kind or 0),
+            learned=at.get("positions", 0),
+            learned_kind=int(self._model.entries["positions"].kind or 0) if "positions" in at else 0,
+            learned_rows=self._model.entries["positions"].shape[0] if "positions" in at else 0,
+            learned_offset=positions.learned_offset or 0,
             head=at[head],
             head_kind=int(self._model.entries[head].kind or 0),
-            norm=at["norm"],
+            norm=at.get("norm", 0),
             norm_bias=at.get("norm.bias", 0),
             rotary=positions.tables(self._config.context),
             table=np.array(tables, np.int64),
@@ -146,7 +152,8 @@ class ThreadTeam:
             look_ahead=self._config.look_ahead,
             groups=self._model.layout.groups,
             reach=self._model.reach,
-            degree=spec.architecture.feed_forward.degree,
+            degree=architecture.feed_forward.degree,
+            biased=int(bool(architecture.feed_forward.neuron_biases)),
             normed=predictor.input == "normed",
             rectified=predictor.activation == "relu",
             ranks=ranks,

@@ -47,6 +47,7 @@ class _Layer(NamedTuple):
     attn_post_norm: _Norm
     ffn_norm: _Norm
     ffn_post_norm: _Norm
+    down_bias: Tensor | None
     fc1: Tensor | None
     fc2: Tensor | None
     fc1_bias: Tensor | None
@@ -107,6 +108,7 @@ class TorchNetwork:
                 have[name] = self._read(name)
                 self.loaded += model.entries[name].nbytes
             self._embed, self._norm = have["embed"], _norm(have, "norm")
+            self._learned = have.get("positions")
             self._head = have.get("head", self._embed)
             self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
             shape, dtype = _cache_shape(spec, self._context), _dtype(self._cache_kind)
@@ -144,17 +146,23 @@ class TorchNetwork:
             o=have[f"{prefix}o"],
             o_bias=have.get(f"{prefix}o.bias"),
             attn_post_norm=_norm(have, f"{prefix}attn_post_norm"),
-            ffn_norm=_norm(have, f"{prefix}ffn_norm"),
+            ffn_norm=_norm(have, f"{prefix}{'attn' if self._model.spec.architecture.norm.shared else 'ffn'}_norm"),
             ffn_post_norm=_norm(have, f"{prefix}ffn_post_norm"),
+            down_bias=have.get(f"{prefix}down.bias"),
             fc1=have.get(f"{prefix}fc1"),
             fc2=have.get(f"{prefix}fc2"),
             fc1_bias=have.get(f"{prefix}fc1.bias"),
             fc2_bias=have.get(f"{prefix}fc2.bias"),
         )
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The residual of token ids [n], which may be on any device: float32 [n, hidden]."""
-        return self._embed[tokens.to(self._device)].float() * self._model.spec.architecture.embedding_scale
+    def embed(self, tokens: Tensor, position: int) -> Tensor:
+        """The residual of token ids [n] from `position` on, which may be on any device: float32 [n, hidden]."""
+        architecture = self._model.spec.architecture
+        x = self._embed[tokens.to(self._device)].float() * architecture.embedding_scale
+        if self._learned is None:
+            return x
+        first = position + (architecture.positions.learned_offset or 0)
+        return x + self._learned[first : first + len(tokens)].float()
 
     def _attend(self, layer: int, x: Tensor, position: int) -> Tensor:
         """What attention in `layer` makes of the residual x [n, hidden] of the tokens from `position` on."""
@@ -179,18 +187,26 @@ class TorchNetwork:
         )
         return _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
 
-    def add_attention(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """The residual x [n, hidden] with the attention of `layer` added, and the input of its workers."""
+    def add_attention(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual x [n, hidden] with the attention of `layer` added, what the feed-forward reads of it, and that
+        normed, the input of its workers."""
         weights, parallel = self._layers[layer], self._model.spec.architecture.residual == "parallel"
         after = self._added(x, self._attend(layer, x, position), weights.attn_post_norm)
-        return after, self._normed(x if parallel else after, weights.ffn_norm)
+        read = x if parallel else after
+        return after, read, self._normed(read, weights.ffn_norm)
 
     def add_feed_forward(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """The residual x [n, hidden] with what the workers made of their input added."""
-        return self._added(x, output, self._layers[layer].ffn_post_norm)
+        weights = self._layers[layer]
+        return self._added(
+            x, output if weights.down_bias is None else output + weights.down_bias, weights.ffn_post_norm
+        )
 
     def _added(self, x: Tensor, output: Tensor, norm: _Norm) -> Tensor:
-        return x + self._normed(output, norm) * self._model.spec.architecture.residual_scale
+        architecture = self._model.spec.architecture
+        if architecture.norm.placement == "sum":
+            return self._normed(x + output * architecture.residual_scale, norm)
+        return x + self._normed(output, norm) * architecture.residual_scale
 
     def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
         """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each."""

@@ -126,22 +126,22 @@ class TorchTeam:
     def _forward(self, tokens: Sequence[int], position: int, want_logits: bool, compare: bool, capture: bool) -> int:
         network, layers = self._network, self._model.spec.layers
         predicts = self._predicts and len(tokens) == 1
-        x = network.embed(torch.tensor(tokens))
+        x = network.embed(torch.tensor(tokens), position)
         self._captured = []
         for layer in range(layers):
             self._note(layer, "start")
-            x, normed = network.add_attention(layer, x, position)
+            x, read, normed = network.add_attention(layer, x, position)
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
             if predicts and (layer == 0 or not self._look_ahead):
-                self._write_mask(layer, network.predict(layer, x, normed))
+                self._write_mask(layer, network.predict(layer, read, normed))
             self._note(layer, "predictor")
             self._post(layer, normed, compare)
             self._note(layer, "post")
             if capture:
                 self._captured.append(normed.cpu().numpy())
             if predicts and self._look_ahead and layer + 1 < layers:
-                self._write_mask(layer + 1, network.predict(layer + 1, x, normed))
+                self._write_mask(layer + 1, network.predict(layer + 1, read, normed))
             result = self._await_workers()
             if result != DONE:
                 return result
@@ -170,8 +170,9 @@ class TorchTeam:
         self._from_device(board.x[: normed.numel()], normed.flatten())
         self._synchronise()
         values = board.x[: normed.numel()].reshape(-1, normed.shape[-2] if lanes > 1 else normed.shape[-1], lanes)
-        magnitudes = np.abs(values).sum(1, dtype=np.float64).reshape(-1)
-        reach, degree = self._model.reach[layer], self._model.spec.architecture.feed_forward.degree
+        feed_forward = self._model.spec.architecture.feed_forward
+        magnitudes = np.abs(values).sum(1, dtype=np.float64).reshape(-1) + bool(feed_forward.neuron_biases)
+        reach, degree = self._model.reach[layer], feed_forward.degree
         board.inverse[: len(magnitudes)] = [inverse_unit(reach, degree, float(m)) for m in magnitudes]
         board.descriptor[:] = layer, tokens, lanes, compare_selection, time.monotonic_ns()
         self._posted += 1

@@ -19,6 +19,9 @@ _NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Where config.json says it, and what it is of families whose files may not say it.
+_KEYS = ("hidden_act", "activation_function", "activation")
+_USUAL = {"opt": "relu", "gpt2": "gelu_new", "falcon": "gelu", "starcoder2": "gelu_pytorch_tanh", "nemotron": "relu2"}
 # Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, ProSparse's GGUF files.
 _BY_FAMILY = {"bamboo": "drelu", "llama_sparse_relu": "relu", "prosparse-llama": "fatrelu:0.01"}
 # Words in the names of sparse models that were converted as if they were of the family they come from.
@@ -27,6 +30,7 @@ _BY_NAME = {
     "prosparseminicpm": "fatrelu:0.03",
     "prosparse": "fatrelu:0.01",
     "relullama": "relu",
+    "relufalcon": "relu",
     "sparselm": "relu",
     "bamboo": "drelu",
     "turbosparse": "drelu",
@@ -39,7 +43,9 @@ _UNSAID = ("silu", "relu", "drelu")
 
 def in_config(config: Fields) -> tuple[str, ...]:
     """The plausible activations by config.json. Raises ModelError for one that is not supported."""
-    family, said = config.text("model_type"), config.text("hidden_act", "silu")
+    family = config.text("model_type")
+    key = next((key for key in _KEYS if key in config), "hidden_act")
+    said = config.text(key, _USUAL.get(family, "silu"))
     if family in _BY_FAMILY:
         return (_BY_FAMILY[family],)
     if said == "fatrelu":
@@ -66,5 +72,6 @@ def in_gguf(fields: Fields, dialect: str) -> tuple[str, ...]:
     if dialect == "powerinfer":
         return (named or "relu",)
     if family not in _CONVERTED:
-        return ("silu",)
+        usual = _NAMES[_USUAL.get(family, "silu")]
+        return (named or usual,) if family in _USUAL else (usual,)
     return (named, "silu") if named else _UNSAID

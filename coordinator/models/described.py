@@ -5,9 +5,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from warmfront.shared.model.architecture import Positions
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["described", "layer_windows"]
+__all__ = ["described", "layer_windows", "positions_of"]
 
 _AS_IT_IS: Mapping[str, Any] = MappingProxyType({})
 
@@ -28,6 +29,11 @@ def described(
         "feed_forward": replace(old.feed_forward, **feed_forward),
     }
     return replace(spec, architecture=replace(old, **parts, **fields))
+
+
+def positions_of(_fields: object, spec: ModelSpec, *_more: object) -> Positions:
+    """The positions of a description that has them from the start, as learned ones are, which are a tensor."""
+    return spec.architecture.positions
 
 
 def layer_windows(spec: ModelSpec, window: int, local: Callable[[int], bool]) -> tuple[int, ...]:

@@ -4,13 +4,16 @@ A new family is a row here, and functions in `hf/config.py` and `gguf/config.py`
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
+from warmfront.coordinator.models.described import positions_of
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.gguf import config as gguf_config
+from warmfront.coordinator.models.gguf import ungated as gguf_ungated
 from warmfront.coordinator.models.gguf.config import Factors, Found
 from warmfront.coordinator.models.hf import config as hf_config
+from warmfront.coordinator.models.hf import ungated as hf_ungated
 from warmfront.coordinator.models.source import Order, head_order
 from warmfront.shared.model.architecture import Positions
 from warmfront.shared.model.spec import ModelSpec
@@ -22,6 +25,8 @@ __all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", 
 HF, GGUF = 0, 1
 # Of parts of a layer that share a published tensor: the first row of each, and how many rows the tensor has.
 Cuts = Mapping[str, tuple[int, int]]
+# Our names of a model's tensors, and those of both formats.
+Names = Mapping[str, tuple[str, str]]
 # Parts whose rows are those of heads that RoPE turns.
 _TURNED = ("q", "k", "q_norm", "k_norm")
 
@@ -41,11 +46,26 @@ class Family:
     gguf_positions: Callable[[Fields, ModelSpec, Factors], Positions]
     # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts
     # of one name lie in one matrix, one behind the other in the order that they have here.
-    tensors: Mapping[str, tuple[str, str]]
+    tensors: Names
+    # The names in models that have a tensor by the name that this part has there.
+    variant: tuple[str, Names] | None = None
     # Whether GGUF files have the two rows of a rotated pair side by side, not half a head apart (as Hugging Face's).
     gguf_pairs: bool = False
     # Whether Hugging Face's norms multiply by 1 + weight.
     norms_plus_one: bool = False
+    # Whether Hugging Face's one matrix of q, k and v has, for each head of keys, its queries, the key, the value.
+    hf_grouped: bool = False
+    # Whether Hugging Face's matrices of layers are [in, out].
+    hf_turned: bool = False
+    # Hugging Face's names of matrices between embedding and residual, and between that and the head.
+    hf_projections: tuple[str, str] | None = None
+
+    def named(self, stored: Container[str], side: int) -> "Family":
+        """The same with the names that the tensors `stored` have; `side`: HF or GGUF."""
+        if self.variant is None:
+            return self
+        part, tensors = self.variant
+        return replace(self, tensors=tensors) if f"{tensors[part][side].format(i=0)}.weight" in stored else self
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
@@ -154,6 +174,98 @@ _OLMO2 = replace(
 _STABLELM = replace(
     _LLAMA, hf=hf_config.stablelm, hf_positions=hf_config.quarter_rotary, gguf=gguf_config.stablelm, gguf_pairs=False
 )
+_OPT = Family(
+    hf=hf_ungated.opt,
+    hf_positions=positions_of,
+    gguf=gguf_ungated.opt,
+    gguf_positions=positions_of,
+    tensors={
+        "embed": ("model.decoder.embed_tokens", "token_embd"),
+        "head": ("lm_head", "output"),
+        "positions": ("model.decoder.embed_positions", "position_embd"),
+        "norm": ("model.decoder.final_layer_norm", "output_norm"),
+        "attn_norm": ("model.decoder.layers.{i}.self_attn_layer_norm", "blk.{i}.attn_norm"),
+        "attn_post_norm": ("model.decoder.layers.{i}.self_attn_layer_norm", "blk.{i}.attn_post_norm"),
+        "q": ("model.decoder.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+        "k": ("model.decoder.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+        "v": ("model.decoder.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+        "o": ("model.decoder.layers.{i}.self_attn.out_proj", "blk.{i}.attn_output"),
+        "ffn_norm": ("model.decoder.layers.{i}.final_layer_norm", "blk.{i}.ffn_norm"),
+        "ffn_post_norm": ("model.decoder.layers.{i}.final_layer_norm", "blk.{i}.ffn_post_norm"),
+        "up": ("model.decoder.layers.{i}.fc1", "blk.{i}.ffn_up"),
+        "down": ("model.decoder.layers.{i}.fc2", "blk.{i}.ffn_down"),
+    },
+    hf_projections=("model.decoder.project_in", "model.decoder.project_out"),
+)
+_FALCON_QKV = ("transformer.h.{i}.self_attention.query_key_value", "blk.{i}.attn_qkv")
+_FALCON_NAMES = {
+    "embed": ("transformer.word_embeddings", "token_embd"),
+    "head": ("lm_head", "output"),
+    "norm": ("transformer.ln_f", "output_norm"),
+    "attn_norm": ("transformer.h.{i}.input_layernorm", "blk.{i}.attn_norm"),
+    "q": _FALCON_QKV,
+    "k": _FALCON_QKV,
+    "v": _FALCON_QKV,
+    "o": ("transformer.h.{i}.self_attention.dense", "blk.{i}.attn_output"),
+    "ffn_norm": ("transformer.h.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+    "up": ("transformer.h.{i}.mlp.dense_h_to_4h", "blk.{i}.ffn_up"),
+    "down": ("transformer.h.{i}.mlp.dense_4h_to_h", "blk.{i}.ffn_down"),
+}
+_FALCON_40B_NORMS = {
+    "attn_norm": ("transformer.h.{i}.ln_attn", "blk.{i}.attn_norm_2"),
+    "ffn_norm": ("transformer.h.{i}.ln_mlp", "blk.{i}.attn_norm"),
+}
+_FALCON = Family(
+    hf=hf_ungated.falcon,
+    hf_positions=hf_config.rotary,
+    gguf=gguf_ungated.falcon,
+    gguf_positions=gguf_config.rotary,
+    tensors=_FALCON_NAMES,
+    variant=("attn_norm", _FALCON_NAMES | _FALCON_40B_NORMS),
+    hf_grouped=True,
+)
+_GPT2_QKV = ("transformer.h.{i}.attn.c_attn", "blk.{i}.attn_qkv")
+_GPT2 = Family(
+    hf=hf_ungated.gpt2,
+    hf_positions=positions_of,
+    gguf=gguf_ungated.gpt2,
+    gguf_positions=positions_of,
+    tensors={
+        "embed": ("transformer.wte", "token_embd"),
+        "head": ("lm_head", "output"),
+        "positions": ("transformer.wpe", "position_embd"),
+        "norm": ("transformer.ln_f", "output_norm"),
+        "attn_norm": ("transformer.h.{i}.ln_1", "blk.{i}.attn_norm"),
+        "q": _GPT2_QKV,
+        "k": _GPT2_QKV,
+        "v": _GPT2_QKV,
+        "o": ("transformer.h.{i}.attn.c_proj", "blk.{i}.attn_output"),
+        "ffn_norm": ("transformer.h.{i}.ln_2", "blk.{i}.ffn_norm"),
+        "up": ("transformer.h.{i}.mlp.c_fc", "blk.{i}.ffn_up"),
+        "down": ("transformer.h.{i}.mlp.c_proj", "blk.{i}.ffn_down"),
+    },
+    hf_turned=True,
+)
+_UNGATED_NAMES = {part: names for part, names in _LLAMA.tensors.items() if part != "gate"}
+_NEMOTRON = replace(
+    _LLAMA,
+    hf=hf_ungated.nemotron,
+    gguf=gguf_ungated.plain,
+    tensors=_UNGATED_NAMES,
+    gguf_pairs=False,
+    norms_plus_one=True,
+)
+_STARCODER2 = replace(
+    _LLAMA,
+    hf=hf_ungated.starcoder2,
+    gguf=gguf_ungated.plain,
+    tensors={
+        **_UNGATED_NAMES,
+        "up": ("model.layers.{i}.mlp.c_fc", "blk.{i}.ffn_up"),
+        "down": ("model.layers.{i}.mlp.c_proj", "blk.{i}.ffn_down"),
+    },
+    gguf_pairs=False,
+)
 # By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
 FAMILIES = {
     "llama": _LLAMA,
@@ -167,6 +279,11 @@ FAMILIES = {
     "phi3": _PHI3,
     "olmo2": _OLMO2,
     "stablelm": _STABLELM,
+    "opt": _OPT,
+    "falcon": _FALCON,
+    "gpt2": _GPT2,
+    "nemotron": _NEMOTRON,
+    "starcoder2": _STARCODER2,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,
@@ -178,21 +295,11 @@ FAMILIES = {
 
 
 # What families that are not in the table have, by the same names, and nothing here computes yet.
-_UNGATED = "a feed-forward without a gate"
-_LEARNED = f"learned positions and {_UNGATED}, with biases"
+_HEAD_BIAS = "a bias of the head"
 _EXPERTS = "a mixture of experts (MoE)"
 _MISSING = {
-    "opt": _LEARNED,
-    "gpt2": _LEARNED,
-    "gpt_neox": _UNGATED,
-    "gptneox": _UNGATED,
-    "falcon": _UNGATED,
-    "phi": _UNGATED,
-    "phi2": _UNGATED,
-    "starcoder2": _UNGATED,
-    "nemotron": _UNGATED,
-    "cohere": "a norm that attention and feed-forward share",
-    "command-r": "a norm that attention and feed-forward share",
+    "phi": _HEAD_BIAS,
+    "phi2": _HEAD_BIAS,
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen2moe": _EXPERTS,

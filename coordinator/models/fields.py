@@ -80,6 +80,12 @@ class Fields:
         values = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
         return Fields(self.path, values, prefix)
 
+    def in_words(self, words: Mapping[str, str], **usual: Any) -> "Fields":
+        """The same under other keys too, `words[key]`, and with what is `usual` where there is nothing else."""
+        there = {key: value for key, value in self._values.items() if value is not None}
+        renamed = {word: there[key] for key, word in words.items() if key in there}
+        return Fields(self.path, {**usual, **there, **renamed}, self._prefix)
+
     def section(self, key: str) -> "Fields":
         """The fields of an object within this one; no fields if it is absent."""
         values = self._get(key, {}, "an object", _is(dict))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError
+from warmfront.shared.model.architecture import Attention
 from warmfront.shared.model.formats import BLOCK, Kind, finite, pack, row_bytes
 from warmfront.shared.model.spec import ModelSpec
 
@@ -24,6 +25,7 @@ __all__ = [
     "SourceTensor",
     "TokenizerFiles",
     "end_ids",
+    "grouped_rows",
     "head_order",
     "padded",
 ]
@@ -116,12 +118,12 @@ class SourceTensor(ABC):
 
     def _pack(self, start: int, stop: int, kind: Kind) -> Bytes:
         """The same rows, packed; a reader whose blocks can be repacked without rounding overrides this."""
-        values = self._finite(start, stop)
+        values = self.widened(start, stop)
         missing = padded(self.shape[1]) - self.shape[1]
         return pack(np.pad(values, ((0, 0), (0, missing))) if missing else values, kind)
 
-    def _finite(self, start: int, stop: int) -> Floats:
-        """What `_widen` returns, checked before it is packed: rounding to bfloat16 could hide a NaN."""
+    def widened(self, start: int, stop: int) -> Floats:
+        """Rows start..stop, multiples of the step, as float32, checked: rounding to bfloat16 could hide a NaN."""
         values = self._widen(start, stop)
         self.check_finite(bool(np.isfinite(values).all()), Kind.F32)
         return values
@@ -137,7 +139,7 @@ class SourceTensor(ABC):
     @IGNORE_OVERFLOW
     def float32(self) -> Floats:
         """The whole tensor, dequantised."""
-        return np.array(self._finite(0, self.shape[0]), np.float32)
+        return np.array(self.widened(0, self.shape[0]), np.float32)
 
     @IGNORE_OVERFLOW
     def packed(self, kind: Kind) -> Bytes:
@@ -203,6 +205,12 @@ def head_order(head_dim: int, rotated: int) -> Order:
     """
     pairs = np.arange(rotated).reshape(2, -1).T.reshape(-1)
     return np.concatenate((pairs, np.arange(rotated, head_dim)))
+
+
+def grouped_rows(attention: Attention, part: str) -> Order:
+    """The rows of q, k or v in one matrix that has, for each head of keys, its queries, the key, the value."""
+    rows = np.arange(attention.q_rows + 2 * attention.kv_rows).reshape(attention.kv_heads, -1, attention.head_dim)
+    return {"q": rows[:, :-2], "k": rows[:, -2], "v": rows[:, -1]}[part].reshape(-1)
 
 
 def padded(size: int) -> int:

@@ -25,9 +25,9 @@ from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
-from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
-from warmfront.shared.model.store import PackedModel
+from warmfront.shared.model.store import PackedModel, layout_of
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
@@ -122,13 +122,14 @@ class PackingPlan:
         # All bundles have the same layout, so their rows have the widest type of any layer.
         widest = {part: min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers) for part in neurons}
         down, gate = widest.pop("down"), min(widest.values())
-        self.layout = BundleLayout(hidden=spec.hidden, ffn=spec.ffn, gate_kind=gate, down_kind=down)
+        self.layout = layout_of(spec, gate, down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: Shapes = {}
         published = dict(file_shapes(spec))
         for name, (rows, *cols) in published.items():
             if cols and name.rpartition(".")[2] not in neurons:
-                self.kinds[name] = _kind(source.tensor(name), dtype)
+                # A row of positions is added to every token: it is not rounded, and costs next to nothing.
+                self.kinds[name] = _kind(source.tensor(name), "auto" if name == "positions" else dtype)
                 self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], *cols)))
         if spec.predictor is not None:
             for i in layers:
@@ -140,14 +141,16 @@ class PackingPlan:
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
                     if part in spec.predictor.biases:
                         self.shapes[f"{name}.bias"] = ("F32", (rows,))
-        self.shapes |= {name: ("F32", published[name]) for name in sorted(published) if len(published[name]) == 1}
+        in_bundles = tuple(f".{part}.bias" for part in self.layout.biases)
+        vectors = sorted(name for name, shape in published.items() if len(shape) == 1 and not name.endswith(in_bundles))
+        self.shapes |= {name: ("F32", published[name]) for name in vectors}
         self._tokenizer = b"" if source.tokenizer is None else pack_tokenizer(source.tokenizer.json)
         if self._tokenizer:
             self.shapes["tokenizer"] = ("U8", (len(self._tokenizer),))
         for i in layers:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
         # Behind the layers, from which it is found out.
-        self.shapes["largest"] = ("F32", (3 * spec.layers,))
+        self.shapes["largest"] = ("F32", (spec.layers * len(neurons),))
         self._largest: list[float] = []
 
     def size(self, name: str) -> int:
@@ -189,6 +192,12 @@ class PackingPlan:
             if kind != Kind.Q4C:
                 self._largest.append(largest(rows, kind, layout.hidden))
             bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)
+            if at := layout.bias_offset(part):
+                biases = np.zeros(layout.groups * GROUP, np.float32)
+                biases[: layout.ffn] = self.source.tensor(f"{layer}.{part}.bias").float32()
+                bundles[:, :, at : at + 4] = biases.view(np.uint8).reshape(layout.groups, GROUP, 4)
+                # As if it were the weight of one more feature, which is 1 (`kernels/exact_sums.py`).
+                self._largest[-1] = max(self._largest[-1], float(np.abs(biases).max()))
         if layout.down_kind == Kind.Q4C:
             scales = self.source.tensor(f"{layer}.down").column_scales()
             self._largest.append(largest_of_blocks(scales[:, 0], scales[:, 1]))

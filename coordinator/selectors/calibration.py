@@ -33,6 +33,14 @@ def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
     return np.asarray(np.linalg.norm(q * scale[:, None] + minimum[:, None], axis=2).reshape(-1), np.float32)
 
 
+def _biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
+    """float32 [groups * 32]: the bias at `offset` of each neuron's bundle; offset 0: none."""
+    bundles = groups[:, : model.layout.tail_offset].reshape(-1, model.layout.bundle_bytes)
+    if offset == 0:
+        return np.zeros(len(bundles), np.float32)
+    return np.ascontiguousarray(bundles[:, offset : offset + 4]).view(np.float32)[:, 0]
+
+
 def _magnitudes(feed_forward: FeedForward, gates: Floats, ups: Floats) -> Floats:
     """|h| of neurons with these gates and ups, in a model whose activation is sparse."""
     fires = gates > feed_forward.closed
@@ -46,7 +54,11 @@ def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats)
     """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||; what its copy
     scores; and by how much the gate is above that score."""
     groups = groups_of(model, layer)
-    gates, ups = (x @ rows_of(model, groups, offset).T for offset in (0, model.layout.up_offset))
+    layout = model.layout
+    gates = x @ rows_of(model, groups, 0).T + _biases(model, groups, layout.gate_bias_offset)
+    ups = np.ones_like(gates)
+    if layout.gated:
+        ups = x @ rows_of(model, groups, layout.up_offset).T + _biases(model, groups, layout.up_bias_offset)
     mass = _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups)
     packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
     scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T

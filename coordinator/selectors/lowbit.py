@@ -109,7 +109,7 @@ def groups_of(model: PackedModel, layer: int) -> Bytes:
 
 
 def rows_of(model: PackedModel, groups: Bytes, offset: int) -> Floats:
-    """Gate rows (offset 0) or up rows of all neurons."""
+    """Gate rows (offset 0; without a gate, the up rows) or up rows of all neurons."""
     layout = model.layout
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
     return unpack(bundles[:, offset : offset + layout.gate_row_bytes], layout.gate_kind, layout.hidden)

@@ -9,7 +9,8 @@ The unit is a power of two, the smallest with which nothing can overflow: with a
 gate and no up exceeds a times the largest magnitude in its matrix, no activation that of its gate (squared ReLU: of its
 gate's square), and a column adds `neurons` products of the two with a weight of the down matrix. Real sums are some
 2^25 times smaller than that bound (with squared ReLU 2^33: a gate is some 2^8 times smaller than its bound), so the
-unit is about 2^-36 (2^-28) of them, where float32 resolves 2^-24. All factors carry 1 / unit: no step is added.
+unit is about 2^-36 (2^-28) of them, where float32 resolves 2^-24. All factors carry 1 / unit: no step is added. A bias
+of gate or up counts as the weight of one more feature, whose magnitude is 1.
 """
 
 from typing import Any

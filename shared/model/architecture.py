@@ -38,7 +38,7 @@ NORMS = ("rms", "layer")
 # Exactly zero for gates up to zero, or up to a threshold: a neuron whose gate is closed need not be computed.
 _SPARSE_ACTIVATIONS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 _QK_NORMS = ("head", "whole")
-_PLACEMENTS = ("pre", "post", "sandwich")
+_PLACEMENTS = ("pre", "post", "sandwich", "sum")
 _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
 # Sizes are `int` in the CUDA kernels.
@@ -51,15 +51,20 @@ _HEAD_STEP = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """The norms of all blocks and the one before the head; each has a weight."""
+    """The norms of all blocks and, mostly, one before the head; each has a weight."""
 
     # One of NORMS.
     kind: str = "rms"
     # Added to the mean square, or to the variance.
     epsilon: float
-    # Where a block is normed: its input ("pre"), its output ("post"), or both ("sandwich").
+    # Where a block is normed: its input ("pre"), its output ("post"), both ("sandwich"), or the residual that its
+    # output has been added to ("sum").
     placement: str = "pre"
     bias: bool = False
+    # Whether attention and feed-forward, of a parallel residual, have one norm together.
+    shared: bool = False
+    # Whether there is one before the head.
+    final: bool = True
 
     def __post_init__(self) -> None:
         _check_name("norm", self.kind, NORMS)
@@ -218,7 +223,8 @@ class Experts:
 class FeedForward:
     """The feed-forward of every layer.
 
-    Gated: down . (activation(gate . x) * (up . x)), with dReLU relu(up . x). Else: down . activation(up . x).
+    Gated: down . (activation(gate . x) * (up . x)), with dReLU relu(up . x). Else: down . activation(up . x). Each
+    product may have a bias.
     """
 
     gated: bool = True
@@ -244,6 +250,11 @@ class FeedForward:
     def matrices(self) -> tuple[str, ...]:
         """The matrices of a layer, in the order of a neuron's bundle."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
+
+    @property
+    def neuron_biases(self) -> tuple[str, ...]:
+        """Which of gate and up have a bias: a number of each neuron, where that of down has one of each output."""
+        return tuple(part for part in self.biases if part != "down")
 
     @property
     def activation_code(self) -> int:
@@ -300,6 +311,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         _check_name("residual", self.residual, _RESIDUALS)
+        if self.norm.shared and (self.residual == "serial" or self.norm.placement in ("post", "sum")):
+            raise ValueError(
+                f"attention and feed-forward cannot share a norm with a {self.residual} residual and norms "
+                f"'{self.norm.placement}'"
+            )
         _check_positive("embedding scale", self.embedding_scale)
         _check_positive("residual scale", self.residual_scale)
         _check_positive("logit scale", self.logit_scale)

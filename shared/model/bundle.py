@@ -2,12 +2,16 @@
 
     layer   = groups x group                   the last group is padded with all-zero neurons
     group   = 32 x bundle | tail               the unit that is owned, stored and moved
-    bundle  = [gate row | up row | down row | zeros up to a multiple of 64 bytes]
+    bundle  = [gate row | up row | biases | down row | zeros up to a multiple of 64 bytes]
     tail    = with down rows of type Q4C: [float16 scale, float16 minimum] of each column, for the 32 down rows
               together: hidden scales, hidden minima, zeros up to a multiple of 64 bytes; else nothing
 
 Gate and up rows are of `gate_kind`; the down row, the neuron's column of W_down, is of `down_kind`. A row is
 packed as in `formats.py`. Computing a neuron: h = activation(gate . x) * (up . x), FFN(x) = sum over h * down.
+
+Without a gate the up row has its place, and all that is said of gates, for h = activation(up . x): computing such a
+neuron is computing one whose up is 1. Biases are float32, of gate and of up where there are any, behind the rows that
+they are added to; the down row then starts at a multiple of 64 bytes.
 """
 
 from dataclasses import dataclass
@@ -39,6 +43,10 @@ class BundleLayout:
     gate_kind: Kind
     # Weight type of down rows.
     down_kind: Kind
+    # Whether there are gate rows.
+    gated: bool = True
+    # Which of gate and up have a bias.
+    biases: tuple[str, ...] = ()
 
     @property
     def gate_row_bytes(self) -> int:
@@ -57,18 +65,36 @@ class BundleLayout:
 
     @property
     def rest_bytes(self) -> int:
-        """What else is read of a neuron that is computed whole: its up and its down row."""
-        return self.gate_row_bytes + self.down_row_bytes
+        """What else is read of a neuron that is computed whole: its up row, if it has a gate, and its down row."""
+        return self.up_offset + self.down_row_bytes
 
     @property
     def up_offset(self) -> int:
-        """Where the up row starts in a bundle (the gate row starts at 0)."""
-        return self.gate_row_bytes
+        """Where the up row starts in a bundle: behind the gate row, which starts at 0."""
+        return self.gate_row_bytes if self.gated else 0
+
+    def bias_offset(self, part: str) -> int:
+        """Where a neuron's bias of gate or up starts in its bundle, at a multiple of 4; 0 if there is none."""
+        if part not in self.biases:
+            return 0
+        return -(-(self.up_offset + self.gate_row_bytes) // 4) * 4 + 4 * self.biases.index(part)
+
+    @property
+    def gate_bias_offset(self) -> int:
+        """The same of the row that the activation takes, which without a gate is the up row."""
+        return self.bias_offset("gate" if self.gated else "up")
+
+    @property
+    def up_bias_offset(self) -> int:
+        """The same of the up row beside a gate row."""
+        return self.bias_offset("up") if self.gated else 0
 
     @property
     def down_offset(self) -> int:
         """Where the down row starts in a bundle."""
-        return 2 * self.gate_row_bytes
+        if not self.biases:
+            return self.up_offset + self.gate_row_bytes
+        return _padded(self.bias_offset(self.biases[-1]) + 4)
 
     def place_of(self, part: str) -> tuple[int, Kind]:
         """Where a neuron's row of `part` (gate, up or down) starts in its bundle, and the row's weight type."""

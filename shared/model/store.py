@@ -1,14 +1,16 @@
 """The packed model: one safetensors file in the cache, ready to be read into place.
 
 Tensors:
-    embed, head, layers.{i}.{q,k,v,o}    U8 [rows, row_bytes]: packed rows (`formats.py`); head is absent when tied
+    embed, head, positions,              U8 [rows, row_bytes]: packed rows (`formats.py`); head is absent when tied,
+    layers.{i}.{q,k,v,o}                 positions unless they are learned
     layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
     layers.{i}.{fc1,fc2}.bias            F32 [r], [32 * groups], where predictors have them
     norm, layers.{i}.{attn_norm,ffn_norm,...}, ...bias    F32 [n]
-    largest                              F32 [3 * layers]: no weight of gate, up, down of a layer is larger in magnitude
+    largest                              F32 [layers * matrices]: no weight of gate (if there is one), up and down of a
+                                         layer is larger in magnitude, nor a bias of gate and up
     tokenizer                            U8 [n]: `coordinator/models/packed_tokenizer.py` (absent if the model had none)
     profile                              U16 [layers, segments, neurons]: how often each neuron fired, by segment of the
                                          text that was counted (absent until then; `profile/counts.py`)
@@ -56,10 +58,10 @@ from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import layer_shapes, top_shapes
 
-__all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
+__all__ = ["FORMAT", "Entry", "PackedModel", "layout_of", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
-FORMAT = "warmfront-8"
+FORMAT = "warmfront-9"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 
@@ -104,6 +106,19 @@ def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
     return np.append(words, end.view(np.uint64).sum())
 
 
+def layout_of(spec: ModelSpec, gate_kind: Kind, down_kind: Kind) -> BundleLayout:
+    """The layout of a model's bundles with rows of these types."""
+    feed_forward = spec.architecture.feed_forward
+    return BundleLayout(
+        hidden=spec.hidden,
+        ffn=spec.ffn,
+        gate_kind=gate_kind,
+        down_kind=down_kind,
+        gated=feed_forward.gated,
+        biases=feed_forward.neuron_biases,
+    )
+
+
 class PackedModel:
     """An open packed model; a context manager.
 
@@ -130,12 +145,7 @@ class PackedModel:
             self.order: str = metadata.get("order", "")
             self.plausible = [str(name) for name in json.loads(metadata.get("plausible", "[]"))]
             self.profile: dict[str, Any] = json.loads(metadata.get("profile", "{}"))
-            self.layout = BundleLayout(
-                hidden=self.spec.hidden,
-                ffn=self.spec.ffn,
-                gate_kind=Kind(kinds["gate"]),
-                down_kind=Kind(kinds["down"]),
-            )
+            self.layout = layout_of(self.spec, Kind(kinds["gate"]), Kind(kinds["down"]))
             self.entries: dict[str, Entry] = {}
             first = 0
             for name, fields in header.items():
@@ -178,7 +188,8 @@ class PackedModel:
 
     def _check_shapes(self) -> None:
         """Raise ValueError unless the tensors are as large as the spec says: compiled code relies on it."""
-        top, parts = top_shapes(self.spec) | {"largest": (3 * self.spec.layers,)}, layer_shapes(self.spec)
+        matrices = len(self.spec.architecture.feed_forward.matrices)
+        top, parts = top_shapes(self.spec) | {"largest": (self.spec.layers * matrices,)}, layer_shapes(self.spec)
         for name, entry in self.entries.items():
             *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
             shape: tuple[int, ...] | None = (parts if layer else top).get(part)
@@ -253,7 +264,7 @@ class PackedModel:
     @cached_property
     def reach(self) -> npt.NDArray[np.float64]:
         """Float64 [layers]: neurons times the largest magnitudes in gate, up and down (`exact_sums.inverse_unit`)."""
-        largest = self.floats("largest").astype(np.float64).reshape(-1, 3)
+        largest = self.floats("largest").astype(np.float64).reshape(self.spec.layers, -1)
         squared = largest[:, 0] if self.spec.architecture.feed_forward.activation == "relu2" else 1
         return np.asarray(self.spec.ffn * largest.prod(1) * squared)
 

@@ -10,12 +10,8 @@ __all__ = ["check_supported"]
 
 # Words (plural if they end in s) and how to tell. A feature that all passes and workers compute leaves this table.
 _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
-    ("learned positions", lambda a: a.positions.learned_offset is not None),
-    ("no position encoding", lambda a: not a.positions.rotary and a.positions.learned_offset is None),
     ("attention sinks", lambda a: a.attention.sinks),
     ("parallel residual with post-norm", lambda a: a.residual == "parallel" and a.norm.placement != "pre"),
-    ("ungated feed-forward", lambda a: not a.feed_forward.gated),
-    ("feed-forward biases", lambda a: bool(a.feed_forward.biases)),
     ("mixture of experts (MoE)", lambda a: a.feed_forward.experts is not None),
 )
 

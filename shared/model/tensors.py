@@ -2,9 +2,11 @@
 
 embed                          [vocab, hidden]
 head                           [vocab, hidden], absent when it is the embedding
-norm                           [hidden]
-layers.{i}.attn_norm, .ffn_norm                        [hidden]; absent where blocks are normed at their output only
-layers.{i}.attn_post_norm, .ffn_post_norm              [hidden], where blocks are normed at their output
+positions                      [offset + context, hidden], where positions are learned
+norm                           [hidden], where there is one before the head
+layers.{i}.attn_norm, .ffn_norm                        [hidden]; absent where blocks are normed behind their input only;
+                                                       no ffn_norm where attn_norm is that of both
+layers.{i}.attn_post_norm, .ffn_post_norm              [hidden], where blocks are normed at their output, or behind it
 layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
 layers.{i}.q_norm, .k_norm     [head_dim] or, of whole vectors, [heads or kv_heads * head_dim], with q/k norm
 layers.{i}.o                   [hidden, heads * head_dim]
@@ -27,10 +29,15 @@ Shape = tuple[int, ...]
 
 def top_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of each tensor outside the layers."""
+    architecture = spec.architecture
     shapes: dict[str, Shape] = {"embed": (spec.vocab, spec.hidden)}
-    if not spec.architecture.tied_head:
+    if not architecture.tied_head:
         shapes["head"] = (spec.vocab, spec.hidden)
-    return shapes | _with_bias("norm", (spec.hidden,), spec.architecture.norm.bias)
+    if architecture.positions.learned_offset is not None:
+        shapes["positions"] = (architecture.positions.learned_offset + spec.context, spec.hidden)
+    if architecture.norm.final:
+        shapes |= _with_bias("norm", (spec.hidden,), architecture.norm.bias)
+    return shapes
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
@@ -39,7 +46,7 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     attention, feed_forward = spec.architecture.attention, spec.architecture.feed_forward
     rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows, "gate": spec.ffn, "up": spec.ffn}
     cols = {"o": attention.q_rows, "down": spec.ffn}
-    before = _with_bias("norm", (hidden,), norm.bias) if norm.placement != "post" else {}
+    before = _with_bias("norm", (hidden,), norm.bias) if norm.placement in ("pre", "sandwich") else {}
     behind = _with_bias("post_norm", (hidden,), norm.bias) if norm.placement != "pre" else {}
     shapes = {f"attn_{part}": shape for part, shape in before.items()}
     for part in ("q", "k", "v", "o"):
@@ -49,7 +56,8 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     elif attention.qk_norm == "whole":
         shapes |= {"q_norm": (attention.q_rows,), "k_norm": (attention.kv_rows,)}
     shapes |= {f"attn_{part}": shape for part, shape in behind.items()}
-    shapes |= {f"ffn_{part}": shape for part, shape in before.items()}
+    if not norm.shared:
+        shapes |= {f"ffn_{part}": shape for part, shape in before.items()}
     for part in feed_forward.matrices:
         shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in feed_forward.biases)
     return shapes | {f"ffn_{part}": shape for part, shape in behind.items()}

@@ -68,8 +68,8 @@ class Case:
         shape = (layout.groups * GROUP, layout.hidden)
         groups = np.zeros((layout.groups, layout.group_bytes), np.uint8)
         bundles = groups[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
-        kinds = (layout.gate_kind, layout.gate_kind, layout.down_kind)
-        for offset, kind in zip((0, layout.up_offset, layout.down_offset), kinds, strict=True):
+        places = [layout.place_of(part) for part in (("gate", "up", "down") if layout.gated else ("up", "down"))]
+        for offset, kind in places:
             if kind == Kind.Q4C:
                 rows = rng.integers(0, 256, (shape[0], layout.hidden // 2), dtype=np.uint8)
                 tail = rng.normal(size=(layout.groups, 2 * layout.hidden), scale=0.02).astype(np.float16)
@@ -77,6 +77,9 @@ class Case:
             else:
                 rows = pack(rng.normal(size=shape, scale=0.1).astype(np.float32), kind)
             bundles[:, :, offset : offset + rows.shape[1]] = rows.reshape(layout.groups, GROUP, -1)
+        for part in layout.biases:
+            biases = rng.normal(size=(layout.groups, GROUP, 1)).astype(np.float32)
+            bundles[:, :, layout.bias_offset(part) :][:, :, :4] = biases.view(np.uint8)
         x = rng.normal(size=(tokens, layout.hidden)).astype(np.float32)
         return cls(layout, activation, groups, x)
 
@@ -94,13 +97,20 @@ class Case:
             self._decoded[offset] = rows.reshape(layout.groups, GROUP, layout.hidden)
         return self._decoded[offset][picked].reshape(-1, self.layout.hidden)
 
+    def _biases(self, picked: list[int], offset: int) -> Doubles | float:
+        bundles = self.groups[picked, : self.layout.tail_offset].reshape(-1, self.layout.bundle_bytes)
+        return bundles[:, offset : offset + 4].copy().view(np.float32)[:, 0].astype(np.float64) if offset else 0.0
+
     def expect(
         self, picked: list[int], sparse: bool, chosen: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Doubles, npt.NDArray[np.bool_]]:
         """The output of the picked groups (of their `chosen` neurons), and who was computed: [tokens, neurons]."""
         layout, x = self.layout, self.x.astype(np.float64)
-        gates = x @ self._rows(picked, 0, layout.gate_kind).T
-        ups = x @ self._rows(picked, layout.up_offset, layout.gate_kind).T
+        gates = x @ self._rows(picked, 0, layout.gate_kind).T + self._biases(picked, layout.gate_bias_offset)
+        ups = np.ones_like(gates)
+        if layout.gated:
+            ups = x @ self._rows(picked, layout.up_offset, layout.gate_kind).T
+            ups += self._biases(picked, layout.up_bias_offset)
         visited = np.ones(gates.shape, bool) if chosen is None else np.broadcast_to(chosen, gates.shape)
         if sparse:
             visited = visited & firing(self.activation, gates, ups)

@@ -29,6 +29,10 @@ PAIRS = [(kind, kind) for kind in Kind if kind != Kind.Q4C] + [
 ]
 
 
+# Neurons without a gate, and with biases.
+SHAPES = [(False, (), "gelu"), (False, ("up",), "relu"), (True, ("up",), "silu"), (True, ("gate", "up"), "drelu")]
+
+
 def layout_of(gate: Kind, down: Kind, groups: int) -> BundleLayout:
     return BundleLayout(hidden=288, ffn=groups * 32, gate_kind=gate, down_kind=down)
 

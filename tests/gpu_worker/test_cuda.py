@@ -13,6 +13,7 @@ from tests.activations import NAMES, SPARSE
 from tests.gpu_worker.conftest import execute_many, to_panels
 from tests.gpu_worker.devices import (
     PAIRS,
+    SHAPES,
     MakeCase,
     assert_close,
     check,
@@ -44,6 +45,14 @@ def test_kernels_on_cpu(
     # 21 groups, 11 of them picked: two segments, one of which has fewer groups than warps.
     check(device, random_case(layout_of(gate, down, 21), activation, 2), sparse)
     assert "runtime error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("gated", "biases", "activation"), SHAPES)
+def test_other_neurons_on_cpu(
+    random_case: MakeCase, cpu_cupy: ModuleType, gated: bool, biases: tuple[str, ...], activation: str
+) -> None:
+    layout = replace(layout_of(Kind.Q8, Kind.Q4C, 5), gated=gated, biases=biases)
+    check(CudaDevice(0), random_case(layout, activation, 17), activation in SPARSE)
 
 
 @pytest.mark.parametrize("activation", NAMES)

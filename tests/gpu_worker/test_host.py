@@ -4,6 +4,7 @@ Run: pytest tests/gpu_worker/test_host.py
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from tests.activations import NAMES, described
 from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panels, to_panels
+from tests.gpu_worker.devices import SHAPES
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
@@ -65,6 +67,19 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
         sums = np.full_like(panels, np.nan)
         assert execute_many(device, np.array(picked, np.int32) + 2, panels, tokens, sums)[0] == visited.sum()
         assert_close(from_panels(sums, tokens), expected, 1e-5 if gate == down == Kind.F32 else BFLOAT)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("gated", "biases", "activation"), SHAPES)
+def test_other_neurons(
+    random_case: MakeCase, gated: bool, biases: tuple[str, ...], activation: str, sparse: bool
+) -> None:
+    case = random_case(replace(layout_of(Kind.F16, Kind.F16), gated=gated, biases=biases), activation, 3)
+    out = np.empty_like(case.x)
+    computed, _ = execute(filled(case), np.arange(2, 9, dtype=np.int32), case.x, sparse, out)
+    expected, visited = case.expect(list(range(7)), sparse)
+    assert_close(out, expected)
+    assert computed == visited.sum()
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -3,6 +3,7 @@
 pytest tests/integration/test_families.py
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.family_models import MODELS, write_family_gguf
 from tests.integration.command import needs_two_cores
@@ -17,6 +19,7 @@ from tests.integration.gpu import Restless, budget_for, watch
 from tests.integration.reference import all_logits, choices, llama_from_folder
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
+from warmfront.shared.model.formats import Kind, pack, unpack
 
 Make = Callable[..., Path]
 PROMPT = [5, 17, 200, 42, 101, 7, 250, 33]
@@ -68,8 +71,9 @@ def fields_of(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, f"{value:.5g}" if isinstance(value, float) else value
 
 
-# GGUF has no word for the windows of a Qwen2, other places of a Gemma's windows, or another scale of its scores.
-FOLDER_ONLY = ("qwen2 windows", "gemma2 scale", "gemma3 linear")
+# GGUF has no word for the windows of a Qwen2, other places of a Gemma's windows, or another scale of its scores; and
+# there are no files of OPTs with norms behind the blocks or without weights, nor of Falcons that are serial.
+FOLDER_ONLY = ("qwen2 windows", "gemma2 scale", "gemma3 linear", "opt plain", "opt behind", "falcon serial")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FOLDER_ONLY])
@@ -83,7 +87,28 @@ def test_the_gguf_is_the_folder(tiny_family: Make, tmp_path: Path, name: str) ->
     assert set(fields_of(asdict(ours.spec))) == set(fields_of(asdict(theirs.spec)))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_a_falcon_of_powerinfer(tiny_family: Make, tmp_path: Path) -> None:
+    folder = tiny_family("falcon")
+    ours, theirs = open_source(write_family_gguf(folder, tmp_path / "model.gguf", "powerinfer")), open_source(folder)
+    assert ours.spec.activation == "relu"
+    for tensor in theirs.names():
+        np.testing.assert_array_equal(ours.tensor(tensor).float32(), theirs.tensor(tensor).float32(), tensor)
+
+
+def test_sparkinfer_leaves_out_the_rows_before_the_positions(tiny_family: Make, tmp_path: Path) -> None:
+    folder = tiny_family("opt")
+    files = [
+        write_family_gguf(folder, tmp_path / f"{dialect}.gguf", dialect) for dialect in ("powerinfer", "sparkinfer")
+    ]
+    theirs, ours = map(open_source, files)
+    assert ours.spec.architecture.positions.learned_offset == 0
+    assert ours.spec.context == theirs.spec.context
+    for name in theirs.names():
+        rows = slice(2, None) if name == "positions" else slice(None)
+        np.testing.assert_array_equal(ours.tensor(name).float32(), theirs.tensor(name).float32()[rows], name)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "opt behind", "falcon new"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -95,8 +120,49 @@ def test_the_gguf_is_the_folder(tiny_family: Make, tmp_path: Path, name: str) ->
 def test_on_several_workers(
     tiny_family: Make, name: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_family(name)
+    folder = tiny_family(name, seed=1)
     with Engine.load(str(folder), dtype="f32", **overrides) as engine:
         if "gpu" in overrides:
             watch(engine, Restless(), monkeypatch)
         assert_says_the_same(engine, llama_from_folder(folder))
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon new"])
+def test_neurons_without_a_gate_that_do_not_fire_are_left_out(tiny_family: Make, name: str) -> None:
+    """By `exact`, which is the default, without a difference; `lowbit` may miss some."""
+    folder = tiny_family(name)
+    for selector, low, high in (("all", 1, 1), ("exact", 0.2, 0.8), ("lowbit", 0.2, 0.8)):
+        with Engine.load(str(folder), dtype="f32", selector=selector) as engine:
+            if selector == "lowbit":
+                assert len([*engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)]) == NEW_TOKENS
+            else:
+                assert_answers_the_same(engine, llama_from_folder(folder))
+            active = engine.statistics.active_fraction(engine.statistics.workers())
+            assert active is not None
+            assert low <= active <= high
+
+
+def rounded(folder: Path, kind: Kind) -> Any:
+    """The model of a folder with its matrices, but for learned positions, rounded as they are packed: by rows of
+    inputs, and the last one of a feed-forward by neurons."""
+    model = llama_from_folder(folder)
+    by_column = re.compile(r"(fc2|dense_4h_to_h|c_attn|attn.c_proj|c_fc)\.weight$")
+    for name, values in model.state_dict().items():
+        if values.dim() == 2 and not re.search(r"wpe|positions|lm_head", name):
+            rows = values.T if by_column.search(name) else values
+            exact = unpack(pack(rows.contiguous().numpy(), kind), kind, rows.shape[1])
+            rows.copy_(torch.from_numpy(exact))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("opt", "f16"), ("opt", "bf16"), ("opt", "q8"), ("opt", "q4"), ("gpt2", "q4"), ("falcon new", "q8")],
+)
+def test_narrower_weights(tiny_family: Make, name: str, dtype: str) -> None:
+    """Token by token, for prompts are rounded to bytes or bfloat16 where the machine multiplies these."""
+    folder = tiny_family(name)
+    model = rounded(folder, Kind.Q4S if dtype == "q4" else Kind[dtype.upper()])
+    with Engine.load(str(folder), dtype=dtype, kv="f32") as engine:
+        ours, theirs = np.stack(list(engine.forced_logits(LONG[:24], 1))), all_logits(model, LONG[:24])
+        assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()

@@ -65,6 +65,7 @@ class GgufSource:
         if fields.count(f"{architecture}.expert_count", 0, low=0) > 0:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
         tensors = _joined(files)
+        self._family = self._family.named(tensors, GGUF)
         self._dialect = _dialect(file.powerinfer, tensors, architecture, fields)
         self.activations = in_gguf(fields, self._dialect)
         # Whether `down` has a row for each neuron.

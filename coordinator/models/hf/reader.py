@@ -13,27 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.models.activations import in_config
-from warmfront.coordinator.models.families import FAMILIES, HF, Cuts, pair_order, part_of
+from warmfront.coordinator.models.families import FAMILIES, HF, pair_order, part_of
 from warmfront.coordinator.models.fields import faults_of
 from warmfront.coordinator.models.hf.folder import folder_name, read_weights
+from warmfront.coordinator.models.hf.made_tensors import Ones, Projected
 from warmfront.coordinator.models.hf.predictors import INNER, read_predictors
 from warmfront.coordinator.models.hf.refusals import checked_config
 from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
-from warmfront.coordinator.models.source import Order, SourceTensor
+from warmfront.coordinator.models.source import Order, SourceTensor, grouped_rows
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import unpack
-from warmfront.shared.model.tensors import file_shapes
+from warmfront.shared.model.tensors import file_shapes, layer_shapes
 
 __all__ = ["HfSource"]
 
 Floats = npt.NDArray[np.float32]
 
-# Prefix of all tensors but the head, in a model saved with its head.
-BASE = "model."
 # Buffers that older versions of transformers saved; their values follow from config.json.
-HARMLESS = ".rotary_emb.inv_freq"
+HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # Rows of each of two matrices that are read at a time.
 ROWS_COMPARED = 1024
 
@@ -49,10 +48,16 @@ class HfSource:
         self._family = FAMILIES[config.text("model_type")]
         with faults_of(folder):
             self.spec = self._family.hf(config, folder_name(folder))
+        # Norms without weights multiply by one (OPT).
+        self._ones = not config.flag("layer_norm_elementwise_affine", True)
         stored = self._read()
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
-        self._tensors = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
+        self._tensors: dict[str, SourceTensor] = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
+        if self._ones:
+            self._tensors |= {name: Ones(shape) for name, shape in file_shapes(self.spec) if name.endswith("norm")}
+        for name, projection in self._projections.items():
+            self._tensors[name] = Projected(self._tensors[name], projection)
         predictor, matrices = read_predictors(folder, self._inner, self.spec)
         self.spec = replace(self.spec, predictor=predictor)
         self._tensors |= {name: HfTensor(tensor) for name, tensor in matrices.items()}
@@ -72,15 +77,27 @@ class HfSource:
         """The model's tensors by our names; raises ModelError for one that is missing, unknown or of a wrong shape."""
         stored = read_weights(self.folder)
         head, embed = self._family.hf_name("head"), self._family.hf_name("embed")
-        if embed not in stored and embed.removeprefix(BASE) in stored:
+        base = embed.partition(".")[0] + "."
+        if embed not in stored and embed.removeprefix(base) in stored:
             # Saved by the base class of the model, which has no head.
-            stored = {name if name == head else f"{BASE}{name}": tensor for name, tensor in stored.items()}
+            stored = {name if name == head else f"{base}{name}": tensor for name, tensor in stored.items()}
+        self._family = self._family.named(stored, HF)
         self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
             stored.pop(head, None)
-        cuts = self._family.cuts(self.spec, HF)
-        tensors = {name: self._find(name, stored, shape, cuts) for name, shape in file_shapes(self.spec)}
+        self._projections = self._take_projections(stored)
+        if self._projections and self.spec.architecture.tied_head and embed in stored:
+            # The embedding and the head are two matrices, once they are projected.
+            stored[head] = stored[embed]
+            self._describe(tied_head=False)
+        self._cuts = self._family.cuts(self.spec, HF)
+        widths = {name: (len(matrix),) for name, matrix in self._projections.items()}
+        tensors = {
+            name: self._find(name, stored, (shape[0], *widths.get(name, shape[1:])))
+            for name, shape in file_shapes(self.spec)
+            if not (self._ones and name.endswith("norm"))
+        }
         known = {self._family.hf_name(name) for name in tensors}
         unknown = [name for name in stored if name not in known and not name.endswith(HARMLESS)]
         if unknown:
@@ -89,6 +106,18 @@ class HfSource:
                 f"{self.spec.layers} layers that config.json describes; such models are not supported"
             )
         return tensors
+
+    def _take_projections(self, stored: dict[str, StoredTensor[str]]) -> dict[str, Floats]:
+        """What embedding and head are to be multiplied with, [width, hidden] each; mostly nothing."""
+        names = [f"{name}.weight" for name in self._family.hf_projections or () if f"{name}.weight" in stored]
+        found, hidden = [stored.pop(name) for name in names], self.spec.hidden
+        if not found:
+            return {}
+        width = found[0].shape[-1]
+        shapes, known = [tensor.shape for tensor in found], all(tensor.type in KINDS for tensor in found)
+        if shapes != [(hidden, width), (width, hidden)] or not known:
+            raise ModelError(f"{self.folder}: {', '.join(names)} do not lead to {hidden} numbers and back")
+        return {"embed": HfTensor(found[0], transposed=True).float32(), "head": HfTensor(found[1]).float32()}
 
     def _is_tied(self, head: StoredTensor[str] | None, embed: StoredTensor[str] | None) -> bool:
         """Whether the embedding is the head. As in transformers, two that differ never are."""
@@ -103,52 +132,73 @@ class HfSource:
         self.notes.append("config.json ties the head to the embedding, but the weights differ: they are not tied")
         return False
 
-    def _find(
-        self, name: str, stored: Mapping[str, StoredTensor[str]], shape: tuple[int, ...], cuts: Cuts
-    ) -> StoredTensor[str]:
-        """The tensor, or the piece of a published one, that we call `name`."""
+    def _find(self, name: str, stored: Mapping[str, StoredTensor[str]], shape: tuple[int, ...]) -> StoredTensor[str]:
+        """The tensor, or the published one of which a part is what we call `name`."""
         published = self._family.hf_name(name)
         found = stored.get(published)
         if found is None:
             raise ModelError(f"{self.folder}: tensor {published} is missing; the model is incomplete")
-        first, rows = cuts.get(part_of(name), (0, shape[0]))
-        whole = (rows, *shape[1:])
+        _, rows = self._cuts.get(part_of(name), (0, shape[0]))
+        whole = (rows, *shape[1:])[:: -1 if self._is_turned(name) else 1]
         if found.shape != whole:
             raise ModelError(f"{found.path}: tensor {published} has shape {found.shape}, config.json says {whole}")
         if found.type not in KINDS:
             raise ModelError(
                 f"{found.path}: tensor {published} has type {found.type}; {', '.join(KINDS)} are supported"
             )
-        return found if rows == shape[0] else found.piece(first, shape[0])
+        return found
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether the file has [in, out] for a matrix [out, in]."""
+        return self._family.hf_turned and name.startswith("layers.") and not name.endswith(("norm", ".bias"))
 
     def _tensor(self, name: str, stored: StoredTensor[str]) -> "HfTensor":
-        order = pair_order(self.spec, name)
+        part, picked = part_of(name), None
+        if part in self._cuts:
+            first, _ = self._cuts[part]
+            picked = np.arange(first, first + layer_shapes(self.spec)[part][0])
+            if self._family.hf_grouped and part[0] in "qkv":
+                picked = grouped_rows(self.spec.architecture.attention, part[0])
         plus = 1 if self._family.norms_plus_one and name.endswith("norm") else 0
-        return HfTensor(stored, transposed=name.endswith(".down"), order=order, plus=plus)
+        transposed = name.endswith(".down") != self._is_turned(name)
+        return HfTensor(stored, transposed=transposed, order=pair_order(self.spec, name), plus=plus, picked=picked)
 
 
 class HfTensor(SourceTensor):
-    """A tensor of a safetensors file; if `transposed`, delivered so. `plus` is added to every number."""
+    """A tensor of a safetensors file; if `transposed`, delivered so. `plus` is added to every number.
+
+    `picked`: the rows of what would be delivered that are this tensor, in ascending order; None: all.
+    """
 
     def __init__(
-        self, stored: StoredTensor[str], *, transposed: bool = False, order: Order | None = None, plus: float = 0
+        self,
+        stored: StoredTensor[str],
+        *,
+        transposed: bool = False,
+        order: Order | None = None,
+        plus: float = 0,
+        picked: Order | None = None,
     ) -> None:
-        shape = stored.shape
+        rows, *cols = stored.shape[::-1] if transposed else stored.shape
         self._stored = stored
         self._transposed = transposed
         self._plus = np.float32(plus)
+        self._picked = picked
         label, step = f"{stored.path}: tensor {stored.name}", 1 if order is None else len(order)
-        super().__init__(label, shape[::-1] if transposed else shape, KINDS[stored.type], step=step, order=order)
+        shape = (rows if picked is None else len(picked), *cols)
+        super().__init__(label, shape, KINDS[stored.type], step=step, order=order)
 
     def _widen(self, start: int, stop: int) -> Floats:
+        picked = None if self._picked is None else self._picked[start:stop]
+        first, last = (start, stop) if picked is None else (int(picked[0]), int(picked[-1]) + 1)
         if self._transposed:
             size = ITEM_BYTES[self._stored.type]
-            return unpack(self._stored.columns(start * size, stop * size), self.kind, stop - start).T
-        if len(self.shape) == 1:
-            wide = unpack(self._stored.rows(), self.kind, self.shape[0])[0, start:stop] + self._plus
+            wide = unpack(self._stored.columns(first * size, last * size), self.kind, last - first).T
+        elif len(self.shape) == 1:
+            wide = unpack(self._stored.rows(), self.kind, self._stored.shape[0])[0, first:last] + self._plus
         else:
-            wide = unpack(self._stored.rows(start, stop), self.kind, self.shape[1])
-        return self._ordered(wide)
+            wide = unpack(self._stored.rows(first, last), self.kind, self.shape[1])
+        return self._ordered(wide if picked is None else wide[picked - first])
 
 
 def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:

@@ -7,16 +7,16 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.shared.kernels.activation import Activation, activation_of
-from warmfront.shared.kernels.atomics import bytes_at
+from warmfront.shared.kernels.atomics import bytes_at, floats_at
 from warmfront.shared.kernels.feed_forward.down_rows import TOGETHER
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles, interleave_down
 from warmfront.shared.kernels.fetching import ANNOUNCED, BUNDLES, GATE_ROWS, SCATTERED, Distances, usual_distances
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.tiles import in_tiles, interleave
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 
-__all__ = ["Bundles", "Vectors", "bundle_at", "bundles_at", "tile_group"]
+__all__ = ["Bundles", "Vectors", "add_biases", "bias_of", "bundle_at", "bundles_at", "tile_group"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -30,7 +30,11 @@ class Bundles(NamedTuple):
     bundle_bytes: int
     group_bytes: int
     tail_offset: int
-    up_offset: int
+    # Rows before the down row, 2, or 1 without a gate; their length; where their biases are, 0: nowhere.
+    rows: int
+    row_bytes: int
+    gate_bias: int
+    up_bias: int
     down_offset: int
     gate_kind: int
     down_kind: int
@@ -76,7 +80,10 @@ def bundles_at(
         bundle_bytes=layout.bundle_bytes,
         group_bytes=layout.group_bytes,
         tail_offset=layout.tail_offset,
-        up_offset=layout.up_offset,
+        rows=2 if layout.gated else 1,
+        row_bytes=layout.gate_row_bytes,
+        gate_bias=layout.gate_bias_offset,
+        up_bias=layout.up_bias_offset,
         down_offset=layout.down_offset,
         gate_kind=int(layout.gate_kind),
         down_kind=int(layout.down_kind),
@@ -97,23 +104,52 @@ def bundle_at(b: Bundles, slots: Ints, neuron: int) -> Any:
     return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
 
 
+@inlined
+def bias_of(at: int, offset: int) -> Any:
+    """The bias at `offset` of the bundle at `at`; with offset 0, which says that there is none, 0."""
+    return carray(floats_at(at + offset), (1,))[0] if offset != 0 else np.float32(0)
+
+
+@kernel
+def add_biases(b: Bundles, at: int, offset: int, out_at: int, panels: int, lanes: int) -> None:
+    """Add the biases at `offset` of the bundles of the group at `at` to float32 [panels, 32, lanes]."""
+    if offset == 0:
+        return
+    first, step = (GROUP * offset, 4) if b.tiled else (offset, b.bundle_bytes)
+    out = carray(floats_at(out_at), (panels, GROUP, lanes))
+    for neuron in range(GROUP):
+        bias = carray(floats_at(at + first + neuron * step), (1,))[0]
+        for panel in range(panels):
+            for lane in range(lanes):
+                out[panel, neuron, lane] += bias
+
+
+@kernel
+def _gather(group: npt.NDArray[np.uint8], step: int, offset: int, size: int, out_at: int) -> None:
+    """`size` bytes at `offset` of each bundle of a group, which are `step` bytes apart, one behind the other."""
+    out = carray(bytes_at(out_at), (GROUP, size))
+    for neuron in range(GROUP):
+        for i in range(size):
+            out[neuron, i] = group[neuron * step + offset + i]
+
+
 @kernel
 def tile_group(b: Bundles, at: int) -> None:
     """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail.
 
-    Gate and up rows of floats stay rows, one behind the other.
+    What begins at an offset in each bundle begins at 32 times that now: gate and up rows of floats stay rows, one
+    behind the other, biases floats.
     """
     kept = np.empty(b.tail_offset, np.uint8)
     group = carray(bytes_at(at), (b.tail_offset,))
     kept[:] = group
-    for part in range(2):
-        rows_at = at + part * GROUP * b.up_offset
-        for neuron in range(GROUP):
-            source = kept[neuron * b.bundle_bytes + part * b.up_offset :]
-            row = carray(bytes_at(rows_at + neuron * b.up_offset), (b.up_offset,))
-            for i in range(b.up_offset):
-                row[i] = source[i]
+    for part in range(b.rows):
+        rows_at = at + part * GROUP * b.row_bytes
+        _gather(kept, b.bundle_bytes, part * b.row_bytes, b.row_bytes, rows_at)
         if in_tiles(b.gate_kind):
             interleave(b.gate_kind, rows_at, GROUP, b.hidden)
+    for offset in (b.gate_bias, b.up_bias):
+        if offset != 0:
+            _gather(kept, b.bundle_bytes, offset, 4, at + GROUP * offset)
     down_at = at + GROUP * b.down_offset
     interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)

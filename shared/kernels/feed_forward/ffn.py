@@ -12,6 +12,9 @@ A list of slots says where the groups are; neuron i of the list is neuron i % 32
 neuron of a group computes all that are wanted of it, and adds their sum to exact sums (`exact_sums.py`) that belong to
 one thread: the bits of a layer's output do not depend on how its groups are shared out.
 
+A neuron without a gate has its up row where gates are, and is computed as one whose up is 1: by `exact` all up rows are
+read, and the down rows of those that fire.
+
 The neurons listed are those that any token of the batch wants: a neuron comes from memory once, and each token that
 wants it takes it in turn. The steps of a token's sums do not depend on the tokens beside it, so neither do its bits.
 """
@@ -24,7 +27,7 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import floats_at, longs_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, bundle_at
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, add_biases, bias_of, bundle_at
 from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
@@ -88,21 +91,24 @@ def whole_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch) -> 
     tokens, gates_at = batch.tokens, batch.scratch
     ups_at = gates_at + tokens * GROUP * 4
     inputs = Panels(batch.quantised, batch.quantised_row, tokens)
+    ups = carray(floats_at(ups_at), (tokens * GROUP,))
+    ups[:] = 1
     gates, inverse = carray(floats_at(gates_at), (tokens, GROUP)), carray(floats_at(batch.inverse), (tokens,))
     for i in range(low, high):
         at = bundle_at(b, slots, i * GROUP)
-        for part in range(2):
-            part_at, out_at = at + part * GROUP * b.up_offset, ups_at if part else gates_at
+        for part in range(b.rows):
+            part_at, out_at = at + part * GROUP * b.row_bytes, ups_at if part else gates_at
             if in_tiles(b.gate_kind):
                 for row in range(0, GROUP, TILE):
                     out = Panels(out_at + row * 4, GROUP * 4, tokens)
-                    multiply_tile(b.gate_kind, part_at + row * b.up_offset, b.hidden, inputs, out, b.ahead)
+                    multiply_tile(b.gate_kind, part_at + row * b.row_bytes, b.hidden, inputs, out, b.ahead)
             else:
                 products = carray(floats_at(out_at), (tokens, GROUP))
                 for row in range(GROUP):
-                    row_at = part_at + row * b.up_offset
+                    row_at = part_at + row * b.row_bytes
                     for token in range(tokens):
                         products[token, row] = _dot(b, row_at, batch, token, b.ahead if token == 0 else 0)
+            add_biases(b, at, b.up_bias if part else b.gate_bias, out_at, tokens, 1)
         for token in range(tokens):
             factors_at = gates_at + token * GROUP * 4
             activate_times(b.activation, factors_at, ups_at + token * GROUP * 4, GROUP)
@@ -134,6 +140,20 @@ def _dot(b: Bundles, row_at: int, batch: Batch, token: int, ahead: int) -> Any:
 
 
 @kernel
+def _gate(b: Bundles, at: int, batch: Batch, token: int, ahead: int) -> Any:
+    """The gate of the neuron at `at`."""
+    return _dot(b, at, batch, token, ahead) + bias_of(at, b.gate_bias)
+
+
+@kernel
+def _up(b: Bundles, at: int, batch: Batch, token: int, ahead: int) -> Any:
+    """The up of the neuron at `at`."""
+    if b.rows == 1:
+        return np.float32(1)
+    return _dot(b, at + b.row_bytes, batch, token, ahead) + bias_of(at, b.up_bias)
+
+
+@kernel
 def _list_at(b: Bundles, batch: Batch, token: int) -> int:
     """Where a token's list of down rows is."""
     return batch.scratch + token * (LIST_BYTES + 4 * b.hidden)
@@ -148,7 +168,7 @@ def _note_neuron(
     `ahead`: from `_later`. Returns False, if it may `skip` it, for one whose up does not fire.
     """
     list_at = _list_at(b, batch, token)
-    up = _dot(b, at + b.up_offset, batch, token, ahead[0])
+    up = _up(b, at, batch, token, ahead[0])
     if skip and not up_fires(b.activation, up):
         return False
     rows, aheads = carray(longs_at(list_at), (GROUP,)), carray(longs_at(list_at + AHEAD_AT), (GROUP,))
@@ -194,7 +214,7 @@ def listed_neurons(
             if selection.words[token, slot] & bit == 0:
                 continue
             # Whichever tokens want it: what is fetched twice comes from the cache.
-            gate = _dot(b, at, batch, token, ahead[0])
+            gate = _gate(b, at, batch, token, ahead[0])
             if selection.skip and not fires(b.activation, gate):
                 continue
             if _note_neuron(b, at, ahead, gate, batch, token, found[token], selection.skip):
@@ -219,7 +239,7 @@ def open_gates(b: Bundles, slots: Ints, low: int, high: int, batch: Batch, gates
         ahead = bundle_at(b, slots, min(neuron + b.gates_ahead, high - 1)) - at
         fired = False
         for token in range(batch.tokens):
-            gate = _dot(b, at, batch, token, ahead if token == 0 else 0)
+            gate = _gate(b, at, batch, token, ahead if token == 0 else 0)
             gates[count * batch.tokens + token] = gate
             fired |= fires(b.activation, gate)
         if fired:
@@ -256,6 +276,5 @@ def open_ups(b: Bundles, slots: Ints, opened: Ints, count: int, batch: Batch) ->
     """How many neurons of a list that `open_gates` made for one token have an up that fires too."""
     found = 0
     for i in range(count):
-        up_at = bundle_at(b, slots, opened[i]) + b.up_offset
-        found += up_fires(b.activation, _dot(b, up_at, batch, 0, 0))
+        found += up_fires(b.activation, _up(b, bundle_at(b, slots, opened[i]), batch, 0, 0))
     return found

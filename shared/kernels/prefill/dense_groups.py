@@ -8,7 +8,7 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times
 from warmfront.shared.kernels.atomics import address_of, floats_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundle_at
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, add_biases, bundle_at
 from warmfront.shared.kernels.feed_forward.down_rows import LIST_BYTES
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_bytes
 from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, in_pairs, pack_panels
@@ -90,15 +90,16 @@ def _keep(kind: int, at: int, inverse: int, panels: int, out: int, blocks: int) 
 
 @kernel
 def _gates_and_ups(b: Bundles, group_at: int, x_at: int, gates: Panels, up_at: int, scratch_at: int) -> None:
-    """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups."""
-    for part in range(2):
+    """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups, if they have any."""
+    for part in range(b.rows):
         out = Panels(up_at if part else gates.at, gates.step, gates.panels)
         if b.tiled:
-            rows = Rows(b.gate_kind, group_at + part * GROUP * b.up_offset, b.up_offset, b.hidden)
+            rows = Rows(b.gate_kind, group_at + part * GROUP * b.row_bytes, b.row_bytes, b.hidden)
             multiply_tokens(rows, GROUP, 0, GROUP, x_at, out, scratch_at)
         else:
-            rows = Rows(b.gate_kind, group_at + part * b.up_offset, b.bundle_bytes, b.hidden)
+            rows = Rows(b.gate_kind, group_at + part * b.row_bytes, b.bundle_bytes, b.hidden)
             multiply_tokens(rows, 0, 0, GROUP, x_at, out, scratch_at)
+        add_biases(b, group_at, b.up_bias if part else b.gate_bias, out.at, out.panels, LANES)
 
 
 @kernel
@@ -152,6 +153,9 @@ def dense_groups(
     blocks_at = input_at + 2 * panels * LANES * hidden
     factors_at = blocks_at + min(_BATCH, high - low) * panels * PANEL_BLOCK
     x_at = pack_tokens(b.gate_kind, vectors.x, input_at, hidden, panels)
+    # Those of neurons without a gate stay so.
+    ups = carray(floats_at(up_at), (panels * GROUP * LANES,))
+    ups[:] = 1
     for start in range(low, high, _BATCH):
         batch = slots[start : min(start + _BATCH, high)]
         for i in range(len(batch)):

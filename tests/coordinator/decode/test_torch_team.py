@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened, packed, with_predictors
 from tests.family_models import MODELS
@@ -181,6 +182,19 @@ def test_predictors(tiny_llama: MakeLlama, tmp_path: Path, metadata: dict[str, s
     share = np.bitwise_count(masks).sum() / (len(masks) * 200)
     assert 0.1 < share < 0.9
     assert not (masks[:, -1] >> 8).any(), "what is padding was predicted"
+
+
+def test_predictors_beside_attention(tiny_family: Callable[..., Path], tmp_path: Path) -> None:
+    """With a parallel residual they read what enters the layer: of the first one the token's embedding."""
+    shape = {"ffn_hidden_size": 200, "intermediate_size": 200, "num_hidden_layers": 2}
+    folder = with_predictors(tiny_family("falcon new", **shape), tmp_path / "made")
+    with packed(folder) as model:
+        first = np.array(assert_equal(model, 2e-5, "lowrank"))[::2]
+        embed = model.floats("embed").reshape(-1, 64)
+    fc1, fc2 = (load_file(folder / "predictor.safetensors")[f"layers.0.{part}.weight"] for part in ("fc1", "fc2"))
+    expected = np.maximum(embed[[job[0] for job in JOBS if len(job) == 1]] @ fc1.T, 0) @ fc2.T > 0
+    got = np.unpackbits(first.view(np.uint8), axis=1, bitorder="little")[:, :200]
+    assert (got == expected).all()
 
 
 @pytest.mark.gpu

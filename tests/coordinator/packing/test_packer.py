@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.coordinator.packing.packed import KINDS, SIZES, pack, tensors_of
@@ -17,7 +17,7 @@ from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
 from warmfront.coordinator.packing.packed_file import write_packed
 from warmfront.coordinator.packing.packer import PackingPlan
-from warmfront.shared.errors import DamagedError, ModelError
+from warmfront.shared.errors import DamagedError
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import FLOATS, Kind, row_bytes, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
@@ -312,7 +312,24 @@ def test_file_size(folder: Path, dtype: str) -> None:
     assert packed.stat().st_size == 8 + header + matrices + bundles + floats + tokenizer + sums
 
 
-def test_feed_forward_biases_are_refused(tiny_llama: Make, models: Path) -> None:
-    with pytest.raises(ModelError, match=r"^tiny_llama\d+ uses feed-forward biases, which are not supported yet$"):
-        pack(tiny_llama(mlp_bias=True))
-    assert list(models.iterdir()) == []
+@pytest.mark.parametrize(
+    ("family", "names"), [("llama biases", {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}), ("opt", {"up": "fc1"})]
+)
+def test_biases_of_neurons_lie_in_their_bundles(tiny_family: Make, family: str, names: dict[str, str]) -> None:
+    """And their magnitudes count as those of weights: they are as large, or larger."""
+    folder = tiny_family(family)
+    published = load_file(folder / "model.safetensors")
+    with PackedModel(pack(folder)) as model:
+        layout = model.layout
+        assert layout.biases == tuple(names)
+        assert not any(name.endswith((".gate.bias", ".up.bias")) for name in model.entries)
+        assert model.entries["layers.1.down.bias"].shape == (64,)
+        groups = model.bytes_of("layers.1.ffn").reshape(layout.groups, layout.group_bytes)
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
+        largest = model.floats("largest").reshape(model.spec.layers, -1)[1]
+        for i, (part, name) in enumerate(names.items()):
+            (wanted,) = (v for n, v in published.items() if n.endswith(f"layers.1.{name}.bias"))
+            at = layout.bias_offset(part)
+            np.testing.assert_array_equal(bundles[:, at : at + 4].copy().view(np.float32)[:96, 0], wanted)
+            (matrix,) = (v for n, v in published.items() if n.endswith(f"layers.1.{name}.weight"))
+            assert largest[i] == max(np.abs(wanted).max(), np.abs(matrix).max())

@@ -29,7 +29,7 @@ RICH = ModelSpec(
     vocab=7,
     context=1,
     architecture=Architecture(
-        norm=Norm(kind="layer", epsilon=1e-12, placement="sandwich", bias=True),
+        norm=Norm(kind="layer", epsilon=1e-12, placement="sandwich", bias=True, shared=True, final=False),
         positions=Positions(
             rotary=(
                 Rotary(frequencies=(1.0, 1 / 3), magnitude=1.25, long_frequencies=(0.5, 0.25), original_context=9),

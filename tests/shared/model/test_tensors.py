@@ -20,6 +20,9 @@ LAYER = {
 }
 
 
+POST_NORMS = {"layers.{i}.attn_post_norm": (32,), "layers.{i}.ffn_post_norm": (32,)}
+
+
 def test_all_of_a_llama() -> None:
     """In the order in which they are looked for."""
     layers = [(f"layers.{i}.{part}", shape) for i in range(2) for part, shape in LAYER.items()]
@@ -33,20 +36,13 @@ def test_all_of_a_llama() -> None:
         ("attention.biases", ("q", "v"), {"layers.{i}.q.bias": (32,), "layers.{i}.v.bias": (16,)}, set()),
         ("attention.qk_norm", "head", {"layers.{i}.q_norm": (16,), "layers.{i}.k_norm": (16,)}, set()),
         ("attention.qk_norm", "whole", {"layers.{i}.q_norm": (32,), "layers.{i}.k_norm": (16,)}, set()),
-        (
-            "norm.placement",
-            "sandwich",
-            {"layers.{i}.attn_post_norm": (32,), "layers.{i}.ffn_post_norm": (32,)},
-            set(),
-        ),
-        (
-            "norm.placement",
-            "post",
-            {"layers.{i}.attn_post_norm": (32,), "layers.{i}.ffn_post_norm": (32,)},
-            {"layers.{i}.attn_norm", "layers.{i}.ffn_norm"},
-        ),
+        ("norm.placement", "sandwich", POST_NORMS, set()),
+        ("norm.placement", "post", POST_NORMS, {"layers.{i}.attn_norm", "layers.{i}.ffn_norm"}),
         ("feed_forward.biases", ("up", "down"), {"layers.{i}.up.bias": (70,), "layers.{i}.down.bias": (32,)}, set()),
         ("feed_forward.gated", False, {}, {"layers.{i}.gate"}),
+        ("norm.placement", "sum", POST_NORMS, {"layers.{i}.attn_norm", "layers.{i}.ffn_norm"}),
+        ("norm.final", False, {}, {"norm"}),
+        ("positions.learned_offset", 2, {"positions": (66, 32)}, set()),
         (
             "norm.bias",
             True,
@@ -60,6 +56,12 @@ def test_each_feature_has_its_tensors(path: str, value: Any, more: dict[str, Any
     wanted = {name.format(i=i): shape for i in range(2) for name, shape in more.items()}
     assert {name: found[name] for name in found.keys() - plain.keys()} == wanted
     assert plain.keys() - found.keys() == {name.format(i=i) for i in range(2) for name in fewer}
+
+
+def test_a_norm_of_attention_and_feed_forward_is_there_once() -> None:
+    parallel = changed(SPEC, "architecture.residual", "parallel")
+    shared = dict(file_shapes(changed(parallel, "architecture.norm.shared", True)))
+    assert dict(file_shapes(parallel)).keys() - shared.keys() == {"layers.0.ffn_norm", "layers.1.ffn_norm"}
 
 
 def test_predictors_have_a_rank_of_each_layer() -> None:

@@ -20,7 +20,7 @@ from warmfront.shared.kernels.feed_forward.ffn import (
     open_neurons,
     open_ups,
 )
-from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked, set_bit
+from warmfront.shared.kernels.feed_forward.neuron_lists import group_start
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups, scratch_bytes
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import BundleLayout
@@ -43,9 +43,11 @@ ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]
 class Slots:
     """Random groups [slots, group_bytes], surrounded by NaN, and what they hold in float64."""
 
-    def __init__(self, gate_kind: Kind, down_kind: Kind) -> None:
+    def __init__(self, gate_kind: Kind, down_kind: Kind, gated: bool = True, biases: tuple[str, ...] = ()) -> None:
         rng = np.random.default_rng(3)
-        self.layout = BundleLayout(hidden=HIDDEN, ffn=SLOTS * 32, gate_kind=gate_kind, down_kind=down_kind)
+        self.layout = BundleLayout(
+            hidden=HIDDEN, ffn=SLOTS * 32, gate_kind=gate_kind, down_kind=down_kind, gated=gated, biases=biases
+        )
         size = self.layout.group_bytes
         self._memory = np.full((SLOTS + 2) * size, 0xFF, np.uint8)
         self.groups = groups = self._memory[size:-size].reshape(SLOTS, size)
@@ -53,9 +55,8 @@ class Slots:
         self.at = address(groups)
         starts = (0, self.layout.up_offset, self.layout.down_offset)
         self.gate, self.up, self.down = (np.zeros((SLOTS * 32, HIDDEN)) for _ in range(3))
-        for start, kind, part in zip(
-            starts, (gate_kind, gate_kind, down_kind), (self.gate, self.up, self.down), strict=True
-        ):
+        parts = [*zip(starts, (gate_kind, gate_kind, down_kind), (self.gate, self.up, self.down), strict=True)]
+        for start, kind, part in parts if gated else (parts[0], parts[2]):
             if kind == Kind.Q4C:
                 q = rng.integers(0, 16, (SLOTS * 32, HIDDEN // 32, 32), dtype=np.uint8)
                 tail = rng.normal(0, 0.03, (SLOTS, 2, HIDDEN)).astype(np.float16)
@@ -68,12 +69,23 @@ class Slots:
                 rows = pack(rng.normal(0, 0.2, part.shape).astype(np.float32), kind)
                 part[:] = unpack(rows, kind, HIDDEN)
             bundles[:, :, start : start + rows.shape[1]] = rows.reshape(SLOTS, 32, -1)
+        # Of the gate and of the up; without a gate every up is 1.
+        self.biases = np.zeros((2, SLOTS * 32))
+        self.biases[1] = not gated
+        for values, at in zip(self.biases, (self.layout.gate_bias_offset, self.layout.up_bias_offset), strict=True):
+            if at:
+                values[:] = floats = rng.normal(0, 1, len(values)).astype(np.float32)
+                bundles[:, :, at : at + 4] = floats.view(np.uint8).reshape(SLOTS, 32, 4)
 
     def inverse(self, x: np.ndarray, activation: str = "relu") -> np.ndarray:
         """1 / unit of the sums of float [tokens, hidden]."""
-        parts = [self.gate, self.up, self.down] + ([self.gate] if activation == "relu2" else [])
-        reach = SLOTS * 32 * math.prod(float(np.abs(part).max()) for part in parts)
-        magnitudes, degree = np.abs(x).sum(1, dtype=np.float64), described(activation).degree
+        gate, up = (
+            max(np.abs(m).max(), np.abs(b).max()) for m, b in zip((self.gate, self.up), self.biases, strict=True)
+        )
+        parts = [gate, up, np.abs(self.down).max()] + ([gate] if activation == "relu2" else [])
+        magnitudes = np.abs(x).sum(1, dtype=np.float64) + bool(self.layout.biases)
+        reach, degree = SLOTS * 32 * math.prod(map(float, parts)), described(activation).degree
+        degree -= not self.layout.gated
         return np.array([inverse_unit(reach, degree, float(magnitude)) for magnitude in magnitudes], np.float32)
 
     def neurons(self, order: list[int]) -> np.ndarray:
@@ -87,12 +99,13 @@ class Slots:
     def gates_and_ups(self, neurons: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[tokens, neurons] each."""
         wide = x.astype(np.float64)
-        return wide @ self.gate[neurons].T, wide @ self.up[neurons].T
+        gates, ups = wide @ self.gate[neurons].T, wide @ self.up[neurons].T
+        return gates + self.biases[0, neurons], ups + self.biases[1, neurons]
 
 
 @cache
-def slots_of(gate_kind: Kind, down_kind: Kind) -> Slots:
-    return Slots(gate_kind, down_kind)
+def slots_of(gate_kind: Kind, down_kind: Kind, gated: bool = True, biases: tuple[str, ...] = ()) -> Slots:
+    return Slots(gate_kind, down_kind, gated, biases)
 
 
 def inputs(tokens: int = 1) -> np.ndarray:
@@ -224,31 +237,6 @@ def test_listed_neurons_with_gaps(gate: Kind, down: Kind, activation: str) -> No
             one = Input(slots, x[0], 0, activation)
             assert run_listed(bundles, ids, listed, one, skip=skip) == fired.tolist()
             assert_close(one.sums[0], expected, QUANTISED)
-
-
-def test_set_bit() -> None:
-    words = np.zeros(3, np.uint32)
-    for neuron in (0, 31, 32, 70, 31):
-        set_bit(words, neuron)
-    assert words.tolist() == [1 | 1 << 31, 1, 1 << 6]
-
-
-def test_group_start() -> None:
-    listed = np.array([0, 5, 31, 32, 64, 65, 95], np.int32)
-    assert [group_start(listed, 7, i) for i in range(8)] == [0, 3, 3, 3, 4, 7, 7, 7]
-    # Of the first five alone.
-    assert [group_start(listed, 5, i) for i in range(6)] == [0, 3, 3, 3, 4, 5]
-    assert group_start(listed, 0, 0) == 0
-
-
-def test_list_masked() -> None:
-    words = np.array([0, 0xFFFFFFFF, 0x80000001, 0x00000100, 0xFFFFFFFF], np.uint32)
-    listed = np.full(5 * 32, -1, np.int32)
-    count = list_masked(words, 4, listed)
-    bits = np.unpackbits(words[:4].view(np.uint8), bitorder="little")
-    assert listed[:count].tolist() == np.flatnonzero(bits).tolist()
-    assert (listed[count:] == -1).all()
-    assert list_masked(words, 1, listed) == 0
 
 
 @pytest.mark.parametrize("activation", SPARSE)

@@ -30,11 +30,13 @@ from warmfront.shared.model.formats import Kind
 ORDERS = ([3], [0, 1, 2, 3, 4], [4, 0, 2])
 
 
-def tiled(gate: Kind, down: Kind, activation: str) -> tuple[Bundles, np.ndarray]:
+def tiled(
+    gate: Kind, down: Kind, activation: str, gated: bool = True, biases: tuple[str, ...] = ()
+) -> tuple[Bundles, np.ndarray]:
     """A copy of the slots, in tiles, and the memory it is in; skips what is in rows on this machine."""
     if not (down_in_tiles(gate) and down_in_tiles(down)):
         pytest.skip("in rows on this machine")
-    slots = slots_of(gate, down)
+    slots = slots_of(gate, down, gated, biases)
     size = slots.layout.group_bytes
     memory = np.full(size * (SLOTS + 2), 0xFF, np.uint8)
     memory[size:-size] = np.frombuffer(ctypes.string_at(slots.at, size * SLOTS), np.uint8)
