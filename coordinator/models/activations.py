@@ -1,9 +1,11 @@
 """Which activation a published model has: some files say nothing of it (GGUF), some another than it was trained with.
 
 The first of those returned is the model's as far as its files tell. Where there are more, the others are as plausible:
-the model is then tried with each of them when it is first loaded (`engine/activation_trial.py`).
+the model is then tried with each of them when it is first loaded (`engine/activation_trial.py`). The default model need
+not be tried: its content is known.
 """
 
+from warmfront.coordinator.models.default_model import default_file
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
 
@@ -21,6 +23,10 @@ _NAMES = {
 }
 # Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, ProSparse's GGUF files.
 _BY_FAMILY = {"bamboo": "drelu", "llama_sparse_relu": "relu", "prosparse-llama": "fatrelu:0.01"}
+# Families whose config says it under another key.
+_HIDDEN_ACTIVATION = ("gemma2", "gemma3", "gemma3_text")
+# What a family has where its files say nothing; SiLU is that of the others.
+_USUAL = dict.fromkeys(("gemma", *_HIDDEN_ACTIVATION), "gelu_tanh")
 # Words in the names of sparse models that were converted as if they were of the family they come from.
 _BY_NAME = {
     "minicpms": "fatrelu:0.03",
@@ -39,9 +45,13 @@ _UNSAID = ("silu", "relu", "drelu")
 
 def in_config(config: Fields) -> tuple[str, ...]:
     """The plausible activations by config.json. Raises ModelError for one that is not supported."""
-    family, said = config.text("model_type"), config.text("hidden_act", "silu")
+    family = config.text("model_type")
     if family in _BY_FAMILY:
         return (_BY_FAMILY[family],)
+    key = "hidden_activation" if family in _HIDDEN_ACTIVATION else "hidden_act"
+    if key not in config:
+        return _UNSAID if family in _CONVERTED else (_USUAL.get(family, "silu"),)
+    said = config.text(key)
     if said == "fatrelu":
         return (f"fatrelu:{config.number('hidden_act_param')!r}",)
     if said not in _NAMES:
@@ -49,8 +59,8 @@ def in_config(config: Fields) -> tuple[str, ...]:
         raise ModelError(f"{config.path.parent}: activation '{said}' is not supported; {known} are")
     if family == "qwen2" and said == "relu":
         return "drelu", "relu"  # SparseQwen2 says relu and means dReLU; what transformers makes of it is relu
-    if "hidden_act" not in config and family in _CONVERTED:
-        return _UNSAID
+    if family == "gemma" and said == "gelu":
+        return (_USUAL[family],)  # so the first Gemma's files call the approximation
     return (_NAMES[said],)
 
 
@@ -65,6 +75,6 @@ def in_gguf(fields: Fields, dialect: str) -> tuple[str, ...]:
         return ("drelu" if family == "qwen2" else named or "relu",)
     if dialect == "powerinfer":
         return (named or "relu",)
-    if family not in _CONVERTED:
-        return ("silu",)
+    if family not in _CONVERTED or fields.path == default_file():
+        return (_USUAL.get(family, "silu"),)
     return (named, "silu") if named else _UNSAID

@@ -181,6 +181,7 @@ FAMILIES = {
 _UNGATED = "a feed-forward without a gate"
 _LEARNED = f"learned positions and {_UNGATED}, with biases"
 _EXPERTS = "a mixture of experts (MoE)"
+_GEMMA3N = "embeddings of each layer, several residuals, and gates cut off at a quantile"
 _MISSING = {
     "opt": _LEARNED,
     "gpt2": _LEARNED,
@@ -193,6 +194,9 @@ _MISSING = {
     "nemotron": _UNGATED,
     "cohere": "a norm that attention and feed-forward share",
     "command-r": "a norm that attention and feed-forward share",
+    "gemma3n": _GEMMA3N,
+    "gemma3n_text": _GEMMA3N,
+    "bitnet": "a norm within the feed-forward",
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen2moe": _EXPERTS,
