@@ -70,6 +70,7 @@ def generate(
             use_template(engine, template)
             turn = {"role": "user", "content": given.removesuffix("\n")}
             given = engine.tokenizer.chat_ids([*opening(system), turn])
+            stop += engine.tokenizer.chat_stops
         ids = engine.prompt_ids(given)
         answer = engine.generate(
             ids,
