@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from warmfront.coordinator.cli.report import rates
+from warmfront.coordinator.cli.report import fault_of, rates
 from warmfront.coordinator.cli.terminal import say
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.text.reasoning import Reasoning
@@ -67,6 +67,8 @@ def converse(
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+        if fault := fault_of(engine):
+            say(fault)
         if stats:
             click.echo(rates(engine), err=True)
 

@@ -60,7 +60,7 @@ def generate(
 
     with hold_interrupts():
         from warmfront.coordinator.cli.chat import opening, use_template
-        from warmfront.coordinator.cli.report import as_object, as_text
+        from warmfront.coordinator.cli.report import as_object, as_text, fault_of
         from warmfront.coordinator.cli.watch import Watch
         from warmfront.coordinator.engine.engine import Engine
 
@@ -92,5 +92,7 @@ def generate(
             click.echo(json.dumps(as_object(engine, model, ids, tokens)))
         else:  # what was drawn is not in the scrollback
             click.echo("".join(token.text for token in tokens) if watch else "")
+        if fault := fault_of(engine):
+            say(fault)
         if stats:
             click.echo(as_text(engine), err=True)

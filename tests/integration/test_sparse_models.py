@@ -23,6 +23,7 @@ import torch
 from tests.activations import described, firing
 from tests.coordinator.models.hf.folders import edited
 from tests.family_models import write_model
+from tests.integration.command import prepack, run
 from tests.integration.gpu import budget_for
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import ModelError
@@ -228,6 +229,18 @@ def with_torch_files(folder: Path, path: Path, biased: bool) -> Path:
         state = {"fc1.weight": fc1, "fc2.weight": fc2} | ({"fc1.bias": bias1, "fc2.bias": bias2} if biased else {})
         torch.save({name: torch.from_numpy(values) for name, values in state.items()}, path / f"model_{layer}.pt")
     return path
+
+
+def test_predictors_that_choose_nothing(tiny_llama: Make, tmp_path: Path) -> None:
+    """All is well with their numbers, but no logit is above the threshold: that is said."""
+    folder = shutil.copytree(tiny_llama(**SHAPE), tmp_path / "model")
+    shapes = ((i, part, shape) for i in range(LAYERS) for part, shape in (("fc1", (8, HIDDEN)), ("fc2", (FFN, 8))))
+    tensors = {f"layers.{i}.{part}.weight": np.ones(shape, np.float32) for i, part, shape in shapes}
+    safetensors.numpy.save_file(tensors, folder / "predictor.safetensors", {"threshold": "1e30"})
+    outcome = run("generate", "-m", prepack(folder), "--prompt-ids", "5,6,7", "-n", "4")
+    assert outcome.code == 0
+    assert outcome.err.endswith("\nthe predictors of model chose no neuron for any token: pass --selector exact\n")
+    assert run("generate", "-m", folder, "--prompt-ids", "5,6,7", "-n", "4", "--selector", "exact").err == ""
 
 
 @pytest.mark.parametrize("biased", [False, True])
