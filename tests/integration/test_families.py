@@ -119,7 +119,10 @@ def with_exact_predictors(folder: Path, path: Path) -> Path:
 
 
 # Every kind of what stands between the residual and the feed-forward.
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "olmo2", "stablelm", "granite"])
+INPUTS = ("gemma3", "phi3", "olmo2", "stablelm", "granite")
+
+
+@pytest.mark.parametrize("name", INPUTS)
 def test_predicted_with_a_gpu(tiny_family: Make, tmp_path: Path, name: str) -> None:
     """Predictors read what the feed-forward of the family reads, and the GPU computes what they choose."""
     plain = tiny_family(name, seed=3, hidden_act="relu", hidden_activation="relu")
@@ -132,6 +135,17 @@ def test_predicted_with_a_gpu(tiny_family: Make, tmp_path: Path, name: str) -> N
         active = engine.statistics.active_fraction(engine.statistics.workers())
         assert active is not None
         assert active < 0.9
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_low_bit_copies_of_the_gates(tiny_family: Make, name: str) -> None:
+    """They miss neurons on purpose, of little weight."""
+    folder = tiny_family(name, seed=3, hidden_act="relu", hidden_activation="relu")
+    how = {"activation": "relu", "selector": "lowbit", "bits": 4, "recall": 0.9999}
+    with Engine.load(str(folder), dtype="f32", **how) as engine:
+        ours = np.stack(list(engine.forced_logits(LONG[:40], 20)))
+        theirs = all_logits(llama_from_folder(folder), LONG[:40])[19:]
+        assert np.abs(ours - theirs).max() < 2e-2 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*zip(EACH, ("q8", "q4", "f16", "bf16") * 3, strict=False)])
