@@ -32,6 +32,7 @@ OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}
 EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # By the name of a test: the family's model_type, and fields of its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": 24}),
     "qwen2": ("qwen2", {}),
     "qwen2 windows": (
         "qwen2",
@@ -286,10 +287,11 @@ def _longrope(config: Any) -> dict[str, float]:
 
 
 # Names of families that GGUF calls otherwise; fields beside the common ones; what becomes of a tensor.
-ARCHITECTURES = {"gemma3_text": "gemma3"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
 EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granite": _factors, "phi3": _longrope}
 CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
     "llama": _pairs,
+    "mistral": _pairs,
     "granite": _pairs,
     "gpt2": _turned,
     "nemotron": _norms_plus_one,

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from warmfront.coordinator.cli.report import rates
+from warmfront.coordinator.cli.report import fault_of, rates
 from warmfront.coordinator.cli.terminal import say
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.text.reasoning import Reasoning
@@ -29,7 +29,8 @@ def use_template(engine: Engine, template: str | None) -> None:
     """Chat with the user's `template`; without one say so if the model has none either."""
     engine.tokenizer.chat_template = template
     if template is None and engine.tokenizer.present and not engine.tokenizer.has_chat_template:
-        say(f"{engine.model.spec.name} has no chat template: it is asked as ChatML; --chat-template FILE gives another")
+        form = "as ChatML" if engine.tokenizer.knows_turns else "in a written dialogue"
+        say(f"{engine.model.spec.name} has no chat template: it is asked {form}; --chat-template FILE gives another")
 
 
 def converse(
@@ -66,6 +67,8 @@ def converse(
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+        if fault := fault_of(engine):
+            say(fault)
         if stats:
             click.echo(rates(engine), err=True)
 
@@ -89,6 +92,7 @@ def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[
     pieces: list[str] = []
     try:
         prompt = engine.tokenizer.chat_ids(messages)
+        stop += engine.tokenizer.chat_stops
         reasoning = Reasoning(engine.tokenizer.decode(prompt[-_TAIL:]))
         for token in engine.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
             pieces.append(token.text)

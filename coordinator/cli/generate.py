@@ -60,7 +60,7 @@ def generate(
 
     with hold_interrupts():
         from warmfront.coordinator.cli.chat import opening, use_template
-        from warmfront.coordinator.cli.report import as_object, as_text
+        from warmfront.coordinator.cli.report import as_object, as_text, fault_of
         from warmfront.coordinator.cli.watch import Watch
         from warmfront.coordinator.engine.engine import Engine
 
@@ -70,6 +70,7 @@ def generate(
             use_template(engine, template)
             turn = {"role": "user", "content": given.removesuffix("\n")}
             given = engine.tokenizer.chat_ids([*opening(system), turn])
+            stop += engine.tokenizer.chat_stops
         ids = engine.prompt_ids(given)
         answer = engine.generate(
             ids,
@@ -91,5 +92,7 @@ def generate(
             click.echo(json.dumps(as_object(engine, model, ids, tokens)))
         else:  # what was drawn is not in the scrollback
             click.echo("".join(token.text for token in tokens) if watch else "")
+        if fault := fault_of(engine):
+            say(fault)
         if stats:
             click.echo(as_text(engine), err=True)

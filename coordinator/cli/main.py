@@ -149,9 +149,20 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
 @dtype_option
 @activation_option
 @click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")
+@click.option(
+    "--order",
+    type=click.Path(exists=True, path_type=Path),
+    help="SparkInfer's split file or PowerInfer's folder of activation_0.pt, ...: order the neurons by that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def profile(
-    model: str, texts: tuple[Path, ...], dtype: str, activation: str, tokens: int | None, as_json: bool
+    model: str,
+    texts: tuple[Path, ...],
+    dtype: str,
+    activation: str,
+    tokens: int | None,
+    order: Path | None,
+    as_json: bool,
 ) -> None:
     """Count which neurons of MODEL fire, and order them by it.
 
@@ -163,7 +174,7 @@ def profile(
         from warmfront.coordinator.cli.profile import profile, render
 
     with Bars() as bars:
-        facts = profile(model, texts, config, tokens, say, bars.show, bars.count)
+        facts = profile(model, texts, config, tokens, order, say, bars.show, bars.count)
     click.echo(json.dumps(facts) if as_json else render(facts))
 
 

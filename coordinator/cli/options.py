@@ -198,7 +198,7 @@ engine_options = _together(
 chat_template_option = click.option(
     "--chat-template",
     type=click.Path(path_type=Path),
-    help="A file with a Jinja template instead of the model's.  [default: the model's, else ChatML]",
+    help="A file with a Jinja template instead of the model's.  [default: the model's, else ChatML, ...]",
 )
 prompt_options = _together(
     click.option("-p", "--prompt", help="Text to continue; - reads it from stdin, as does a pipe without -p."),

@@ -15,6 +15,7 @@ from typing import Any
 
 from warmfront.coordinator.engine.load import open_for_profiling, opened, settled
 from warmfront.coordinator.models.find import find_model
+from warmfront.coordinator.models.published_order import read_order
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
@@ -39,24 +40,26 @@ def profile(
     files: Sequence[Path],
     config: EngineConfig,
     tokens: int | None,
+    order: Path | None,
     say: Say,
     progress: Progress,
     counted: Progress,
 ) -> dict[str, Any]:
     """Count on `files`, at most `tokens` in all, order the neurons and return the object that `--json` prints.
 
-    `progress` gets bytes, `counted` tokens. Raises UsageError for texts that cannot be read or a model without them.
+    `order`: a published order, in place of that by the counts. `progress` gets bytes, `counted` tokens. Raises
+    UsageError for texts that cannot be read or a model without them, ModelError for an order of another model.
     """
-    texts = read_texts(files)
-    return mended(lambda: _profile(model, files, texts, config, tokens, say, progress, counted), say)
+    texts = [*zip((file.name for file in files), read_texts(files), strict=True)]
+    return mended(lambda: _profile(model, texts, config, tokens, order, say, progress, counted), say)
 
 
 def _profile(
     model: str,
-    files: Sequence[Path],
-    texts: Sequence[str],
+    texts: Sequence[tuple[str, str]],
     config: EngineConfig,
     tokens: int | None,
+    order: Path | None,
     say: Say,
     progress: Progress,
     counted: Progress,
@@ -65,13 +68,16 @@ def _profile(
     path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
     config = settled(path, config, say, progress)
     with opened(path, config) as packed:
-        ids = _encoded(packed, texts, tokens, say)
+        ids = _encoded(packed, [text for _, text in texts], tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
-        partial = Partial.open(packed, jobs, [file.name for file, some in zip(files, ids, strict=True) if some])
-        order = packed.order
+        partial = Partial.open(packed, jobs, [name for (name, _), some in zip(texts, ids, strict=True) if some])
+        before = packed.order
+        published = None if order is None else read_order(order, packed.spec.layers, packed.spec.ffn)
     try:
         _count(path, config, jobs, partial, say, progress, counted)
-        changed = reorder(path, partial.profile, order, say, lambda done, total: progress("ordering", done, total))
+        changed = reorder(
+            path, partial.profile, before, say, lambda done, total: progress("ordering", done, total), published
+        )
     except BaseException:
         partial.keep(say)
         raise

@@ -7,7 +7,7 @@ from typing import Any
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Token, WorkerStats
 
-__all__ = ["as_object", "as_text", "rates"]
+__all__ = ["as_object", "as_text", "fault_of", "rates"]
 
 
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
@@ -41,6 +41,14 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
 
 def _logprob(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
     return {"id": token, "text": engine.tokenizer.decode([token]), "logprob": logprob}
+
+
+def fault_of(engine: Engine) -> str | None:
+    """What makes the answers worthless, if it can be seen: predictors that have chosen nothing at all."""
+    if engine.plan.selector != "lowrank" or engine.statistics.active_fraction(engine.statistics.workers()) != 0:
+        return None
+    other = "exact" if engine.model.spec.sparse else "all"
+    return f"the predictors of {engine.model.spec.name} chose no neuron for any token: pass --selector {other}"
 
 
 def rates(engine: Engine) -> str:

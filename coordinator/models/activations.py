@@ -1,9 +1,11 @@
 """Which activation a published model has: some files say nothing of it (GGUF), some another than it was trained with.
 
 The first of those returned is the model's as far as its files tell. Where there are more, the others are as plausible:
-the model is then tried with each of them when it is first loaded (`engine/activation_trial.py`).
+the model is then tried with each of them when it is first loaded (`engine/activation_trial.py`). The default model need
+not be tried: its content is known.
 """
 
+from warmfront.coordinator.models.default_model import default_file
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
 
@@ -19,11 +21,18 @@ _NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Where config.json says it, and what it is of families whose files may not say it.
+# Where config.json says it.
 _KEYS = ("hidden_act", "activation_function", "activation")
-_USUAL = {"opt": "relu", "gpt2": "gelu_new", "falcon": "gelu", "starcoder2": "gelu_pytorch_tanh", "nemotron": "relu2"}
 # Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, ProSparse's GGUF files.
 _BY_FAMILY = {"bamboo": "drelu", "llama_sparse_relu": "relu", "prosparse-llama": "fatrelu:0.01"}
+# Families whose config says it under another key.
+_HIDDEN_ACTIVATION = ("gemma2", "gemma3", "gemma3_text")
+# What a family has where its files say nothing; SiLU is that of the others.
+_USUAL = dict.fromkeys(("gemma", *_HIDDEN_ACTIVATION, "gpt2", "starcoder2"), "gelu_tanh") | {
+    "opt": "relu",
+    "falcon": "gelu",
+    "nemotron": "relu2",
+}
 # Words in the names of sparse models that were converted as if they were of the family they come from.
 _BY_NAME = {
     "minicpms": "fatrelu:0.03",
@@ -44,10 +53,13 @@ _UNSAID = ("silu", "relu", "drelu")
 def in_config(config: Fields) -> tuple[str, ...]:
     """The plausible activations by config.json. Raises ModelError for one that is not supported."""
     family = config.text("model_type")
-    key = next((key for key in _KEYS if key in config), "hidden_act")
-    said = config.text(key, _USUAL.get(family, "silu"))
     if family in _BY_FAMILY:
         return (_BY_FAMILY[family],)
+    keys = ("hidden_activation",) if family in _HIDDEN_ACTIVATION else _KEYS
+    key = next((key for key in keys if key in config), None)
+    if key is None:
+        return _UNSAID if family in _CONVERTED else (_USUAL.get(family, "silu"),)
+    said = config.text(key)
     if said == "fatrelu":
         return (f"fatrelu:{config.number('hidden_act_param')!r}",)
     if said not in _NAMES:
@@ -55,8 +67,8 @@ def in_config(config: Fields) -> tuple[str, ...]:
         raise ModelError(f"{config.path.parent}: activation '{said}' is not supported; {known} are")
     if family == "qwen2" and said == "relu":
         return "drelu", "relu"  # SparseQwen2 says relu and means dReLU; what transformers makes of it is relu
-    if "hidden_act" not in config and family in _CONVERTED:
-        return _UNSAID
+    if family == "gemma" and said == "gelu":
+        return (_USUAL[family],)  # so the first Gemma's files call the approximation
     return (_NAMES[said],)
 
 
@@ -71,7 +83,9 @@ def in_gguf(fields: Fields, dialect: str) -> tuple[str, ...]:
         return ("drelu" if family == "qwen2" else named or "relu",)
     if dialect == "powerinfer":
         return (named or "relu",)
+    usual = _USUAL.get(family, "silu")
+    if fields.path == default_file():
+        return (usual,)
     if family not in _CONVERTED:
-        usual = _NAMES[_USUAL.get(family, "silu")]
-        return (named or usual,) if family in _USUAL else (usual,)
+        return (named or usual,)
     return (named, "silu") if named else _UNSAID

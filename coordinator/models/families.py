@@ -297,9 +297,13 @@ FAMILIES = {
 # What families that are not in the table have, by the same names, and nothing here computes yet.
 _HEAD_BIAS = "a bias of the head"
 _EXPERTS = "a mixture of experts (MoE)"
+_GEMMA3N = "embeddings of each layer, several residuals, and gates cut off at a quantile"
 _MISSING = {
     "phi": _HEAD_BIAS,
     "phi2": _HEAD_BIAS,
+    "gemma3n": _GEMMA3N,
+    "gemma3n_text": _GEMMA3N,
+    "bitnet": "a norm within the feed-forward",
     "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
     "qwen2moe": _EXPERTS,

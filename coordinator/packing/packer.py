@@ -171,7 +171,7 @@ class PackingPlan:
     def data(self, name: str) -> npt.NDArray[Any]:
         """The bytes of one tensor of the packed file."""
         if name in self.kinds:
-            return _with_rows(self.source.tensor(name).packed(self.kinds[name]), self.shapes[name][1][0])
+            return _with_rows(self._rows(name), self.shapes[name][1][0])
         if name == "tokenizer":
             return np.frombuffer(self._tokenizer, np.uint8)
         if name == "largest":
@@ -180,6 +180,17 @@ class PackingPlan:
             return self._bundles(name.removesuffix(".ffn"))
         values = self.source.tensor(name).float32()
         return np.pad(values, (0, self.shapes[name][1][0] - len(values)))
+
+    def _rows(self, name: str) -> Bytes:
+        """The packed rows of a matrix; raises ModelError for a predictor's of zeros, with which nothing would fire."""
+        tensor, kind = self.source.tensor(name), self.kinds[name]
+        rows = tensor.packed(kind)
+        if name.endswith((".fc1", ".fc2")) and largest(rows, kind, padded(tensor.shape[1])) == 0:
+            raise ModelError(
+                f"{self.source.spec.name}: the predictor's {name} holds only zeros, it would choose no neuron; "
+                "use the model without its predictors"
+            )
+        return rows
 
     def _bundles(self, layer: str) -> Bytes:
         layout = self.layout

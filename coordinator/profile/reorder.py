@@ -32,15 +32,22 @@ Permutation = npt.NDArray[np.int64]
 
 
 def reorder(
-    path: Path, profile: Profile, order: str, say: Callable[[str], None], progress: Callable[[int, int], None]
+    path: Path,
+    profile: Profile,
+    order: str,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    published: Permutation | None = None,
 ) -> bool:
     """Order the packed model at `path` by `profile`, which was counted in its order `order`, and store that in it.
+
+    `published`: int64 [layers, ffn], the original model's neuron that is to come to each place, in place of that order.
 
     Returns whether the order changed: then files made for the old one (`lowbit.py`) are removed. Raises ResourceError
     when there is no room, or when another process was faster.
     """
     with _rewriting(path, order, say) as (fd, model):
-        permutation = _permutation(model, profile)
+        permutation = _permutation(model, profile.counts if published is None else _as_counts(model, published))
         changed = bool((permutation != np.arange(permutation.shape[1])).any())
         if changed:
             order = hashlib.sha256(order.encode() + permutation.tobytes()).hexdigest()[:12]
@@ -76,10 +83,18 @@ def _rewriting(path: Path, order: str, say: Callable[[str], None]) -> Iterator[t
         ) from error
 
 
-def _permutation(model: PackedModel, profile: Profile) -> Permutation:
-    """int64 [layers, neurons]: the neuron that comes to each place."""
+def _permutation(model: PackedModel, counts: npt.NDArray[Any]) -> Permutation:
+    """int64 [layers, neurons]: the neuron that comes to each place, by counts of [layers, segments, neurons]."""
     arrange = order_groups if model.layout.down_kind == Kind.Q4C else order_neurons
-    return np.stack([arrange(counts, model.spec.ffn) for counts in profile.counts])
+    return np.stack([arrange(layer, model.spec.ffn) for layer in counts])
+
+
+def _as_counts(model: PackedModel, published: Permutation) -> npt.NDArray[np.int64]:
+    """Counts by which the neurons get that order, or their groups the nearest: the hotter, the earlier they come."""
+    places, ffn = model.places(), model.spec.ffn
+    hotness = np.zeros(places.shape, np.int64)
+    np.put_along_axis(hotness, published, np.arange(ffn, 0, -1)[None], axis=1)
+    return np.take_along_axis(hotness, places, axis=1)[:, None]
 
 
 def _write(

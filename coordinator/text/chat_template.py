@@ -9,13 +9,20 @@ from typing import Any
 from warmfront.shared.errors import ModelError
 from warmfront.shared.machine.process import python_module_command
 
-__all__ = ["CHATML", "render"]
+__all__ = ["CHATML", "DIALOGUE", "DIALOGUE_END", "render"]
 
-# For a model that comes without a template: the form that most models were trained on.
+# For a model that comes without a template and has a token for the end of a turn: what most were trained on.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# For one without either: it knows texts, not turns, and an answer as ChatML would never end. And what ends an answer.
+DIALOGUE = (
+    "{% for message in messages %}"
+    "{{ {'user': 'User: ', 'assistant': 'Assistant: '}.get(message['role'], '') }}{{ message['content'] | trim }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+DIALOGUE_END = "\nUser:"
 
 CPU_S = 1  # of computing: no real template takes a hundredth of it
 _TIMEOUT_S = 30.0  # of waiting, on a machine that gives it no time to compute

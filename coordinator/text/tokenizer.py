@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from warmfront.coordinator.models.tokenizer_json import one_line_errors
-from warmfront.coordinator.text.chat_template import CHATML, render
+from warmfront.coordinator.text.chat_template import CHATML, DIALOGUE, DIALOGUE_END, render
 from warmfront.coordinator.text.merging import MergingTokenizer
 from warmfront.coordinator.text.stream import TextStream
 from warmfront.shared.errors import ModelError, UsageError
@@ -14,6 +14,8 @@ __all__ = ["Tokenizer"]
 
 # A noncharacter of Unicode, which no text contains.
 _MARK = "\ufdd0"
+# ChatML's.
+TURN_END = "<|im_end|>"
 # JSON schemas of functions that the model may call, or documents to answer from, as templates take them.
 Tools = Sequence[Mapping[str, Any]] | None
 
@@ -39,8 +41,19 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model came with a chat template; otherwise ChatML is used."""
+        """Whether the model came with a chat template; otherwise ChatML is used, or a dialogue as people write it."""
         return bool(self._text.get("chat_templates"))
+
+    @property
+    def knows_turns(self) -> bool:
+        """Whether the vocabulary has ChatML's end of a turn."""
+        return self._fast is not None and len(self._fast.encode(TURN_END)) == 1
+
+    @property
+    def chat_stops(self) -> tuple[str, ...]:
+        """Texts that end an answer in a chat, where no token does."""
+        given = self.chat_template is not None or self.has_chat_template
+        return () if given or self.knows_turns else (DIALOGUE_END,)
 
     @property
     def note(self) -> str | None:
@@ -95,7 +108,7 @@ class Tokenizer:
                 f"the chat templates of {self._name} are {', '.join(templates)}, none is the default: choose one with "
                 "--chat-template FILE"
             )
-        return templates.get("default", CHATML)
+        return templates.get("default", CHATML if self.knows_turns else DIALOGUE)
 
     def chat_ids(
         self, messages: Sequence[Mapping[str, str]], tools: Tools = None, documents: Tools = None

@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from warmfront.coordinator.models.families import FAMILIES, pair_order
 from warmfront.shared.model.formats import row_bytes, unpack
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.model.tensors import file_shapes
 
 Floats = npt.NDArray[np.float32]
 
@@ -72,59 +74,41 @@ def llama_from_folder(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
-def llama_from_packed(packed: PackedModel) -> Any:
-    """The model of a packed file without biases, each weight as it was rounded there, widened to float32."""
-    spec, layout = packed.spec, packed.layout
-    architecture, attention = spec.architecture, spec.architecture.attention
-    (rotary,) = architecture.positions.rotary
-    parts = {"gate": (0, layout.gate_kind), "up": (layout.up_offset, layout.gate_kind)}
-    parts["down"] = (layout.down_offset, layout.down_kind)
+def model_from_packed(folder: Path, packed: PackedModel) -> Any:
+    """The folder's model with the weights of its packed file, each as it was rounded there, widened to float32."""
+    model, spec, family = llama_from_folder(folder), packed.spec, FAMILIES[packed.spec.family]
+    parts: dict[str, list[Floats]] = {}
+    for name, shape in file_shapes(spec):
+        values = _unpacked(packed, name, shape)
+        order = pair_order(spec, name)
+        if order is not None:
+            heads = values.reshape(-1, len(order), *shape[1:])
+            values = heads[:, np.argsort(order)].reshape(shape)
+        if family.norms_plus_one and name.endswith("norm"):
+            values = values - 1
+        parts.setdefault(family.hf_name(name), []).append(values)
+    state = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in parts.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= ({"lm_head.weight"} if spec.architecture.tied_head else set())
+    assert not unexpected
+    model.tie_weights()
+    return model
 
-    def matrix(name: str, cols: int) -> Floats:
-        entry = packed.entries[name]
-        assert entry.kind is not None
-        return unpack(packed.bytes_of(name).reshape(entry.shape), entry.kind, cols)
 
-    state = {"model.norm.weight": packed.floats("norm")}
-    for ours, theirs in (("embed", "model.embed_tokens"), ("head", "lm_head")):
-        if ours in packed.entries:
-            state[f"{theirs}.weight"] = matrix(ours, spec.hidden)
-    for layer in range(spec.layers):
-        here = f"layers.{layer}."
-        groups = packed.bytes_of(f"{here}ffn").reshape(layout.groups, layout.group_bytes)
-        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)[: spec.ffn]
-        for theirs, name in GGUF_NAMES.items():
-            part = name.removeprefix("ffn_").removeprefix("attn_")
-            if name.endswith("norm"):
-                values = packed.floats(here + name)
-            elif part in parts:
-                start, kind = parts[part]
-                rows = bundles[:, start : start + row_bytes(kind, spec.hidden)]
-                values = unpack(np.ascontiguousarray(rows), kind, spec.hidden)
-                values = values.T if part == "down" else values
-            else:
-                width = attention.q_rows if part == "output" else spec.hidden
-                values = matrix(here + part[0], width)
-                if part in ("q", "k"):
-                    values = _halves(values, attention.heads if part == "q" else attention.kv_heads)
-            state[f"model.{here}{theirs}.weight"] = np.ascontiguousarray(values)
-    config = LlamaConfig(
-        hidden_size=spec.hidden,
-        intermediate_size=spec.ffn,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=attention.heads,
-        num_key_value_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
-        vocab_size=spec.vocab,
-        hidden_act=architecture.feed_forward.activation,
-        rms_norm_eps=architecture.norm.epsilon,
-        max_position_embeddings=spec.context,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary.frequencies[1] ** (-attention.head_dim / 2)},
-        tie_word_embeddings="head" not in packed.entries,
-    )
-    model = LlamaForCausalLM(config)
-    model.load_state_dict({name: torch.from_numpy(values) for name, values in state.items()}, strict=True)
-    return model.eval()
+def _unpacked(packed: PackedModel, name: str, shape: tuple[int, ...]) -> Floats:
+    """A tensor of the packed file by the name and in the shape of `tensors.py`."""
+    layer, _, part = name.rpartition(".")
+    if part in ("gate", "up", "down"):
+        layout = packed.layout
+        start, kind = layout.place_of(part)
+        groups = packed.bytes_of(f"{layer}.ffn").reshape(layout.groups, layout.group_bytes)
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)[: layout.ffn]
+        rows = unpack(bundles[:, start : start + row_bytes(kind, layout.hidden)], kind, layout.hidden)
+        return np.ascontiguousarray(rows.T if part == "down" else rows)
+    entry = packed.entries[name]
+    if entry.kind is None:
+        return packed.floats(name)
+    return unpack(packed.bytes_of(name).reshape(entry.shape), entry.kind, shape[1])
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Floats:

@@ -4,6 +4,7 @@ pytest tests/integration/test_families.py
 """
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from tests.family_models import MODELS, write_family_gguf
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import Restless, budget_for, watch
-from tests.integration.reference import all_logits, choices, llama_from_folder
+from tests.integration.reference import all_logits, choices, llama_from_folder, model_from_packed
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.model.formats import Kind, pack, unpack
@@ -165,4 +167,77 @@ def test_narrower_weights(tiny_family: Make, name: str, dtype: str) -> None:
     model = rounded(folder, Kind.Q4S if dtype == "q4" else Kind[dtype.upper()])
     with Engine.load(str(folder), dtype=dtype, kv="f32") as engine:
         ours, theirs = np.stack(list(engine.forced_logits(LONG[:24], 1))), all_logits(model, LONG[:24])
+        assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+# One of each family.
+EACH = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "stablelm", "granite", "llama yarn")
+
+
+@needs_two_cores
+@pytest.mark.parametrize("name", EACH)
+def test_with_relu_on_two_workers_and_a_gpu(tiny_family: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what fires is computed, wherever it is: groups change their workers at every token."""
+    folder = tiny_family(name, seed=1, hidden_act="relu", hidden_activation="relu")
+    hidden = 128 if name == "stablelm" else 64
+    where = {"workers": 2, "gpu": "host", "vram_budget": budget_for(4, hidden=hidden, ffn=96)}
+    with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
+        assert engine.plan.selector == "exact"
+        watch(engine, Restless(), monkeypatch)
+        assert_says_the_same(engine, llama_from_folder(folder))
+        assert engine.statistics.workers()[-1].neurons > 0
+
+
+def with_exact_predictors(folder: Path, path: Path) -> Path:
+    """A copy of the folder with predictors that compute the gates: fc1 is [1; -1], so that no ReLU loses a sign."""
+    shutil.copytree(folder, path)
+    weights = load_file(path / "model.safetensors")
+    made = {}
+    for layer in range(sum(name.endswith("o_proj.weight") for name in weights)):
+        here = f"model.layers.{layer}.mlp."
+        gate = weights.get(f"{here}gate_proj.weight", weights.get(f"{here}gate_up_proj.weight"))[:96]
+        one = np.eye(gate.shape[1], dtype=np.float32)
+        made |= {f"layers.{layer}.fc1.weight": np.vstack((one, -one))}
+        made |= {f"layers.{layer}.fc2.weight": np.hstack((gate, -gate))}
+    save_file(made, path / "predictor.safetensors", {"input": "normed"})
+    return path
+
+
+# Every kind of what stands between the residual and the feed-forward.
+INPUTS = ("gemma3", "phi3", "olmo2", "stablelm", "granite")
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_predicted_with_a_gpu(tiny_family: Make, tmp_path: Path, name: str) -> None:
+    """Predictors read what the feed-forward of the family reads, and the GPU computes what they choose."""
+    plain = tiny_family(name, seed=3, hidden_act="relu", hidden_activation="relu")
+    folder = with_exact_predictors(plain, tmp_path / "model")
+    hidden = 128 if name == "stablelm" else 64
+    where = {"gpu": "host", "vram_budget": budget_for(4, hidden=hidden, ffn=96), "policy": "static"}
+    with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
+        assert engine.plan.selector == "lowrank"
+        assert_says_the_same(engine, llama_from_folder(plain))
+        active = engine.statistics.active_fraction(engine.statistics.workers())
+        assert active is not None
+        assert active < 0.9
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_low_bit_copies_of_the_gates(tiny_family: Make, name: str) -> None:
+    """They miss neurons on purpose, of little weight."""
+    folder = tiny_family(name, seed=3, hidden_act="relu", hidden_activation="relu")
+    how = {"activation": "relu", "selector": "lowbit", "bits": 4, "recall": 0.9999}
+    with Engine.load(str(folder), dtype="f32", **how) as engine:
+        ours = np.stack(list(engine.forced_logits(LONG[:40], 20)))
+        theirs = all_logits(llama_from_folder(folder), LONG[:40])[19:]
+        assert np.abs(ours - theirs).max() < 2e-2 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*zip(EACH, ("q8", "q4", "f16", "bf16") * 3, strict=False)])
+def test_in_other_weight_types(tiny_family: Make, name: str, dtype: str) -> None:
+    """Rounded weights are computed with as they are; what goes into them is rounded to 15 bits where bytes are."""
+    folder = tiny_family(name, seed=2)
+    with Engine.load(str(folder), dtype=dtype, kv="f32") as engine:
+        ours = np.stack(list(engine.forced_logits(LONG[:40], 1)))
+        theirs = all_logits(model_from_packed(folder, engine.model), LONG[:40])
         assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()

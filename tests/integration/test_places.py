@@ -156,7 +156,6 @@ def test_a_run_that_fails_leaves_an_older_trace(model: Path, tmp_path: Path, way
 def test_a_signal_ends_all(smollm2: Path, compiled: None, tmp_path: Path, number: int, decoding: bool) -> None:
     mark = f"{number}-{decoding}"
     (tmp_path / "temporary").mkdir()
-    assert run("generate", "-p", "The sea", "-n", "1").code == 0  # its first load says which activation it found
     command = [
         WARMFRONT,
         "generate",

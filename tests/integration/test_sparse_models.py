@@ -23,6 +23,7 @@ import torch
 from tests.activations import described, firing
 from tests.coordinator.models.hf.folders import edited
 from tests.family_models import write_model
+from tests.integration.command import prepack, run
 from tests.integration.gpu import budget_for
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import ModelError
@@ -38,6 +39,8 @@ SHAPE = {"num_hidden_layers": LAYERS, "hidden_act": "relu", "seed": 4}
 def factors(name: str, gates: Doubles, ups: Doubles) -> Doubles:
     """What is multiplied with the down rows, by the formulas that were published."""
     kind, _, threshold = name.partition(":")
+    if kind == "silu":
+        return gates / (1 + np.exp(-gates)) * ups
     if kind == "fatrelu":
         return np.where(gates > float(threshold), gates, 0) * ups
     return np.maximum(gates, 0) * (np.maximum(ups, 0) if kind == "drelu" else ups)
@@ -55,6 +58,8 @@ class Reference:
     normed: bool = False
     ahead: bool = False
     threshold: float = 0.0
+    # Factors on embeddings, on what a block adds, and on the logits.
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
         """The greedy tokens behind the prompt."""
@@ -101,10 +106,10 @@ class Reference:
         return np.asarray(fc2 @ np.maximum(fc1 @ x + bias1, 0) + bias2 > self.threshold)
 
     def _step(self, token: int, at: int, sparse: bool) -> Doubles:
-        x, before = self._of("model.embed_tokens.weight")[token], None
+        x, before = self.scales[0] * self._of("model.embed_tokens.weight")[token], None
         for layer in range(LAYERS):
             here = f"model.layers.{layer}."
-            x = x + self._attention(layer, self._norm(x, f"{here}input_layernorm.weight"), at)
+            x = x + self.scales[1] * self._attention(layer, self._norm(x, f"{here}input_layernorm.weight"), at)
             h = self._norm(x, f"{here}post_attention_layernorm.weight")
             gates, ups = (self._of(f"{here}mlp.{part}_proj.weight") @ h for part in ("gate", "up"))
             each = factors(self.activation, gates, ups)
@@ -112,8 +117,8 @@ class Reference:
                 seen = h if self.normed else x
                 each = each * self._chosen(layer, before if self.ahead and before is not None else seen)
                 before = seen
-            x = x + self._of(f"{here}mlp.down_proj.weight") @ each
-        return np.asarray(self._of("lm_head.weight") @ self._norm(x, "model.norm.weight"))
+            x = x + self.scales[1] * (self._of(f"{here}mlp.down_proj.weight") @ each)
+        return np.asarray(self.scales[2] * (self._of("lm_head.weight") @ self._norm(x, "model.norm.weight")))
 
 
 def random_predictors(biased: bool) -> list[tuple[Doubles, Doubles, Doubles, Doubles]]:
@@ -159,6 +164,46 @@ def test_folders(
     check(folder, Reference(weights_of(folder), activation), "exact", **overrides)
 
 
+# As published: embeddings times 12, blocks times 1.4 / sqrt(layers), logits by the width of a model of 256.
+MINICPM_SCALES = (12.0, 1.4 / LAYERS**0.5, 256 / HIDDEN)
+
+
+def test_minicpm_s(tiny_llama: Make, tmp_path: Path) -> None:
+    folder = edited(
+        tiny_llama(**SHAPE),
+        tmp_path / "model",
+        model_type="minicpm",
+        hidden_act="fatrelu",
+        hidden_act_param=0.03,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=256,
+        tie_word_embeddings=None,
+    )
+    check(folder, Reference(weights_of(folder), "fatrelu:0.03", scales=MINICPM_SCALES), "exact")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "activation"),
+    [
+        ("llama", "ReluLLaMA-7B", "relu"),
+        ("minicpm", "MiniCPM-S-1B-sft", "fatrelu:0.03"),
+        ("bamboo", "some", "drelu"),
+        ("qwen2", "some", "silu"),
+    ],
+    ids=["relullama", "minicpm-s", "bamboo", "qwen2"],
+)
+def test_gguf_files_without_predictors(
+    tiny_llama: Make, tmp_path: Path, architecture: str, name: str, activation: str
+) -> None:
+    """llama.cpp's, and SparkInfer's, whose `pred_lora` is then all zeros. Without a tokenizer nothing is measured."""
+    folder = write_model(tmp_path / "qwen2", "qwen2") if architecture == "qwen2" else tiny_llama(**SHAPE)
+    scales = MINICPM_SCALES if architecture == "minicpm" else (1.0, 1.0, 1.0)
+    path = write_gguf(tmp_path / "model.gguf", folder, architecture, "", {}, name)
+    selector = "all" if activation == "silu" else "exact"
+    check(path, Reference(weights_of(folder), activation, scales=scales), selector)
+
+
 def turbosparse(folder: Path, path: Path) -> Path:
     """The folder with predictors among the model's own tensors."""
     edited(folder, path, model_type="bamboo")
@@ -186,6 +231,18 @@ def with_torch_files(folder: Path, path: Path, biased: bool) -> Path:
     return path
 
 
+def test_predictors_that_choose_nothing(tiny_llama: Make, tmp_path: Path) -> None:
+    """All is well with their numbers, but no logit is above the threshold: that is said."""
+    folder = shutil.copytree(tiny_llama(**SHAPE), tmp_path / "model")
+    shapes = ((i, part, shape) for i in range(LAYERS) for part, shape in (("fc1", (8, HIDDEN)), ("fc2", (FFN, 8))))
+    tensors = {f"layers.{i}.{part}.weight": np.ones(shape, np.float32) for i, part, shape in shapes}
+    safetensors.numpy.save_file(tensors, folder / "predictor.safetensors", {"threshold": "1e30"})
+    outcome = run("generate", "-m", prepack(folder), "--prompt-ids", "5,6,7", "-n", "4")
+    assert outcome.code == 0
+    assert outcome.err.endswith("\nthe predictors of model chose no neuron for any token: pass --selector exact\n")
+    assert run("generate", "-m", folder, "--prompt-ids", "5,6,7", "-n", "4", "--selector", "exact").err == ""
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_folders_of_predictors(tiny_llama: Make, tmp_path: Path, biased: bool) -> None:
     folder = with_torch_files(tiny_llama(**SHAPE), tmp_path / "model", biased)
@@ -196,8 +253,10 @@ def test_folders_of_predictors(tiny_llama: Make, tmp_path: Path, biased: bool) -
         Engine.load(str(folder))
 
 
-def write_gguf(path: Path, folder: Path, architecture: str, dialect: str, fields: dict[str, Any]) -> Path:
-    """The folder's model as a GGUF file in that dialect, with predictors."""
+def write_gguf(
+    path: Path, folder: Path, architecture: str, dialect: str, fields: dict[str, Any], name: str = "some"
+) -> Path:
+    """The folder's model as a GGUF file in that dialect, with predictors unless it is llama.cpp's, ""."""
     weights, config = weights_of(folder), json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -207,22 +266,23 @@ def write_gguf(path: Path, folder: Path, architecture: str, dialect: str, fields
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
-    if dialect == "sparkinfer":
-        writer.add_array(f"{architecture}.pred_lora", [RANK] * LAYERS)
+    writer.add_name(name)
+    if dialect != "powerinfer":
+        writer.add_array(f"{architecture}.pred_lora", [RANK * (dialect == "sparkinfer")] * LAYERS)
     for key, value in fields.items():
         writer.add_float32(key, value)
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH.QWEN2 if architecture == "qwen2" else gguf.MODEL_ARCH.LLAMA, LAYERS
     )
-    for name, values in weights.items():
-        ours = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    for published, values in weights.items():
+        ours = names.get_name(published, try_suffixes=(".weight", ".bias"))
         assert ours is not None
-        if architecture != "qwen2" and (".q_proj" in name or ".k_proj" in name):
+        if architecture != "qwen2" and (".q_proj" in published or ".k_proj" in published):
             values = values.reshape(-1, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
-        if ".down_proj" in name:
+        if ".down_proj" in published and dialect:
             values, ours = values.T, ours.replace("ffn_down", "ffn_down_t" if dialect == "powerinfer" else "ffn_down")
         writer.add_tensor(ours, np.ascontiguousarray(values))
-    for layer, (fc1, bias1, fc2, bias2) in enumerate(random_predictors(dialect == "sparkinfer")):
+    for layer, (fc1, bias1, fc2, bias2) in enumerate(random_predictors(dialect == "sparkinfer") if dialect else []):
         up, down = ("fc1", "fc2") if dialect == "powerinfer" else ("ffn_pred_up", "ffn_pred_down")
         writer.add_tensor(f"blk.{layer}.{up}.weight", fc1)
         writer.add_tensor(f"blk.{layer}.{down}.weight", fc2)

@@ -145,9 +145,9 @@ def stablelm(fields: Fields, found: Found) -> ModelSpec:
 
 
 def gemma(fields: Fields, found: Found) -> ModelSpec:
-    """A Llama with scaled embeddings and GELU."""
+    """A Llama with scaled embeddings."""
     spec = llama(fields, found)
-    return described(spec, feed_forward={"activation": "gelu_tanh"}, embedding_scale=spec.hidden**0.5)
+    return described(spec, embedding_scale=spec.hidden**0.5)
 
 
 def gemma2(fields: Fields, found: Found) -> ModelSpec:

@@ -2,8 +2,8 @@
 
 GGUF's blocks of a `down` matrix run across neurons. Those of Q4_0, Q4_1 and Q4_K are kept (as Q4C), others become Q8.
 PowerInfer's files begin with PWRI instead of GGUF, store `down` with a row for each neuron (`ffn_down_t`) and, in all
-layers or in none, predictors (`fc1`, `fc2`). SparkInfer's have `pred_lora` among their fields; with predictors
-(`ffn_pred_up`, `ffn_pred_down`) `ffn_down` has a row for each neuron under its usual name.
+layers or in none, predictors (`fc1`, `fc2`). SparkInfer's with predictors (`ffn_pred_up`, `ffn_pred_down`) store it so
+under its usual name, `ffn_down`; those without are llama.cpp's, but for a field `pred_lora` of zeros.
 A model may lie in several files (`parts.py`).
 Does not cover: PowerInfer's split files (`gpu_idx`), experts.
 See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
@@ -11,7 +11,7 @@ See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,10 +66,10 @@ class GgufSource:
             raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
         tensors = _joined(files)
         self._family = self._family.named(tensors, GGUF)
-        self._dialect = _dialect(file.powerinfer, tensors, architecture, fields)
+        self._dialect = _dialect(file.powerinfer, tensors)
         self.activations = in_gguf(fields, self._dialect)
         # Whether `down` has a row for each neuron.
-        self._turned = self._dialect == "powerinfer" or any(".ffn_pred_up." in name for name in tensors)
+        self._turned = self._dialect != ""
         factors = {
             name: _read_factors(tensors.pop(f"{name}.weight")) for name in ROPE_FACTORS if f"{name}.weight" in tensors
         }
@@ -220,11 +220,11 @@ class GgufTensor(SourceTensor):
         return split_q4(exact(self._stored.rows()), self.shape[0])
 
 
-def _dialect(powerinfer: bool, tensors: Mapping[str, StoredTensor[Type]], architecture: str, fields: Fields) -> str:
+def _dialect(powerinfer: bool, tensors: Iterable[str]) -> str:
     """Whose file it is: a key of DIALECTS. `powerinfer`: by its first bytes."""
     if powerinfer or any(".ffn_down_t." in name for name in tensors):
         return "powerinfer"
-    return "sparkinfer" if f"{architecture}.pred_lora" in fields else ""
+    return "sparkinfer" if any(".ffn_pred_" in name for name in tensors) else ""
 
 
 def _joined(files: list[GgufFile]) -> dict[str, StoredTensor[Type]]:

@@ -20,6 +20,8 @@ _ENCODERS = ("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "modern-ber
 
 def checked_architecture(path: Path, fields: Fields) -> str:
     """The architecture, one of `FAMILIES`; raises ModelError if the file is anything else than such a model."""
+    if "ffn_group_size" in fields:
+        raise ModelError(f"{path} is an order of a model's neurons, as SparkInfer writes it; give the model itself")
     architecture = fields.text("general.architecture")
     kind = "mmproj" if architecture == "clip" else fields.text("general.type", "model")
     if kind in _TYPES:

@@ -124,12 +124,11 @@ def stablelm(config: Fields, name: str) -> ModelSpec:
 
 
 def gemma(config: Fields, name: str) -> ModelSpec:
-    """A Llama with scaled embeddings and GELU, in its tanh form, whatever some of the files say."""
+    """A Llama with scaled embeddings."""
     spec = llama(config, name)
     return described(
         spec,
         attention={"head_dim": config.count("head_dim", 256)},
-        feed_forward={"activation": "gelu_tanh"},
         embedding_scale=spec.hidden**0.5,
         tied_head=config.flag("tie_word_embeddings", True),
     )

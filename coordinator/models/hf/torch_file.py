@@ -1,6 +1,6 @@
-"""State dicts that torch.save has written, read without torch and without running anything of the file.
+"""State dicts and tensors that torch.save has written, read without torch and without running anything of the file.
 
-    zip of stored members: NAME/data.pkl, a pickle of {name: tensor}; NAME/data/KEY, the numbers of a storage
+    zip of stored members: NAME/data.pkl, a pickle of {name: tensor} or of a tensor; NAME/data/KEY, a storage's numbers
 
 Of the pickle only what describes tensors is understood; a reference to any other class or function is an error, so
 that nothing of the file is ever called.
@@ -16,15 +16,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES
+import numpy as np
+
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
 
-__all__ = ["read_state_dict"]
+__all__ = ["NUMBERS", "read_state_dict", "read_tensor"]
 
 # A state dict of a few matrices takes about a kilobyte.
 MAX_PICKLE_BYTES = 1 << 20
-STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
+STORAGES = {
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "IntStorage": "I32",
+    "LongStorage": "I64",
+}
+# Numbers by the name of their type, as safetensors calls it; numpy has no bfloat16, whose bits these are.
+NUMBERS = {
+    name: np.dtype(f"<{code}")
+    for name, code in zip(STORAGES.values(), ("f4", "f2", "u2", "f8", "i4", "i8"), strict=True)
+}
 LOCAL_HEADER = struct.Struct("<26xHH")
 
 
@@ -42,30 +55,40 @@ class _Tensor(NamedTuple):
 
 def read_state_dict(path: Path) -> dict[str, StoredTensor[str]]:
     """The tensors of the file by name. Raises ModelError if it is damaged, or not plainly a state dict."""
+    return _read(path, "state dict")
+
+
+def read_tensor(path: Path) -> StoredTensor[str]:
+    """The one tensor of the file. Raises ModelError if it is damaged, or not plainly a tensor."""
+    return _read(path, "tensor")[""]
+
+
+def _read(path: Path, what: str) -> dict[str, StoredTensor[str]]:
+    """The tensors of a "state dict", or a lone "tensor" by an empty name."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             (index,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
             if index.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its index has {index.file_size} bytes")
             found = _Reader(io.BytesIO(archive.read(index))).load()
+            if what == "tensor":
+                found = {"": found}
             if not isinstance(found, dict) or not all(isinstance(tensor, _Tensor) for tensor in found.values()):
-                raise ValueError("it holds something other than named tensors")
+                raise ValueError(f"it holds something other than {'named tensors' if what != 'tensor' else 'one'}")
             base = index.filename.removesuffix("data.pkl")
             return {str(name): _placed(path, str(name), tensor, archive, file, base) for name, tensor in found.items()}
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # of what a damaged zip or pickle raises there is no list
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(
-            f"{path} is not a plain state dict ({reason}); save the weights alone, by torch.save"
-        ) from error
+        raise ModelError(f"{path} is not a plain {what} ({reason}); save the weights alone, by torch.save") from error
 
 
 def _placed(
     path: Path, name: str, tensor: _Tensor, archive: zipfile.ZipFile, file: Any, base: str
 ) -> StoredTensor[str]:
     """Where the numbers of a tensor lie in the file."""
-    member, item = archive.getinfo(f"{base}data/{tensor.storage.key}"), ITEM_BYTES[tensor.storage.type]
+    member, item = archive.getinfo(f"{base}data/{tensor.storage.key}"), NUMBERS[tensor.storage.type].itemsize
     count = math.prod(tensor.shape)
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
         raise ValueError(f"{member.filename} is compressed or encrypted")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from warmfront.coordinator.cli import profile
 from warmfront.coordinator.engine import load as loading
@@ -16,7 +17,7 @@ from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.profile import counting
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.shared.config import EngineConfig
-from warmfront.shared.errors import ResourceError
+from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.model.store import PackedModel
 
 Make = Callable[..., Path]
@@ -85,7 +86,8 @@ def run(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> R
 
         monkeypatch.setattr(profile, "open_for_profiling", make)
         show = lambda what, done, total: None  # noqa: E731
-        facts = profile.profile(model, texts, EngineConfig(dtype=dtype), options.get("tokens"), said.append, show, show)
+        wishes = options.get("tokens"), options.get("order")
+        facts = profile.profile(model, texts, EngineConfig(dtype=dtype), *wishes, said.append, show, show)
         return facts | {"seen": sum(fake.seen for fake in fakes)}
 
     return run_profile
@@ -119,6 +121,27 @@ def test_resumed_is_as_uninterrupted(run: Run, texts: list[Path], models: Path, 
         np.testing.assert_array_equal(left, right)
     assert {**facts, "path": "", "seen": 0} == {**whole, "path": "", "seen": 0}
     assert whole["texts"] == ["a.txt", "b.txt"]
+
+
+def test_a_published_order(run: Run, texts: list[Path], tmp_path: Path) -> None:
+    """The neurons come in it, whatever order they had; their rates are those of the texts."""
+    rng, folder = np.random.default_rng(3), tmp_path / "activation"
+    folder.mkdir()
+    wanted = [rng.permutation(NEURONS) for _ in range(LAYERS)]
+    for layer, order in enumerate(wanted):
+        counts = np.empty(NEURONS, np.int64)
+        counts[order] = np.arange(9 * NEURONS, 8 * NEURONS, -1)
+        torch.save(torch.from_numpy(counts), folder / f"activation_{layer}.pt")
+    run(texts)
+    facts = run(texts, order=folder)
+    assert facts["reordered"]
+    assert 0.4 < facts["firing"]["mean"] < 0.6
+    with PackedModel(Path(facts["path"])) as model:
+        np.testing.assert_array_equal(model.places(), wanted)
+    assert not run(texts, order=folder)["reordered"]
+    (folder / "activation_1.pt").unlink()
+    with pytest.raises(ModelError, match=r"activation_1\.pt is missing: there must be counts for each of 2 layers$"):
+        run(texts, order=folder)
 
 
 def test_kept_after_the_last_job(run: Run, texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

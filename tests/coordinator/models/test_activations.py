@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from warmfront.coordinator.models.activations import in_config, in_gguf
+from warmfront.coordinator.models.default_model import default_file
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
 
@@ -18,7 +19,10 @@ UNSAID = ("silu", "relu", "drelu")
         ({"model_type": "llama", "hidden_act": "silu"}, ("silu",)),
         ({"model_type": "llama", "hidden_act": "relu"}, ("relu",)),  # ReluLLaMA
         ({"model_type": "llama"}, UNSAID),
-        ({"model_type": "gemma2"}, ("silu",)),
+        ({"model_type": "gemma2"}, ("gelu_tanh",)),
+        ({"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None}, ("gelu_tanh",)),
+        ({"model_type": "gemma3_text", "hidden_act": "gelu", "hidden_activation": "relu"}, ("relu",)),
+        ({"model_type": "qwen3"}, ("silu",)),
         ({"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01}, ("fatrelu:0.01",)),
         ({"model_type": "minicpm", "hidden_act": "fatrelu", "hidden_act_param": 0.03}, ("fatrelu:0.03",)),
         ({"model_type": "bamboo", "hidden_act": "relu"}, ("drelu",)),
@@ -41,7 +45,8 @@ def test_folders(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
         ("llama", "TurboSparse Mistral Instruct", "", ("drelu", "silu")),
         ("minicpm", "MiniCPM-S-1B-sft", "", ("fatrelu:0.03", "silu")),
         ("qwen2", "SparseQwen2-7B", "", ("drelu", "silu")),
-        ("gemma2", "Gemma 2 2B", "", ("silu",)),
+        ("gemma2", "Gemma 2 2B", "", ("gelu_tanh",)),
+        ("qwen3", "Qwen3 8B", "", ("silu",)),
         ("llama", "some", "powerinfer", ("relu",)),
         ("llama", "prosparse-llama-2-7b", "powerinfer", ("fatrelu:0.01",)),
         ("bamboo", "some", "powerinfer", ("drelu",)),
@@ -53,6 +58,11 @@ def test_folders(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
 def test_gguf_files(architecture: str, name: str, dialect: str, expected: tuple[str, ...]) -> None:
     fields = {"general.architecture": architecture, "general.name": name}
     assert in_gguf(Fields(Path("model.gguf"), fields), dialect) == expected
+
+
+def test_the_default_model_is_known() -> None:
+    fields = {"general.architecture": "llama", "general.name": "SmolLM2 135M"}
+    assert in_gguf(Fields(default_file(), fields), "") == ("silu",)
 
 
 def test_what_is_not_known() -> None:

@@ -17,7 +17,7 @@ from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
 from warmfront.coordinator.packing.packed_file import write_packed
 from warmfront.coordinator.packing.packer import PackingPlan
-from warmfront.shared.errors import DamagedError
+from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import FLOATS, Kind, row_bytes, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
@@ -196,6 +196,25 @@ def test_predictors_are_padded_with_zeros(predicting: Path, dtype: str) -> None:
             found = unpack(tensors[name], kind, shape[1])
             assert not found[:, values.shape[1] :].any(), "columns of the padding"
             np.testing.assert_allclose(found, whole, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "layers.1.fc1",
+            0,
+            r"^predicting: the predictor's layers\.1\.fc1 holds only zeros, it would choose no neuron; ",
+        ),
+        ("layers.0.fc2", np.nan, r"tensor layers\.0\.fc2\.weight holds NaN or infinity"),
+    ],
+)
+def test_predictors_that_can_choose_nothing(predicting: Path, name: str, value: float, message: str) -> None:
+    tensors = {f"{name}.weight": values for name, values in predictors().items()}
+    tensors[f"{name}.weight"][:] = value
+    save_file(tensors, predicting / "predictor.safetensors")
+    with pytest.raises(ModelError, match=message):
+        pack(predicting)
 
 
 def test_bundles_are_the_same_with_predictors(folder: Path, predicting: Path) -> None:

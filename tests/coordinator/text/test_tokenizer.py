@@ -204,9 +204,32 @@ def test_without_a_template(edited: Callable[..., Path], opened: Open) -> None:
     """The model is asked as ChatML; a template that the user gives goes before its own."""
     with_one, without = opened(edited(chat_template=TEMPLATES["chatml"])), opened(edited(chat_template=None))
     assert (with_one.has_chat_template, without.has_chat_template) == (True, False)
+    assert with_one.chat_stops == without.chat_stops == ()
     assert without.render_chat(MESSAGES) == with_one.render_chat(MESSAGES)
     with_one.chat_template = "{{ messages | length }}{{ eos_token }}"
     assert with_one.render_chat(MESSAGES) == "4<|im_end|>"
+
+
+def test_without_a_template_or_turns(edited: Callable[..., Path], opened: Open) -> None:
+    """As people write a dialogue; the next line of the user ends an answer."""
+    tokenizer = opened(without_turns(edited(chat_template=None)))
+    assert (tokenizer.knows_turns, tokenizer.chat_stops) == (False, ("\nUser:",))
+    conversation = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi "},
+        {"role": "assistant", "content": " Hello.\n"},
+        {"role": "user", "content": "Bye"},
+    ]
+    assert tokenizer.render_chat(conversation) == "Be kind.\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    tokenizer.chat_template = "{{ messages | length }}"
+    assert tokenizer.chat_stops == ()
+
+
+def without_turns(folder: Path) -> Path:
+    """ChatML's end of a turn is another token."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_text((folder / file).read_text().replace("<|im_end|>", "<|turned|>"))
+    return folder
 
 
 def test_named_templates(edited: Callable[..., Path], opened: Open) -> None:

@@ -21,6 +21,7 @@ from warmfront.shared.errors import ModelError
         ("llama", "adapter", r"is an adapter \(LoRA\) without the model that it changes; merge it"),
         ("llama", "imatrix", "is statistics for quantising, not a model"),
         ("llama", "vocab", "is a vocabulary without weights; give the whole model"),
+        ("llama", "split", "is an order of a model's neurons, as SparkInfer writes it; give the model itself"),
         ("bert", "model", "'bert' is an encoder, which writes no text; .*llama.* are"),
         ("mamba", None, "architecture 'mamba' is not supported; .*llama.* are"),
     ],
@@ -28,7 +29,8 @@ from warmfront.shared.errors import ModelError
 def test_what_a_file_is_instead(
     tiny_gguf: Callable[..., Path], architecture: str, kind: str | None, message: str
 ) -> None:
-    path = tiny_gguf(architecture=architecture, fields={} if kind is None else {"general.type": kind})
+    fields = {} if kind is None else {"ffn_group_size": 16} if kind == "split" else {"general.type": kind}
+    path = tiny_gguf(architecture=architecture, fields=fields)
     with pytest.raises(ModelError, match=message) as caught:
         open_source(path)
     assert str(caught.value).startswith(str(path))

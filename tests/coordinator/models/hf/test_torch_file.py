@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from warmfront.coordinator.models.hf.safetensors_file import KINDS
-from warmfront.coordinator.models.hf.torch_file import read_state_dict
+from warmfront.coordinator.models.hf.torch_file import NUMBERS, read_state_dict, read_tensor
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.formats import unpack
 
@@ -29,6 +29,19 @@ def test_tensors_are_those_of_torch(tmp_path: Path, dtype: torch.dtype) -> None:
         assert tensor.shape == tuple(state[name].shape)
         values = unpack(tensor.rows(), KINDS[tensor.type], tensor.shape[-1])
         np.testing.assert_array_equal(values.reshape(tensor.shape), state[name].float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64, torch.float16])
+def test_a_lone_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = (1000 * torch.rand(70)).to(dtype)
+    torch.save(numbers, tmp_path / "activation_0.pt")
+    found = read_tensor(tmp_path / "activation_0.pt")
+    np.testing.assert_array_equal(found.rows().view(NUMBERS[found.type])[0], numbers.numpy())
+    torch.save({"counts": numbers}, tmp_path / "activation_0.pt")
+    with pytest.raises(
+        ModelError, match=r"activation_0\.pt is not a plain tensor \(it holds something other than one\)"
+    ):
+        read_tensor(tmp_path / "activation_0.pt")
 
 
 class Evil:
