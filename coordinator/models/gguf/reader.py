@@ -97,9 +97,9 @@ class GgufSource:
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
         """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""
-        names = {part: gguf for part, (_, gguf) in self._family.tensors.items()} | DIALECTS[self._dialect]
+        self._names = {part: gguf for part, (_, gguf) in self._family.tensors.items()} | DIALECTS[self._dialect]
         parts: dict[str, list[str]] = {}
-        for part, name in names.items():
+        for part, name in self._names.items():
             parts.setdefault(name, []).append(part)
         named: dict[str, StoredTensor[Type]] = {}
         for name, tensor in tensors.items():
@@ -123,7 +123,8 @@ class GgufSource:
             tensors |= {name: self._find(name, named, shape, cuts) for name, shape in shapes}
         extra = sorted(named.keys() - tensors.keys())
         if extra:
-            raise ModelError(f"{self.path}: tensor {extra[0]} is unexpected in a model of {self.spec.layers} layers")
+            what = f"tensor {named[extra[0]].name} is unexpected in a {self.spec.family} of {self.spec.layers} layers"
+            raise ModelError(f"{self.path}: {what}")
         return tensors
 
     def _find(
@@ -132,7 +133,10 @@ class GgufSource:
         """The tensor, or the piece of the file's, that we call `name`."""
         tensor = named.get(name)
         if tensor is None:
-            raise ModelError(f"{self.path}: tensor {name} is missing; the file is incomplete")
+            *layer, part = name.removesuffix(".bias").split(".")
+            published = self._names[part].format(i=layer[-1] if layer else "")
+            end = ".bias" if name.endswith(".bias") else ".weight"
+            raise ModelError(f"{self.path}: tensor {published}{end} is missing; the file is incomplete")
         if name.endswith(".down") and self._turned:
             shape = shape[::-1]
         first, rows = cuts.get(part_of(name), (0, shape[0]))

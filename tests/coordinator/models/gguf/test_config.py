@@ -60,19 +60,19 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
         ({"fields": {"llama.rope.dimension_count": 31}}, "RoPE on 31 of the 64 numbers"),
         ({"fields": {"llama.attention.head_count_kv": 3}}, "do not share"),
         ({"fields": {"llama.attention.head_count": [4, 4]}}, "head_count is"),
-        ({"fields": {"llama.block_count": 2}}, "layers.1.attn_norm is missing"),
+        ({"fields": {"llama.block_count": 2}}, "blk.1.attn_norm.weight is missing"),
         ({"without": ["llama.embedding_length"]}, "llama.embedding_length is missing"),
         ({"without": ["token_embd.weight"]}, "token_embd.weight is missing"),
-        ({"without": ["blk.0.ffn_up.weight"]}, "layers.0.up is missing"),
+        ({"without": ["blk.0.ffn_up.weight"]}, "blk.0.ffn_up.weight is missing"),
         ({"shapes": {"blk.0.attn_k.weight": (256, 256)}}, "shape"),
-        ({"shapes": {"blk.1.attn_k.weight": (128, 256)}}, "layers.1.k is unexpected"),
+        ({"shapes": {"blk.1.attn_k.weight": (128, 256)}}, "blk.1.attn_k.weight is unexpected"),
         ({"shapes": {"blk.0.fc1.weight": (256, 256)}}, "blk.0.fc1.weight does not belong to a llama model"),
         ({"shapes": {"blk.0.ffn_down_t.weight": (512, 256)}}, "blk.0.ffn_down.weight does not belong to a PowerInfer"),
         ({"shapes": {"blk.0.attn_sinks.weight": (4,)}}, "attn_sinks"),
         ({"shapes": {"rope_freqs.weight": (16,)}}, "rope_freqs.weight"),
         ({"fields": {"tokenizer.ggml.model": "bert"}}, "tokenizer 'bert' is not supported"),
-        ({"shapes": {"blk.0.attn_norm.bias": (256,)}}, "layers.0.attn_norm.bias is unexpected"),
-        ({"shapes": {"blk.0.ffn_norm.bias": (256,)}}, "layers.0.ffn_norm.bias is unexpected"),
+        ({"shapes": {"blk.0.attn_norm.bias": (256,)}}, "blk.0.attn_norm.bias is unexpected"),
+        ({"shapes": {"blk.0.ffn_norm.bias": (256,)}}, "blk.0.ffn_norm.bias is unexpected"),
         (
             {"fields": {"general.architecture": 5}, "architecture": "llama"},
             "field general.architecture is 5, not a text",
@@ -152,5 +152,5 @@ def test_the_whole_architecture(tiny_gguf: Make, options: dict[str, Any], change
 def test_a_bias_of_some_layers_only(tiny_gguf: Make) -> None:
     shapes = {name.replace("blk.0", "blk.1"): shape for name, shape in GGUF_SHAPES.items()}
     path = tiny_gguf(shapes=shapes | {"blk.1.attn_q.bias": (256,)}, fields={"llama.block_count": 2})
-    with pytest.raises(ModelError, match=r"tensor layers\.0\.q\.bias is missing; the file is incomplete$"):
+    with pytest.raises(ModelError, match=r"tensor blk\.0\.attn_q\.bias is missing; the file is incomplete$"):
         open_source(path)
