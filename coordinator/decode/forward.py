@@ -8,6 +8,8 @@ another wrote. Per layer:
     attention (split by head); one token: k and v into the cache by whoever reads them | barrier
     output projection rows (split)                                                    | barrier
     x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
+    with experts: their scores (split)                                                | barrier
+    which of them each token uses (split by token)              with several tokens   | barrier
     thread 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
     from this layer's input meanwhile
     x += each worker's part
@@ -53,6 +55,7 @@ from warmfront.coordinator.decode.network import (
 )
 from warmfront.coordinator.decode.norms import Norm, last_norm, layer_norm, normalise, normalise_heads
 from warmfront.coordinator.decode.predictor import predict
+from warmfront.coordinator.decode.router import route
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
@@ -337,6 +340,10 @@ def forward(rank: int, net: Network, st: State) -> int:
         _note(st.times, layer, rank, _OUTPUT)
         if net.predicts and decode and (layer == 0 or not net.look_ahead):
             result = predict(net, st, layer, rank)
+            if result != DONE:
+                return result
+        if net.router.experts > 0:
+            result = route(net, st, layer, rank, panels, lanes)
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _PREDICTOR)

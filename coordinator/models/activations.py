@@ -65,6 +65,6 @@ def in_gguf(fields: Fields, dialect: str) -> tuple[str, ...]:
         return ("drelu" if family == "qwen2" else named or "relu",)
     if dialect == "powerinfer":
         return (named or "relu",)
-    if family not in _CONVERTED:
+    if family not in _CONVERTED or fields.count(f"{family}.expert_count", 0, low=0) > 0:
         return ("silu",)
     return (named, "silu") if named else _UNSAID

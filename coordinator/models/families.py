@@ -4,6 +4,7 @@ A new family is a row here, and functions in `hf/config.py` and `gguf/config.py`
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ __all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", 
 HF, GGUF = 0, 1
 # Of parts of a layer that share a published tensor: the first row of each, and how many rows the tensor has.
 Cuts = Mapping[str, tuple[int, int]]
+# Our names of tensors (`tensors.py`).
+_NAME = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?:(?P<experts>experts\.)(?P<expert>\d+)\.)?(?P<part>.+)")
 # Parts whose rows are those of heads that RoPE turns.
 _TURNED = ("q", "k", "q_norm", "k_norm")
 
@@ -39,8 +42,8 @@ class Family:
     # The same from a GGUF file's fields and what else is in it.
     gguf: Callable[[Fields, Found], ModelSpec]
     gguf_positions: Callable[[Fields, ModelSpec, Factors], Positions]
-    # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts
-    # of one name lie in one matrix, one behind the other in the order that they have here.
+    # By our name (`tensors.py`) without numbers: Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts of
+    # one name lie in one matrix, one behind the other in the order that they have here; GGUF's experts in one stack.
     tensors: Mapping[str, tuple[str, str]]
     # Whether GGUF files have the two rows of a rotated pair side by side, not half a head apart (as Hugging Face's).
     gguf_pairs: bool = False
@@ -49,8 +52,10 @@ class Family:
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
-        *layer, part = name.removesuffix(".bias").split(".")
-        published = self.tensors[part][HF].format(i=layer[-1] if layer else "")
+        match = _NAME.fullmatch(name.removesuffix(".bias"))
+        assert match is not None
+        part = (match["experts"] or "") + match["part"]
+        published = self.tensors[part][HF].format(i=match["layer"], e=match["expert"])
         return published + (".bias" if name.endswith(".bias") else ".weight")
 
     def cuts(self, spec: ModelSpec, side: int) -> Cuts:
@@ -154,7 +159,37 @@ _OLMO2 = replace(
 _STABLELM = replace(
     _LLAMA, hf=hf_config.stablelm, hf_positions=hf_config.quarter_rotary, gguf=gguf_config.stablelm, gguf_pairs=False
 )
-# By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
+_EXPERTS = {
+    **{part: names for part, names in _LLAMA.tensors.items() if part not in ("gate", "up", "down")},
+    "router": ("model.layers.{i}.mlp.gate", "blk.{i}.ffn_gate_inp"),
+    "experts.gate": ("model.layers.{i}.mlp.experts.{e}.gate_proj", "blk.{i}.ffn_gate_exps"),
+    "experts.up": ("model.layers.{i}.mlp.experts.{e}.up_proj", "blk.{i}.ffn_up_exps"),
+    "experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj", "blk.{i}.ffn_down_exps"),
+}
+_SHARED_EXPERT = {
+    "shared_router": ("model.layers.{i}.mlp.shared_expert_gate", "blk.{i}.ffn_gate_inp_shexp"),
+    "shared.gate": ("model.layers.{i}.mlp.shared_expert.gate_proj", "blk.{i}.ffn_gate_shexp"),
+    "shared.up": ("model.layers.{i}.mlp.shared_expert.up_proj", "blk.{i}.ffn_up_shexp"),
+    "shared.down": ("model.layers.{i}.mlp.shared_expert.down_proj", "blk.{i}.ffn_down_shexp"),
+}
+_QWEN2_MOE = replace(_QWEN2, hf=hf_config.qwen2_moe, gguf=gguf_config.mixture, tensors={**_EXPERTS, **_SHARED_EXPERT})
+_QWEN3_MOE = replace(
+    _QWEN2, hf=hf_config.qwen3_moe, gguf=gguf_config.normalised_mixture, tensors={**_EXPERTS, **_QK_NORMS}
+)
+_MIXTRAL = replace(
+    _LLAMA,
+    hf=hf_config.mixtral,
+    gguf=gguf_config.normalised_mixture,
+    tensors={
+        **_EXPERTS,
+        "router": ("model.layers.{i}.block_sparse_moe.gate", "blk.{i}.ffn_gate_inp"),
+        "experts.gate": ("model.layers.{i}.block_sparse_moe.experts.{e}.w1", "blk.{i}.ffn_gate_exps"),
+        "experts.up": ("model.layers.{i}.block_sparse_moe.experts.{e}.w3", "blk.{i}.ffn_up_exps"),
+        "experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2", "blk.{i}.ffn_down_exps"),
+    },
+)
+# By model_type of config.json, and by general.architecture of GGUF, which is the same for most, but a Mistral is a
+# "llama" there, and so is a Mixtral.
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, hf=hf_config.mistral),
@@ -168,6 +203,12 @@ FAMILIES = {
     "olmo2": _OLMO2,
     "stablelm": _STABLELM,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
+    "mixtral": _MIXTRAL,
+    "olmoe": replace(_QWEN3_MOE, hf=hf_config.olmoe, gguf=gguf_config.mixture),
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen2moe": _QWEN2_MOE,
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3moe": _QWEN3_MOE,
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,
     "prosparse-llama": _LLAMA,
@@ -180,7 +221,7 @@ FAMILIES = {
 # What families that are not in the table have, by the same names, and nothing here computes yet.
 _UNGATED = "a feed-forward without a gate"
 _LEARNED = f"learned positions and {_UNGATED}, with biases"
-_EXPERTS = "a mixture of experts (MoE)"
+_OTHER_EXPERTS = "a mixture of experts (MoE) of its own kind"
 _MISSING = {
     "opt": _LEARNED,
     "gpt2": _LEARNED,
@@ -193,14 +234,12 @@ _MISSING = {
     "nemotron": _UNGATED,
     "cohere": "a norm that attention and feed-forward share",
     "command-r": "a norm that attention and feed-forward share",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen2moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "qwen3moe": _EXPERTS,
-    "phimoe": _EXPERTS,
-    "gpt_oss": _EXPERTS,
-    "gpt-oss": _EXPERTS,
+    "phimoe": _OTHER_EXPERTS,
+    "gpt_oss": _OTHER_EXPERTS,
+    "gpt-oss": _OTHER_EXPERTS,
+    "deepseek_v2": _OTHER_EXPERTS,
+    "deepseek_v3": _OTHER_EXPERTS,
+    "deepseek2": _OTHER_EXPERTS,
 }
 
 

@@ -78,6 +78,9 @@ class ModelSpec:
         for what, values in per_layer.items():
             if len(values) not in (0, self.layers):
                 raise ValueError(f"{what} are given for {len(values)} layers of {self.layers}")
+        experts = self.architecture.feed_forward.experts
+        for layer in experts.dense_layers if experts is not None else ():
+            check_count("layer without experts", layer, 0, self.layers - 1)
 
     @property
     def activation(self) -> str:
@@ -94,8 +97,9 @@ class ModelSpec:
 
     @property
     def sparse(self) -> bool:
-        """Whether the layers have neurons that contribute exactly nothing."""
-        return self.architecture.feed_forward.sparse
+        """Whether the layers have neurons that contribute exactly nothing, and can be run so that they are left out."""
+        # Within experts all neurons are computed.
+        return self.architecture.feed_forward.sparse and self.architecture.feed_forward.experts is None
 
     def to_json(self) -> str:
         """A JSON object of all fields."""

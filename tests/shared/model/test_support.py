@@ -18,7 +18,10 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "parallel residual with post-norm": ("residual", "parallel"),
     "ungated feed-forward": ("feed_forward.gated", False),
     "feed-forward biases": ("feed_forward.biases", ("down",)),
-    "mixture of experts (MoE)": ("feed_forward.experts", Experts(number=8, active=2)),
+    "layers without experts among those with them": (
+        "feed_forward.experts",
+        Experts(number=8, active=2, dense_layers=(1,), dense=64),
+    ),
 }
 
 
@@ -61,6 +64,7 @@ def test_several_are_named_in_one_line() -> None:
         ("feed_forward.activation", "gelu_tanh"),
         ("feed_forward", FeedForward(activation="fatrelu", threshold=0.01)),
         ("feed_forward", FeedForward(activation="drelu")),
+        ("feed_forward.experts", Experts(number=8, active=2, scoring="sigmoid", shared=40, shared_gate=True)),
         ("tied_head", True),
         ("norm.kind", "layer"),
         ("norm.placement", "post"),
