@@ -203,7 +203,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Mixture of experts: a layer has `number` feed-forwards, of which a router picks some for each token.
+    """Mixture of experts: every layer has `number` feed-forwards, of which a router picks some for each token.
 
     Each adds its output times a weight that the router gives it.
     """
@@ -221,9 +221,6 @@ class Experts:
     # too, by the sigmoid of a score of its own.
     shared: int = 0
     shared_gate: bool = False
-    # Layers that have a plain feed-forward instead, in rising order, and its neurons.
-    dense_layers: tuple[int, ...] = ()
-    dense: int = 0
 
     def __post_init__(self) -> None:
         check_count("number of experts", self.number, 1, _MAX_EXPERTS)
@@ -233,9 +230,6 @@ class Experts:
         check_count("neurons of the shared expert", self.shared, 0)
         if self.shared_gate and not self.shared:
             raise ValueError("there is a gate for a shared expert, but no shared expert")
-        if list(self.dense_layers) != sorted(set(self.dense_layers)):
-            raise ValueError(f"layers without experts are {reprlib.repr(self.dense_layers)}, not in rising order")
-        check_count("neurons of layers without experts", self.dense, 1 if self.dense_layers else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

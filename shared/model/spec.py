@@ -78,9 +78,6 @@ class ModelSpec:
         for what, values in per_layer.items():
             if len(values) not in (0, self.layers):
                 raise ValueError(f"{what} are given for {len(values)} layers of {self.layers}")
-        experts = self.architecture.feed_forward.experts
-        for layer in experts.dense_layers if experts is not None else ():
-            check_count("layer without experts", layer, 0, self.layers - 1)
 
     @property
     def activation(self) -> str:

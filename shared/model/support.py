@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.architecture import Architecture, FeedForward
+from warmfront.shared.model.architecture import Architecture
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["check_supported"]
@@ -16,12 +16,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
     ("parallel residual with post-norm", lambda a: a.residual == "parallel" and a.norm.placement != "pre"),
     ("ungated feed-forward", lambda a: not a.feed_forward.gated),
     ("feed-forward biases", lambda a: bool(a.feed_forward.biases)),
-    ("layers without experts among those with them", lambda a: _dense_among_experts(a.feed_forward)),
 )
-
-
-def _dense_among_experts(feed_forward: FeedForward) -> bool:
-    return feed_forward.experts is not None and bool(feed_forward.experts.dense_layers)
 
 
 def check_supported(spec: ModelSpec) -> None:

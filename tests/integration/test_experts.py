@@ -3,6 +3,7 @@
 What every family says in float32 is in `test_families.py`.  pytest tests/integration/test_experts.py
 """
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from tests.integration.gpu import Restless, budget_for, watch
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
+from warmfront.shared.errors import ModelError
 from warmfront.shared.model.branches import bounds_of, branches_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import row_bytes, row_cols, unpack
@@ -156,3 +158,23 @@ def test_experts_in_stacks(tiny_family: Make, tmp_path: Path, name: str) -> None
     assert ours.names() == theirs.names()
     for tensor in theirs.names():
         np.testing.assert_array_equal(ours.tensor(tensor).float32(), theirs.tensor(tensor).float32(), tensor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip_qkv": 8.0}, "an OLMoE with clip_qkv is not supported; one without is$"),
+        ({"num_experts_per_tok": 7}, "number of active experts is 7, not a whole number from 1 to 6$"),
+        ({"num_experts": 7}, r"mlp\.gate\.weight has shape \(6, 64\), config\.json says \(7, 64\)$"),
+        ({"num_experts": None}, "field num_local_experts is missing; the model is incomplete$"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "layers without experts is not supported; one without"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "layers without experts is not supported; one without"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers is 1, not a list of whole numbers$"),
+    ],
+)
+def test_folders_that_are_refused(tiny_family: Make, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = shutil.copytree(tiny_family("olmoe"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=message):
+        open_source(folder)

@@ -120,18 +120,13 @@ def qwen3_moe(config: Fields, name: str) -> ModelSpec:
 
 
 def _qwen_experts(config: Fields, spec: ModelSpec, **more: Any) -> ModelSpec:
-    """Experts in every layer, or in every so manieth; `mlp_only_layers` have none."""
-    step, without = config.count("decoder_sparse_step", 1), set(config.whole_numbers("mlp_only_layers"))
-    dense = tuple(layer_windows(spec, 1, lambda layer: layer in without or (layer + 1) % step != 0))
-    layers = tuple(layer for layer, one in enumerate(dense) if one)
-    return _with_experts(
-        config,
-        replace(spec, ffn=config.count("moe_intermediate_size")),
-        normalised=config.flag("norm_topk_prob", False),
-        dense_layers=layers,
-        dense=spec.ffn if layers else 0,
-        **more,
-    )
+    if config.whole_numbers("mlp_only_layers") or config.count("decoder_sparse_step", 1) > 1:
+        raise ModelError(
+            f"{config.path.parent}: a {spec.family} with layers without experts is not supported; one without such "
+            "layers (mlp_only_layers, decoder_sparse_step) is"
+        )
+    spec = replace(spec, ffn=config.count("moe_intermediate_size"))
+    return _with_experts(config, spec, normalised=config.flag("norm_topk_prob", False), **more)
 
 
 def _with_experts(config: Fields, spec: ModelSpec, **more: Any) -> ModelSpec:

@@ -18,10 +18,6 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "parallel residual with post-norm": ("residual", "parallel"),
     "ungated feed-forward": ("feed_forward.gated", False),
     "feed-forward biases": ("feed_forward.biases", ("down",)),
-    "layers without experts among those with them": (
-        "feed_forward.experts",
-        Experts(number=8, active=2, dense_layers=(1,), dense=64),
-    ),
 }
 
 
