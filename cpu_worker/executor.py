@@ -5,7 +5,9 @@ mask, give this worker are split over the threads, evenly but for whole groups (
 open neurons); each thread adds into sums of its own; after a barrier each adds up a slice of all sums, and the last to
 finish publishes. The sums are exact: they do not depend on the number of threads, nor on who owns what.
 
-Of a batch, the neurons that any of its tokens wants are shared out together (`feed_forward/ffn.py`).
+Of a batch, the neurons that any of its tokens wants are shared out together (`feed_forward/ffn.py`). With experts
+(`shared/model/branches.py`) that is only groups of the branches that some token uses; a branch's weight is multiplied
+into the unit of the token's sums, so that every kernel computes experts as it does any other neurons.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
 from warmfront.shared.kernels.byte_dot import quantise_batch
+from warmfront.shared.kernels.feed_forward.branches import branch_end, users_groups, uses_branch, weighed
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
 from warmfront.shared.kernels.feed_forward.ffn import (
     Batch,
@@ -23,12 +26,19 @@ from warmfront.shared.kernels.feed_forward.ffn import (
     open_gates,
     open_neurons,
     open_ups,
-    whole_groups,
 )
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.routed_groups import (
+    Routed,
+    RoutedBuffers,
+    buffers_of,
+    cut_by_tokens,
+    list_users,
+    routed_groups,
+)
 from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import LANES
@@ -61,16 +71,23 @@ class Worker(NamedTuple):
     # Bytes that a gate reads, and the rest of a neuron.
     gate_bytes: int
     rest_bytes: int
+    # int64 [branches + 1]: the first group of each branch.
+    bounds: Any
     # Tables of the board: see `shared/wire/board.py`.
     slot: Any
     owner: Any
     mask: Any
+    routing: Any
     requested: Any
     computed: Any
     firing: Any
-    # Of the owned groups, int32 [threads, groups]: slots, numbers.
+    # Of the owned groups, int32 [threads, groups]: slots, numbers, branches.
     owned: Any
     ids: Any
+    branches: Any
+    # float32 [threads, BATCH]: 1 / unit of each token's sums, times a branch's weight.
+    factors: Any
+    routed: RoutedBuffers
     # uint32 [threads, BATCH, groups]: the masks, and what was computed whole; [threads, groups]: of any token's mask.
     words: Any
     bits: Any
@@ -110,21 +127,29 @@ class Worker(NamedTuple):
 
 
 @inlined
-def _owned_groups(w: Worker, rank: int, layer: int, decoded: int) -> int:
-    """List the groups that this worker owns in `layer`: slots, numbers, of a batch the words of the masks too.
+def _owned_groups(w: Worker, rank: int, layer: int, tokens: int, decode: bool) -> int:
+    """List the groups that this worker owns in `layer`, of the branches that are used: slots, numbers, branches; of a
+    batch the words of the masks too.
 
     The first thread notes on the board what is asked for the tokens of a batch. Returns how many groups there are.
     """
-    owned, ids, wanted = w.owned[rank], w.ids[rank], w.wanted[rank]
+    owned, ids, branches, wanted = w.owned[rank], w.ids[rank], w.branches[rank], w.wanted[rank]
     count = 0
-    for group in range(w.owner.shape[1]):
-        if w.owner[layer, group] == w.me:
-            owned[count], ids[count], wanted[count] = w.slot[layer, group], group, 0
-            count += 1
-    for token in range(decoded):
+    for branch in range(len(w.bounds) - 1):
+        if uses_branch(w.routing, branch, tokens):
+            for group in range(w.bounds[branch], w.bounds[branch + 1]):
+                if w.owner[layer, group] == w.me:
+                    owned[count], ids[count], branches[count] = w.slot[layer, group], group, branch
+                    wanted[count] = 0
+                    count += 1
+    if not decode:
+        return count
+    for token in range(tokens):
         words = w.words[rank, token]
         for i in range(count):
             words[i] = w.mask[token, layer, ids[i]] if w.predicted else np.uint32(0xFFFFFFFF)
+            if branches[i] > 0 and w.routing[token, branches[i]] == 0:
+                words[i] = 0
             wanted[i] |= words[i]
         w.bits[rank, token, :count] = 0
         if rank == 0:
@@ -164,7 +189,7 @@ def _sparse(w: Worker, rank: int, neurons: int, batch: Batch) -> bool:
 @inlined
 def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
     """This thread's part of a batch into its sums; returns whether it was not aborted."""
-    slots, counts, hidden = w.owned[rank], w.counts[rank], w.bundles.hidden
+    slots, branches, counts, hidden = w.owned[rank], w.branches[rank], w.counts[rank], w.bundles.hidden
     quantised_at, row = quantise_batch(w.x_at, address_of(w.quantised[rank]), hidden, tokens)
     sums_at, scratch_at = address_of(w.sums[rank]), address_of(w.scratch[rank])
     batch = Batch(tokens, w.x_at, quantised_at, row, w.inverse_at, sums_at, scratch_at)
@@ -172,9 +197,13 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
         return _sparse(w, rank, groups * GROUP, batch)
     if w.bundles.tiled:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
-        whole_groups(w.bundles, slots, low, high, batch)
-        w.bits[rank, :tokens, low:high] = 0xFFFFFFFF
-        counts[_GATES] = counts[_NEURONS] = (high - low) * GROUP * tokens
+        done = 0
+        while low < high:
+            end = branch_end(branches, low, high)
+            own = weighed(batch, w.routing, branches[low], w.factors[rank])
+            done += users_groups(w.bundles, slots, low, end, own, w.words[rank], w.bits[rank])
+            low = end
+        counts[_GATES] = counts[_NEURONS] = done * GROUP
         return True
     listed = w.listed[rank]
     count = list_masked(w.wanted[rank], groups, listed) if w.predicted else groups * GROUP
@@ -182,7 +211,13 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
     low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[_GATES] = high - low
     selection = Selection(w.words[rank], w.skip, w.bits[rank])
-    counts[_NEURONS] = listed_neurons(w.bundles, slots, listed, low, high, selection, batch)
+    counts[_NEURONS] = 0
+    while low < high:
+        # Masks and branches never come together: whole groups of a branch are listed.
+        end = high if w.predicted else branch_end(branches, low // GROUP, high // GROUP) * GROUP
+        own = weighed(batch, w.routing, branches[low // GROUP], w.factors[rank])
+        counts[_NEURONS] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
+        low = end
     if w.descriptor[COMPARE_SELECTION] != 0:
         low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
         opened = open_gates(w.bundles, slots, low, high, batch, w.gates[rank], w.opened[rank])
@@ -195,9 +230,17 @@ def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int, decode:
     """This thread's part of the job into its sums; returns whether it was not aborted."""
     if decode:
         return _decode(w, rank, groups, tokens)
-    low, high = share(groups, 1, rank, rank + 1, w.threads)
     vectors = Vectors(w.x_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
-    dense_groups(w.bundles, w.owned[rank], low, high, vectors, panels_of(tokens), w.ids[rank], w.firing[layer])
+    slots, ids, firing = w.owned[rank], w.ids[rank], w.firing[layer]
+    if len(w.bounds) == 2:
+        low, high = share(groups, 1, rank, rank + 1, w.threads)
+        dense_groups(w.bundles, slots, low, high, vectors, panels_of(tokens), ids, firing)
+    else:
+        job = Routed(tokens, w.routing, w.branches[rank], buffers_of(w.routed, rank))
+        list_users(w.routing, tokens, job.buffers)
+        low = cut_by_tokens(job, groups, rank, w.threads)
+        high = cut_by_tokens(job, groups, rank + 1, w.threads)
+        routed_groups(w.bundles, slots, low, high, vectors, job, ids, firing)
     w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
     return True
 
@@ -274,7 +317,7 @@ def serve(rank: int, w: Worker) -> None:
         decode = lanes == 1
         size = (tokens if decode else panels_of(tokens) * lanes) * w.bundles.hidden
         sums[:size] = 0
-        groups = _owned_groups(w, rank, layer, tokens if decode else 0)
+        groups = _owned_groups(w, rank, layer, tokens, decode)
         if not _compute(w, rank, layer, groups, tokens, decode):
             return
         if barrier(w.barrier) != DONE:

@@ -17,9 +17,11 @@ from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
+from warmfront.shared.kernels.prefill.routed_groups import routed_buffers
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
 from warmfront.shared.machine.process import pin, take_short_turns
+from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH
 from warmfront.shared.model.store import run_of
@@ -71,14 +73,19 @@ class CpuWorker:
             ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
+            bounds=bounds_of(spec),
             slot=board.slot[plan.index],
             owner=board.owner,
             mask=board.mask,
+            routing=board.routing,
             requested=board.requested[plan.index],
             computed=board.computed,
             firing=board.firing,
             owned=zeros((threads, sizes.groups), np.int32),
             ids=zeros((threads, sizes.groups), np.int32),
+            branches=zeros((threads, sizes.groups), np.int32),
+            factors=zeros((threads, BATCH), np.float32),
+            routed=routed_buffers(threads, sizes.hidden, sizes.branches, sizes.max_tokens),
             words=zeros((threads, BATCH, sizes.groups), np.uint32),
             bits=zeros((threads, BATCH, sizes.groups), np.uint32),
             wanted=zeros((threads, sizes.groups), np.uint32),

@@ -3,11 +3,15 @@
 The same loop drives a CUDA device and the emulated one. Hand-over is through the host: the thread waits on the board
 like a CPU worker's, calls the device, and announces the result when the device is done. Groups come later, by `move`,
 from the packed file: the main thread reads and copies them while this one computes.
+
+With experts (`shared/model/branches.py`) the device is called once for each branch that is used, of several tokens for
+those that use it; the branch's weight is multiplied into the unit of their sums.
 """
 
 import math
 import threading
 import time
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +21,7 @@ from warmfront.gpu_worker.device import Device, Ints, slots_within
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import pin, take_short_turns
+from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.store import run_of
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, QUIT, Board
@@ -32,9 +37,10 @@ class _Owned(NamedTuple):
 
     # The layer's row of the owner table that they come from.
     owner: bytes
-    # Their numbers, and where they lie on the device.
-    groups: npt.NDArray[np.int64]
+    # Where they lie on the device.
     slots: Ints
+    # Of each branch that has any: its number, the numbers of the groups, and where they lie.
+    branches: list[tuple[int, npt.NDArray[np.int64], Ints]]
 
 
 class GpuWorker:
@@ -51,6 +57,7 @@ class GpuWorker:
         self._compared = np.zeros(4, np.int64)
         self._slots = 0
         self._owned: list[_Owned | None] = [None] * layers
+        self._bounds = bounds_of(self._model.spec)
         self._predicted = plan.selector in PREDICTING
         self._sparse = plan.selector == "exact" or (self._predicted and self._model.spec.sparse)
         self._error: BaseException | None = None
@@ -101,7 +108,11 @@ class GpuWorker:
         known = self._owned[layer]
         if known is None or known.owner != owner:
             groups = np.flatnonzero(self._board.owner[layer] == self._plan.index)
-            known = self._owned[layer] = _Owned(owner, groups, self._board.slot[self._plan.index][layer, groups])
+            slots = self._board.slot[self._plan.index][layer, groups]
+            cuts = np.searchsorted(groups, self._bounds)
+            parts = enumerate(pairwise(cuts.tolist()))
+            own = [(branch, groups[low:high], slots[low:high]) for branch, (low, high) in parts if low < high]
+            known = self._owned[layer] = _Owned(owner, slots, own)
         return known
 
     def _batch(self, layer: int, tokens: int) -> tuple[int, int]:
@@ -113,29 +124,55 @@ class GpuWorker:
         return sum(gates for gates, _ in counts), sum(neurons for _, neurons in counts)
 
     def _single(self, layer: int, token: int) -> tuple[int, int]:
-        board, (_, groups, slots) = self._board, self._groups(layer)
+        board, owned = self._board, self._groups(layer)
         hidden, index = board.sizes.hidden, self._plan.index
         own = slice(token * hidden, (token + 1) * hidden)
-        x, inverse, y = board.x[None, own], board.inverse[token : token + 1], board.y[index][None, own]
-        mask = board.mask[token, layer, groups] if self._predicted else None
-        computed = np.zeros(len(groups), np.uint32)
-        neurons, _ = self._device.execute(slots, x, inverse, self._sparse, y, mask, computed)
+        x, out = board.x[None, own], board.y[index][None, own]
         requested = board.requested[index][token, layer]
         requested[:] = 0
-        requested[groups] = 0xFFFFFFFF if mask is None else mask
-        board.computed[token, layer, groups] = computed
+        out[:] = 0
+        gates = neurons = 0
+        for branch, groups, slots in owned.branches:
+            weight = board.routing[token, branch] if branch else np.float32(1)
+            if weight == 0:
+                continue
+            inverse = board.inverse[token : token + 1] * weight
+            mask = board.mask[token, layer, groups] if self._predicted else None
+            computed = np.zeros(len(groups), np.uint32)
+            part = out if len(owned.branches) == 1 else np.empty_like(out)
+            neurons += self._device.execute(slots, x, inverse, self._sparse, part, mask, computed)[0]
+            if part is not out:
+                out += part
+            requested[groups] = 0xFFFFFFFF if mask is None else mask
+            board.computed[token, layer, groups] = computed
         gates = int(np.bitwise_count(requested).sum())
-        if board.descriptor[COMPARE_SELECTION] != 0 and mask is not None:
-            fired, _ = self._device.execute(slots, x, inverse, True, np.empty_like(y))
+        if board.descriptor[COMPARE_SELECTION] != 0 and self._predicted:
+            inverse = board.inverse[token : token + 1]
+            fired, _ = self._device.execute(owned.slots, x, inverse, True, np.empty_like(out))
             self._compared += (1, gates, fired, neurons)
         return gates, neurons
 
     def _several(self, layer: int, tokens: int) -> tuple[int, int]:
-        board, slots = self._board, self._groups(layer).slots
+        board = self._board
         shape = (whole_panels(tokens) // LANES, board.sizes.hidden, LANES)
         x = board.x[: math.prod(shape)].reshape(shape)
         y = board.y[self._plan.index][: math.prod(shape)].reshape(shape)
-        neurons, _ = self._device.execute_many(slots, x, board.inverse[: whole_panels(tokens)], tokens, y)
+        y[:] = 0
+        rows, neurons = x.swapaxes(1, 2).reshape(-1, shape[1]), 0
+        for branch, _, slots in self._groups(layer).branches:
+            inverse = board.inverse[: whole_panels(tokens)]
+            if branch == 0:
+                part = np.empty_like(y)
+                neurons += self._device.execute_many(slots, x, inverse, tokens, part)[0]
+                y += part
+                continue
+            users = np.flatnonzero(board.routing[:tokens, branch])
+            if len(users):
+                weights = np.pad(inverse[users] * board.routing[users, branch], (0, -len(users) % LANES))
+                own = _in_panels(rows[users])
+                part = np.empty(own.shape, np.int64)
+                neurons += self._device.execute_many(slots, own, weights, len(users), part)[0]
+                y[users // LANES, :, users % LANES] += part.swapaxes(1, 2).reshape(-1, shape[1])[: len(users)]
         return neurons, neurons
 
     def _note(self, layer: int, decoded: int, started: int, ended: int, gates: int, neurons: int) -> None:
@@ -185,3 +222,9 @@ class GpuWorker:
         self._thread.join()
         self._device.close()
         self._model.close()
+
+
+def _in_panels(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Inputs [n, hidden] in panels [n / 16, hidden, 16], with zeros behind them."""
+    whole = np.pad(rows, ((0, -len(rows) % LANES), (0, 0)))
+    return np.ascontiguousarray(whole.reshape(-1, LANES, rows.shape[1]).swapaxes(1, 2))

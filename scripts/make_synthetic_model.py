@@ -19,6 +19,11 @@ What makes the model behave like a sparse one:
   head: text has words only.
 - With `--topics T`, word w belongs to topic (w - 259) % T, its embedding leans to the topic's direction, which every P
   sees, and cycles stay within topics: which neurons are hot depends on the topic.
+
+With `--experts E --used K` it is a mixture of experts instead, a Mixtral with SiLU, which all formats and programs
+compute alike; there are no predictors and no `powerinfer-f16.gguf`. The router's rows are made as those of gates are,
+positive as often as their expert is to be used: `--skew S` of the choices fall on a tenth of the experts, or as near
+to that as the shape allows; about a tenth is flat. `firing` in the JSON is what they got in each layer.
 """
 
 import argparse
@@ -83,9 +88,11 @@ def write_model(folder: Path, maker: Maker, formats: Sequence[str]) -> None:
         for name, values in maker.weights():
             for sink in sinks:
                 sink.write(name, values)
-            if name.endswith(".fc2"):
+            # The last of a layer.
+            if name.endswith((".fc2", f".experts.{maker.shape.experts - 1}.down")):
                 done, seconds = len(maker.firing), time.perf_counter() - started
-                print(f"layer {done}/{maker.shape.layers}: {maker.firing[-1]:.1%} firing, {seconds:.0f} s", flush=True)
+                what = "firing" if not maker.shape.experts else "of the choices fall on a tenth of the experts"
+                print(f"layer {done}/{maker.shape.layers}: {maker.firing[-1]:.1%} {what}, {seconds:.0f} s", flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +117,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
     parser.add_argument("--rank", type=int, default=63, help="of the gate matrices")
     parser.add_argument("--active", type=float, default=0.10, help="share of the neurons that a token fires")
     parser.add_argument("--topics", type=int, default=1)
+    parser.add_argument("--experts", type=int, default=0, help="of a layer; 0: it is no mixture")
+    parser.add_argument("--used", type=int, default=0, help="experts that a token uses")
+    parser.add_argument("--skew", type=float, default=0.8, help="share of the choices that a tenth of the experts gets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--dtype", choices=DTYPES, default="f16", help="of hf/, which the other files are made from")
@@ -119,11 +129,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
     shape = Shape(**{name: getattr(options, name) for name in names})
     problem = shape.check()
     options.formats = [name for name in options.formats.split(",") if name]
+    if shape.experts > 0:
+        options.formats = [name for name in options.formats if name != "powerinfer"]
     unknown = [name for name in options.formats if name not in FORMATS]
     if problem:
         parser.error(problem)
     if not 0.005 <= options.active <= 0.5:
         parser.error("--active must be between 0.005 and 0.5")
+    if not 0.1 <= options.skew <= 0.95:
+        parser.error("--skew must be between 0.1 and 0.95")
     if options.seed < 0:
         parser.error("--seed must not be negative")
     if unknown or not options.formats:
@@ -145,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Beside its final place, so that one rename brings the whole folder there.
         folder = Path(tempfile.mkdtemp(prefix=f".{options.out.name}.", dir=options.out.absolute().parent))
-        maker = Maker(shape, firing_rates(shape.ffn, options.active), options.seed, DTYPES[options.dtype])
+        rates = firing_rates(shape.ffn, options.active)
+        uses = firing_rates(shape.experts, shape.used / shape.experts, 0.1, options.skew) if shape.experts else rates
+        maker = Maker(shape, rates, uses, options.seed, DTYPES[options.dtype])
         with torch.inference_mode():
             write_model(folder, maker, list(dict.fromkeys(options.formats)))
         sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}

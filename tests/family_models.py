@@ -1,6 +1,7 @@
 """Tiny random models of every family, made by transformers, and what llama.cpp's converter makes of them."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron": ("nemotron", {"head_dim": 32}),
     "starcoder2": ("starcoder2", {"head_dim": 32, "sliding_window": 24}),
+    # Experts whose last group is not full, as many as the vectors do not have lanes.
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2 moe": (
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 72,
+            "num_experts": 18,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    "qwen3 moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 32,
+            "moe_intermediate_size": 64,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 6, "intermediate_size": 32}),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 
@@ -157,7 +180,7 @@ def write_family_gguf(folder: Path, path: Path, dialect: str = "") -> Path:
         add[type(value)](f"{architecture}.{key}", value)
     arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), gguf.MODEL_ARCH.LLAMA)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, values in load_file(folder / "model.safetensors").items():
+    for name, values in _stacked(load_file(folder / "model.safetensors")).items():
         if architecture == "opt":
             writer.add_tensor(*_opt_tensor(name, values, dialect))
             continue
@@ -176,6 +199,19 @@ def write_family_gguf(folder: Path, path: Path, dialect: str = "") -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _stacked(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """The experts of a layer in one tensor for each matrix, under the names that the converter gives those."""
+    stacks: dict[str, dict[int, Floats]] = {}
+    for name, values in tensors.items():
+        match = re.fullmatch(r"(model\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match is not None:
+            where = "feed_forward" if match[3].startswith("w") else "mlp"
+            prefix = match[1] if where == "mlp" else match[1].removeprefix("model.")
+            stacks.setdefault(f"{prefix}{where}.experts.{match[3]}.weight", {})[int(match[2])] = values
+    apart = {name: values for name, values in tensors.items() if not re.search(r"\.experts\.\d+\.", name)}
+    return apart | {name: np.stack([own[i] for i in range(len(own))]) for name, own in stacks.items()}
 
 
 def _write_fields(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -257,6 +293,10 @@ def _opt_tensor(name: str, values: Floats, dialect: str) -> tuple[str, Floats]:
     return f"{layer}{own[path[-1]]}.{last}", np.ascontiguousarray(values, np.float32)
 
 
+def _gate_as_vector(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    return [(name, values[0] if name.endswith("shared_expert_gate.weight") else values)]
+
+
 def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
     return [(name, values + 1 if name.endswith("norm.weight") else values)]
 
@@ -266,6 +306,18 @@ def _caps(config: Any) -> dict[str, float]:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
+
+
+def _experts(config: Any) -> dict[str, int]:
+    number = config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
+    fields = {"expert_count": number, "expert_used_count": config.num_experts_per_tok}
+    for key, field in (
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ):
+        if hasattr(config, field):
+            fields[key] = getattr(config, field)
+    return fields
 
 
 def _factors(config: Any) -> dict[str, float]:
@@ -287,8 +339,22 @@ def _longrope(config: Any) -> dict[str, float]:
 
 
 # Names of families that GGUF calls otherwise; fields beside the common ones; what becomes of a tensor.
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
-EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {"gemma2": _caps, "granite": _factors, "phi3": _longrope}
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {
+    "gemma2": _caps,
+    "granite": _factors,
+    "phi3": _longrope,
+    "mixtral": _experts,
+    "olmoe": _experts,
+    "qwen2_moe": _experts,
+    "qwen3_moe": _experts,
+}
 CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] = {
     "llama": _pairs,
     "mistral": _pairs,
@@ -296,6 +362,8 @@ CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] =
     "gpt2": _turned,
     "nemotron": _norms_plus_one,
     "falcon": _ungrouped,
+    "mixtral": _pairs,
+    "qwen2_moe": _gate_as_vector,
     "gemma": _norms_plus_one,
     "gemma2": _norms_plus_one,
     "gemma3_text": _norms_plus_one,

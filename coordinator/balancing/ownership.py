@@ -92,7 +92,7 @@ class Ownership:
         dead: npt.NDArray[np.int64],
         say: Callable[[str], None],
     ) -> None:
-        """`home`: uint8 [layers, groups]; `predicted`: the neurons are selected by the board's mask.
+        """`home`: uint8 [layers, groups]; `predicted`: which neurons were asked for is in the board's mask.
 
         `present`, `dead`: int64 [workers] shared with the threads; the first is cleared here while a worker takes no
         part, the second is set by whoever sees it die and cleared here. `say` gets a line at a loss and at a return.
@@ -172,7 +172,8 @@ class Ownership:
         if len(self.names) == 1:
             return
         board, layout = self._board, self._layout
-        whole = np.bitwise_count(board.computed[token])
+        computed = board.computed[token] & board.mask[token] if self._predicted else board.computed[token]
+        whole = np.bitwise_count(computed)
         asked = np.bitwise_count(board.mask[token]) if self._predicted else np.uint8(GROUP)
         read = asked * np.float32(layout.gate_bytes) + whole * np.float32(layout.rest_bytes)
         self._policy.observe(read, whole * np.float32(1 / GROUP))

@@ -5,6 +5,7 @@ Imports no compiled code: memory is checked before the workers are started, numb
 
 from math import gcd, prod
 
+from warmfront.shared.model.branches import router_rows
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.kv_layout import TILE, tile_bytes, whole_spans
 from warmfront.shared.model.panels import BATCH
@@ -57,6 +58,7 @@ def scratch_shapes(spec: ModelSpec, threads: int, max_tokens: int) -> dict[str, 
         "tops": (BATCH, chunks, attention.heads),
         "totals": (BATCH, chunks, attention.heads),
         "scratch": (threads, 16 * widest),
+        "expert_scores": (max_tokens * router_rows(spec),),
     }
 
 

@@ -8,6 +8,8 @@ another wrote. Per layer:
     attention (split by head); one token: k and v into the cache by whoever reads them | barrier
     output projection rows (split)                                                    | barrier
     x += projection; norm; with a predictor: the mask of the neurons that will fire   | barrier
+    with experts: their scores (split)                                                | barrier
+    which of them each token uses (split by token)              with several tokens   | barrier
     thread 0 posts the job on the board; all wait for the workers; looking ahead, they predict the next layer's mask
     from this layer's input meanwhile
     x += each worker's part
@@ -62,8 +64,9 @@ from warmfront.coordinator.decode.network import (
     State,
     V,
 )
-from warmfront.coordinator.decode.norms import Norm, last_norm, layer_norm, normalise, normalise_heads
+from warmfront.coordinator.decode.norms import add_block, last_norm, layer_norm, normalise, normalise_heads
 from warmfront.coordinator.decode.predictor import predict
+from warmfront.coordinator.decode.router import route
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
@@ -258,19 +261,6 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
 
 
 @kernel
-def _add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, panels: int, lanes: int) -> None:
-    """Add a block's output to the residual x, normed and scaled as the model has it; `h` gets what is normed."""
-    part = values
-    if norm.weight_at != 0 and not net.norms_sum:
-        normalise(norm, net.hidden, values, h, panels, lanes)
-        part = h
-    for i in range(panels * net.hidden * lanes):
-        x[i] += part[i] * net.residual_scale
-    if net.norms_sum:
-        normalise(norm, net.hidden, x, x, panels, lanes)
-
-
-@kernel
 def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
     """Add the feed-forward's output to the residual."""
     x, h = st.x[rank], st.h[rank]
@@ -282,7 +272,7 @@ def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, la
     _merge(st.handoff, to, panels, net.hidden, lanes)
     add_bias(bias_at, 0, net.hidden, address_of(to), net.hidden, panels, lanes)
     if not direct:
-        _add_block(net, norm, h, h, x, panels, lanes)
+        add_block(net, norm, h, h, x, panels, lanes)
 
 
 @inlined
@@ -345,11 +335,15 @@ def forward(rank: int, net: Network, st: State) -> int:
             return result
         post_norm = layer_norm(net, layer, ATTN_POST_NORM)
         if not net.parallel:
-            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
+            add_block(net, post_norm, st.proj, h, x, panels, lanes)
         normalise(layer_norm(net, layer, FFN_NORM), hidden, x, h, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
         if net.predicts and decode and (layer == 0 or not net.look_ahead):
             result = predict(net, st, layer, rank)
+            if result != DONE:
+                return result
+        if net.router.experts > 0:
+            result = route(net, st, layer, rank, panels, lanes)
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _PREDICTOR)
@@ -365,7 +359,7 @@ def forward(rank: int, net: Network, st: State) -> int:
             if result != DONE:
                 return result
         if net.parallel:
-            _add_block(net, post_norm, st.proj, h, x, panels, lanes)
+            add_block(net, post_norm, st.proj, h, x, panels, lanes)
         result = _await_workers(st.handoff, sequence)
         if result != DONE:
             return result

@@ -26,6 +26,7 @@ __all__ = [
     "POSTED",
     "Q_NORM",
     "ROLES",
+    "ROUTER",
     "SEQUENCE",
     "SPOILED",
     "STEPS",
@@ -37,18 +38,19 @@ __all__ = [
     "K",
     "Network",
     "Q",
+    "Router",
     "State",
     "V",
 ]
 
 # Columns of Network.weights and Network.kinds.
 _BIASED = ("attn_norm", "q", "k", "v", "o", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias")
+_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias", "router")
 ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BIASED))
 # How many columns behind a matrix or a norm its bias is.
 BIAS = len(_BIASED)
 ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
-Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS = range(2 * BIAS, len(ROLES))
+Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER = range(2 * BIAS, len(ROLES))
 # Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
 (
     TOKENS,
@@ -73,6 +75,24 @@ LOST = 3
 WORKER_PATIENCE_NS = 120_000_000_000
 # Columns of State.times: when the team's first thread was done with each part of a layer.
 STEPS = ("start", "qkv", "attention", "output", "predictor", "post", "merge")
+
+
+class Router(NamedTuple):
+    """How the experts of a token are chosen: see `architecture.Experts`."""
+
+    # 0: there are none.
+    experts: int
+    active: int
+    # Index into `architecture.SCORINGS`.
+    scoring: int
+    normalised: bool
+    scale: float
+    # Whether the last branch is a shared expert with a gate, whose score comes behind those of the experts.
+    shared_gate: bool
+    # Of the packed matrix.
+    rows: int
+    # int64 [branches + 1]: see `branches.bounds_of`.
+    bounds: Any
 
 
 class Network(NamedTuple):
@@ -130,6 +150,7 @@ class Network(NamedTuple):
     # Whether a selector predicts the neurons of decoded tokens, and whether it does so a layer ahead.
     predicts: bool
     look_ahead: bool
+    router: Router
     # Groups of neurons of a layer.
     groups: int
     # float64 [layers], and a number for all of them: see `exact_sums.inverse_unit`. 1 where neurons have biases, else
@@ -163,8 +184,11 @@ class Handoff(NamedTuple):
     board_x: Any
     # float32 [max_tokens] on the board: 1 / unit of each token's sums; by the first thread.
     inverse: Any
-    # uint32 [BATCH, layers, groups] on the board: the neurons predicted; each thread writes its groups.
+    # uint32 [BATCH, layers, groups] on the board: the neurons predicted, of which each thread writes its groups; or
+    # those of the branches that are used.
     mask: Any
+    # float32 [max_tokens, branches] on the board: the weights of the branches; each thread writes its tokens.
+    routing: Any
     # int64 [workers]: whether it takes part; changed by the coordinator between two jobs.
     present: Any
     # int64 [workers]: addresses of the done line, of the word that it is dead, of its record and of its part y.
@@ -231,6 +255,8 @@ class State(NamedTuple):
     # float32 [BATCH, vocab], and [BATCH, rank] inside a predictor; one for all, each thread writes its rows.
     logits: Any
     inner: Any
+    # float32 [panels, rows of the router, lanes]: scores of the experts; one for all, each thread writes its rows.
+    expert_scores: Any
     # float32 [layers, max_tokens * hidden], or empty: feed-forward inputs that were asked for; by the first thread.
     captured: Any
     # int64 [layers, STEPS] and [layers, workers, 2], ns on the monotonic clock; by the first thread.

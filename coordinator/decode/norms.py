@@ -14,7 +14,7 @@ from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["Norm", "last_norm", "layer_norm", "normalise", "normalise_heads"]
+__all__ = ["Norm", "add_block", "last_norm", "layer_norm", "normalise", "normalise_heads"]
 
 Floats = npt.NDArray[np.float32]
 _RMS, _LAYER = range(len(NORMS))
@@ -89,6 +89,19 @@ def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes:
                     value = panel[k * LANES + lane] - means[lane]
                     result[k * LANES + lane] = value * factors[lane] * weight[k]
     add_bias(norm.bias_at, 0, size, address_of(out), size, panels, lanes)
+
+
+@kernel
+def add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, panels: int, lanes: int) -> None:
+    """Add a block's output to the residual x, normed and scaled as the model has it; `h` gets what is normed."""
+    part = values
+    if norm.weight_at != 0 and not net.norms_sum:
+        normalise(norm, net.hidden, values, h, panels, lanes)
+        part = h
+    for i in range(panels * net.hidden * lanes):
+        x[i] += part[i] * net.residual_scale
+    if net.norms_sum:
+        normalise(norm, net.hidden, x, x, panels, lanes)
 
 
 @kernel

@@ -26,6 +26,7 @@ from warmfront.coordinator.decode.network import (
     Network,
     State,
 )
+from warmfront.coordinator.decode.router import router_of
 from warmfront.coordinator.decode.row_split import RowSplit
 from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
@@ -150,6 +151,7 @@ class ThreadTeam:
             windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
             predicts=self._config.selector in PREDICTING,
             look_ahead=self._config.look_ahead,
+            router=router_of(spec),
             groups=self._model.layout.groups,
             reach=self._model.reach,
             degree=architecture.feed_forward.degree,
@@ -201,6 +203,7 @@ class ThreadTeam:
             board_x=board.x,
             inverse=board.inverse,
             mask=board.mask,
+            routing=board.routing,
             present=self.present,
             done_at=np.array([address(line) for line in board.done], np.int64),
             dead_at=address(self._dead) + 8 * np.arange(len(self._dead)),

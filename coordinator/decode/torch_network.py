@@ -52,6 +52,7 @@ class _Layer(NamedTuple):
     fc2: Tensor | None
     fc1_bias: Tensor | None
     fc2_bias: Tensor | None
+    router: Tensor | None
 
 
 def _dtype(kind: Kind | None) -> torch.dtype:
@@ -153,6 +154,7 @@ class TorchNetwork:
             fc2=have.get(f"{prefix}fc2"),
             fc1_bias=have.get(f"{prefix}fc1.bias"),
             fc2_bias=have.get(f"{prefix}fc2.bias"),
+            router=have.get(f"{prefix}router"),
         )
 
     def embed(self, tokens: Tensor, position: int) -> Tensor:
@@ -219,6 +221,12 @@ class TorchNetwork:
             inner = inner.relu()
         fires = _linear(inner, fc2, weights.fc2_bias).view(-1, GROUP) > self._predictor.threshold
         return (fires.int() << self._bits).sum(1, dtype=torch.int32)
+
+    def expert_scores(self, layer: int, normed: Tensor) -> Tensor:
+        """The scores of the experts for feed-forward inputs [n, hidden]: float32 [n, rows of the router]."""
+        router = self._layers[layer].router
+        assert router is not None
+        return _linear(normed, router, None)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""

@@ -30,6 +30,7 @@ from warmfront.shared.errors import UsageError
 from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
+from warmfront.shared.model.branches import branches_of
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board, BoardSizes
@@ -96,7 +97,15 @@ class Runtime:
         names, spec, layout = plan.worker_names, model.spec, model.layout
         self._home = place_homes(layout.groups, spec.layers, worker_speeds(plan.cores))
         check_nodes(model, plan.cores, self._home, say)
-        sizes = BoardSizes(len(names), spec.layers, layout.groups, spec.hidden, self.max_tokens, int(self.profiles))
+        sizes = BoardSizes(
+            workers=len(names),
+            layers=spec.layers,
+            groups=layout.groups,
+            hidden=spec.hidden,
+            max_tokens=self.max_tokens,
+            profiles=int(self.profiles),
+            branches=len(branches_of(spec)),
+        )
         fd = create_shared("warmfront-board", sizes.total)
         self._closing.callback(os.close, fd)
         self.board = Board.create(map_shared(fd), sizes)
@@ -182,7 +191,7 @@ class Runtime:
             layout=layout,
             home=self._home,
             names=names,
-            predicted=self.plan.predicts,
+            predicted=self.plan.predicts or self.board.sizes.branches > 1,
             policy=make_policy(self.plan.config.policy, expected, layout.group_bytes),
             supervisor=self.supervisor,
             present=self.team.present,

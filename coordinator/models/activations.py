@@ -2,7 +2,7 @@
 
 The first of those returned is the model's as far as its files tell. Where there are more, the others are as plausible:
 the model is then tried with each of them when it is first loaded (`engine/activation_trial.py`). The default model need
-not be tried: its content is known.
+not be tried: its content is known. Nor are mixtures of experts, whose names tell where they were trained with another.
 """
 
 from warmfront.coordinator.models.default_model import default_file
@@ -86,6 +86,6 @@ def in_gguf(fields: Fields, dialect: str) -> tuple[str, ...]:
     usual = _USUAL.get(family, "silu")
     if fields.path == default_file():
         return (usual,)
-    if family not in _CONVERTED:
+    if family not in _CONVERTED or fields.count(f"{family}.expert_count", 0, low=0) > 0:
         return (named or usual,)
     return (named, "silu") if named else _UNSAID

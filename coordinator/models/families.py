@@ -4,6 +4,7 @@ A new family is a row here, and functions in `hf/config.py` and `gguf/config.py`
 """
 
 import difflib
+import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,14 +20,16 @@ from warmfront.shared.model.architecture import Positions
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.tensors import layer_shapes
 
-__all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", "supported"]
+__all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", "published_name", "supported"]
 
 # Index of each format's name in `Family.tensors`.
 HF, GGUF = 0, 1
 # Of parts of a layer that share a published tensor: the first row of each, and how many rows the tensor has.
 Cuts = Mapping[str, tuple[int, int]]
-# Our names of a model's tensors, and those of both formats.
+# Our names of a model's tensors without numbers, and those of both formats.
 Names = Mapping[str, tuple[str, str]]
+# Our names of tensors (`tensors.py`).
+_NAME = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?:(?P<experts>experts\.)(?P<expert>\d+)\.)?(?P<part>.+)")
 # Parts whose rows are those of heads that RoPE turns.
 _TURNED = ("q", "k", "q_norm", "k_norm")
 
@@ -44,8 +47,8 @@ class Family:
     # The same from a GGUF file's fields and what else is in it.
     gguf: Callable[[Fields, Found], ModelSpec]
     gguf_positions: Callable[[Fields, ModelSpec, Factors], Positions]
-    # By the last word of our name (`tensors.py`): Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts
-    # of one name lie in one matrix, one behind the other in the order that they have here.
+    # By our name (`tensors.py`) without numbers: Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts of
+    # one name lie in one matrix, one behind the other in the order that they have here; GGUF's experts in one stack.
     tensors: Names
     # The names in models that have a tensor by the name that this part has there.
     variant: tuple[str, Names] | None = None
@@ -69,9 +72,7 @@ class Family:
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
-        *layer, part = name.removesuffix(".bias").split(".")
-        published = self.tensors[part][HF].format(i=layer[-1] if layer else "")
-        return published + (".bias" if name.endswith(".bias") else ".weight")
+        return published_name(name, lambda part: self.tensors[part][HF])
 
     def cuts(self, spec: ModelSpec, side: int) -> Cuts:
         """What lies where in tensors that hold several parts; `side`: HF or GGUF."""
@@ -86,6 +87,14 @@ class Family:
             for part, (start, published) in first.items()
             if sizes[published] != shapes[part][0]
         }
+
+
+def published_name(name: str, name_of: Callable[[str], str]) -> str:
+    """What a file calls the tensor that `tensors.py` calls `name`, by its names of those without numbers."""
+    match = _NAME.fullmatch(name.removesuffix(".bias"))
+    assert match is not None
+    published = name_of((match["experts"] or "") + match["part"]).format(i=match["layer"], e=match["expert"])
+    return published + (".bias" if name.endswith(".bias") else ".weight")
 
 
 def part_of(name: str) -> str:
@@ -266,7 +275,39 @@ _STARCODER2 = replace(
     },
     gguf_pairs=False,
 )
-# By model_type of config.json, which is general.architecture of GGUF, where a Mistral is a "llama".
+_EXPERT_NAMES = {
+    **{part: names for part, names in _LLAMA.tensors.items() if part not in ("gate", "up", "down")},
+    "router": ("model.layers.{i}.mlp.gate", "blk.{i}.ffn_gate_inp"),
+    "experts.gate": ("model.layers.{i}.mlp.experts.{e}.gate_proj", "blk.{i}.ffn_gate_exps"),
+    "experts.up": ("model.layers.{i}.mlp.experts.{e}.up_proj", "blk.{i}.ffn_up_exps"),
+    "experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj", "blk.{i}.ffn_down_exps"),
+}
+_SHARED_EXPERT_NAMES = {
+    "shared_router": ("model.layers.{i}.mlp.shared_expert_gate", "blk.{i}.ffn_gate_inp_shexp"),
+    "shared.gate": ("model.layers.{i}.mlp.shared_expert.gate_proj", "blk.{i}.ffn_gate_shexp"),
+    "shared.up": ("model.layers.{i}.mlp.shared_expert.up_proj", "blk.{i}.ffn_up_shexp"),
+    "shared.down": ("model.layers.{i}.mlp.shared_expert.down_proj", "blk.{i}.ffn_down_shexp"),
+}
+_QWEN2_MOE = replace(
+    _QWEN2, hf=hf_config.qwen2_moe, gguf=gguf_config.mixture, tensors={**_EXPERT_NAMES, **_SHARED_EXPERT_NAMES}
+)
+_QWEN3_MOE = replace(
+    _QWEN2, hf=hf_config.qwen3_moe, gguf=gguf_config.normalised_mixture, tensors={**_EXPERT_NAMES, **_QK_NORMS}
+)
+_MIXTRAL = replace(
+    _LLAMA,
+    hf=hf_config.mixtral,
+    gguf=gguf_config.normalised_mixture,
+    tensors={
+        **_EXPERT_NAMES,
+        "router": ("model.layers.{i}.block_sparse_moe.gate", "blk.{i}.ffn_gate_inp"),
+        "experts.gate": ("model.layers.{i}.block_sparse_moe.experts.{e}.w1", "blk.{i}.ffn_gate_exps"),
+        "experts.up": ("model.layers.{i}.block_sparse_moe.experts.{e}.w3", "blk.{i}.ffn_up_exps"),
+        "experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2", "blk.{i}.ffn_down_exps"),
+    },
+)
+# By model_type of config.json, and by general.architecture of GGUF, which is the same for most, but a Mistral is a
+# "llama" there, and so is a Mixtral.
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, hf=hf_config.mistral),
@@ -285,6 +326,12 @@ FAMILIES = {
     "nemotron": _NEMOTRON,
     "starcoder2": _STARCODER2,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
+    "mixtral": _MIXTRAL,
+    "olmoe": replace(_QWEN3_MOE, hf=hf_config.olmoe, gguf=gguf_config.mixture),
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen2moe": _QWEN2_MOE,
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3moe": _QWEN3_MOE,
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,
     "prosparse-llama": _LLAMA,
@@ -296,7 +343,7 @@ FAMILIES = {
 
 # What families that are not in the table have, by the same names, and nothing here computes yet.
 _HEAD_BIAS = "a bias of the head"
-_EXPERTS = "a mixture of experts (MoE)"
+_OTHER_EXPERTS = "a mixture of experts (MoE) of its own kind"
 _GEMMA3N = "embeddings of each layer, several residuals, and gates cut off at a quantile"
 _MISSING = {
     "phi": _HEAD_BIAS,
@@ -304,14 +351,12 @@ _MISSING = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "bitnet": "a norm within the feed-forward",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen2moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "qwen3moe": _EXPERTS,
-    "phimoe": _EXPERTS,
-    "gpt_oss": _EXPERTS,
-    "gpt-oss": _EXPERTS,
+    "phimoe": _OTHER_EXPERTS,
+    "gpt_oss": _OTHER_EXPERTS,
+    "gpt-oss": _OTHER_EXPERTS,
+    "deepseek_v2": _OTHER_EXPERTS,
+    "deepseek_v3": _OTHER_EXPERTS,
+    "deepseek2": _OTHER_EXPERTS,
 }
 
 

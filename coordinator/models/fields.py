@@ -126,6 +126,11 @@ class Fields:
         value = self._get(key, [], expected, lambda v: good(v) or _list_of(good)(v))
         return value if isinstance(value, list) else [value]
 
+    def whole_numbers(self, key: str) -> list[int]:
+        """A list of whole numbers from 0 on; none if it is absent."""
+        value = self._get(key, [], "a list of whole numbers", _list_of(_whole(0, MAX_COUNT)))
+        return list(value)
+
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
         value = self._get(key, None, "a list of texts", _list_of(_is(str)))

@@ -45,6 +45,10 @@ class StoredTensor(Generic[T]):
         shape = (count, *self.shape[1:])
         return replace(self, shape=shape, offset=self.offset + first * width, nbytes=count * width)
 
+    def item(self, index: int) -> "StoredTensor[T]":
+        """One matrix of a stack, as a tensor of its own."""
+        return replace(self.piece(index, 1), shape=self.shape[1:])
+
     def rows(self, start: int = 0, stop: int | None = None) -> Bytes:
         """Rows start..stop (default: all): uint8 [rows, bytes of a row]."""
         width = self.nbytes // self._rows

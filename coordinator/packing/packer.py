@@ -25,9 +25,10 @@ from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
+from warmfront.shared.model.branches import branches_of, layout_of, router_rows
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
-from warmfront.shared.model.store import PackedModel, layout_of
+from warmfront.shared.model.store import PackedModel
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
@@ -118,16 +119,23 @@ class PackingPlan:
         spec = source.spec
         check_supported(spec)
         layers, neurons = range(spec.layers), spec.architecture.feed_forward.matrices
+        self._branches = [branch for branch in branches_of(spec) if branch.neurons]
+        prefixes = [f"layers.{i}.{branch.prefix}" for i in layers for branch in self._branches]
 
-        # All bundles have the same layout, so their rows have the widest type of any layer.
-        widest = {part: min(_kind(source.tensor(f"layers.{i}.{part}"), dtype) for i in layers) for part in neurons}
+        # All bundles have the same layout, so their rows have the widest type of any layer and branch.
+        widest = {part: min(_kind(source.tensor(prefix + part), dtype) for prefix in prefixes) for part in neurons}
         down, gate = widest.pop("down"), min(widest.values())
         self.layout = layout_of(spec, gate, down)
         self.kinds: dict[str, Kind] = {}
         self.shapes: Shapes = {}
         published = dict(file_shapes(spec))
         for name, (rows, *cols) in published.items():
-            if cols and name.rpartition(".")[2] not in neurons:
+            part = name.rpartition(".")[2]
+            if part == "router":
+                # What it chooses jumps where two experts score alike: no weight and no input of it is ever rounded.
+                self.kinds[name] = Kind.F32
+                self.shapes[name] = ("U8", (router_rows(spec), row_bytes(Kind.F32, *cols)))
+            elif cols and part not in (*neurons, "shared_router"):
                 # A row of positions is added to every token: it is not rounded, and costs next to nothing.
                 self.kinds[name] = _kind(source.tensor(name), "auto" if name == "positions" else dtype)
                 self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], *cols)))
@@ -170,6 +178,8 @@ class PackingPlan:
 
     def data(self, name: str) -> npt.NDArray[Any]:
         """The bytes of one tensor of the packed file."""
+        if name.endswith(".router"):
+            return self._router(name)
         if name in self.kinds:
             return _with_rows(self._rows(name), self.shapes[name][1][0])
         if name == "tokenizer":
@@ -192,30 +202,49 @@ class PackingPlan:
             )
         return rows
 
+    def _router(self, name: str) -> Bytes:
+        scores = [name, f"{name.removesuffix('router')}shared_router"]
+        rows = [self.source.tensor(each).packed(Kind.F32) for each in scores if each in self.source.names()]
+        return _with_rows(np.concatenate(rows), self.shapes[name][1][0])
+
     def _bundles(self, layer: str) -> Bytes:
+        """A layer's groups. Branch by branch, so that of a layer's experts only one is in memory twice."""
         layout = self.layout
         out = np.zeros((layout.groups, layout.group_bytes), np.uint8)
-        bundles = out[:, : layout.tail_offset].reshape(layout.groups, GROUP, layout.bundle_bytes)
+        largest_of: dict[str, float] = {}
+        first = 0
+        for branch in self._branches:
+            groups = -(-branch.neurons // GROUP)
+            for part, most in self._fill(out[first : first + groups], f"{layer}.{branch.prefix}").items():
+                largest_of[part] = max(most, largest_of.get(part, 0.0))
+            first += groups
+        self._largest += largest_of.values()
+        return out
+
+    def _fill(self, out: Bytes, prefix: str) -> dict[str, float]:
+        """Fill the groups of one branch; returns the largest magnitude of each of its matrices."""
+        layout, most = self.layout, dict[str, float]()
+        bundles = out[:, : layout.tail_offset].reshape(len(out), GROUP, layout.bundle_bytes)
         for part in self.source.spec.architecture.feed_forward.matrices:
             start, kind = layout.place_of(part)
-            rows = self.source.tensor(f"{layer}.{part}").packed(kind)
-            whole = _with_rows(rows, layout.groups * GROUP)
+            rows = self.source.tensor(prefix + part).packed(kind)
+            whole = _with_rows(rows, len(out) * GROUP)
             if kind != Kind.Q4C:
-                self._largest.append(largest(rows, kind, layout.hidden))
-            bundles[:, :, start : start + rows.shape[1]] = whole.reshape(layout.groups, GROUP, -1)
+                most[part] = largest(rows, kind, layout.hidden)
+            bundles[:, :, start : start + rows.shape[1]] = whole.reshape(len(out), GROUP, -1)
             if at := layout.bias_offset(part):
-                biases = np.zeros(layout.groups * GROUP, np.float32)
-                biases[: layout.ffn] = self.source.tensor(f"{layer}.{part}.bias").float32()
-                bundles[:, :, at : at + 4] = biases.view(np.uint8).reshape(layout.groups, GROUP, 4)
+                biases = self.source.tensor(f"{prefix}{part}.bias").float32()
+                biases = np.pad(biases, (0, len(out) * GROUP - len(biases)))
+                bundles[:, :, at : at + 4] = biases.view(np.uint8).reshape(len(out), GROUP, 4)
                 # As if it were the weight of one more feature, which is 1 (`kernels/exact_sums.py`).
-                self._largest[-1] = max(self._largest[-1], float(np.abs(biases).max()))
+                most[part] = max(most[part], float(np.abs(biases).max()))
         if layout.down_kind == Kind.Q4C:
-            scales = self.source.tensor(f"{layer}.down").column_scales()
-            self._largest.append(largest_of_blocks(scales[:, 0], scales[:, 1]))
+            scales = self.source.tensor(f"{prefix}down").column_scales()
+            most["down"] = largest_of_blocks(scales[:, 0], scales[:, 1])
             out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
-                layout.groups, -1
+                len(out), -1
             )
-        return out
+        return most
 
 
 def _kind(tensor: SourceTensor, dtype: str) -> Kind:

@@ -5,7 +5,9 @@ import numpy.typing as npt
 
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.shared.config import PREDICTING
+from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["expected_bytes", "firing_of", "load_of", "neurons_of"]
@@ -23,7 +25,16 @@ def firing_of(model: PackedModel) -> Floats:
     profile = Profile.of(model)
     if profile is not None:
         return profile.group_firing()
-    return np.tile(neurons_of(model.layout).astype(np.float64), (model.spec.layers, 1))
+    return np.tile(neurons_of(model.layout).astype(np.float64), (model.spec.layers, 1)) * _use(model.spec)
+
+
+def _use(spec: ModelSpec) -> Floats:
+    """How often a token uses each group, float64 [groups]: if nothing is known of the experts, all equally often."""
+    bounds, experts = bounds_of(spec), spec.architecture.feed_forward.experts
+    use = np.ones(bounds[-1])
+    if experts is not None:
+        use[bounds[1] : bounds[1 + experts.number]] = experts.active / experts.number
+    return use
 
 
 def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
@@ -39,4 +50,5 @@ def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
 
 def expected_bytes(model: PackedModel, selector: str) -> Floats:
     """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-    return load_of(model.layout, selector, firing_of(model))
+    use = _use(model.spec)
+    return load_of(model.layout, selector, firing_of(model) / use) * use

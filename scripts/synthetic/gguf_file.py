@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
@@ -26,6 +28,7 @@ NAMES = {
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
+    "router": "ffn_gate_inp",
 }
 
 
@@ -37,6 +40,8 @@ class Gguf:
         self._writer = gguf.GGUFWriter(path, "llama")
         self._describe(path.stem)
         self._names: list[str] = []
+        # Experts of a stack that is not complete.
+        self._stack: list[npt.NDArray[Any]] = []
         self.nbytes = 0
         for name, size in shape.tensors():
             part = name.rpartition(".")[2]
@@ -44,10 +49,15 @@ class Gguf:
                 continue
             if self._transposed(part):
                 size = size[::-1]
-            block, nbytes = gguf.GGML_QUANT_SIZES[self._type(size)]
-            nbytes = math.prod(size) // block * nbytes
-            self._writer.add_tensor_info(self._published(name), size, np.float16, nbytes, raw_dtype=self._type(size))
             self._names.append(name)
+            if ".experts." in name:
+                if ".experts.0." not in name:
+                    continue
+                size = (shape.experts, *size)
+            kind = Type.F32 if part == "router" else self._type(size)
+            block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = math.prod(size) // block * nbytes
+            self._writer.add_tensor_info(self._published(name), size, np.float16, nbytes, raw_dtype=kind)
             self.nbytes += nbytes
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
@@ -65,11 +75,16 @@ class Gguf:
             values = values.view(-1, 2, size // 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
         elif self._transposed(part):
             values = values.T
-        kind = self._type(tuple(values.shape))
-        if kind == Type.F16:
-            self._writer.write_tensor_data(values.half().contiguous().numpy())
-        else:
-            self._writer.write_tensor_data(gguf.quantize(values.contiguous().numpy(), kind))
+        # The router stays in float32, as in what llama.cpp's converter writes.
+        kind = Type.F32 if part == "router" else self._type(tuple(values.shape))
+        half = kind == Type.F16
+        data = values.half().contiguous().numpy() if half else gguf.quantize(values.contiguous().numpy(), kind)
+        if ".experts." in name:
+            self._stack.append(data)
+            if len(self._stack) < self._shape.experts:
+                return
+            data, self._stack = np.stack(self._stack), []
+        self._writer.write_tensor_data(data)
 
     def close(self) -> None:
         """Close the file; PowerInfer's magic is written last, so that only a whole file has it."""
@@ -82,13 +97,14 @@ class Gguf:
         return self._predictor and part == "down"
 
     def _type(self, shape: tuple[int, ...]) -> Type:
-        return self._kind if len(shape) == 2 else Type.F32
+        return self._kind if len(shape) > 1 else Type.F32
 
     def _published(self, name: str) -> str:
         if "." not in name:
             return f"{NAMES[name]}.weight"
-        _, layer, part = name.split(".")
-        return f"blk.{layer}.{NAMES.get(part, part)}{'_t' if self._transposed(part) else ''}.weight"
+        _, layer, *expert, part = name.split(".")
+        end = "_exps" if expert else "_t" if self._transposed(part) else ""
+        return f"blk.{layer}.{NAMES.get(part, part)}{end}.weight"
 
     def _describe(self, name: str) -> None:
         writer, shape = self._writer, self._shape
@@ -97,6 +113,9 @@ class Gguf:
         writer.add_embedding_length(shape.hidden)
         writer.add_block_count(shape.layers)
         writer.add_feed_forward_length(shape.ffn)
+        if shape.experts:
+            writer.add_expert_count(shape.experts)
+            writer.add_expert_used_count(shape.used)
         writer.add_rope_dimension_count(shape.head_dim)
         writer.add_rope_freq_base(ROPE_BASE)
         writer.add_head_count(shape.heads)

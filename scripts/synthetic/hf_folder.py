@@ -27,7 +27,9 @@ NAMES = {
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "router": "block_sparse_moe.gate",
 }
+EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 class Safetensors:
@@ -89,6 +91,14 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Safetensors]
         "tie_word_embeddings": False,
         "vocab_size": shape.vocab,
     }
+    if shape.experts:
+        config |= {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_act": "silu",
+            "model_type": "mixtral",
+            "num_experts_per_tok": shape.used,
+            "num_local_experts": shape.experts,
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens(shape.vocab))}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -107,13 +117,19 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Safetensors]
     model: dict[str, tuple[str, tuple[int, ...]]] = {}
     predictor: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, size in shape.tensors():
-        layer, _, part = name.rpartition(".")
-        if part in PREDICTOR:
+        if name.rpartition(".")[2] in PREDICTOR:
             predictor[name] = (f"{name}.weight", size)
         else:
-            model[name] = (f"model.{layer}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight", size)
+            model[name] = (_published(name), size)
     how = {"input": "residual", "activation": "relu", "threshold": "0"}
-    return [
-        Safetensors(folder / "model.safetensors", model, dtype, {"format": "pt"}),
-        Safetensors(folder / "predictor.safetensors", predictor, dtype, how),
-    ]
+    files = [Safetensors(folder / "model.safetensors", model, dtype, {"format": "pt"})]
+    return [*files, Safetensors(folder / "predictor.safetensors", predictor, dtype, how)] if predictor else files
+
+
+def _published(name: str) -> str:
+    *layer, part = name.split(".")
+    if not layer:
+        return f"{NAMES[part]}.weight"
+    if len(layer) > 2:
+        return f"model.layers.{layer[1]}.block_sparse_moe.experts.{layer[3]}.{EXPERT[part]}.weight"
+    return f"model.layers.{layer[1]}.{NAMES[part]}.weight"

@@ -22,7 +22,8 @@ HOT, HOT_SHARE, PEAK = 0.21, 0.8, 0.95
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model: channels, layers, neurons of a layer, heads, tokens, rank of the gate matrices, topics."""
+    """Sizes of the model: channels, layers, neurons of a layer or of an expert, heads, tokens, rank of the gate
+    matrices, topics; experts of a layer (0: there are none), and how many of them a token uses."""
 
     hidden: int
     layers: int
@@ -33,6 +34,8 @@ class Shape:
     rank: int
     topics: int
     context: int
+    experts: int = 0
+    used: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -57,6 +60,10 @@ class Shape:
             return "--heads must be a multiple of --kv-heads"
         if self.rank > self.hidden // 2:
             return "--rank must be at most half of --hidden"
+        if self.experts < 0 or self.used < 0 or (self.used and not self.experts):
+            return "--experts and --used must not be negative, and --used needs --experts"
+        if self.experts and not 1 <= self.used <= self.experts:
+            return "--used must be from 1 to --experts"
         if self.vocab < FIRST_WORD + 2 * self.topics:
             return f"--vocab must be at least {FIRST_WORD + 2 * self.topics}: special tokens, bytes, 2 words a topic"
         return None
@@ -72,12 +79,15 @@ class Shape:
             "v": (kv, self.hidden),
             "o": (self.hidden, self.hidden),
             "ffn_norm": (self.hidden,),
-            "gate": (self.ffn, self.hidden),
-            "up": (self.ffn, self.hidden),
-            "down": (self.hidden, self.ffn),
-            "fc1": (self.predictor, self.hidden),
-            "fc2": (self.ffn, self.predictor),
         }
+        matrices = {"gate": (self.ffn, self.hidden), "up": (self.ffn, self.hidden), "down": (self.hidden, self.ffn)}
+        if self.experts:
+            parts["router"] = (self.experts, self.hidden)
+            # By matrix, as GGUF stacks them.
+            for part, shape in matrices.items():
+                parts |= {f"experts.{number}.{part}": shape for number in range(self.experts)}
+        else:
+            parts |= matrices | {"fc1": (self.predictor, self.hidden), "fc2": (self.ffn, self.predictor)}
         for layer in range(self.layers):
             yield from ((f"layers.{layer}.{part}", shape) for part, shape in parts.items())
         yield "norm", (self.hidden,)
@@ -88,11 +98,11 @@ def tokens(vocab: int) -> list[str]:
     return [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *(f"w{i}" for i in range(FIRST_WORD, vocab))]
 
 
-def firing_rates(count: int, active: float) -> npt.NDArray[np.float64]:
-    """How often each of `count` neurons fires, highest first, with mean `active`.
+def firing_rates(count: int, active: float, hot: float = HOT, share: float = HOT_SHARE) -> npt.NDArray[np.float64]:
+    """How often each of `count` neurons fires, or each expert is used, highest first, with mean `active`.
 
     The rates are PEAK / (1 + u / knee) ** slope for ranks u in 0..1. The knee sets the mean; the slope is
-    chosen so that the first HOT of them make HOT_SHARE of the sum, or as much of it as the mean allows.
+    chosen so that the first `hot` of them make `share` of the sum, or as much of it as the mean allows.
     """
     u = (np.arange(count) + 0.5) / count
 
@@ -110,7 +120,7 @@ def firing_rates(count: int, active: float) -> npt.NDArray[np.float64]:
     for _ in range(50):
         slope = (low + high) / 2
         found = rates(slope)
-        if float(found[u < HOT].sum()) < HOT_SHARE * float(found.sum()):
+        if float(found[u < hot].sum()) < share * float(found.sum()):
             low = slope
         else:
             high = slope

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from synthetic.shape import FIRST_WORD, NORM_EPS, ROPE_BASE, Shape
 
@@ -18,18 +18,25 @@ TRUE_LOGIT = 20.0  # of the next word on the cycle
 SAMPLES, SAMPLE_LENGTH = 16, 64
 
 # Keys of the random streams, one of each kind for a layer: no tensor's numbers depend on the shape of another.
-EMBED, WORDS, TOPIC, TEXTS, QUERY, KEY, VALUE, OUTPUT, BASIS, MIX, RATES, UP, DOWN = range(13)
+EMBED, WORDS, TOPIC, TEXTS, QUERY, KEY, VALUE, OUTPUT, BASIS, MIX, RATES, UP, DOWN, SCORES = range(14)
 
 
 class Maker:
     """Makes the tensors one after another, and runs sample texts through the layers to set the biases of the gates."""
 
-    def __init__(self, shape: Shape, rates: npt.NDArray[np.float64], seed: int, dtype: torch.dtype) -> None:
-        """`rates`: how often each neuron of a layer fires, from 0 to 1; they are shuffled for each layer."""
+    def __init__(
+        self, shape: Shape, rates: npt.NDArray[np.float64], uses: npt.NDArray[np.float64], seed: int, dtype: torch.dtype
+    ) -> None:
+        """`rates`: how often each neuron of a layer fires, from 0 to 1; `uses`: how often each expert is used instead.
+
+        They are shuffled for each layer. `firing` tells by layer what part of the neurons fires, or of the choices of
+        experts falls on the most used tenth.
+        """
         self.shape = shape
         self.seed = seed
         self.dtype = dtype
         self.rates = rates
+        self.uses = uses
         self.bias = math.sqrt(shape.hidden) / 4  # of channel 0; the other channels have a mean square of one
         # All layers together add a mean square of one, and less where few channels must carry the word.
         self.step = math.sqrt(min(1.0, shape.hidden / 256) / (2 * shape.layers))
@@ -134,6 +141,9 @@ class Maker:
 
         yield "ffn_norm", torch.ones(hidden)
         p = self._round(self._basis(layer))
+        if self.shape.experts:
+            yield from self._mixture(layer, p, x)
+            return
         u = self._round(self._normal(ffn, rank, MIX, layer, scale=1 / math.sqrt(rank)))
         rates = torch.from_numpy(self._rng(RATES, layer).permutation(self.rates).astype(np.float32))
         b = self._round(quantiles((x.flatten(0, 1) @ p.T @ u.T).div_(self.bias), 1 - rates))
@@ -159,6 +169,42 @@ class Maker:
         fc2 = torch.zeros(ffn, self.shape.predictor)
         fc2[:, :rank], fc2[:, rank : 2 * rank], fc2[:, 2 * rank] = u, -u, -b
         yield from (("fc1", fc1), ("fc2", fc2))
+
+    def _mixture(self, layer: int, p: Tensor, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Router and experts of a layer; `x` is replaced by the residual stream behind it.
+
+        A row of the router is like that of a gate, U P - b e0, and positive as often as its expert is to be used.
+        """
+        hidden, ffn, rank, count = self.shape.hidden, self.shape.ffn, self.shape.rank, self.shape.experts
+        usual, flat = 1 / math.sqrt(hidden), x.flatten(0, 1)
+        u = self._normal(count, rank, SCORES, layer, scale=1 / math.sqrt(rank))
+        rates = torch.from_numpy(self._rng(RATES, layer).permutation(self.uses).astype(np.float32))
+        router = u @ p
+        router[:, 0] = -quantiles((flat @ p.T @ u.T).div_(self.bias), 1 - rates)
+        router = self._round(router)
+        h = normed(flat)
+        # Scores that differ by some units, so that the first of those used has about half of the weight.
+        best = (h @ router.T).topk(self.shape.used)
+        weights = best.values.softmax(1)
+        uses = torch.bincount(best.indices.flatten(), minlength=count).float()
+        self.firing.append(float(uses.sort(descending=True).values[: max(1, count // 10)].sum() / uses.sum()))
+        yield "router", router
+        users = [(best.indices == number).nonzero(as_tuple=True) for number in range(count)]
+        inners = []
+        for number, (tokens, _) in enumerate(users):
+            gate = self._round(self._normal(ffn, hidden, MIX, layer, number, scale=usual))
+            inners.append(silu(h[tokens] @ gate.T))
+            yield f"experts.{number}.gate", gate
+        for number, (tokens, _) in enumerate(users):
+            up = self._round(self._normal(ffn, hidden, UP, layer, number, scale=usual))
+            inners[number] *= h[tokens] @ up.T
+            yield f"experts.{number}.up", up
+        for number, (tokens, ranks) in enumerate(users):
+            # An expert that the sample texts do not use is scaled as if its neurons were like others'.
+            sample = inners[number] if len(tokens) else torch.full((1, ffn), 0.5)
+            down = self._output(self._normal(hidden, ffn, DOWN, layer, number), sample)
+            flat.index_add_(0, tokens, inners[number] @ down.T * weights[tokens, ranks, None])
+            yield f"experts.{number}.down", down
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over the sample texts; all [text, position, channel]."""

@@ -21,6 +21,7 @@ from warmfront.shared.model.formats import BLOCK
 __all__ = [
     "ACTIVATIONS",
     "NORMS",
+    "SCORINGS",
     "Architecture",
     "Attention",
     "Experts",
@@ -35,6 +36,8 @@ __all__ = [
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu")
 # Index = code in the kernels: root mean square; mean and variance.
 NORMS = ("rms", "layer")
+# Index = code in the kernels.
+SCORINGS = ("softmax", "sigmoid")
 # Exactly zero for gates up to zero, or up to a threshold: a neuron whose gate is closed need not be computed.
 _SPARSE_ACTIVATIONS = frozenset({"relu", "relu2", "drelu", "fatrelu"})
 _QK_NORMS = ("head", "whole")
@@ -43,6 +46,8 @@ _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
 # Sizes are `int` in the CUDA kernels.
 _MAX_COUNT = 2**31 - 1
+# More than any model has: tables have an entry for each.
+_MAX_EXPERTS = 1 << 14
 # Above zero and finite in float32, which the passes compute with.
 _MIN_FLOAT, _MAX_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # The kernels compute a head in vectors of 8 floats.
@@ -203,20 +208,33 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Mixture of experts: a layer has `number` feed-forwards, of which a router picks some for each token."""
+    """Mixture of experts: every layer has `number` feed-forwards, of which a router picks some for each token.
+
+    Each adds its output times a weight that the router gives it.
+    """
 
     number: int
-    # Experts that the router picks for a token.
+    # Experts that the router picks for a token: those with the highest scores, of equal ones the first.
     active: int
-    # Experts that every token uses, beside those.
-    shared: int = 0
-    # Whether the router's weights of the active experts are scaled to sum to one.
+    # What makes weights of scores, one of SCORINGS: a softmax over all experts, or each score's sigmoid.
+    scoring: str = "softmax"
+    # Whether the weights of the active experts are scaled to sum to one.
     normalised: bool = False
+    # Factor on the weights.
+    scale: float = 1.0
+    # Neurons of the feed-forward that every token uses beside those, 0: there is none; and whether the router weighs it
+    # too, by the sigmoid of a score of its own.
+    shared: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        check_count("number of experts", self.number)
+        check_count("number of experts", self.number, 1, _MAX_EXPERTS)
         check_count("number of active experts", self.active, 1, self.number)
-        check_count("number of shared experts", self.shared, 0)
+        _check_name("scoring of experts", self.scoring, SCORINGS)
+        _check_positive("factor on the experts' weights", self.scale)
+        check_count("neurons of the shared expert", self.shared, 0)
+        if self.shared_gate and not self.shared:
+            raise ValueError("there is a gate for a shared expert, but no shared expert")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,8 +94,9 @@ class ModelSpec:
 
     @property
     def sparse(self) -> bool:
-        """Whether the layers have neurons that contribute exactly nothing."""
-        return self.architecture.feed_forward.sparse
+        """Whether the layers have neurons that contribute exactly nothing, and can be run so that they are left out."""
+        # Within experts all neurons are computed.
+        return self.architecture.feed_forward.sparse and self.architecture.feed_forward.experts is None
 
     def to_json(self) -> str:
         """A JSON object of all fields."""

@@ -3,7 +3,9 @@
 Tensors:
     embed, head, positions,              U8 [rows, row_bytes]: packed rows (`formats.py`); head is absent when tied,
     layers.{i}.{q,k,v,o}                 positions unless they are learned
-    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`)
+    layers.{i}.router                    U8 [rows, row_bytes]: float32 rows of the experts' router, then that of a
+                                         shared expert's gate, then zeros up to a multiple of 16; absent without experts
+    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`), by `branches.py`
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
@@ -52,16 +54,17 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import DamagedError, ModelError
-from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.branches import layout_of, router_rows, used_neurons
+from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import layer_shapes, top_shapes
 
-__all__ = ["FORMAT", "Entry", "PackedModel", "layout_of", "piece_bytes", "run_of", "sums_of"]
+__all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
-FORMAT = "warmfront-9"
+FORMAT = "warmfront-10"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 
@@ -104,19 +107,6 @@ def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:
     end = np.zeros(-(-len(rest) // 8) * 8, np.uint8)
     end[: len(rest)] = rest
     return np.append(words, end.view(np.uint64).sum())
-
-
-def layout_of(spec: ModelSpec, gate_kind: Kind, down_kind: Kind) -> BundleLayout:
-    """The layout of a model's bundles with rows of these types."""
-    feed_forward = spec.architecture.feed_forward
-    return BundleLayout(
-        hidden=spec.hidden,
-        ffn=spec.ffn,
-        gate_kind=gate_kind,
-        down_kind=down_kind,
-        gated=feed_forward.gated,
-        biases=feed_forward.neuron_biases,
-    )
 
 
 class PackedModel:
@@ -193,15 +183,19 @@ class PackedModel:
         for name, entry in self.entries.items():
             *layer, part = name.split(".", 2) if name.startswith("layers.") else [name]
             shape: tuple[int, ...] | None = (parts if layer else top).get(part)
-            if layer and part in ("ffn", "fc1", "fc2", "fc1.bias", "fc2.bias"):
+            if layer and part == "router":
+                shape = router_rows(self.spec), self._row_bytes(name, self.spec.hidden)
+            elif layer and part in ("ffn", "fc1", "fc2", "fc1.bias", "fc2.bias"):
                 shape = self._neuron_shape(".".join(layer), part)
             elif shape is not None and len(shape) == 2:
                 shape = shape[0], self._row_bytes(name, shape[1])
             if shape is not None and (shape != entry.shape or prod(shape) * _ITEM_BYTES[entry.element] != entry.nbytes):
                 raise ValueError(f"tensor {name} has shape {entry.shape} and {entry.nbytes} bytes, not shape {shape}")
+        needed = ("ffn", "router") if self.spec.architecture.feed_forward.experts is not None else ("ffn",)
         last = f"layers.{self.spec.layers - 1}.ffn"
-        if "embed" in self.entries and last not in self.entries:  # a file of copies of the gates has neither
-            raise ValueError(f"tensor {last} is missing")
+        for name in (f"layers.{self.spec.layers - 1}.{part}" for part in needed):
+            if "embed" in self.entries and name not in self.entries:  # a file of copies of the gates has neither
+                raise ValueError(f"tensor {name} is missing")
         if last in self.entries and "largest" not in self.entries:
             raise ValueError("tensor largest is missing")
 
@@ -263,10 +257,11 @@ class PackedModel:
 
     @cached_property
     def reach(self) -> npt.NDArray[np.float64]:
-        """Float64 [layers]: neurons times the largest magnitudes in gate, up and down (`exact_sums.inverse_unit`)."""
+        """Float64 [layers]: neurons that a token may use, times the largest magnitudes in gate, up and down
+        (`exact_sums.inverse_unit`)."""
         largest = self.floats("largest").astype(np.float64).reshape(self.spec.layers, -1)
         squared = largest[:, 0] if self.spec.architecture.feed_forward.activation == "relu2" else 1
-        return np.asarray(self.spec.ffn * largest.prod(1) * squared)
+        return np.asarray(used_neurons(self.spec) * largest.prod(1) * squared)
 
     def places(self) -> npt.NDArray[np.int64]:
         """The published index of the neuron at each place: int64 [layers, neurons]."""

@@ -12,7 +12,7 @@ __all__ = ["check_supported"]
 _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], bool]], ...] = (
     ("attention sinks", lambda a: a.attention.sinks),
     ("parallel residual with post-norm", lambda a: a.residual == "parallel" and a.norm.placement != "pre"),
-    ("mixture of experts (MoE)", lambda a: a.feed_forward.experts is not None),
+    ("biases within experts", lambda a: a.feed_forward.experts is not None and bool(a.feed_forward.biases)),
 )
 
 

@@ -12,6 +12,10 @@ layers.{i}.q_norm, .k_norm     [head_dim] or, of whole vectors, [heads or kv_hea
 layers.{i}.o                   [hidden, heads * head_dim]
 layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has none
 layers.{i}.down                [hidden, ffn]
+layers.{i}.experts.{e}.gate, .up, .down    the same of an expert, instead
+layers.{i}.shared.gate, .up, .down         the same of the expert that all tokens use, where there is one
+layers.{i}.router              [experts, hidden], with experts
+layers.{i}.shared_router       [1, hidden], where the shared expert has a gate
 layers.{i}.fc1                 [r, hidden], if the model has predictors; r may differ between layers
 layers.{i}.fc2                 [ffn, r], likewise
 layers.{i}.fc1.bias, .fc2.bias [r], [ffn], if the predictors have them
@@ -19,7 +23,9 @@ layers.{i}.fc1.bias, .fc2.bias [r], [ffn], if the predictors have them
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
+from warmfront.shared.model.branches import branches_of
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["file_shapes", "layer_shapes", "predictor_shapes", "top_shapes"]
@@ -41,11 +47,11 @@ def top_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shape of each tensor of a layer but its predictor's, by the name without "layers.{i}."."""
+    """Shape of each tensor of a layer but its predictor's and its experts', by the name without "layers.{i}."."""
     hidden, norm = spec.hidden, spec.architecture.norm
     attention, feed_forward = spec.architecture.attention, spec.architecture.feed_forward
-    rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows, "gate": spec.ffn, "up": spec.ffn}
-    cols = {"o": attention.q_rows, "down": spec.ffn}
+    rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows}
+    cols = {"o": attention.q_rows}
     before = _with_bias("norm", (hidden,), norm.bias) if norm.placement in ("pre", "sandwich") else {}
     behind = _with_bias("post_norm", (hidden,), norm.bias) if norm.placement != "pre" else {}
     shapes = {f"attn_{part}": shape for part, shape in before.items()}
@@ -58,9 +64,27 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     shapes |= {f"attn_{part}": shape for part, shape in behind.items()}
     if not norm.shared:
         shapes |= {f"ffn_{part}": shape for part, shape in before.items()}
-    for part in feed_forward.matrices:
-        shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in feed_forward.biases)
+    experts = feed_forward.experts
+    if experts is None:
+        for part in feed_forward.matrices:
+            shapes |= _with_bias(part, _matrix_shape(part, spec.ffn, hidden), part in feed_forward.biases)
+    else:
+        shapes["router"] = (experts.number, hidden)
+        if experts.shared_gate:
+            shapes["shared_router"] = (1, hidden)
     return shapes | {f"ffn_{part}": shape for part, shape in behind.items()}
+
+
+def _matrix_shape(part: str, neurons: int, hidden: int) -> Shape:
+    return (hidden, neurons) if part == "down" else (neurons, hidden)
+
+
+def _expert_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    """The same of a layer's experts; nothing for a model without."""
+    feed_forward = spec.architecture.feed_forward
+    for branch in branches_of(spec) if feed_forward.experts is not None else ():
+        for part in feed_forward.matrices if branch.neurons else ():
+            yield branch.prefix + part, _matrix_shape(part, branch.neurons, spec.hidden)
 
 
 def _with_bias(name: str, shape: Shape, bias: bool) -> dict[str, Shape]:
@@ -72,7 +96,7 @@ def file_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     yield from top_shapes(spec).items()
     parts = layer_shapes(spec)
     for i in range(spec.layers):
-        for part, shape in parts.items():
+        for part, shape in chain(parts.items(), _expert_shapes(spec)):
             yield f"layers.{i}.{part}", shape
 
 

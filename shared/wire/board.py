@@ -2,8 +2,8 @@
 
     byte 0      ┌────────────────────────────────────────────────────────────────┐
                 │ header      magic "WARMFRNT", version, workers, layers,        │
-                │             groups, hidden, max_tokens, profiles: one int64    │
-                │             each                                               │
+                │             groups, hidden, max_tokens, profiles, branches:    │
+                │             one int64 each                                     │
     128         ├────────────────────────────────────────────────────────────────┤
                 │ abort       a word: not 0 = every wait ends at once            │
     256         ├────────────────────────────────────────────────────────────────┤
@@ -30,6 +30,9 @@
                 │             for max_tokens tokens; padded to 128               │
                 │ inverse     float32 [max_tokens]: 1 / unit of each token's     │
                 │             sums (`shared/kernels/exact_sums.py`); padded      │
+                │ routing     float32 [max_tokens, branches]: the weight of each │
+                │             branch (`shared/model/branches.py`) for the token, │
+                │             0: it does not use it; of branch 0 always 1; padded│
                 ├────────────────────────────────────────────────────────────────┤
     for each    │ done        a handoff line: sequence of the last job finished  │
     worker      │ record      start ns, end ns, neurons, bytes of that job       │
@@ -42,14 +45,15 @@
                 │             in units                                           │
                 └────────────────────────────────────────────────────────────────┘
 
-The coordinator writes descriptor, mask, x and inverse, then announces job = n. Each worker computes the groups that
-`owner` gives it, writes computed, requested, y and its record, then announces done = n. The coordinator adds the parts
-up. It changes `owner` and `slot` only while no job is under way: that is how a group moves, all at once. Everything is
-in the machine's byte order: the board never leaves the machine.
+The coordinator writes descriptor, mask, x, inverse and routing, then announces job = n. Each worker computes the groups
+that `owner` gives it of the branches that the tokens use, writes computed, requested, y and its record, then announces
+done = n. The coordinator adds the parts up. It changes `owner` and `slot` only while no job is under way: that is how a
+group moves, all at once. Everything is in the machine's byte order: the board never leaves the machine.
 
 Lanes: 1 for a batch of decoded tokens, 16 for a prompt's in panels (`shared/model/panels.py`). The mask holds for a
-batch, each token by its own; panels are computed densely. If the selection is to be compared, which only a single token
-can ask for, the workers compute the gates that were not selected, too, and count what the selection missed
+batch, each token by its own; panels are computed densely. With experts it is only for the coordinator, what the router
+has chosen, and `computed` counts where it has bits. If the selection is to be compared, which only a single token can
+ask for, the workers compute the gates that were not selected, too, and count what the selection missed
 (`messages.LoadReport`). A board that `profiles` notes which neurons the tokens of panels fire.
 """
 
@@ -77,7 +81,7 @@ __all__ = [
 ]
 
 MAGIC = b"WARMFRNT"
-VERSION = 6
+VERSION = 7
 LINE = 128
 ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
 # Words of the descriptor.
@@ -103,6 +107,8 @@ class BoardSizes:
     max_tokens: int
     # 1: which neurons several tokens fire is noted; else 0.
     profiles: int = 0
+    # Of a layer's feed-forward: see `shared/model/branches.py`.
+    branches: int = 1
 
     @property
     def words_bytes(self) -> int:
@@ -139,10 +145,15 @@ class BoardSizes:
         """Offset of inverse."""
         return self.x_at + _padded(4 * self.hidden * self.max_tokens)
 
+    @property
+    def routing_at(self) -> int:
+        """Offset of routing."""
+        return self.inverse_at + _padded(4 * self.max_tokens)
+
     def worker_at(self, index: int) -> int:
         """Offset of worker `index`'s done line; its other parts follow."""
         y_bytes = _padded(8 * self.hidden * self.max_tokens)
-        first = self.inverse_at + _padded(4 * self.max_tokens)
+        first = self.routing_at + _padded(4 * self.max_tokens * self.branches)
         return first + index * (3 * LINE + self.words_bytes + self.masks_bytes + y_bytes)
 
     @property
@@ -175,6 +186,8 @@ class Board:
         vector = sizes.hidden * sizes.max_tokens
         self.x = mapping[sizes.x_at : sizes.x_at + 4 * vector].view(np.float32)
         self.inverse = mapping[sizes.inverse_at : sizes.inverse_at + 4 * sizes.max_tokens].view(np.float32)
+        routing = mapping[sizes.routing_at : sizes.routing_at + 4 * sizes.max_tokens * sizes.branches]
+        self.routing = routing.view(np.float32).reshape(sizes.max_tokens, sizes.branches)
         starts = [sizes.worker_at(index) for index in range(sizes.workers)]
         self.done = [self._words(start, 2) for start in starts]
         self.record = [self._words(start + LINE, 4) for start in starts]
@@ -196,7 +209,7 @@ class Board:
         """Read the header of a mapped board; raises ProtocolError if it is not one, or of another version."""
         if mapping.size < OWNER_AT or mapping[:8].tobytes() != MAGIC:
             raise ProtocolError("the shared memory handed over is not a board")
-        version, *fields = (int(v) for v in mapping[8:64].view(np.int64))
+        version, *fields = (int(v) for v in mapping[8 : 16 + 8 * len(dataclasses.fields(BoardSizes))].view(np.int64))
         sizes = BoardSizes(*fields)
         if version != VERSION or mapping.size != sizes.total:
             raise ProtocolError(f"board of version {version} and {mapping.size} bytes: this is version {VERSION}")

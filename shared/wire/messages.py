@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from warmfront.coordinator.models.gguf.reader import GgufSource
 from warmfront.coordinator.models.hf.reader import HfSource
@@ -180,6 +180,34 @@ def test_greedy_text(greedy: Trace) -> None:
     assert greedy.margins.median() > 5
 
 
+def test_a_mixture_is_the_same_in_every_format(make: Make) -> None:
+    folder = make(experts=20, used=3, topics=2)
+    assert not (folder / "hf" / "predictor.safetensors").exists()
+    assert not (folder / "powerinfer-f16.gguf").exists()
+    ours, theirs = GgufSource(folder / "f16.gguf"), HfSource(folder / "hf")
+    assert ours.spec.architecture.feed_forward == theirs.spec.architecture.feed_forward
+    assert ours.names() == theirs.names()
+    for name in theirs.names():
+        np.testing.assert_array_equal(ours.tensor(name).float32(), theirs.tensor(name).float32(), name)
+
+
+@pytest.mark.parametrize("skew", [0.1, 0.5])
+def test_the_skew_of_a_mixture(make: Make, capsys: pytest.CaptureFixture[str], skew: float) -> None:
+    """What a tenth of the experts gets of the choices in greedy text."""
+    folder = make(experts=40, used=4, skew=skew, layers=2, fresh=True)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["firing"]
+    model = MixtralForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, local_files_only=True).eval()
+    with torch.inference_mode():
+        ids = model.generate(torch.tensor([[300], [420]]), do_sample=False, max_new_tokens=100)
+        scores = model(ids, output_router_logits=True).router_logits
+    assert len(set(ids[0].tolist())) == ids.shape[1]
+    for layer, told in zip(scores, said, strict=True):
+        uses = torch.bincount(layer.topk(4).indices.flatten(), minlength=40).sort(descending=True).values
+        part = float(uses[:4].sum() / uses.sum())
+        assert part == pytest.approx(told, abs=0.12)
+        assert skew - 0.1 < part < skew + 0.2
+
+
 @pytest.mark.parametrize("active", [0.05, 0.1, 0.3])
 def test_firing_share(make: Make, active: float) -> None:
     shares = trace(make(active=active), [300, 400]).shares().mean(1)
@@ -308,6 +336,10 @@ def test_warmfront_reads_it(make: Make) -> None:
         ["--active", "0"],
         ["--active", "0.9"],
         ["--topics", "0"],
+        ["--experts", "4"],
+        ["--experts", "4", "--used", "5"],
+        ["--used", "2"],
+        ["--experts", "4", "--used", "2", "--skew", "0.96"],
         ["--seed", "-1"],
         ["--dtype", "f8"],
         ["--formats", "hf,onnx"],

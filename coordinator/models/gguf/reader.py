@@ -4,8 +4,9 @@ GGUF's blocks of a `down` matrix run across neurons. Those of Q4_0, Q4_1 and Q4_
 PowerInfer's files begin with PWRI instead of GGUF, store `down` with a row for each neuron (`ffn_down_t`) and, in all
 layers or in none, predictors (`fc1`, `fc2`). SparkInfer's with predictors (`ffn_pred_up`, `ffn_pred_down`) store it so
 under its usual name, `ffn_down`; those without are llama.cpp's, but for a field `pred_lora` of zeros.
-A model may lie in several files (`parts.py`).
-Does not cover: PowerInfer's split files (`gpu_idx`), experts.
+A model may lie in several files (`parts.py`). The experts of a layer lie in stacks, one for each matrix (`_exps`), of
+which one expert is read at a time.
+Does not cover: PowerInfer's split files (`gpu_idx`), old files with a tensor for each expert.
 See also: `blocks.py` for the weight blocks, `tokenizer.py` for the vocabulary.
 """
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from warmfront.coordinator.models.activations import in_gguf
-from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of
+from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of, published_name
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
 from warmfront.coordinator.models.gguf.config import Found
@@ -61,9 +62,10 @@ class GgufSource:
         file = files[0]
         fields = Fields(file.path, file.fields)
         architecture = checked_architecture(path, fields)
-        self._family = FAMILIES[architecture]
-        if fields.count(f"{architecture}.expert_count", 0, low=0) > 0:
-            raise ModelError(f"{path}: mixtures of experts are not supported; dense {architecture} models are")
+        self._experts = fields.count(f"{architecture}.expert_count", 0, low=0)
+        self._family = FAMILIES["mixtral" if architecture == "llama" and self._experts else architecture]
+        if self._experts and "router" not in self._family.tensors:
+            raise ModelError(f"{path}: {architecture} models with experts are not supported; those without are")
         tensors = _joined(files)
         self._family = self._family.named(tensors, GGUF)
         self._dialect = _dialect(file.powerinfer, tensors)
@@ -107,12 +109,28 @@ class GgufSource:
             found = parts.get(f"blk.{{i}}.{match[2]}" if match[1] else match[2]) if match else None
             if match is None or found is None:
                 model = f"{'PowerInfer ' if self._dialect == 'powerinfer' else ''}{architecture} model"
+                model += " with experts" if self._experts else ""
                 raise ModelError(
                     f"{self.path}: tensor {name} does not belong to a {model}; such files are not supported"
                 )
             layer, bias = f"layers.{match[1]}." if match[1] else "", ".bias" if match[3] == "bias" else ""
-            named |= {f"{layer}{part}{bias}": tensor for part in found}
+            for part in found:
+                named |= self._apart(f"{layer}{part}{bias}", tensor)
         return named
+
+    def _apart(self, name: str, tensor: StoredTensor[Type]) -> dict[str, StoredTensor[Type]]:
+        """The tensor that we call `name`, or of a stack the experts' own."""
+        stack, _, part = name.partition("experts.")
+        if not part:
+            # The gate of the shared expert is a vector in some files.
+            one_row = name.endswith(".shared_router") and len(tensor.shape) == 1
+            return {name: replace(tensor, shape=(1, *tensor.shape)) if one_row else tensor}
+        if len(tensor.shape) != 3 or tensor.shape[0] != self._experts:
+            raise ModelError(
+                f"{self.path}: tensor {tensor.name} has shape {tensor.shape}, not that of a stack of {self._experts} "
+                "experts; the file is damaged"
+            )
+        return {f"{stack}experts.{number}.{part}": tensor.item(number) for number in range(self._experts)}
 
     def _checked(self, named: Mapping[str, StoredTensor[Type]]) -> dict[str, StoredTensor[Type]]:
         """The model's tensors; raises ModelError if one is missing, unexpected or of a wrong shape or type."""
@@ -133,10 +151,8 @@ class GgufSource:
         """The tensor, or the piece of the file's, that we call `name`."""
         tensor = named.get(name)
         if tensor is None:
-            *layer, part = name.removesuffix(".bias").split(".")
-            published = self._names[part].format(i=layer[-1] if layer else "")
-            end = ".bias" if name.endswith(".bias") else ".weight"
-            raise ModelError(f"{self.path}: tensor {published}{end} is missing; the file is incomplete")
+            published = published_name(name, self._names.__getitem__)
+            raise ModelError(f"{self.path}: tensor {published} is missing; the file is incomplete")
         if name.endswith(".down") and self._turned:
             shape = shape[::-1]
         first, rows = cuts.get(part_of(name), (0, shape[0]))

@@ -4,8 +4,10 @@ A folder may have low-rank predictors too (`predictors.py`).
 Does not cover: quantised checkpoints, pickled weights.
 """
 
+import re
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ Floats = npt.NDArray[np.float32]
 
 # Buffers that older versions of transformers saved; their values follow from config.json.
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# A layer's experts in one tensor, as transformers has them in memory.
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 # Rows of each of two matrices that are read at a time.
 ROWS_COMPARED = 1024
 
@@ -83,6 +87,7 @@ class HfSource:
             stored = {name if name == head else f"{base}{name}": tensor for name, tensor in stored.items()}
         self._family = self._family.named(stored, HF)
         self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
+        stored = self._apart(stored)
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
             stored.pop(head, None)
@@ -106,6 +111,32 @@ class HfSource:
                 f"{self.spec.layers} layers that config.json describes; such models are not supported"
             )
         return tensors
+
+    def _apart(self, stored: dict[str, StoredTensor[str]]) -> dict[str, StoredTensor[str]]:
+        """Experts as tensors of their own, as published checkpoints have them, where transformers has saved stacks."""
+        experts = self.spec.architecture.feed_forward.experts
+        if experts is None:
+            return stored
+        apart = dict(stored)
+        for name, tensor in stored.items():
+            match = STACK.fullmatch(name)
+            if match is None:
+                continue
+            layer, parts = f"layers.{match[1]}.", ("gate", "up") if match[2] == "gate_up_proj" else ("down",)
+            shape = tensor.shape
+            if len(shape) != 3 or shape[0] != experts.number or not shape[1] or shape[1] % len(parts):
+                raise ModelError(
+                    f"{tensor.path}: tensor {name} has shape {shape}, not that of {experts.number} experts"
+                )
+            rows = shape[1] // len(parts)
+            for number, i in product(range(experts.number), range(len(parts))):
+                ours = f"{layer}experts.{number}.{parts[i]}"
+                apart[self._family.hf_name(ours)] = tensor.item(number).piece(i * rows, rows)
+            router = f"model.{layer}mlp.gate.weight"
+            if router in apart:
+                apart[self._family.hf_name(f"{layer}router")] = apart.pop(router)
+            del apart[name]
+        return apart
 
     def _take_projections(self, stored: dict[str, StoredTensor[str]]) -> dict[str, Floats]:
         """What embedding and head are to be multiplied with, [width, hidden] each; mostly nothing."""

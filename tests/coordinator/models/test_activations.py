@@ -65,6 +65,12 @@ def test_the_default_model_is_known() -> None:
     assert in_gguf(Fields(default_file(), fields), "") == ("silu",)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("Mixtral 8x7B", "silu"), ("TurboSparse Mixtral", "drelu")])
+def test_no_mixture_of_experts_is_tried(name: str, expected: str) -> None:
+    fields = {"general.architecture": "llama", "general.name": name, "llama.expert_count": 8}
+    assert in_gguf(Fields(Path("model.gguf"), fields), "") == (expected,)
+
+
 def test_what_is_not_known() -> None:
     with pytest.raises(ModelError, match=r"activation 'softplus' is not supported; silu, .*, fatrelu are$"):
         in_config(Fields(Path("/model/config.json"), {"model_type": "llama", "hidden_act": "softplus"}))

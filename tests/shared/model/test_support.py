@@ -14,7 +14,10 @@ OTHER = Rotary(frequencies=(0.5,) * 8)
 UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "attention sinks": ("attention.sinks", True),
     "parallel residual with post-norm": ("residual", "parallel"),
-    "mixture of experts (MoE)": ("feed_forward.experts", Experts(number=8, active=2)),
+    "biases within experts": (
+        "feed_forward",
+        FeedForward(activation="silu", experts=Experts(number=8, active=2), biases=("up",)),
+    ),
 }
 
 
@@ -28,17 +31,16 @@ def test_each_is_refused_by_its_name(words: str) -> None:
     spec = changed(SPEC, "architecture.norm.placement", "post") if path == "residual" else SPEC
     with pytest.raises(ModelError) as caught:
         check_supported(changed(spec, f"architecture.{path}", value))
-    verb = "are" if words == "attention sinks" else "is"
+    verb = "are" if words.endswith("s") else "is"
     assert str(caught.value) == f"by hand uses {words}, which {verb} not supported yet"
 
 
 def test_several_are_named_in_one_line() -> None:
-    experts = Experts(number=8, active=2)
-    spec = changed(SPEC, "architecture.feed_forward.experts", experts)
+    spec = changed(SPEC, "architecture.feed_forward", UNSUPPORTED["biases within experts"][1])
     spec = changed(spec, "architecture.attention.sinks", True)
     with pytest.raises(ModelError) as caught:
         check_supported(spec)
-    several = "attention sinks and mixture of experts (MoE), which are not supported yet"
+    several = "attention sinks and biases within experts, which are not supported yet"
     assert str(caught.value) == f"by hand uses {several}"
     spec = changed(changed(spec, "architecture.norm.placement", "post"), "architecture.residual", "parallel")
     with pytest.raises(ModelError) as caught:
@@ -58,6 +60,7 @@ def test_several_are_named_in_one_line() -> None:
         ("feed_forward.activation", "gelu_tanh"),
         ("feed_forward", FeedForward(activation="fatrelu", threshold=0.01)),
         ("feed_forward", FeedForward(activation="drelu")),
+        ("feed_forward.experts", Experts(number=8, active=2, scoring="sigmoid", shared=40, shared_gate=True)),
         ("tied_head", True),
         ("norm.kind", "layer"),
         ("norm.placement", "post"),

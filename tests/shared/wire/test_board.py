@@ -14,12 +14,12 @@ from warmfront.shared.wire.board import Board, BoardSizes
 
 # 15 owners, and 15 words of a table, are padded to 128 bytes; 16 times 15 words of masks, and the firing of one panel,
 # 15 * 32 * 2, both 960 bytes, to 1024; x is 4 * 32 * 16 = 2048 bytes, y twice as much; inverse, 4 * 16 bytes, is padded
-# to 128.
-SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1)
+# to 128, and routing, three times as many, to 256.
+SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1, branches=3)
 X_AT = 512 + 128 + 1024 + 1024 + 1024
 INVERSE_AT = X_AT + 2048
 WORKER_BYTES = 128 + 128 + 128 + 128 + 1024 + 4096
-TOTAL = INVERSE_AT + 128 + 2 * WORKER_BYTES
+TOTAL = INVERSE_AT + 128 + 256 + 2 * WORKER_BYTES
 
 
 def board_of(sizes: BoardSizes = SIZES) -> Board:
@@ -27,10 +27,11 @@ def board_of(sizes: BoardSizes = SIZES) -> Board:
 
 
 def test_sizes_by_hand() -> None:
-    assert TOTAL == 17152
+    assert TOTAL == 17408
     assert SIZES.x_at == X_AT == 3712
     assert SIZES.inverse_at == INVERSE_AT == 5760
-    assert [SIZES.worker_at(index) for index in range(2)] == [5888, 11520]
+    assert [SIZES.worker_at(index) for index in range(2)] == [6144, 11776]
+    assert SIZES.routing_at == 5888
     assert SIZES.total == TOTAL
     assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024  # that does not profile
     # 130 owners take two lines, and 130 words five; 16 times 33 words take 17.
@@ -55,6 +56,7 @@ def test_every_byte() -> None:
     board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
     board.inverse[:] = inverse
+    board.routing[:] = np.arange(48).reshape(16, 3) / 64
     for index in range(2):
         board.done[index][:] = 50 + index, 60 + index
         board.record[index][:] = [70 + index, 80 + index, 90 + index, 100 + index]
@@ -63,7 +65,7 @@ def test_every_byte() -> None:
         board.requested[index][:] = np.arange(240).reshape(16, 3, 5) + 0xDDDDDD00 + 256 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=7q", 6, 2, 3, 5, 32, 16, 1)),
+        (0, b"WARMFRNT" + struct.pack("=8q", 7, 2, 3, 5, 32, 16, 1, 3)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
         (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
@@ -73,8 +75,9 @@ def test_every_byte() -> None:
         (2688, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
         (3712, struct.pack("=512f", *x)),
         (5760, struct.pack("=16f", *inverse)),
+        (5888, struct.pack("=48f", *(each / 64 for each in range(48)))),
     ]
-    for index, at in enumerate((5888, 11520)):
+    for index, at in enumerate((6144, 11776)):
         parts += [
             (at, struct.pack("=2q", 50 + index, 60 + index)),
             (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
@@ -113,7 +116,7 @@ def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
     assert all(at % 128 == 0 for at in lines)
     assert len(set(lines)) == len(lines)
     tables = (board.owner, board.mask, board.computed, board.firing, *board.slot, *board.requested)
-    assert all(address(field) % 128 == 0 for field in (*tables, board.x, board.inverse, *board.y))
+    assert all(address(field) % 128 == 0 for field in (*tables, board.x, board.inverse, board.routing, *board.y))
 
 
 OTHER = """
@@ -143,7 +146,22 @@ def test_another_process_sees_and_writes_the_same_board() -> None:
         )
     finally:
         os.close(fd)
-    assert run.stdout.split() == ["2", "3", "5", "32", "16", "1", "2", "16", "16", "0", "77", "-3.5", "1.0995116e+12"]
+    assert run.stdout.split() == [
+        "2",
+        "3",
+        "5",
+        "32",
+        "16",
+        "1",
+        "3",
+        "2",
+        "16",
+        "16",
+        "0",
+        "77",
+        "-3.5",
+        "1.0995116e+12",
+    ]
     assert board.y[1][:4].tolist() == [1 << 60, -2, -7 << 39, 0]
     assert not board.y[0].any()
     assert board.done[1][0] == 41
@@ -174,7 +192,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 6"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 7"):
         Board.attach(board.mapping)
 
 

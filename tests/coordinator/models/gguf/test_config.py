@@ -13,7 +13,7 @@ from tests.conftest import GGUF_SHAPES
 from tests.coordinator.models.gguf.tensors import NAMES
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
+from warmfront.shared.model.architecture import Architecture, Attention, Experts, FeedForward, Norm, Positions, Rotary
 from warmfront.shared.model.formats import Kind
 
 Make = Callable[..., Path]
@@ -46,11 +46,55 @@ def test_biases_and_head_are_found(tiny_gguf: Make) -> None:
     np.testing.assert_array_equal(source.tensor("layers.0.down.bias").float32(), bias)
 
 
+# A Mixtral of one layer.
+MIXTURE: dict[str, Any] = {
+    "kind": "F32",
+    "fields": {"llama.expert_count": 4, "llama.expert_used_count": 2},
+    "shapes": {
+        "blk.0.ffn_gate_inp.weight": (4, 256),
+        "blk.0.ffn_gate_exps.weight": (4, 64, 256),
+        "blk.0.ffn_up_exps.weight": (4, 64, 256),
+        "blk.0.ffn_down_exps.weight": (4, 256, 64),
+    },
+    "without": [f"blk.0.ffn_{part}.weight" for part in ("gate", "up", "down")],
+}
+
+
+def test_a_mixtral_is_a_llama_with_experts(tiny_gguf: Make) -> None:
+    spec = open_source(tiny_gguf(**MIXTURE)).spec
+    assert (spec.family, spec.ffn) == ("llama", 64)
+    assert spec.architecture.feed_forward.experts == Experts(number=4, active=2, normalised=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba' is not supported; llama, mistral, .* are"),
-        ({"fields": {"llama.expert_count": 8}}, "experts"),
+        ({"fields": {"llama.expert_count": 8}}, "blk.0.ffn_gate.weight does not belong to a llama model with experts"),
+        (
+            {"architecture": "gemma", "fields": {"gemma.expert_count": 8}},
+            "gemma models with experts are not supported; those without are",
+        ),
+        (
+            {**MIXTURE, "without": [*MIXTURE["without"], "blk.0.ffn_up_exps.weight"]},
+            "blk.0.ffn_up_exps.weight is missing",
+        ),
+        (
+            {**MIXTURE, "without": [*MIXTURE["without"], "blk.0.ffn_gate_inp.weight"]},
+            "blk.0.ffn_gate_inp.weight is missing",
+        ),
+        (
+            {**MIXTURE, "fields": {**MIXTURE["fields"], "llama.expert_count": 3}},
+            r"has shape \(4, 64, 256\), not that of a stack of 3 experts",
+        ),
+        (
+            {**MIXTURE, "fields": {**MIXTURE["fields"], "llama.expert_used_count": 5}},
+            "number of active experts is 5, not a whole number from 1 to 4",
+        ),
+        (
+            {**MIXTURE, "fields": {**MIXTURE["fields"], "llama.expert_gating_func": 2}},
+            "llama.expert_gating_func is 2, not 1, a softmax, which a llama model has",
+        ),
         ({"fields": {"split.count": 2}}, "is part 1 of 2, whatever its name says: name the parts NAME-00001-of-00002"),
         ({"architecture": "phi2"}, "'phi2' is not supported: it has a bias of the head; llama"),
         ({"architecture": "opt"}, "tensor blk.0.ffn_gate.weight does not belong to a opt model"),
