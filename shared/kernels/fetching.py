@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.formats import FLOATS, Kind
 
 __all__ = [
     "ACCESSES",
@@ -56,7 +56,6 @@ ACCESSES = ("matrix", "cached", "lowbit", "gates", "bundles", "scattered", "anno
 # Where nothing was measured. Of the two machines known, floats lose little without (a tenth) and half with it; whole
 # numbers, whose arithmetic keeps fewer lines in flight by itself, lose a fifth with it and half without (docs/log.md).
 _USUAL = 2048
-_FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 class Fetch(NamedTuple):
@@ -92,7 +91,7 @@ def usual_distances() -> Distances:
     table[:ANNOUNCED] = _USUAL
     for access in range(len(ACCESSES)):
         if access != LOWBIT_ROWS:
-            table[access, list(_FLOATS)] = 0
+            table[access, list(FLOATS)] = 0
     return table
 
 

@@ -10,6 +10,8 @@ has 8 bits, so a term is off by up to 2^-8 and a long sum by far less: its terms
 float32.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -29,6 +31,7 @@ from warmfront.shared.kernels.simd import (
     I64,
     V16,
     call,
+    chosen,
     constants,
     fma,
     load,
@@ -48,6 +51,7 @@ __all__ = [
     "Panels",
     "Rows",
     "accumulate",
+    "by_panels",
     "gather_columns",
     "in_pairs",
     "multiplies_bfloat",
@@ -200,39 +204,51 @@ def _widen_columns(context, kind, row, tail, out, cols, first, count):
     return types.void(*[types.int64] * 7), build
 
 
-def _make_product(panels: int, pairs: bool) -> Any:
-    @intrinsic
-    def product(context, left, x, x_step, y, y_step, adds):
-        """`panels` panels: y[p][r][:] = or += sum over k of left[r][k] * x[p][k][:] for 8 rows r."""
+def by_panels(b: Any, way: Any, panels: Any, emit: Callable[[bool, int], None]) -> None:
+    """The code `emit(way, panels)` for both truths of `way` and 1 to `PANELS` panels, chosen at run time."""
+    with b.if_else(way) as branches:
+        for branch, truth in zip(branches, (True, False), strict=True):
+            with branch:
+                chosen(b, panels, range(1, PANELS + 1), partial(emit, truth))
 
-        def build(context, b, _signature, arguments):
-            left, x, x_step, y, y_step, adds = arguments
+
+@intrinsic
+def _products(context, pairs, left, x, y, adds, panels):
+    """`panels` panels, 1 to 3: y[p][r][:] = or += sum over k of left[r][k] * x[p][k][:] for 8 rows r.
+
+    x, y: address, step from panel to panel.
+    """
+
+    def build(context, b, _signature, arguments):
+        pairs, *tuples, adds, panels = arguments
+        (w, row_step, k_step, terms), (x, x_step), (y, y_step) = (cgutils.unpack_tuple(b, each) for each in tuples)
+        rows = [b.add(w, b.mul(row_step, long(r))) for r in range(ROWS)]
+
+        def emit(pairs: bool, count: int) -> None:
             if pairs and not multiplies_bfloat(context):
-                return context.get_dummy_value()
-            w, row_step, k_step, count = cgutils.unpack_tuple(b, left, 4)
+                return
             # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32.
-            sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
-            cells = [(sums[r][p], b.mul(y_step, long(p)), r) for r in range(ROWS) for p in range(panels)]
+            sums = [[simd.zeros(b) for _ in range(count)] for _ in range(ROWS)]
+            cells = [(sums[r][p], b.mul(y_step, long(p)), r) for r in range(ROWS) for p in range(count)]
             with b.if_then(adds):
                 for cell, panel, r in cells:
                     b.store(load(b, y, b.add(panel, long(64 * r)), V16), cell)
-            rows = [b.add(w, b.mul(row_step, long(r))) for r in range(ROWS)]
             element = I32 if pairs else FLOAT
-            with cgutils.for_range(b, count, intp=I64) as loop:
+            with cgutils.for_range(b, terms, intp=I64) as loop:
                 at = b.mul(loop.index, long(64))
-                tokens = [load(b, x, b.add(b.mul(x_step, long(p)), at), vector(element)) for p in range(panels)]
+                tokens = [load(b, x, b.add(b.mul(x_step, long(p)), at), vector(element)) for p in range(count)]
                 k = b.mul(loop.index, k_step)
                 for r in range(ROWS):
                     weight = splat(b, load(b, rows[r], k, element))
-                    for p in range(panels):
+                    for p in range(count):
                         b.store(accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
             for cell, panel, r in cells:
                 store(b, y, b.add(panel, long(64 * r)), b.load(cell))
-            return context.get_dummy_value()
 
-        return types.void(left, *[types.int64] * 4, types.boolean), build
+        by_panels(b, pairs, panels, emit)
+        return context.get_dummy_value()
 
-    return product
+    return types.void(types.boolean, left, x, y, types.boolean, types.int64), build
 
 
 def accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:
@@ -241,10 +257,6 @@ def accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:
     # Products of bfloat16 are exact in float32; only the inputs have been rounded, to 8 bits.
     halves = (b.bitcast(each, vector(_BFLOAT, 32)) for each in (weight, tokens))
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", V16, sums, *halves)
-
-
-_singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
-_pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
 
 
 # Kernels of their own, or LLVM would unroll the loops over rows that call them.
@@ -295,27 +307,9 @@ class Left(NamedTuple):
 @kernel
 def multiply(pairs: bool, left: Left, x: Panels, y: Panels, adds: bool) -> None:
     """8 rows times panels of features, or pairs: y[p][r] = sum_k left[r][k] * x[p][k], or += if it `adds`."""
-    p = 0
-    while p < x.panels:
-        x_at, y_at, rest = x.at + p * x.step, y.at + p * y.step, x.panels - p
-        if rest >= PANELS:
-            if pairs:
-                _pairs_3(left, x_at, x.step, y_at, y.step, adds)
-            else:
-                _singles_3(left, x_at, x.step, y_at, y.step, adds)
-            p += 3
-        elif rest == 2:
-            if pairs:
-                _pairs_2(left, x_at, x.step, y_at, y.step, adds)
-            else:
-                _singles_2(left, x_at, x.step, y_at, y.step, adds)
-            p += 2
-        else:
-            if pairs:
-                _pairs_1(left, x_at, x.step, y_at, y.step, adds)
-            else:
-                _singles_1(left, x_at, x.step, y_at, y.step, adds)
-            p += 1
+    for p in range(0, x.panels, PANELS):
+        x_at, y_at = x.at + p * x.step, y.at + p * y.step
+        _products(pairs, left, (x_at, x.step), (y_at, y.step), adds, min(x.panels - p, PANELS))
 
 
 @kernel

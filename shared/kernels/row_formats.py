@@ -14,8 +14,8 @@ from warmfront.shared.kernels.simd import (
     I8,
     I16,
     I32,
-    I64,
     V16,
+    chosen,
     constants,
     fetch,
     fma,
@@ -27,8 +27,10 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.model.formats import BLOCK, Kind, row_bytes
 
 __all__ = [
+    "DOWN_TILED",
     "FORMATS",
     "PLAIN",
+    "TILED",
     "ByteFormat",
     "RowFormat",
     "block_bytes",
@@ -158,30 +160,20 @@ FORMATS = (
 )
 # Those whose rows say all of their weights; a Q4C row needs its group's column scales.
 PLAIN = tuple(form for form in FORMATS if form.kind != Kind.Q4C)
+# Those that tiles know: numbers of 8 or 4 bits, then a scale for each block. Rows of others stay rows, in products of
+# many tokens too, which are of floats then.
+TILED = tuple(form for form in FORMATS if form.kind in (Kind.Q8, Kind.Q4, Kind.Q4S))
+# The same of down rows, where the scales may be of columns.
+DOWN_TILED = tuple(form for form in FORMATS if form in TILED or form.kind == Kind.Q4C)
 
 
 def by_kind(b: Any, kind: Any, formats: Sequence[RowFormat], emit: Callable[[RowFormat], Any]) -> Any:
     """The code `emit(format)` of each of `formats`, of which the number `kind` chooses one at run time: its value.
 
-    One switch, which LLVM makes the cheapest compares of. Any other number is taken for the first format's.
+    Any other number is taken for the first format's.
     """
-    blocks = [b.append_basic_block(form.kind.name) for form in formats]
-    end = b.append_basic_block("chosen")
-    switch = b.switch(kind, blocks[0])
-    values = []
-    for form, block in zip(formats, blocks, strict=True):
-        if block is not blocks[0]:
-            switch.add_case(ir.Constant(I64, int(form.kind)), block)
-        b.position_at_end(block)
-        values.append((emit(form), b.block))  # where the code of the format ends
-        b.branch(end)
-    b.position_at_end(end)
-    if values[0][0] is None:
-        return None
-    chosen = b.phi(values[0][0].type)
-    for value, block in values:
-        chosen.add_incoming(value, block)
-    return chosen
+    by_code = {int(form.kind): form for form in formats}
+    return chosen(b, kind, list(by_code), lambda code: emit(by_code[code]))
 
 
 def block_bytes(kind: Kind) -> int:

@@ -4,6 +4,7 @@ LLVM lowers them to whatever the machine has: one AVX-512 register, two of AVX2,
 `fmuladd`: fused where the machine can. Every sum has a fixed order, so results repeat bit for bit.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -19,6 +20,7 @@ __all__ = [
     "I64",
     "V16",
     "call",
+    "chosen",
     "constants",
     "fetch",
     "fma",
@@ -81,6 +83,30 @@ def call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
     """Call an LLVM intrinsic."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), arguments)
+
+
+def chosen(b: Any, number: Any, codes: Sequence[int], emit: Callable[[int], Any]) -> Any:
+    """The code `emit(code)` of each of `codes`, of which the 64-bit `number` chooses one at run time: its value.
+
+    One switch, which LLVM makes the cheapest compares of. Any other number is taken for the first code.
+    """
+    blocks = [b.append_basic_block(f"case.{code}") for code in codes]
+    end = b.append_basic_block("chosen")
+    switch = b.switch(number, blocks[0])
+    values = []
+    for code, block in zip(codes, blocks, strict=True):
+        if block is not blocks[0]:
+            switch.add_case(long(code), block)
+        b.position_at_end(block)
+        values.append((emit(code), b.block))  # where the code ends
+        b.branch(end)
+    b.position_at_end(end)
+    if values[0][0] is None:
+        return None
+    value = b.phi(values[0][0].type)
+    for each, block in values:
+        value.add_incoming(each, block)
+    return value
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:

@@ -29,7 +29,7 @@ from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, qu
 from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, block_bytes, by_kind
+from warmfront.shared.kernels.row_formats import FORMATS, TILED, RowFormat, block_bytes, by_kind
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import (
     I8,
@@ -64,8 +64,6 @@ __all__ = [
 TILE = LANES
 V64 = vector(I8, 64)
 _MULTIPLY_BYTES = "llvm.x86.avx512.vpdpbusd.512"
-# The types that a tile can be of.
-_TILED = tuple(form for form in FORMATS if form.bytes is not None)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 
 
@@ -73,7 +71,7 @@ _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 def _in_tiles(context, kind):
     def build(context, b, _signature, arguments):
         def emit(form: RowFormat) -> Any:
-            return ir.Constant(ir.IntType(1), int(form.bytes is not None and multiplies_bytes(context)))
+            return ir.Constant(ir.IntType(1), int(form in TILED and multiplies_bytes(context)))
 
         return by_kind(b, arguments[0], FORMATS, emit)
 
@@ -206,7 +204,7 @@ def _make_tile(count: int) -> Any:
                 if multiplies_bytes(context):
                     _tile_dot(context, b, form, tile, cols, pairs, ahead)
 
-            by_kind(b, kind, _TILED, emit)
+            by_kind(b, kind, TILED, emit)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, x, y, types.int64), build

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 __all__ = [
     "BLOCK",
+    "FLOATS",
     "Kind",
     "finite",
     "join_nibbles",
@@ -55,10 +56,9 @@ class Kind(IntEnum):
     Q4S = 5
     Q4C = 6
 
-    @property
-    def bits(self) -> float:
-        """Bits per weight, scales included."""
-        return row_bytes(self, BLOCK) * 8 / BLOCK
+
+# Those whose rows are the weights as numbers and nothing else.
+FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 def row_bytes(kind: int, cols: int) -> int:

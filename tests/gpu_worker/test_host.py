@@ -14,6 +14,7 @@ from tests.gpu_worker.conftest import bits_of, execute, execute_many, from_panel
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.errors import ResourceError
+from warmfront.shared.kernels.rows import takes_quantised
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
@@ -56,7 +57,7 @@ def test_kinds(random_case: MakeCase, gate: Kind, down: Kind, tokens: int, spars
     out = np.full(case.x.shape, np.nan, np.float32)
     computed, nanoseconds = execute(device, np.array(picked, np.int32) + 2, case.x, sparse, out)
     expected, visited = case.expect(picked, sparse)
-    assert_close(out, expected, QUANTISED if gate in (Kind.Q8, Kind.Q4, Kind.Q4S) else 1e-5)
+    assert_close(out, expected, QUANTISED if takes_quantised(gate) else 1e-5)
     assert computed == visited.sum()
     assert nanoseconds > 0
     if not sparse:

@@ -143,7 +143,7 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
         ({"gpu": "none", "plan": "a.plan"}, "--plan with --gpu none"),
         ({"spins": -1}, "-1 rounds of spinning: pass --spins 0 to 1000000"),
         ({"spins": 10**7}, "10000000 rounds of spinning"),
-        ({"policy": "best"}, "no policy 'best': use one of balance, static, lru, ema"),
+        ({"policy": "best"}, f"no policy 'best': use one of {', '.join(POLICIES)}"),
         ({"slow": "gpu0:2"}, "'gpu0:2' slows no worker down"),
         ({"slow": "cpu0:0.5"}, "'cpu0:0.5' slows no worker down"),
         ({"context": 0}, "a context of 0 tokens: pass --ctx 1 or more"),

@@ -30,8 +30,16 @@ from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, block_bytes, by_kind, column_scales, fetch_blocks
-from warmfront.shared.kernels.rows import row_stride, takes_quantised
+from warmfront.shared.kernels.row_formats import (
+    DOWN_TILED,
+    FORMATS,
+    RowFormat,
+    block_bytes,
+    by_kind,
+    column_scales,
+    fetch_blocks,
+)
+from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -54,14 +62,14 @@ from warmfront.shared.kernels.simd import (
 )
 from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.formats import BLOCK, Kind
+from warmfront.shared.model.formats import BLOCK, FLOATS, Kind
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["add_down_tile", "down_in_bytes", "down_in_tiles", "interleave_down", "neuron_scales", "numbers_of"]
 
 V64 = vector(I8, 64)
 _Q8, _Q4, _Q4C = int(Kind.Q8), int(Kind.Q4), int(Kind.Q4C)
-_FLOATS = tuple(form.kind for form in FORMATS if form.bytes is None and form.kind != Kind.Q4C)
+_FLOATS = tuple(int(kind) for kind in FLOATS)
 
 
 @kernel
@@ -72,7 +80,7 @@ def down_in_bytes(kind: int) -> bool:
 
 @kernel
 def _floats(kind: int) -> bool:
-    return kind != _Q4C and not takes_quantised(kind)
+    return kind in _FLOATS
 
 
 @kernel
@@ -242,13 +250,13 @@ def _make_adder(count: int) -> Any:
             pairs = [[b.add(at, b.mul(step, long(i))) for at, step in vectors] for i in range(count)]
 
             def emit(form: RowFormat) -> None:
-                if form.kind in _FLOATS:
+                if form.kind in FLOATS:
                     for i, (factors, sums) in enumerate(pairs):
                         _add_floats(context, b, form, (tile, factors, sums, cols, long(0) if i else ahead))
                 elif multiplies_bytes(context):
                     _add_tokens(context, b, form, (tile, tail, cols, ahead), pairs)
 
-            by_kind(b, kind, FORMATS, emit)
+            by_kind(b, kind, [form for form in FORMATS if form.kind in FLOATS or form in DOWN_TILED], emit)
             return context.get_dummy_value()
 
         return types.void(types.int64, place, factors, sums), build

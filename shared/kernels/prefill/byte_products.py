@@ -30,9 +30,9 @@ from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at, shorts_at
 from warmfront.shared.kernels.byte_dot import multiplies_bytes
 from warmfront.shared.kernels.fp16 import from_half
-from warmfront.shared.kernels.gemm import Panels, Rows
+from warmfront.shared.kernels.gemm import PANELS, Panels, Rows, by_panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
+from warmfront.shared.kernels.row_formats import TILED, RowFormat, by_kind
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -66,14 +66,13 @@ __all__ = [
 ]
 
 V64, VI32 = vector(I8, 64), vector(I32)
-_BYTES = tuple(form for form in FORMATS if form.bytes is not None)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 # A panel's block: numbers, scales, offsets.
 SCALES, OFFSETS, PANEL_BLOCK = 16 * BLOCK, 16 * BLOCK + 64, 16 * BLOCK + 128
 # Bytes of 32 columns of the numbers of 16 rows.
 _ROWS_BLOCK = TILE * BLOCK
-# Rows and panels of a product: 12 sums of integers and as many of floats in registers, beside 3 vectors of tokens.
-_ROWS, _PANELS = 4, 3
+# Rows of a product: with 3 panels 12 sums of integers and as many of floats in registers, beside 3 vectors of tokens.
+_ROWS = 4
 # Blocks of a product at a time: of three panels they stay in the first cache while all rows meet them.
 _BLOCKS = 12
 MULTIPLY = "llvm.x86.avx512.vpdpbusd.512"
@@ -98,7 +97,7 @@ def _zero(form: RowFormat) -> int:
 @intrinsic
 def _zero_of(context, kind):
     def build(_context, b, _signature, arguments):
-        return by_kind(b, arguments[0], _BYTES, lambda form: long(_zero(form)))
+        return by_kind(b, arguments[0], TILED, lambda form: long(_zero(form)))
 
     return types.int64(types.int64), build
 
@@ -185,22 +184,25 @@ def quantise_panels(kind: int, x: int, out: int, cols: int, panels: int) -> None
     _quantise(x, out, cols // BLOCK * panels, _zero_of(kind))
 
 
-def _make_product(panels: int, minima: bool) -> Any:
-    @intrinsic
-    def product(context, rows, x, x_step, y, y_step, blocks):
-        """4 rows times `panels` panels, in `blocks` (how many, whether they are a row's first): y[p][r][:] = or +=."""
+@intrinsic
+def _products(context, rows, x, y, blocks, panels):
+    """4 rows times 1 to 3 panels: y[p][r][:] = or +=.
 
-        def build(context, b, _signature, arguments):
-            rows, x, x_step, y, y_step, blocks = arguments
-            if multiplies_bytes(context):
-                rows, blocks = cgutils.unpack_tuple(b, rows, 3), cgutils.unpack_tuple(b, blocks, 2)
-                xs = [b.add(x, b.mul(x_step, long(p))) for p in range(panels)]
-                _product(b, rows, xs, (y, y_step), blocks, minima)
-            return context.get_dummy_value()
+    x, y: address, step from panel to panel; `blocks`: how many, whether they are a row's first.
+    """
 
-        return types.void(rows, *[types.int64] * 4, blocks), build
+    def build(context, b, _signature, arguments):
+        *tuples, panels = arguments
+        rows, (x, x_step), y, blocks = (cgutils.unpack_tuple(b, each) for each in tuples)
 
-    return product
+        def emit(minima: bool, count: int) -> None:
+            _product(b, rows, [b.add(x, b.mul(x_step, long(p))) for p in range(count)], y, blocks, minima)
+
+        if multiplies_bytes(context):
+            by_panels(b, b.icmp_signed("!=", rows[2], long(0)), panels, emit)
+        return context.get_dummy_value()
+
+    return types.void(rows, x, y, blocks, types.int64), build
 
 
 def _product(
@@ -239,28 +241,12 @@ def _product(
         store(b, y[0], place, b.load(cell))
 
 
-_scaled_1, _scaled_2, _scaled_3 = (_make_product(panels, False) for panels in (1, 2, 3))
-_offset_1, _offset_2, _offset_3 = (_make_product(panels, True) for panels in (1, 2, 3))
-
-
 # A kernel of its own, or LLVM would unroll the loops that call it.
 @kernel
 def _multiply(rows: _Sixteen, x: Panels, y: Panels, blocks: int, begins: bool) -> None:
     """4 rows times up to 3 panels, in so many blocks; `begins`: these are the first blocks of the rows."""
-    at, some = (rows.numbers, rows.scales, rows.minima), (blocks, begins)
-    if rows.minima:
-        if x.panels == _PANELS:
-            _offset_3(at, x.at, x.step, y.at, y.step, some)
-        elif x.panels == 2:
-            _offset_2(at, x.at, x.step, y.at, y.step, some)
-        else:
-            _offset_1(at, x.at, x.step, y.at, y.step, some)
-    elif x.panels == _PANELS:
-        _scaled_3(at, x.at, x.step, y.at, y.step, some)
-    elif x.panels == 2:
-        _scaled_2(at, x.at, x.step, y.at, y.step, some)
-    else:
-        _scaled_1(at, x.at, x.step, y.at, y.step, some)
+    at = (rows.numbers, rows.scales, rows.minima)
+    _products(at, (x.at, x.step), (y.at, y.step), (blocks, begins), x.panels)
 
 
 def _transposed(b: Any, words: list[Any]) -> list[Any]:
@@ -321,7 +307,7 @@ def _arrange(context, kind, halves, stride, out, blocks):
                     write(loop.index, _gathered(b, form, halves, stride, loop.index))
 
         if multiplies_bytes(context):
-            by_kind(b, kind, _BYTES, emit)
+            by_kind(b, kind, TILED, emit)
         return context.get_dummy_value()
 
     return types.void(types.int64, halves, *[types.int64] * 3), build
@@ -342,7 +328,7 @@ def _widen_scales(context, kind, tile, cols, out):
                     store(b, out, b.mul(place, long(4 * TILE)), each)
 
         if multiplies_bytes(context):
-            by_kind(b, kind, _BYTES, emit)
+            by_kind(b, kind, TILED, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), build
@@ -384,7 +370,7 @@ def multiply_byte_rows(rows: Rows, tiled: bool, low: int, high: int, x: int, y: 
     while panel < y.panels:
         rest = y.panels - panel
         # Two and two, not three and one, which is slower.
-        count = 2 if rest == 4 else min(rest, _PANELS)
+        count = 2 if rest == 4 else min(rest, PANELS)
         for first in range(0, blocks, _BLOCKS):
             some = Panels(x + panel * x_step + first * PANEL_BLOCK, x_step, count)
             for row in range(low, high, _ROWS):

@@ -35,6 +35,8 @@ __all__ = ["dense_groups", "scratch_bytes"]
 # factors for 48 tokens, 37 KB, and their 8 columns stay in the first cache, 64 columns in the second.
 _BATCH, _COLUMNS = 12, 64
 _Q4C = int(Kind.Q4C)
+# The scales of the rows of Q4C, which has none.
+_ONES = np.ones(GROUP, np.float32)
 Ints = npt.NDArray[np.int32]
 
 
@@ -79,9 +81,7 @@ def _keep(kind: int, at: int, inverse: int, panels: int, out: int, blocks: int) 
             pack_panels(kind, at, out, GROUP, panels)
             return
     elif kind == _Q4C:
-        ones = np.ones(GROUP, np.float32)
-        quantise_factors(kind, at, inverse, address_of(ones), panels, blocks)
-        ones[0] = 1  # An address alone does not keep an array's memory.
+        quantise_factors(kind, at, inverse, address_of(_ONES), panels, blocks)
         return
     values, kept = carray(floats_at(at), (panels * GROUP * LANES,)), carray(floats_at(out), (panels * GROUP * LANES,))
     for i in range(len(values)):

@@ -25,7 +25,7 @@ from warmfront.shared.kernels.byte_dot import multiplies_bytes
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.feed_forward.down_tiles import neuron_scales, numbers_of
 from warmfront.shared.kernels.fp16 import from_half
-from warmfront.shared.kernels.gemm import Panels
+from warmfront.shared.kernels.gemm import PANELS, Panels, by_panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.byte_products import (
     MULTIPLY,
@@ -36,7 +36,7 @@ from warmfront.shared.kernels.prefill.byte_products import (
     quantised,
     store_block,
 )
-from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
+from warmfront.shared.kernels.row_formats import DOWN_TILED, RowFormat, by_kind
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -59,12 +59,11 @@ __all__ = ["COLUMNS_BYTES", "DownRows", "add_down_bytes", "arrange_columns", "qu
 
 V64, VI32 = vector(I8, 64), vector(I32)
 _Q8, _Q4, _Q4C = (int(kind) for kind in (Kind.Q8, Kind.Q4, Kind.Q4C))
-_BYTES = tuple(form for form in FORMATS if form.bytes is not None or form.kind == Kind.Q4C)
 _NUMBERS = GROUP * BLOCK
 # Bytes of 32 columns of a group.
 COLUMNS_BYTES = _NUMBERS + 2 * 4 * BLOCK
-# Columns and panels of a product: 24 sums of integers in registers.
-_COLUMNS, _PANELS = 8, 3
+# Columns of a product: with 3 panels 24 sums of integers in registers.
+_COLUMNS = 8
 
 
 class DownRows(NamedTuple):
@@ -126,7 +125,7 @@ def _arrange(context, kind, rows, block, out):
                     write(_of_rows(b, form, rows_at, stride, block))
 
         if multiplies_bytes(context):
-            by_kind(b, kind, _BYTES, emit)
+            by_kind(b, kind, DOWN_TILED, emit)
         return context.get_dummy_value()
 
     return types.void(types.int64, rows, *[types.int64] * 2), build
@@ -201,27 +200,29 @@ def quantise_factors(kind: int, factors: int, inverse: int, columns: int, panels
         _quantise(x, unit, (scales, minima), zero, out + panel * PANEL_BLOCK)
 
 
-def _make_product(panels: int, by_column: bool) -> Any:
-    @intrinsic
-    def product(context, columns, x, y, groups):
-        """Group after group, for all of 32 columns: y[p][c][:] += sum over neurons, rounded.
+@intrinsic
+def _products(context, kind, columns, x, y, groups, panels):
+    """Group after group, for all of 32 columns: y[p][c][:] += sum over neurons, rounded.
 
-        columns, y: address, step; x: address, step from group to group.
-        """
+    columns, y: address, step; x: address, step from group to group; `panels`: 1 to 3.
+    """
 
-        def build(context, b, _signature, arguments):
-            if multiplies_bytes(context):
-                parts = [cgutils.unpack_tuple(b, each, 2) for each in arguments[:3]]
-                with cgutils.for_range(b, arguments[3], intp=I64) as loop:
-                    at, x_at = (b.add(start, b.mul(loop.index, step)) for start, step in parts[:2])
-                    xs = [b.add(x_at, long(PANEL_BLOCK * p)) for p in range(panels)]
-                    with cgutils.for_range(b, long(BLOCK // _COLUMNS), intp=I64) as part:
-                        _product(context, b, (at, part.index), xs, parts[2], by_column)
-            return context.get_dummy_value()
+    def build(context, b, _signature, arguments):
+        kind, *tuples, groups, panels = arguments
+        parts = [cgutils.unpack_tuple(b, each, 2) for each in tuples]
 
-        return types.void(columns, x, y, types.int64), build
+        def emit(by_column: bool, count: int) -> None:
+            with cgutils.for_range(b, groups, intp=I64) as loop:
+                at, x_at = (b.add(start, b.mul(loop.index, step)) for start, step in parts[:2])
+                xs = [b.add(x_at, long(PANEL_BLOCK * p)) for p in range(count)]
+                with cgutils.for_range(b, long(BLOCK // _COLUMNS), intp=I64) as part:
+                    _product(context, b, (at, part.index), xs, parts[2], by_column)
 
-    return product
+        if multiplies_bytes(context):
+            by_panels(b, b.icmp_signed("==", kind, long(_Q4C)), panels, emit)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, columns, x, y, types.int64, types.int64), build
 
 
 def _product(
@@ -254,26 +255,10 @@ def _product(
         add_to_sums(context, b, y[0], b.add(place, long(8 * LANES * c)), value)
 
 
-_rows_1, _rows_2, _rows_3 = (_make_product(panels, False) for panels in (1, 2, 3))
-_columns_1, _columns_2, _columns_3 = (_make_product(panels, True) for panels in (1, 2, 3))
-
-
 # A kernel of its own, or LLVM would unroll the loops that call it.
 @kernel
 def _add(kind: int, columns: tuple[int, int], x: tuple[int, int], y: tuple[int, int], groups: int, panels: int) -> None:
-    if kind == _Q4C:
-        if panels == _PANELS:
-            _columns_3(columns, x, y, groups)
-        elif panels == 2:
-            _columns_2(columns, x, y, groups)
-        else:
-            _columns_1(columns, x, y, groups)
-    elif panels == _PANELS:
-        _rows_3(columns, x, y, groups)
-    elif panels == 2:
-        _rows_2(columns, x, y, groups)
-    else:
-        _rows_1(columns, x, y, groups)
+    _products(kind, columns, x, y, groups, panels)
 
 
 @kernel
@@ -285,7 +270,7 @@ def add_down_bytes(kind: int, columns: int, blocks: int, groups: int, sums: Pane
     panel = 0
     while panel < sums.panels:
         rest = sums.panels - panel
-        count = 2 if rest == 4 else min(rest, _PANELS)
+        count = 2 if rest == 4 else min(rest, PANELS)
         x = (blocks + panel * PANEL_BLOCK, sums.panels * PANEL_BLOCK)
         _add(kind, (columns, COLUMNS_BYTES), x, (sums.at + panel * sums.step, sums.step), groups, count)
         panel += count

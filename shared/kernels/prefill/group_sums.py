@@ -5,7 +5,7 @@ much as half of the products: two conversions, additions, loads and stores for 3
 other while 8 columns of 48 tokens stay where they are: 6 KB of sums, in the first cache.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numba import types
 from numba.core import cgutils
@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.exact_sums import add_to_sums
-from warmfront.shared.kernels.gemm import PANELS, ROWS, Panels, accumulate, in_pairs, multiplies_bfloat
+from warmfront.shared.kernels.gemm import PANELS, ROWS, Panels, accumulate, by_panels, in_pairs, multiplies_bfloat
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, load, long, splat, vector
 from warmfront.shared.model.bundle import GROUP
@@ -40,42 +40,44 @@ class Factors(NamedTuple):
     panels: int
 
 
-def _make_product(panels: int, pairs: bool) -> Any:
-    @intrinsic
-    def product(context, left, x, y, groups):
-        """Group after group: y[p][c][:] += sum over rows k of left[k][c] * x[p][k][:], rounded, for 8 columns c."""
+@intrinsic
+def _products(context, pairs, left, x, y, groups, panels):
+    """Group after group: y[p][c][:] += sum over rows k of left[k][c] * x[p][k][:], rounded, for 8 columns c.
 
-        def build(context, b, _signature, arguments):
+    `panels`: 1 to 3; left: address, steps from group to group and from row to row; x likewise, the last from panel to
+    panel; y: address, step from panel to panel.
+    """
+
+    def build(context, b, _signature, arguments):
+        pairs, *tuples, groups, panels = arguments
+        left, x, y = (cgutils.unpack_tuple(b, each) for each in tuples)
+
+        def emit(pairs: bool, count: int) -> None:
             if pairs and not multiplies_bfloat(context):
-                return context.get_dummy_value()
-            left, x, y = (cgutils.unpack_tuple(b, each, size) for each, size in zip(arguments, (3, 3, 2), strict=False))
-            sums = [[simd.zeros(b) for _ in range(panels)] for _ in range(ROWS)]
+                return
+            sums = [[simd.zeros(b) for _ in range(count)] for _ in range(ROWS)]
             element, terms = (I32, GROUP // 2) if pairs else (FLOAT, GROUP)
-            with cgutils.for_range(b, arguments[3], intp=I64) as group:
+            with cgutils.for_range(b, groups, intp=I64) as group:
                 weights = b.add(left[0], b.mul(group.index, left[1]))
                 factors = b.add(x[0], b.mul(group.index, x[1]))
                 for cell in (cell for row in sums for cell in row):
                     b.store(simd.constants(0.0), cell)
                 with cgutils.for_range(b, long(terms), intp=I64) as loop:
                     at, k = b.mul(loop.index, long(64)), b.mul(loop.index, left[2])
-                    tokens = [load(b, factors, b.add(b.mul(x[2], long(p)), at), vector(element)) for p in range(panels)]
+                    tokens = [load(b, factors, b.add(b.mul(x[2], long(p)), at), vector(element)) for p in range(count)]
                     for r in range(ROWS):
                         weight = splat(b, load(b, weights, b.add(k, long(4 * r)), element))
-                        for p in range(panels):
+                        for p in range(count):
                             b.store(accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
                 for r in range(ROWS):
-                    for p in range(panels):
+                    for p in range(count):
                         place = b.add(b.mul(y[1], long(p)), long(128 * r))
                         add_to_sums(context, b, y[0], place, b.load(sums[r][p]))
-            return context.get_dummy_value()
 
-        return types.void(left, x, y, types.int64), build
+        by_panels(b, pairs, panels, emit)
+        return context.get_dummy_value()
 
-    return product
-
-
-_singles_1, _singles_2, _singles_3 = (_make_product(panels, False) for panels in (1, 2, 3))
-_pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2, 3))
+    return types.void(types.boolean, left, x, y, types.int64, types.int64), build
 
 
 # A kernel of its own, or LLVM would unroll the loops that call it.
@@ -83,19 +85,7 @@ _pairs_1, _pairs_2, _pairs_3 = (_make_product(panels, True) for panels in (1, 2,
 def _add(
     pairs: bool, left: tuple[int, int, int], x: tuple[int, int, int], y: tuple[int, int], groups: int, panels: int
 ) -> None:
-    if pairs:
-        if panels == PANELS:
-            _pairs_3(left, x, y, groups)
-        elif panels == 2:
-            _pairs_2(left, x, y, groups)
-        else:
-            _pairs_1(left, x, y, groups)
-    elif panels == PANELS:
-        _singles_3(left, x, y, groups)
-    elif panels == 2:
-        _singles_2(left, x, y, groups)
-    else:
-        _singles_1(left, x, y, groups)
+    _products(pairs, left, x, y, groups, panels)
 
 
 @kernel

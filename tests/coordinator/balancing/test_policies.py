@@ -18,7 +18,7 @@ def test_the_command_line_offers_the_policies_of_the_registry() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(UsageError, match="balance, static, lru, ema"):
+    with pytest.raises(UsageError, match=", ".join(POLICIES)):
         make_policy("best", np.ones((1, 1)), 1)
 
 

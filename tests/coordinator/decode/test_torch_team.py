@@ -16,6 +16,7 @@ from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened
 from tests.family_models import MODELS
 from tests.shared.model.specs import changed
 from warmfront.coordinator.decode.network import STEPS
+from warmfront.shared.config import DTYPES
 from warmfront.shared.kernels.gemm import in_pairs
 from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.formats import Kind, pack, unpack
@@ -133,7 +134,7 @@ def logits_in_float64(model: PackedModel, jobs: Sequence[list[int]] = JOBS, cach
 
 
 @pytest.mark.parametrize("kind", ["compiled", "cpu"])
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8", "q4"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in ("auto", "f32")])
 def test_narrower_weights(tiny_llama: MakeLlama, dtype: str, kind: str) -> None:
     """What is multiplied is rounded: by torch to the type of the weights (8 and 4 bits are widened to float16), by the
     compiled team in prefill to bfloat16 where the CPU is fast at that, with 8 and 4 bits to 8 bits where it multiplies

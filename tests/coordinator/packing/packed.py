@@ -6,11 +6,12 @@ import numpy as np
 from safetensors import safe_open
 
 from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.shared.config import DTYPES
 from warmfront.shared.model.formats import Kind
 
 # 80 neurons: two groups and a half.
 SIZES = {"intermediate_size": 80, "attention_bias": True}
-KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8": Kind.Q8, "q4": Kind.Q4S}
+KINDS = {dtype: Kind.Q4S if dtype == "q4" else Kind[dtype.upper()] for dtype in DTYPES if dtype != "auto"}
 
 
 def pack(path: Path, dtype: str = "auto") -> Path:

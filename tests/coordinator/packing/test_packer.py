@@ -21,7 +21,7 @@ from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind, row_bytes, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
-from warmfront.shared.model.store import PackedModel
+from warmfront.shared.model.store import FORMAT, PackedModel
 
 Make = Callable[..., Path]
 
@@ -33,7 +33,7 @@ def test_every_tensor_is_that_of_the_source(tiny_llama: Make, dtype: str, publis
     source = open_source(path)
     kind = KINDS.get(dtype, Kind.F32 if published == "float32" else Kind.BF16)
     tensors, metadata = tensors_of(pack(path, dtype))
-    assert metadata["format"] == "warmfront-8"
+    assert metadata["format"] == FORMAT
     assert ModelSpec.from_json(metadata["spec"]) == source.spec
     matrices = {"embed", "head", *(f"layers.{i}.{part}" for i in range(2) for part in "qkvo")}
     assert json.loads(metadata["kinds"]) == dict.fromkeys([*matrices, "gate", "down"], int(kind))

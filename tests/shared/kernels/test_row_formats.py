@@ -2,9 +2,9 @@
 
 import pytest
 
-from warmfront.shared.kernels.row_formats import FORMATS, PLAIN
+from warmfront.shared.kernels.row_formats import FORMATS, PLAIN, TILED
 from warmfront.shared.kernels.rows import row_stride, takes_quantised
-from warmfront.shared.model.formats import Kind, row_bytes
+from warmfront.shared.model.formats import FLOATS, Kind, row_bytes
 
 
 def test_every_type_has_its_record() -> None:
@@ -19,5 +19,7 @@ def test_rows_are_as_long_as_they_are_packed(kind: Kind) -> None:
 
 
 def test_which_types_take_their_input_quantised() -> None:
-    """Those that hold whole numbers and the scales of their own blocks."""
-    assert {kind for kind in Kind if takes_quantised(kind)} == {Kind.Q8, Kind.Q4, Kind.Q4S}
+    """Those that hold whole numbers and their own scales; among them all that can be in tiles."""
+    assert {form.kind for form in TILED} == {Kind.Q8, Kind.Q4, Kind.Q4S}
+    assert all(takes_quantised(form.kind) for form in TILED)
+    assert not any(takes_quantised(kind) for kind in (*FLOATS, Kind.Q4C))

@@ -17,15 +17,15 @@ from tests.shared.model.specs import SPEC, edited
 from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import Predictor
-from warmfront.shared.model.store import PackedModel, sums_of
+from warmfront.shared.model.store import FORMAT, PackedModel, sums_of
 from warmfront.shared.wire.worker_main import open_assigned
 
 # Gate and up of Q8: 34 bytes, down of Q4: 20; 88 in all, padded to 128. 70 neurons: 3 groups of 32.
 BUNDLE, GROUPS = 128, 3
 METADATA = {
-    "format": "warmfront-8",
+    "format": FORMAT,
     "spec": SPEC.to_json(),
-    "kinds": json.dumps({"embed": 1, "gate": 3, "down": 4}),
+    "kinds": json.dumps({"embed": int(Kind.F16), "gate": int(Kind.Q8), "down": int(Kind.Q4)}),
     "text": json.dumps({"bos_id": 3, "chat_template": "{{ x }}"}),
 }
 Tensors = dict[str, tuple[str, np.ndarray]]
