@@ -10,14 +10,25 @@ dynamic   plain ones within the context that the model was trained for, and no m
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Rotary
 
-__all__ = ["Doubles", "frequencies", "llama3", "long_magnitude", "rotary", "yarn", "yarn_magnitude"]
+__all__ = [
+    "Doubles",
+    "YarnKeys",
+    "frequencies",
+    "llama3",
+    "long_magnitude",
+    "read_yarn",
+    "rotary",
+    "yarn_magnitude",
+]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -34,13 +45,34 @@ def llama3(plain: Doubles, *, factor: float, low: float, high: float, original_c
     return np.asarray(plain * (keep + (1 - keep) / factor))
 
 
-def yarn(
-    plain: Doubles, *, base: float, factor: float, fast: float, slow: float, original_context: float, whole: bool = True
-) -> Doubles:
-    """YaRN's frequencies from plain ones: pairs of more than `fast` turns within the original context are kept.
+class YarnKeys(NamedTuple):
+    """What a file calls YaRN's settings."""
 
-    `whole`: the pairs between which is interpolated are rounded outwards.
+    base: str
+    factor: str
+    fast: str
+    slow: str
+
+
+def read_yarn(
+    settings: Fields,
+    keys: YarnKeys,
+    plain: Doubles,
+    *,
+    base: float,
+    original_context: float,
+    factor: float | None = None,
+    whole: bool = True,
+) -> tuple[Doubles, float]:
+    """YaRN's frequencies from plain ones, and its factor, for which `factor` stands where the file has none.
+
+    Pairs of more than `fast` turns within the original context are kept, those of less than `slow` divided by the
+    factor. `whole`: the pairs between which is interpolated are rounded outwards.
     """
+    factor = settings.positive(keys.factor, factor)
+    fast, slow = settings.positive(keys.fast, 32.0), settings.positive(keys.slow, 1.0)
+    if base <= 1:
+        raise settings.wrong(keys.base, "above 1, as YaRN wants it")
 
     def pair_of(turns: float) -> float:
         return len(plain) * math.log(original_context / (turns * 2 * math.pi)) / math.log(base)
@@ -50,7 +82,7 @@ def yarn(
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * len(plain) - 1)
     divide = np.clip((np.arange(len(plain)) - first) / max(last - first, 0.001), 0, 1)
-    return np.asarray(plain * (divide / factor + 1 - divide))
+    return np.asarray(plain * (divide / factor + 1 - divide)), factor
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:

@@ -33,8 +33,11 @@ __all__ = [
 ]
 
 _EPSILONS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
-# All but every so manieth layer of a Gemma 3 have a window.
+# Of so many layers of a Gemma 3 all but the last have a window.
 _GEMMA3_PATTERN = 6
+_YARN = rope.YarnKeys(
+    "rope.freq_base", "rope.scaling.factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
+)
 # Divisors of the rotary frequencies, by the name of their tensor in the file.
 Factors = Mapping[str, Doubles]
 
@@ -209,17 +212,7 @@ def rotary(fields: Fields, spec: ModelSpec, factors: Factors, base: float = 1e4)
         factor = keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0))
         table = rope.rotary(fields.path, plain, factor * divisor)
     elif scaling == "yarn":
-        factor = keys.positive("rope.scaling.factor")
-        if base <= 1:
-            raise keys.wrong("rope.freq_base", "above 1, as YaRN wants it")
-        scaled = rope.yarn(
-            plain,
-            base=base,
-            factor=factor,
-            fast=keys.positive("rope.scaling.yarn_beta_fast", 32.0),
-            slow=keys.positive("rope.scaling.yarn_beta_slow", 1.0),
-            original_context=original,
-        )
+        scaled, factor = rope.read_yarn(keys, _YARN, plain, base=base, original_context=original)
         table = rope.rotary(fields.path, scaled, divisor, rope.yarn_magnitude(factor) * magnitude)
     else:
         raise ModelError(

@@ -32,6 +32,8 @@ __all__ = [
     "stablelm",
 ]
 
+_YARN = rope.YarnKeys("rope_theta", "factor", "beta_fast", "beta_slow")
+
 
 def llama(config: Fields, name: str) -> ModelSpec:
     """The description of a Llama, without its positions."""
@@ -257,17 +259,9 @@ def _table(config: Fields, settings: Fields, spec: ModelSpec, base: float, part:
         scaled = rope.llama3(plain, factor=settings.positive("factor"), low=low, high=high, original_context=original)
         return rope.rotary(config.path, scaled)
     if kind == "yarn":
-        factor = settings.positive("factor", spec.context / original)
-        if base <= 1:
-            raise settings.wrong("rope_theta", "above 1, as YaRN wants it")
-        scaled = rope.yarn(
-            plain,
-            base=base,
-            factor=factor,
-            fast=settings.positive("beta_fast", 32.0),
-            slow=settings.positive("beta_slow", 1.0),
-            original_context=original,
-            whole=settings.flag("truncate", True),
+        whole, longer = settings.flag("truncate", True), spec.context / original
+        scaled, factor = rope.read_yarn(
+            settings, _YARN, plain, base=base, original_context=original, factor=longer, whole=whole
         )
         magnitude = rope.yarn_magnitude(factor)
         if "mscale" in settings and "mscale_all_dim" in settings:
