@@ -1,6 +1,6 @@
 """What a user can wish for, as frozen dataclasses; the CLI reads its defaults from here.
 
-    EngineConfig   how the model is loaded and run     Engine.load(model, **wishes), every command
+    EngineConfig   how the model is loaded and run     Engine.load(model, **overrides), every command
     Sampling       how the next token is chosen        engine.generate(prompt, sampling=...), generate, chat
 
 Both check themselves and raise UsageError.
@@ -102,47 +102,53 @@ def whole_number(what: str, value: object, least: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How to load and run a model; None leaves the choice to warmfront.
+    """How to load and run a model; "auto" and None leave the choice to warmfront."""
 
-    activation: of the feed-forward layers, by default the model's; workers: CPU worker processes (default: one per NUMA
-    node); threads: compute threads in all (default: one per core); coordinator_threads: of its team (default: as many
-    as the workers'); spins: rounds that a thread spins at a barrier before it lets others in; force: more threads than
-    cores are meant; pin: threads stay on their cores and memory on its node; tuning: take what `warmfront tune` found,
-    where none of these is given, and measure how memory is best read; vram_budget: bytes of device memory for the GPU
-    worker; attention: where attention and predictors run, on the CPU or on a device of torch's; policy: how neurons
-    move between the workers; speculate: compute tokens that are guessed by n-grams of the text; plan: a file of
-    `warmfront plan` to begin with; context: tokens that the KV cache holds; kv: their type, by default float16, for
-    float32 models float32; measure: compare the selected neurons with those that fire, on one token of 64; verify:
-    check for every token that each selected neuron was computed exactly once; look_ahead: predict a layer's neurons
-    from the input of the one before, beside its work; trace: a file to write a Chrome trace to; slow: CPU workers that
-    are to seem slower than they are, such as "cpu0:4", an emulation. For the selector lowbit: bits of its copies of the
-    gates, and the recall by mass that its thresholds are calibrated for.
-    """
-
+    # Of the weights in memory.
     dtype: str = "auto"
+    # Of the feed-forward layers.
     activation: str = "auto"
+    # Which neurons are computed. For lowbit: bits of its copies of the gates, and the recall by mass for which its
+    # thresholds are calibrated.
     selector: str = "auto"
     bits: int = 2
     recall: float = 0.995
+    # CPU worker processes, one for each NUMA node; compute threads in all, one for each core; threads of the
+    # coordinator's team, as many as the workers'.
     workers: int | None = None
     threads: int | None = None
     coordinator_threads: int | None = None
+    # Rounds that a thread spins at a barrier before it yields its core.
     spins: int | None = None
+    # More threads than cores are meant.
     force: bool = False
+    # Threads stay on their cores, and memory on its node.
     pin: bool = True
+    # Take what `warmfront tune` found, where none of these is given, and measure how memory is best read.
     tuning: bool = True
+    # Of the GPU worker; bytes of device memory for it.
     gpu: str = "auto"
     vram_budget: int | None = None
+    # Where attention, predictors and head run: on the CPU, or on a device of torch's.
     attention: str = "auto"
+    # How neurons move between the workers.
     policy: str = "balance"
+    # How tokens are guessed that are computed before they are known to come.
     speculate: str = "off"
+    # A file of `warmfront plan` to begin with.
     plan: str | None = None
+    # Tokens that the KV cache holds, and the type of its keys and values.
     context: int | None = None
     kv: str = "auto"
+    # Compare the selected neurons with those that fire, for one token of 64.
     measure: bool = False
+    # Check for every token that each selected neuron was computed exactly once.
     verify: bool = False
+    # Predict a layer's neurons from the input of the layer before, while that one is computed.
     look_ahead: bool = False
+    # A file to write a Chrome trace to.
     trace: str | None = None
+    # An emulation: CPU workers that are to seem slower than they are, such as "cpu0:4".
     slow: str | None = None
 
     def __post_init__(self) -> None:

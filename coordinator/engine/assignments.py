@@ -17,7 +17,7 @@ __all__ = ["make_assignments"]
 
 # Share of a GPU's free memory that is filled when no budget is given.
 _VRAM_SHARE = 0.9
-# Part of a CPU worker's groups for which it has slots more, where there are several: groups move into them. They take
+# Spare slots of a CPU worker for each of its groups, where there are several workers: groups move into them. They take
 # memory only once they are used.
 _SPARE_SHARE = 1 / 2
 

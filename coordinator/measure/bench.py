@@ -26,7 +26,7 @@ _FIRST_ID, _STEP = 300, 7
 
 def measure(
     model: str,
-    wishes: dict[str, Any],
+    overrides: dict[str, Any],
     selectors: Sequence[str],
     contexts: Sequence[int],
     tokens: int,
@@ -37,7 +37,7 @@ def measure(
     """The object that is printed: settings, and a row for each selector and context."""
     rows: list[dict[str, Any]] = []
     for selector in selectors:
-        wish = wishes | {"selector": selector, "context": max(contexts) + tokens + 1}
+        wish = overrides | {"selector": selector, "context": max(contexts) + tokens + 1}
         with Engine.load(model, say=say, progress=progress, **wish) as engine:
             if max(contexts) + tokens >= engine.plan.context:
                 raise UsageError(

@@ -93,7 +93,7 @@ def measure_costs(engine: "Engine") -> DeviceCosts:
     ids = [token % engine.model.spec.vocab for token in range(1, 4)]
     before = engine.ownership.owners()
     owned = on_gpu[before]
-    # Of a layer's groups on the GPU the how manieth each is, from 0 to 1.
+    # The rank of each group among those of its layer on the GPU, from 0 to 1.
     rank = np.cumsum(owned, axis=1) / np.maximum(owned.sum(1, keepdims=True), 1)
     rounds: list[list[tuple[Floats, Floats]]] = []
     try:

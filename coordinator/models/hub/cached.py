@@ -107,7 +107,7 @@ def models() -> Iterator[tuple[HubName, Held | None]]:
         for each in named:
             try:
                 yield each, held(each)
-            except ModelError:  # links that lead elsewhere, an index that is none
+            except ModelError:  # links that lead elsewhere, an index that is not one
                 yield each, None
 
 
