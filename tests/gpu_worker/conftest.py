@@ -153,8 +153,14 @@ def random_case() -> Callable[[BundleLayout, str, int], Case]:
     return Case.random
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the kernels that the stand-in compiles: tests that want the same share them."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture
-def cpu_cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+def cpu_cupy(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> Any:
     """`import cupy` gives the stand-in, new for each test."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -164,5 +170,6 @@ def cpu_cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.compiled = compiled  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

@@ -42,18 +42,26 @@ def test_a_mistral_with_a_window(tiny_llama: MakeLlama, tmp_path: Path, window: 
         assert_logits(engine, expected, IDS[:40], 2, 1e-4)
 
 
+THOUSANDS = (IDS * 15)[:4300]
+
+
+@pytest.fixture(scope="module")
+def long(tiny_llama: MakeLlama) -> tuple[Path, np.ndarray]:
+    """A model with room for a long text, and the logits that transformers gives of it."""
+    folder = tiny_llama(max_position_embeddings=5000, num_attention_heads=6, num_key_value_heads=3, hidden_size=192)
+    return folder, all_logits(llama_from_folder(folder), THOUSANDS)
+
+
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=needs_two_cores)])
-def test_thousands_of_tokens(tiny_llama: MakeLlama, kv: str, threads: int) -> None:
+def test_thousands_of_tokens(long: tuple[Path, np.ndarray], kv: str, threads: int) -> None:
     """More positions than attention takes at a time, of one token and of several; the error is that of the cache.
 
     transformers computes the angles of RoPE in float32, which is off by 2e-4 radians there.
     """
-    folder = tiny_llama(max_position_embeddings=5000, num_attention_heads=6, num_key_value_heads=3, hidden_size=192)
-    ids = (IDS * 15)[:4300]
-    expected = all_logits(llama_from_folder(folder), ids)
+    folder, expected = long
     with Engine.load(str(folder), dtype="f32", context=4400, kv=kv, threads=threads) as engine:
-        assert_logits(engine, expected, ids, 4290, {"f32": 5e-4, "f16": 3e-2, "q8": 1e-1}[kv])
+        assert_logits(engine, expected, THOUSANDS, 4290, {"f32": 5e-4, "f16": 3e-2, "q8": 1e-1}[kv])
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])

@@ -19,7 +19,7 @@ from warmfront.coordinator.packing.packed_file import write_packed
 from warmfront.coordinator.packing.packer import PackingPlan
 from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.bundle import BundleLayout
-from warmfront.shared.model.formats import Kind, row_bytes, unpack
+from warmfront.shared.model.formats import FLOATS, Kind, row_bytes, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import FORMAT, PackedModel
 
@@ -63,7 +63,7 @@ def test_largest_bounds_every_weight_of_a_layer(folder: Path, dtype: str) -> Non
             rows = source.tensor(f"layers.{layer}.{part}").packed(kind)
             exact[layer, i] = np.abs(unpack(rows, kind, 64)).max()
     assert (exact <= found).all()
-    assert (found <= (2.3 if kind in (Kind.Q8, Kind.Q4S) else 1) * exact).all()
+    assert (found <= (1 if kind in FLOATS else 2.3) * exact).all()
     np.testing.assert_allclose(reach, 80 * found.astype(np.float64).prod(1), rtol=1e-15)
 
 

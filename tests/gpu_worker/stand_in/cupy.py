@@ -7,6 +7,7 @@ stream is put off until an event behind it is waited for: who reads or overwrite
 """
 
 import ctypes
+import hashlib
 import subprocess
 import tempfile
 from collections import deque
@@ -19,6 +20,8 @@ import numpy as np
 
 __version__ = "0+cpu"
 
+# A folder that keeps compiled kernels, if it is set.
+compiled = ""
 copies: list[tuple[int, int, int, int]] = []
 locked: list[tuple[int, int]] = []
 streams: list["Stream"] = []
@@ -83,13 +86,15 @@ class Kernel:
 
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "ffn.cu").write_text(code)
-            sanitize = "-fsanitize=alignment,bounds,shift,signed-integer-overflow"
-            flags = ("-O1", "-shared", "-fPIC", sanitize, f"-I{folder}", *options[1:], "-std=c++20")
-            target = Path(folder) / "kernels.so"
-            source = Path(__file__).parents[1] / "cuda_on_cpu.cpp"
-            subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            name = hashlib.sha256("\0".join((code, *options)).encode()).hexdigest()
+            target = Path(compiled or scratch) / f"{name}.so"
+            if not target.exists():
+                (Path(scratch) / "ffn.cu").write_text(code)
+                sanitize = "-fsanitize=alignment,bounds,shift,signed-integer-overflow"
+                flags = ("-O1", "-shared", "-fPIC", sanitize, f"-I{scratch}", *options[1:], "-std=c++20")
+                source = Path(__file__).parents[1] / "cuda_on_cpu.cpp"
+                subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
             self._library = ctypes.CDLL(str(target))
 
     def get_function(self, name: str) -> Kernel:
