@@ -1,7 +1,5 @@
 """`python -m warmfront.cpu_worker NAME BOARD_FD`: started by the coordinator."""
 
-import sys
-
 from warmfront.shared.machine.process import pin
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.wire.board import Board
@@ -22,4 +20,4 @@ def _make(plan: Assignment, board: Board) -> Service:
     return CpuWorker(plan, board)
 
 
-sys.exit(run(_describe, _make))
+run(_describe, _make)

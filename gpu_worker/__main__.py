@@ -1,7 +1,6 @@
 """`python -m warmfront.gpu_worker NAME BOARD_FD`: started by the coordinator."""
 
 import os
-import sys
 
 from warmfront.gpu_worker.device import Device
 from warmfront.gpu_worker.open import open_device
@@ -23,4 +22,4 @@ def _make(plan: Assignment, board: Board) -> Service:
     return GpuWorker(plan, board, _opened[0])
 
 
-sys.exit(run(_describe, _make))
+run(_describe, _make)

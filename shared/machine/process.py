@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from typing import NoReturn
 
 from warmfront.shared.errors import ResourceError
 
@@ -23,6 +24,7 @@ __all__ = [
     "ensure_files",
     "hold_interrupts",
     "ignore_interrupts",
+    "leave",
     "open_standard_files",
     "pin",
     "python_module_command",
@@ -57,6 +59,16 @@ def ignore_interrupts() -> None:
     """Leave Ctrl-C to the coordinator, which stops its workers in order; SIGTERM ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without Python's tidying up: with numba loaded that takes 0.2 to 0.4 s, while somebody waits.
+
+    Whatever must be closed is closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def open_standard_files() -> None:

@@ -12,14 +12,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError, WorkerError
 from warmfront.shared.machine.memory import map_shared
-from warmfront.shared.machine.process import die_with_parent, ignore_interrupts, open_standard_files, set_name
+from warmfront.shared.machine.process import die_with_parent, ignore_interrupts, leave, open_standard_files, set_name
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.channel import PARENT_VARIABLE, WorkerChannel
@@ -80,8 +80,8 @@ def open_assigned(assignment: Assignment) -> PackedModel:
     return model
 
 
-def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Board], Service]) -> int:
-    """Be a worker until told to stop: `python -m warmfront.cpu_worker NAME BOARD_FD`. Returns the exit code.
+def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Board], Service]) -> NoReturn:
+    """Be a worker until told to stop, then exit: `python -m warmfront.cpu_worker NAME BOARD_FD`.
 
     `describe`: returns the device's name and its free bytes; `make`: builds the service.
     """
@@ -89,11 +89,12 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Boa
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or len(sys.argv) < 3:
         print("a worker is started by the coordinator: run `warmfront` instead", file=sys.stderr)
-        return 2
+        sys.exit(2)
     ignore_interrupts()
     die_with_parent(int(parent))
     name, fd = sys.argv[1], int(sys.argv[2])
     set_name(f"wf-{name}")
+    code = 0
     with WorkerChannel.from_environment() as channel:
         try:
             device, free = describe()
@@ -101,8 +102,8 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Boa
             _serve(channel, make, _await_assignment(channel), Board.attach(map_shared(fd)))
         except Exception as error:
             channel.send(Failure.of(error, channel.token, name))
-            return 1
-    return 0
+            code = 1
+    leave(code)
 
 
 def _await_assignment(channel: WorkerChannel) -> Assignment:

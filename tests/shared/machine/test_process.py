@@ -247,3 +247,12 @@ ensure_address_space(2049)
     assert done.stdout == f"{1500 << 20} {2 << 30}\n"
     refusal = f"only {2 << 30} bytes of addresses may be used, warmfront needs {2049 << 20}: raise the limit"
     assert refusal in done.stderr
+
+
+def test_leave_prints_what_was_said_and_tidies_nothing_up() -> None:
+    code = (
+        "import atexit, sys\nfrom warmfront.shared.machine.process import leave\n"
+        "atexit.register(print, 'tidied up')\nprint('said')\nsys.stderr.write('complained')\nleave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "complained")
