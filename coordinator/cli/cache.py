@@ -60,7 +60,10 @@ def _lines(items: "list[Item]") -> Iterator[str]:
 @click.argument("names", nargs=-1)
 @click.option("--all", "all_", is_flag=True, help="Everything except profiles and what `tune` found.")
 def rm(names: tuple[str, ...], all_: bool) -> None:
-    """Remove NAMES: names or ids as `ls` shows them, or models, downloads, kernels, profiles."""
+    """Remove NAMES.
+
+    Names or ids as `ls` shows them, or models, downloads, kernels, profiles.
+    """
     from warmfront.coordinator.packing.cache import chosen, everything, listed
 
     if bool(names) == all_:
@@ -77,7 +80,10 @@ def rm(names: tuple[str, ...], all_: bool) -> None:
     "--keep-size", type=Size(), help="Also the least recently used, until no more than this is left, such as 20GB."
 )
 def prune(older_than: float | None, keep_size: int | None) -> None:
-    """Remove what is no longer of use: packed from models gone or changed, left by killed runs, old kernels."""
+    """Remove what is no longer of use.
+
+    What was packed from models that are gone or have changed, what killed runs have left, old kernels.
+    """
     from warmfront.coordinator.packing.cache import listed, refresh, stale, tidy
 
     if older_than is not None and not math.isfinite(older_than):

@@ -117,7 +117,10 @@ def chat(
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @run_options
 def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, rounds: int, **overrides: Any) -> None:
-    """Prefill and decode speed of MODEL against what memory bandwidth allows; the last line is JSON."""
+    """Measure the prefill and decode speed of MODEL.
+
+    Against what memory bandwidth allows; the last line is JSON.
+    """
     EngineConfig(**overrides)
     if min(contexts) < 2:
         raise UsageError(f"a prompt of {min(contexts)} tokens: give 2 or more")
@@ -150,7 +153,10 @@ def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, ro
 def profile(
     model: str, texts: tuple[Path, ...], dtype: str, activation: str, tokens: int | None, as_json: bool
 ) -> None:
-    """Count which neurons of MODEL fire on your texts, and order them accordingly."""
+    """Count which neurons of MODEL fire, and order them by it.
+
+    On texts of your own, which should resemble your use.
+    """
     config = EngineConfig(dtype=dtype, activation=activation)
 
     with hold_interrupts():
@@ -170,7 +176,10 @@ def profile(
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the plan too, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **overrides: Any) -> None:
-    """Choose the neurons of MODEL for a GPU with --vram-budget, by how often they fire and how fast GPU and CPU are."""
+    """Choose the neurons of MODEL that a GPU begins with.
+
+    By how often they fire and how fast GPU and CPU are, within --vram-budget; writes a file for --plan.
+    """
     if overrides["gpu"] == "none":
         raise UsageError("a plan is for a GPU: leave --gpu none out, or pass --gpu host to emulate one")
     if overrides["vram_budget"] is None:
@@ -203,7 +212,10 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
 @activation_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(model: str, dtype: str, activation: str, as_json: bool) -> None:
-    """What MODEL is: architecture, sizes, weight types, whether sparse selectors apply."""
+    """Show what MODEL is: architecture, sizes, weight types.
+
+    And whether sparse selectors apply.
+    """
     config = EngineConfig(dtype=dtype, activation=activation)
 
     from warmfront.coordinator.cli.info import describe, render
@@ -216,7 +228,10 @@ def info(model: str, dtype: str, activation: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("name")
 def pull(name: str) -> None:
-    """Fetch the newest version of NAME from the Hugging Face hub: ORG/NAME, ORG/NAME:FILE.gguf or ORG/NAME:Q4_K_M."""
+    """Fetch a model from the Hugging Face hub, or its newest version.
+
+    NAME is ORG/NAME, ORG/NAME:FILE.gguf or ORG/NAME:Q4_K_M.
+    """
     with hold_interrupts():
         from warmfront.coordinator.cli.models import pull
 
@@ -228,7 +243,10 @@ def pull(name: str) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def models(as_json: bool) -> None:
-    """List the models on this disk that have a name: in the hub's cache, in warmfront's, and what is packed."""
+    """List the models on this disk.
+
+    Those that have a name, in the hub's cache and in warmfront's, and what is packed.
+    """
     with hold_interrupts():
         from warmfront.coordinator.cli.models import describe, render
 
@@ -246,7 +264,10 @@ def models(as_json: bool) -> None:
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tune(model: str, exhaustive: bool, kernels: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
-    """Find the workers, threads and spins that decode MODEL fastest here; Ctrl-C keeps the best so far."""
+    """Find the threads that decode MODEL fastest on this machine.
+
+    Workers, threads and spins, which are kept for later runs; Ctrl-C keeps the best so far.
+    """
     if kernels:
         _tune_kernels(as_json)
         return
@@ -290,7 +311,10 @@ def _tune_kernels(as_json: bool) -> None:
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the memory's read bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def topology(measure: bool, as_json: bool) -> None:
-    """NUMA nodes, cores, memory and limits of this machine, and what would run where."""
+    """Show this machine, and what would run where.
+
+    NUMA nodes, cores, memory, limits.
+    """
     with hold_interrupts():
         from warmfront.coordinator.cli.topology import describe, render
 

@@ -107,4 +107,5 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
         if not row["complete"]:
             state = f"{state}; the model itself is gone" if packed else "incomplete: `warmfront pull` goes on with it"
         yield f"{row['name']:<48} {size}  {row['family'] or '?':<10} {state}"
-    yield f"{len(facts['models'])} models; the hub's cache is {facts['hub']}"
+    count = len(facts["models"])
+    yield f"{count} model{'s' * (count != 1)}; the hub's cache is {facts['hub']}"
