@@ -29,8 +29,8 @@ LASTING_THREADS = ("tqdm_monitor",)
 LASTING_SHM = "__KMP_REGISTERED_LIB_"
 
 os.environ["WARMFRONT_TEST_RUN"] = uuid.uuid4().hex
-# Processes that are nobody's here: looking at all of the machine's twice a test would take a tenth of the run. (A pid
-# is not used again within the two looks of a test.)
+# Processes that are nobody's here: looking at all of the machine's twice a test would take a twentieth of the run. (A
+# pid is not used again within the two looks of a test.)
 _foreign: set[int] = set()
 _MARK = f"WARMFRONT_TEST_RUN={os.environ['WARMFRONT_TEST_RUN']}".encode()
 

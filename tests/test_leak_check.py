@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import zmq
 
@@ -63,7 +64,10 @@ def test_sees_zeromq_with_its_address() -> None:
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.bind("ipc://@warmfront-leak-check")
-    left = "\n".join(left_since(before))
+    deadline = time.monotonic() + 5
+    # A thread names itself, once it runs.
+    while "threads: ZMQbg" not in (left := "\n".join(left_since(before))) and time.monotonic() < deadline:
+        time.sleep(0.01)
     socket.close(0)
     context.term()
     assert "threads: ZMQbg" in left

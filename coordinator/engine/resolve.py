@@ -43,6 +43,7 @@ class RunPlan:
     gpu: str | None
     attention: str
     selector: str  # never "auto"
+    look_ahead: bool  # neurons are predicted while the layer before is computed
     context: int  # tokens that the KV cache holds, prompt and answer together
     cache_kind: Kind  # of its keys and values
     speculates: bool  # tokens are guessed and verified in batches
@@ -123,12 +124,13 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
     Raises UsageError for a selector or a context that the model cannot be run with, and for workers that do not exist.
     """
     config = tuned(config, model.path, devices.gpu, say)
-    cores = _plan_cores(config)
+    cores, selector = _plan_cores(config), _resolve_selector(config, model.spec)
     plan = RunPlan(
         config=config,
         gpu=devices.gpu,
         attention=devices.attention,
-        selector=_resolve_selector(config, model.spec),
+        selector=selector,
+        look_ahead=config.look_ahead or (selector == "lowrank" and _looks_ahead(model.spec)),
         context=_resolve_context(config, model.spec),
         cache_kind=_resolve_cache(config, devices, model),
         speculates=_resolve_speculation(config, devices.attention, say),
@@ -173,6 +175,11 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
         lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return chosen
+
+
+def _looks_ahead(spec: ModelSpec) -> bool:
+    """Whether the model's predictors tell of the layer behind."""
+    return spec.predictor is not None and spec.predictor.look_ahead
 
 
 def _resolve_speculation(config: EngineConfig, attention: str, say: Say) -> bool:

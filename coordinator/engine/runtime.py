@@ -79,12 +79,6 @@ class Runtime:
         """Tokens of the longest job, whole panels of them."""
         return min(MAX_TOKENS, -(-self.plan.context // LANES) * LANES)
 
-    @property
-    def _trained_ahead(self) -> bool:
-        """Whether the predictors that are used tell of the layer behind."""
-        predictor = self.model.spec.predictor
-        return self.plan.selector == "lowrank" and predictor is not None and predictor.look_ahead
-
     def _launch(self, say: Say) -> None:
         """Make the board, start the workers and the team."""
         model, plan = self.model, self.plan
@@ -133,7 +127,7 @@ class Runtime:
             context=plan.context,
             cache_kind=plan.cache_kind,
             selector=plan.selector,
-            look_ahead=config.look_ahead or self._trained_ahead,
+            look_ahead=plan.look_ahead,
             distances=self._distances,
             pinned=config.pin,
             balances=config.policy == "balance",
