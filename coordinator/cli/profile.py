@@ -107,8 +107,7 @@ def _encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: S
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.sparse:
         raise UsageError(
-            f"{spec.name} is not ReLU-like (it uses {spec.activation}): "
-            "all its neurons are computed, there is nothing to profile"
+            f"{spec.name} {spec.why_dense}; its neurons are not chosen one by one, there is nothing to profile"
         )
     if not tokenizer.present:
         raise UsageError(f"{spec.name} came without a tokenizer.json: there is no way to read text with it")

@@ -172,7 +172,7 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
         )
     if chosen not in able:
-        lack = "has no predictors" if wish == "lowrank" else f"is not ReLU-like: it uses {spec.activation}"
+        lack = "has no predictors" if wish == "lowrank" else spec.why_dense
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return chosen
 

@@ -98,6 +98,13 @@ class ModelSpec:
         # Within experts all neurons are computed.
         return self.architecture.feed_forward.sparse and self.architecture.feed_forward.experts is None
 
+    @property
+    def why_dense(self) -> str:
+        """What a model is that is not `sparse`, to follow its name."""
+        if self.architecture.feed_forward.experts is not None:
+            return "is a mixture of experts"
+        return f"is not ReLU-like: it uses {self.activation}"
+
     def to_json(self) -> str:
         """A JSON object of all fields."""
         return json.dumps(asdict(self))

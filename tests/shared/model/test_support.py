@@ -1,5 +1,6 @@
 """What can be described but is not computed.  pytest tests/shared/model/test_support.py"""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,17 +8,17 @@ import pytest
 from tests.shared.model.specs import SPEC, changed
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Experts, FeedForward, Positions, Rotary
+from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.support import _UNSUPPORTED, check_supported
 
 FULL = SPEC.architecture.positions.rotary[0]
 OTHER = Rotary(frequencies=(0.5,) * 8)
+EXPERTS = Experts(number=8, active=2)
 UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "attention sinks": ("attention.sinks", True),
     "parallel residual with post-norm": ("residual", "parallel"),
-    "biases within experts": (
-        "feed_forward",
-        FeedForward(activation="silu", experts=Experts(number=8, active=2), biases=("up",)),
-    ),
+    "biases within experts": ("feed_forward", FeedForward(activation="silu", experts=EXPERTS, biases=("up",))),
+    "predictors of experts' neurons": ("feed_forward.experts", EXPERTS),
 }
 
 
@@ -29,6 +30,7 @@ def test_every_feature_of_the_table_is_tried() -> None:
 def test_each_is_refused_by_its_name(words: str) -> None:
     path, value = UNSUPPORTED[words]
     spec = changed(SPEC, "architecture.norm.placement", "post") if path == "residual" else SPEC
+    spec = replace(spec, predictor=Predictor() if words.startswith("predictors") else None)
     with pytest.raises(ModelError) as caught:
         check_supported(changed(spec, f"architecture.{path}", value))
     verb = "are" if words.endswith("s") else "is"
