@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.integration.reference import all_logits, llama_from_packed
+from tests.integration.reference import all_logits, model_from_packed
 from tests.leak_check import assert_nothing_left, snapshot
 from warmfront.coordinator.decode import thread_team
 from warmfront.coordinator.engine import memory
@@ -59,8 +59,9 @@ def test_rounded_weights(tiny_llama: Callable[..., Path], sizes: dict[str, Any],
     Decoding rounds keys and values to float16, prefill its inputs to 8 bits where the CPU multiplies bytes, else to
     bfloat16 where it is fast at that.
     """
-    with Engine.load(str(tiny_llama(**sizes)), dtype=dtype, context=CONTEXT) as engine:
-        model = llama_from_packed(engine.model)
+    folder = tiny_llama(**sizes)
+    with Engine.load(str(folder), dtype=dtype, context=CONTEXT) as engine:
+        model = model_from_packed(folder, engine.model)
         exact = all_logits(model, IDS)
         rows = int(engine.model.entries["embed"].kind or 0)
         in_prefill = 2.0**-8 if in_tiles(rows) else 2.0**-9 if in_pairs(rows) else 2.0**-11
