@@ -245,7 +245,7 @@ class TestCache:
 
     def test_another_version_s_packed_file(self, relu: Path, home: Path, packed: Path) -> None:
         whole = packed.read_bytes()
-        packed.write_bytes(whole.replace(FORMAT.encode(), b"warmfront-0", 1))
+        packed.write_bytes(whole.replace(FORMAT.encode(), b"warmfront-00", 1))
         self.assert_mended(home, relu, packed, whole)
 
     def test_copies_of_the_gates_are_damaged(self, relu: Path, home: Path, packed: Path) -> None:
