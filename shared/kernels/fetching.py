@@ -32,7 +32,7 @@ __all__ = [
     "usual_distances",
 ]
 
-# int64 [ACCESSES, kinds]: how many bytes ahead is fetched; 0: not at all.
+# int64 [ACCESSES, kinds]: how many bytes ahead is fetched; 0: not at all (in tiles what is read next anyway).
 Distances = npt.NDArray[np.int64]
 
 ACCESSES = ("matrix", "cached", "lowbit", "gates", "bundles", "scattered", "announced")

@@ -336,7 +336,7 @@ def _widen_scales(context, kind, tile, cols, out):
 
 @kernel
 def _prepare(rows: Rows, tiled: bool, count: int, scratch: int) -> _Sixteen:
-    """A tile, or `count` rows, at most 16, in the order of products, in `scratch` or where they are."""
+    """A tile, or `count` rows, at most 16, in the order of products, in `scratch`."""
     blocks = rows.cols // BLOCK
     scales_at = scratch + blocks * _ROWS_BLOCK
     minima_at = scales_at + blocks * TILE * 4 if rows.kind == _Q4 else 0
