@@ -11,6 +11,8 @@ as many as the top rises, ever more rarely.
 With a window a token sees no position before it, and tiles before it are not read.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 from numba import carray
@@ -43,10 +45,11 @@ Floats = npt.NDArray[np.float32]
 
 
 @kernel
-def _tile_offset(cache: Cache, head: int, layer: int, position: int) -> int:
-    """Byte offset of the tile of a position in the key and in the value cache."""
+def _tile_at(cache: Cache, part: int, head: int, layer: int, position: int) -> int:
+    """Address of the tile of a position's keys (part 0) or values (1)."""
     span = ((head * cache.spans + position // SPAN) * cache.layers + layer) * (SPAN // TILE)
-    return (span + position % SPAN // TILE) * cache.tile_bytes
+    offset = (span + position % SPAN // TILE) * cache.tile_bytes
+    return (cache.values_at if part else cache.keys_at) + offset
 
 
 @inlined
@@ -150,11 +153,11 @@ def _cache_head(net: Network, st: State, layer: int, head: int, panel: int, lane
     spoiled = False
     for lane in range(min(lanes, st.job[TOKENS] - panel * lanes)):
         position = st.job[POSITION] + panel * lanes + lane
-        tile, column = _tile_offset(cache, head, layer, position), position % TILE
+        column = position % TILE
         for part in range(2):
             start = panel * rows * lanes + (net.heads + part * net.kv_heads + head) * size
             values = st.qkv[start + lane : start + size]
-            at = tile + (cache.values_at if part else cache.keys_at)
+            at = _tile_at(cache, part, head, layer, position)
             if cache.kind == _Q8:
                 spoiled |= _write_bytes(values, lanes, at, part, column)
             else:
@@ -177,13 +180,36 @@ def _first_seen(net: Network, layer: int, position: int) -> int:
     return max(0, position + 1 - window) if window > 0 else 0
 
 
+class _Run(NamedTuple):
+    """`tiles` tiles of a head's keys and, after them, as many of its values, from position `first` on."""
+
+    head: int
+    layer: int
+    first: int
+    tiles: int
+    # Of a head, a multiple of 32.
+    numbers: int
+    # Address of the tile that is read after these, 0: none.
+    next_at: int
+
+
 @kernel
-def _tiles(cache: Cache, padded: int, head: int, layer: int, position: int) -> tuple[Tile, Tile]:
-    """The tiles of a position's keys and values, with how far away those are that are fetched meanwhile."""
-    tile = _tile_offset(cache, head, layer, position)
-    ahead = _tile_offset(cache, head, layer, position + cache.ahead * TILE) - tile
-    keys = Tile(cache.kind, cache.keys_at + tile, padded, ahead)
-    return keys, Tile(cache.kind, cache.values_at + tile, padded, ahead)
+def _tile(cache: Cache, run: _Run, i: int) -> Tile:
+    """The tile that is read as number i of a run, and how far away the one is that is fetched meanwhile.
+
+    That is one of those to be read, `cache.ahead` later: at the end of the keys one of the values, at the end of these
+    one of the next run. Heads lie apart, so what is behind a run's last tile would be fetched for nothing, 8 KB in
+    float16, and the next run would begin with waiting.
+    """
+    later = i + cache.ahead
+    at = _tile_at(cache, i // run.tiles, run.head, run.layer, run.first + i % run.tiles * TILE)
+    if cache.ahead == 0 or (later >= 2 * run.tiles and run.next_at == 0):
+        return Tile(cache.kind, at, run.numbers, 0)
+    if later < 2 * run.tiles:
+        then = _tile_at(cache, later // run.tiles, run.head, run.layer, run.first + later % run.tiles * TILE)
+    else:
+        then = run.next_at + (later - 2 * run.tiles) * cache.tile_bytes
+    return Tile(cache.kind, at, run.numbers, then - at)
 
 
 @inlined
@@ -220,10 +246,17 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
         mixed[:] = 0
         queries_at = quantise_heads(cache.kind, address_of(queries), address_of(packed), padded, group)
         for first in range(base + start, base + end, SCORES):
-            count = (min(base + end - first, SCORES) + TILE - 1) // TILE * TILE
-            for p in range(0, count, TILE):
-                keys, _ = _tiles(cache, padded, kv_head, layer, first + p)
-                multiply_keys(keys, Heads(queries_at, padded * 4), Heads(scores_at + p * 4, count * 4), group)
+            tiles = (min(base + end - first, SCORES) + TILE - 1) // TILE
+            count = tiles * TILE
+            next_at = 0
+            if first + count <= position:
+                next_at = _tile_at(cache, 0, kv_head, layer, first + count)
+            elif task + 1 < high:
+                next_at = _tile_at(cache, 0, kv_head + 1, layer, base)
+            run = _Run(kv_head, layer, first, tiles, padded, next_at)
+            for i in range(tiles):
+                scores_of = Heads(scores_at + i * TILE * 4, count * 4)
+                multiply_keys(_tile(cache, run, i), Heads(queries_at, padded * 4), scores_of, group)
             if net.score_cap > 0:
                 soft_cap(scores_at, group * count, net.score_cap)
             for head in range(group):
@@ -238,9 +271,9 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
                 hidden_before[:], hidden_behind[:] = 0, 0
                 for i in range(padded):
                     mixed[head, i] *= factor
-            for p in range(0, count, TILE):
-                _, values = _tiles(cache, padded, kv_head, layer, first + p)
-                add_values(values, Heads(scores_at + p * 4, count * 4), Heads(address_of(mixed), padded * 4), group)
+            for i in range(tiles):
+                chances = Heads(scores_at + i * TILE * 4, count * 4)
+                add_values(_tile(cache, run, tiles + i), chances, Heads(address_of(mixed), padded * 4), group)
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
@@ -316,8 +349,7 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
             count = (min(end - start, _WIDTH) + TILE - 1) // TILE * TILE
             scores[: columns * count * LANES] = 0
             for p in range(0, count, TILE):
-                keys, _ = _tiles(cache, padded, kv_head, layer, start + p)
-                gather_keys(keys, scratch_at)
+                gather_keys(Tile(cache.kind, _tile_at(cache, 0, kv_head, layer, start + p), padded, 0), scratch_at)
                 to = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, columns)
                 multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to)
             if net.score_cap > 0:
@@ -333,8 +365,8 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
             for strip in range(padded // TILE):
                 out = scratch_at
                 for p in range(0, count, TILE):
-                    _, values = _tiles(cache, padded, kv_head, layer, start + p)
-                    out = gather_values(values, strip, out)
+                    at = _tile_at(cache, 1, kv_head, layer, start + p)
+                    out = gather_values(Tile(cache.kind, at, padded, 0), strip, out)
                 sums = Panels(address_of(mixed) + strip * TILE * LANES * 4, size * 4, columns)
                 multiply_columns(Gathered(cache.kind, scratch_at, count, TILE), chances_at, count, sums)
         for column in range(columns):

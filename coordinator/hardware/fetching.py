@@ -160,7 +160,8 @@ def distances_for(uses: Iterable[Use], cpus: Sequence[int], say: Say) -> Distanc
 def measure_again(cpus: Sequence[int], say: Say) -> "dict[Use, tuple[Rates, Fetch]]":
     """Race for every use, keep the choices, and return them with the rates. Raises ResourceError as `measure`."""
     kept = kept_choices(cpus)
-    results = {use: (rates, winner(rates, kept.get(use))) for use, rates in measure(every_use(), cpus).items()}
+    measured = measure(every_use(), cpus)
+    results = {use: (rates, winner(rates, kept.get(use, _usual(use)))) for use, rates in measured.items()}
     try:
         with locked(choices_file()):
             keep(cpus, {use: choice for use, (_, choice) in results.items()})
@@ -172,10 +173,15 @@ def measure_again(cpus: Sequence[int], say: Say) -> "dict[Use, tuple[Rates, Fetc
 def _measured(uses: Sequence[Use], cpus: Sequence[int], say: Say) -> Choices:
     say("measuring how this memory is best read (first run only)")
     try:
-        return {use: winner(rates) for use, rates in measure(uses, cpus).items()}
+        return {use: winner(rates, _usual(use)) for use, rates in measure(uses, cpus).items()}
     except ResourceError as error:
         say(f"how this memory is best read was not measured: {error}")
         return {}
+
+
+def _usual(use: Use) -> Fetch:
+    """What other machines chose, which only what is clearly faster replaces: neighbours disturb a race, too."""
+    return Fetch(int(usual_distances()[use]))
 
 
 def _table(choices: Choices) -> Distances:

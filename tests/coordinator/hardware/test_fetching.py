@@ -256,8 +256,18 @@ def test_who_is_far_behind_drops_out(near: float, rounds: list[int]) -> None:
     assert winner(rates) == NONE
 
 
+@pytest.mark.parametrize(("faster", "chosen"), [(1.01, 2048), (1.1, 0)])
+def test_what_is_usual_stays_unless_another_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, faster: float, chosen: int
+) -> None:
+    use = Use(MATRIX_ROWS, int(Kind.Q4))
+    rates = {use: {fetch: [10.0 if fetch.ahead else 10.0 * faster] * 5 for fetch in CANDIDATES[MATRIX_ROWS]}}
+    monkeypatch.setattr(fetching, "measure", lambda uses, cpus: rates)
+    assert distances_for([use], CPUS, quiet)[use] == chosen
+
+
 def test_every_candidate_set_begins_with_nothing() -> None:
-    """Which wins where nothing gains, and is what a run does that could not measure."""
+    """Which wins where nothing gains and nothing is usual."""
     assert set(CANDIDATES) == set(range(len(ACCESSES))) - {ANNOUNCED}
     assert all(several[0] == Fetch() and len(set(several)) == len(several) for several in CANDIDATES.values())
 
