@@ -228,10 +228,11 @@ class _Reader:
         layout, groups = self._neurons(kind)
         slots, count = np.arange(layout.groups, dtype=np.int32), groups * GROUP
         gates, opened = np.zeros(count, np.float32), np.zeros(count, np.int32)
+        every = np.full((1, layout.groups), 0xFFFFFFFF, np.uint32)
 
         def turn(fetch: Fetch, part: int) -> int:
             bundles, first = self._as_bundles(layout, GATE_ROWS, fetch), part * count
-            open_gates(bundles, slots, first, first + count, self._batch(), gates, opened)
+            open_gates(bundles, slots, first, first + count, self._batch(), every, gates, opened)
             return count * layout.gate_row_bytes
 
         return turn

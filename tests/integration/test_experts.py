@@ -81,10 +81,21 @@ def as_packed(folder: Path, packed: PackedModel) -> Any:
     return model
 
 
+@pytest.fixture(scope="module", params=["silu", "relu"])
+def activation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def answer(tiny_family: Make) -> Floats:
+def folder(tiny_family: Make, activation: str) -> Path:
+    return tiny_family(NAME, hidden_act=activation)
+
+
+@pytest.fixture(scope="module")
+def answer(folder: Path, activation: str) -> Floats:
     """The logits of one worker, after the prompt and after each token of `BATCHES`, one by one."""
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True) as engine:
+        assert engine.plan.selector == ("exact" if activation == "relu" else "all")
         return one_by_one(engine)
 
 
@@ -111,9 +122,9 @@ def one_by_one(engine: Engine, size: int = 1) -> Floats:
     ids=["two workers", "one thread", "gpu with moves"],
 )
 def test_who_computes_what_changes_no_bit(
-    tiny_family: Make, answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True, **overrides) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True, **overrides) as engine:
         if "gpu" in overrides:
             watch(engine, Restless(), monkeypatch)
         for size in (1, 5):
@@ -124,17 +135,27 @@ def test_who_computes_what_changes_no_bit(
             assert engine.ownership.flow.moves > 0
 
 
-def test_without_its_gpu_worker_the_answer_is_the_same(tiny_family: Make, answer: Floats) -> None:
+def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, answer: Floats) -> None:
     budget = budget_for(30, hidden=64, ffn=GROUPS * GROUP)
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
         os.kill(engine.session.runtime.supervisor._processes["gpu0"].pid, signal.SIGKILL)
         np.testing.assert_array_equal(one_by_one(engine), answer)
 
 
+def test_closed_gates_within_experts_are_not_followed(folder: Path, activation: str) -> None:
+    """All neurons of the experts that are used are computed, or only the gates of those that do not fire."""
+    with Engine.load(str(folder), dtype="f32") as engine:
+        one_by_one(engine)
+        layout, (worker,) = engine.model.layout, engine.statistics.workers()
+        # Two groups for each of three experts, three of the shared one.
+        gates = worker.jobs * (3 * 2 + 3) * GROUP
+        assert worker.bytes == gates * layout.gate_bytes + worker.neurons * layout.rest_bytes
+        assert worker.neurons == gates if activation == "silu" else 0.2 * gates < worker.neurons < 0.7 * gates
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "q8", "q4"])
-def test_each_weight_type(tiny_family: Make, dtype: str) -> None:
+def test_each_weight_type(folder: Path, dtype: str) -> None:
     """Decoded tokens within what float16 keys and 15 bits of an input allow; a prompt's inputs have 8 bits."""
-    folder = tiny_family(NAME)
     with Engine.load(str(folder), dtype=dtype) as engine:
         theirs = all_logits(as_packed(folder, engine.model), PROMPT)
         for prefill, most, median in ((1, 2e-3, 1e-3), (60, 0.3, 5e-2)):

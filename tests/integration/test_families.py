@@ -175,12 +175,13 @@ EACH = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2
 
 
 @needs_two_cores
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", [*EACH, "mixtral", "qwen2 moe"])
 def test_with_relu_on_two_workers_and_a_gpu(tiny_family: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what fires is computed, wherever it is: groups change their workers at every token."""
     folder = tiny_family(name, seed=1, hidden_act="relu", hidden_activation="relu")
     hidden = 128 if name == "stablelm" else 64
-    where = {"workers": 2, "gpu": "host", "vram_budget": budget_for(4, hidden=hidden, ffn=96)}
+    ffn = {"mixtral": 15 * 32, "qwen2 moe": 39 * 32}.get(name, 96)
+    where = {"workers": 2, "gpu": "host", "vram_budget": budget_for(4 * ffn // 96, hidden=hidden, ffn=ffn)}
     with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
         assert engine.plan.selector == "exact"
         watch(engine, Restless(), monkeypatch)

@@ -227,19 +227,23 @@ def listed_neurons(
 
 
 @kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, batch: Batch, gates: Floats, opened: Ints) -> int:
+def open_gates(
+    b: Bundles, slots: Ints, low: int, high: int, batch: Batch, words: Any, gates: Floats, opened: Ints
+) -> int:
     """List those of neurons low..high whose gate fires for any token, with their gates [listed, tokens].
 
-    Returns how many are listed; `gates` and `opened` have room for all.
+    A token whose word [tokens, slots] of a slot is 0 has only closed gates there, which are not computed. Returns how
+    many neurons are listed; `gates` and `opened` have room for all.
     """
-    count = 0
+    count, closed = 0, np.float32(-np.inf)
     for neuron in range(low, high):
         # Gates lie a bundle apart: on some machines too far for the hardware's own fetching.
         at = bundle_at(b, slots, neuron)
         ahead = bundle_at(b, slots, min(neuron + b.gates_ahead, high - 1)) - at
         fired = False
         for token in range(batch.tokens):
-            gate = _gate(b, at, batch, token, ahead if token == 0 else 0)
+            wanted = words[token, neuron // GROUP] != 0
+            gate = _gate(b, at, batch, token, ahead if token == 0 else 0) if wanted else closed
             gates[count * batch.tokens + token] = gate
             fired |= fires(b.activation, gate)
         if fired:

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.shared.kernels.feed_forward.test_ffn import HIDDEN, KINDS, SLOTS, Input, inputs, run_listed, slots_of
+from tests.shared.kernels.feed_forward.test_ffn import (
+    EVERY,
+    HIDDEN,
+    KINDS,
+    SLOTS,
+    Input,
+    inputs,
+    run_listed,
+    slots_of,
+)
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
 from warmfront.shared.kernels.feed_forward.ffn import open_gates, open_neurons, whole_groups
 from warmfront.shared.kernels.fetching import (
@@ -41,7 +50,7 @@ def test_neurons(gate: Kind, down: Kind) -> None:
             some, one = Input(slots, x), Input(slots, x)
             computed = run_listed(bundles, order, listed, some, skip=True)
             gates, opened = np.zeros(96, np.float32), np.zeros(96, np.int32)
-            count = open_gates(bundles, order, 0, 96, one.batch, gates, opened)
+            count = open_gates(bundles, order, 0, 96, one.batch, EVERY, gates, opened)
             open_neurons(bundles, order, gates, opened, 0, count, one.batch, np.zeros((1, 3), np.uint32))
             results.add((some.bits(), tuple(computed), gates.tobytes(), opened.tobytes(), one.bits()))
     assert len(results) == 1

@@ -38,6 +38,8 @@ KINDS = [
     (Kind.F32, Kind.Q4C),
 ]
 ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]
+# Words of a token that wants all neurons.
+EVERY = np.full((1, SLOTS), 0xFFFFFFFF, np.uint32)
 
 
 class Slots:
@@ -251,7 +253,7 @@ def test_open_gates_and_neurons(gate: Kind, down: Kind, activation: str) -> None
         for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
             gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
             one = Input(slots, x[0], -0.25, activation)
-            count = open_gates(bundles, ids, low, high, one.batch, gates, opened)
+            count = open_gates(bundles, ids, low, high, one.batch, EVERY, gates, opened)
             wanted = [i for i in range(low, high) if exact[i] > (THRESHOLD if ":" in activation else 0)]
             assert opened[:count].tolist() == wanted
             assert_close(gates[:count], exact[wanted], QUANTISED)
@@ -280,7 +282,7 @@ def test_a_gate_that_is_nan_is_open() -> None:
     order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros((1, SLOTS), np.uint32)
     bundles = bundles_at(slots.at, slots.layout, described("relu"))
     one = Input(slots, x)
-    assert open_gates(bundles, order, 0, 64, one.batch, gates, opened) == 64
+    assert open_gates(bundles, order, 0, 64, one.batch, EVERY, gates, opened) == 64
     assert listed_neurons(bundles, order, listed, 0, 64, Selection(~computed, True, computed), one.batch) == 64
     assert np.isnan(one.sums).all()
     panel = np.concatenate((inputs(5), x[None]))
@@ -301,7 +303,7 @@ def test_no_gate_is_open_at_zero() -> None:
     gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
     one = Input(slots, x[0])
     ids = np.arange(SLOTS, dtype=np.int32)
-    assert open_gates(bundles, ids, 0, SLOTS * 32, one.batch, gates, opened) == 0
+    assert open_gates(bundles, ids, 0, SLOTS * 32, one.batch, EVERY, gates, opened) == 0
 
 
 def panels_of(x: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from tests.activations import described, firing
 from tests.shared.kernels.feed_forward.test_ffn import (
     BFLOAT,
+    EVERY,
     KINDS,
     NO_FIRING,
     NO_IDS,
@@ -70,7 +71,7 @@ def test_those_that_fire(gate: Kind, down: Kind, gated: bool, biases: tuple[str,
     found = np.flatnonzero(firing(activation, exact, ups)).tolist()
     gates, opened = np.zeros(len(neurons), np.float32), np.zeros(len(neurons), np.int32)
     one, words = Input(slots, x[0], 0, activation), np.zeros((1, SLOTS), np.uint32)
-    count = open_gates(bundles, ORDER, 0, len(neurons), one.batch, gates, opened)
+    count = open_gates(bundles, ORDER, 0, len(neurons), one.batch, EVERY, gates, opened)
     assert_close(gates[:count], exact[opened[:count]], QUANTISED)
     assert open_ups(bundles, ORDER, opened, count, one.batch) == len(found)
     assert open_neurons(bundles, ORDER, gates, opened, 0, count, one.batch, words) == len(found)
