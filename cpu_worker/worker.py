@@ -142,15 +142,21 @@ class CpuWorker:
         count, threads = len(self._places), len(self._plan.cpus)
         low, high = count * rank // threads, count * (rank + 1) // threads
         size = self._model.layout.group_bytes
+        since = low
         while low < high:
-            layer, group = self._places[low]
+            layer, group = self._places[low].tolist()
             run = run_of(self._places[low:high])
-            out = self._weights[low * size : (low + run) * size]
-            self._model.read_groups(int(layer), int(group), out.reshape(run, size))
+            # What has no weights takes no memory: it is never touched.
+            have = min(run, max(self._model.groups[layer] - group, 0))
+            out = self._weights[low * size : (low + have) * size]
+            self._model.read_groups(layer, group, out.reshape(have, size))
             self._arrange(out)
             self._loaded[rank] += run * size
+            if have < run:
+                collapse(self._weights[since * size : (low + have) * size])
+                since = low + run
             low += run
-        collapse(self._weights[count * rank // threads * size : high * size])
+        collapse(self._weights[since * size : high * size])
 
     def _arrange(self, groups: npt.NDArray[np.uint8]) -> None:
         """Lay groups that have been read out as they are computed."""

@@ -71,6 +71,9 @@ class ModelSpec:
             check_count(what, getattr(self, what))
         if self.hidden % BLOCK:
             raise ValueError(f"hidden size {self.hidden} is not a multiple of {BLOCK}; such models are not supported")
+        experts = self.architecture.feed_forward.experts
+        for layer in experts.dense_layers if experts is not None else ():
+            check_count("layer without experts", layer, 0, self.layers - 1)
         per_layer = {
             "attention windows": self.architecture.attention.windows,
             "rotary tables": self.architecture.positions.rotary_of_layer,
