@@ -172,7 +172,6 @@ def _sparse(w: Worker, rank: int, groups: int, batch: Batch) -> bool:
         for i in range(low, high):
             users += words[token, i] != 0
     w.counts[rank, _GATES] = users * GROUP
-    low, high = low * GROUP, high * GROUP
     w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, words, w.gates[rank], w.opened[rank])
     if barrier(w.barrier) != DONE:
         return False
@@ -227,7 +226,7 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
         counts[_NEURONS] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
         low = end
     if w.descriptor[COMPARE_SELECTION] != 0:
-        low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
+        low, high = share(groups, 1, rank, rank + 1, w.threads)
         every = np.full((1, groups), 0xFFFFFFFF, np.uint32)
         opened = open_gates(w.bundles, slots, low, high, batch, every, w.gates[rank], w.opened[rank])
         counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, batch)

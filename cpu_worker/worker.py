@@ -12,7 +12,7 @@ import numpy.typing as npt
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
@@ -70,6 +70,7 @@ class CpuWorker:
                 spec.architecture.feed_forward,
                 plan.selector == "all",
                 as_distances(plan.distances),
+                plan.selector == "exact",
             ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
@@ -160,9 +161,8 @@ class CpuWorker:
 
     def _arrange(self, groups: npt.NDArray[np.uint8]) -> None:
         """Lay groups that have been read out as they are computed."""
-        if self._worker.bundles.tiled:
-            for at in range(0, groups.nbytes, self._model.layout.group_bytes):
-                tile_group(self._worker.bundles, address(groups) + at)
+        for at in range(0, groups.nbytes, self._model.layout.group_bytes):
+            arrange_group(self._worker.bundles, address(groups) + at)
 
     def move(self, places: Places) -> int:
         """Read groups into slots of this worker; returns the ns of work that it took. Nobody computes with them yet."""

@@ -189,12 +189,12 @@ class Maker:
         uses = torch.bincount(best.indices.flatten(), minlength=count).float()
         self.firing.append(float(uses.sort(descending=True).values[: max(1, count // 10)].sum() / uses.sum()))
         yield "router", router
-        activation = relu if self.shape.relu_experts else silu
+        activation = relu if self.shape.expert_activation == "relu" else silu
         users = [(best.indices == number).nonzero(as_tuple=True) for number in range(count)]
         inners = []
         for number, (tokens, _) in enumerate(users):
             gate = self._normal(ffn, hidden, MIX, layer, number, scale=usual)
-            if self.shape.relu_experts:
+            if self.shape.expert_activation == "relu":
                 gate[:, 0] = 0.0
                 own = torch.from_numpy(self._rng(RATES, layer, number).permutation(self.rates).astype(np.float32))
                 gate[:, 0] = -quantiles((flat @ gate.T).div_(self.bias), 1 - own)

@@ -78,7 +78,7 @@ def test_open_gates(gate: Kind, down: Kind) -> None:
     def run(batch: Input, words: np.ndarray) -> list[list[int]]:
         tokens, neurons = len(words), 32 * len(IDS)
         gates, opened = np.zeros(neurons * tokens, np.float32), np.zeros(neurons, np.int32)
-        count = open_gates(bundles, IDS, 0, neurons, batch.batch, words, gates, opened)
+        count = open_gates(bundles, IDS, 0, len(IDS), batch.batch, words, gates, opened)
         fires = gates[: count * tokens].reshape(count, tokens) > 0
         assert fires.any(1).all()
         computed = np.zeros_like(words)
