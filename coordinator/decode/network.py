@@ -264,6 +264,8 @@ class State(NamedTuple):
     inner: Any
     # float32 [panels, rows of the router, lanes]: scores of the experts; one for all, each thread writes its rows.
     expert_scores: Any
+    # int64 [threads, layers, branches]: how many tokens have used each branch, of models with experts.
+    uses: Any
     # float32 [layers, max_tokens * hidden], or empty: feed-forward inputs that were asked for; by the first thread.
     captured: Any
     # int64 [layers, STEPS] and [layers, workers, 2], ns on the monotonic clock; by the first thread.

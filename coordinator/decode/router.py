@@ -157,6 +157,8 @@ def note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> 
             choose_experts(router, scores, correction, weights)
         else:
             use_dense(router, weights)
+        for branch in range(len(weights)):
+            st.uses[rank, layer, branch] += weights[branch] != 0
         if st.job[DECODE] != 0:
             write_mask(router, weights, st.handoff.mask[token, layer])
 

@@ -52,6 +52,7 @@ class TorchTeam:
         self._network = TorchNetwork(model, config.device, config.context, config.cache_kind, config.selector)
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
+        self._uses = np.zeros((model.spec.layers, board.sizes.branches), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []
         self._posted = 0
         self._pinned = self._stopping = False
@@ -177,6 +178,7 @@ class TorchTeam:
                 use_dense(self._router, weights)
             else:
                 choose_experts(self._router, scores[token], self._corrections[layer], weights)
+        self._uses[layer] += np.count_nonzero(self._board.routing[:tokens], axis=0)
         if tokens == 1:
             write_mask(self._router, self._board.routing[0], self._board.mask[0, layer])
 
@@ -235,6 +237,10 @@ class TorchTeam:
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """As `ThreadTeam.times`: of the last job, ns on the monotonic clock."""
         return self._times, self._spans
+
+    def uses(self) -> npt.NDArray[np.int64]:
+        """As `ThreadTeam.uses`."""
+        return self._uses
 
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""

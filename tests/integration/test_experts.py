@@ -5,6 +5,7 @@ What every family says in float32 is in `test_families.py`.  pytest tests/integr
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import Restless, budget_for, watch
 from tests.integration.reference import all_logits, llama_from_folder, model_from_packed
+from warmfront.coordinator.cli.report import as_text
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
@@ -94,13 +97,18 @@ def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, answer: Flo
         np.testing.assert_array_equal(one_by_one(engine), answer)
 
 
-def test_closed_gates_within_experts_are_not_followed(folder: Path, activation: str) -> None:
+def test_what_is_computed_and_counted(folder: Path, activation: str) -> None:
     """All neurons of the experts that are used are computed, or only the gates of those that do not fire."""
     with Engine.load(str(folder), dtype="f32") as engine:
         one_by_one(engine)
         layout, (worker,) = engine.model.layout, engine.statistics.workers()
         # Two groups for each of three experts, three of the shared one.
         gates = worker.jobs * (3 * 2 + 3) * GROUP
+        ids = torch.tensor([[*PROMPT, *(token for batch in BATCHES for token in batch)]])
+        chosen = llama_from_folder(folder)(ids, output_router_logits=True).router_logits
+        uses = [scores.topk(3).indices.flatten().bincount(minlength=18).tolist() for scores in chosen]
+        assert engine.statistics.expert_uses().tolist() == uses
+        assert re.search(r"the 1 busiest of 18 experts took \d+\.\d% of the choices", as_text(engine))
         assert worker.bytes == gates * layout.gate_bytes + worker.neurons * layout.rest_bytes
         assert worker.neurons == gates if activation == "silu" else 0.2 * gates < worker.neurons < 0.7 * gates
 
