@@ -17,7 +17,7 @@ from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
 from warmfront.shared.kernels.byte_dot import quantise_batch
-from warmfront.shared.kernels.feed_forward.branches import branch_end, users_groups, uses_branch, weighed
+from warmfront.shared.kernels.feed_forward.branches import branch_end, listed_end, users_groups, uses_branch, weighed
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
 from warmfront.shared.kernels.feed_forward.ffn import (
     Batch,
@@ -160,15 +160,19 @@ def _owned_groups(w: Worker, rank: int, layer: int, tokens: int, decode: bool) -
 
 
 @inlined
-def _sparse(w: Worker, rank: int, neurons: int, batch: Batch) -> bool:
+def _sparse(w: Worker, rank: int, groups: int, batch: Batch) -> bool:
     """A batch by `exact`; returns whether it was not aborted.
 
     The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
     """
-    b, slots, tokens = w.bundles, w.owned[rank], batch.tokens
-    low, high = share(neurons, GROUP, rank, rank + 1, w.threads)
-    w.counts[rank, _GATES] = (high - low) * tokens
-    w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, w.gates[rank], w.opened[rank])
+    b, slots, branches, words = w.bundles, w.owned[rank], w.branches[rank], w.words[rank]
+    low, high = share(groups, 1, rank, rank + 1, w.threads)
+    users = 0
+    for token in range(batch.tokens):
+        for i in range(low, high):
+            users += words[token, i] != 0
+    w.counts[rank, _GATES] = users * GROUP
+    w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, words, w.gates[rank], w.opened[rank])
     if barrier(w.barrier) != DONE:
         return False
     total = 0
@@ -180,7 +184,11 @@ def _sparse(w: Worker, rank: int, neurons: int, batch: Batch) -> bool:
         opened, count = w.opened[other], w.opened_count[other, 0]
         start = group_start(opened, count, min(max(low - first, 0), count))
         end = group_start(opened, count, min(max(high - first, 0), count))
-        done += open_neurons(b, slots, w.gates[other], opened, start, end, batch, w.bits[rank])
+        while start < end:
+            last = listed_end(branches, opened, start, end)
+            own = weighed(batch, w.routing, branches[opened[start] // GROUP], w.factors[rank])
+            done += open_neurons(b, slots, w.gates[other], opened, start, last, own, w.bits[rank])
+            start = last
         first += count
     w.counts[rank, _NEURONS] = done
     return True
@@ -194,7 +202,7 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
     sums_at, scratch_at = address_of(w.sums[rank]), address_of(w.scratch[rank])
     batch = Batch(tokens, w.x_at, quantised_at, row, w.inverse_at, sums_at, scratch_at)
     if w.exact:
-        return _sparse(w, rank, groups * GROUP, batch)
+        return _sparse(w, rank, groups, batch)
     if w.bundles.tiled:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
         done = 0
@@ -213,14 +221,14 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
     selection = Selection(w.words[rank], w.skip, w.bits[rank])
     counts[_NEURONS] = 0
     while low < high:
-        # Masks and branches never come together: whole groups of a branch are listed.
-        end = high if w.predicted else branch_end(branches, low // GROUP, high // GROUP) * GROUP
-        own = weighed(batch, w.routing, branches[low // GROUP], w.factors[rank])
+        end = listed_end(branches, listed, low, high)
+        own = weighed(batch, w.routing, branches[listed[low] // GROUP], w.factors[rank])
         counts[_NEURONS] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
         low = end
     if w.descriptor[COMPARE_SELECTION] != 0:
-        low, high = share(groups * GROUP, 1, rank, rank + 1, w.threads)
-        opened = open_gates(w.bundles, slots, low, high, batch, w.gates[rank], w.opened[rank])
+        low, high = share(groups, 1, rank, rank + 1, w.threads)
+        every = np.full((1, groups), 0xFFFFFFFF, np.uint32)
+        opened = open_gates(w.bundles, slots, low, high, batch, every, w.gates[rank], w.opened[rank])
         counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, batch)
     return True
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
@@ -70,6 +70,7 @@ class CpuWorker:
                 spec.architecture.feed_forward,
                 plan.selector == "all",
                 as_distances(plan.distances),
+                plan.selector == "exact",
             ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,
@@ -142,21 +143,26 @@ class CpuWorker:
         count, threads = len(self._places), len(self._plan.cpus)
         low, high = count * rank // threads, count * (rank + 1) // threads
         size = self._model.layout.group_bytes
+        since = low
         while low < high:
-            layer, group = self._places[low]
+            layer, group = self._places[low].tolist()
             run = run_of(self._places[low:high])
-            out = self._weights[low * size : (low + run) * size]
-            self._model.read_groups(int(layer), int(group), out.reshape(run, size))
+            # What has no weights takes no memory: it is never touched.
+            have = min(run, max(self._model.groups[layer] - group, 0))
+            out = self._weights[low * size : (low + have) * size]
+            self._model.read_groups(layer, group, out.reshape(have, size))
             self._arrange(out)
             self._loaded[rank] += run * size
+            if have < run:
+                collapse(self._weights[since * size : (low + have) * size])
+                since = low + run
             low += run
-        collapse(self._weights[count * rank // threads * size : high * size])
+        collapse(self._weights[since * size : high * size])
 
     def _arrange(self, groups: npt.NDArray[np.uint8]) -> None:
         """Lay groups that have been read out as they are computed."""
-        if self._worker.bundles.tiled:
-            for at in range(0, groups.nbytes, self._model.layout.group_bytes):
-                tile_group(self._worker.bundles, address(groups) + at)
+        for at in range(0, groups.nbytes, self._model.layout.group_bytes):
+            arrange_group(self._worker.bundles, address(groups) + at)
 
     def move(self, places: Places) -> int:
         """Read groups into slots of this worker; returns the ns of work that it took. Nobody computes with them yet."""

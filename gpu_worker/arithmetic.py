@@ -12,7 +12,14 @@ import numpy.typing as npt
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.byte_dot import quantise_input
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
-from warmfront.shared.kernels.feed_forward.ffn import Batch, Selection, listed_neurons, whole_groups
+from warmfront.shared.kernels.feed_forward.ffn import (
+    Batch,
+    Selection,
+    listed_neurons,
+    open_gates,
+    open_neurons,
+    whole_groups,
+)
 from warmfront.shared.kernels.feed_forward.neuron_lists import list_masked
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
@@ -28,6 +35,8 @@ class HostWorkspace(NamedTuple):
     """The slots, and addresses of what computing them needs: see `HostDevice.ledger`."""
 
     bundles: Bundles
+    # float32 [neurons of a layer]: gates that fire.
+    gates: Any
     quantised_at: int
     scratch_at: int
 
@@ -44,7 +53,8 @@ class Tokens(NamedTuple):
 def add_masked(
     work: HostWorkspace, slots: Ints, listed: Ints, tokens: Tokens, sparse: bool, mask: Words, computed: Words
 ) -> int:
-    """One token after the other: the neurons of `mask`, those whose gate does not fire left out if `sparse`.
+    """One token after the other: the neurons of `mask`, those whose gate does not fire left out if `sparse`; gates that
+    are apart mean both, of all neurons.
 
     Returns the number computed; `computed` tells which they were.
     """
@@ -60,6 +70,9 @@ def add_masked(
         if b.tiled:
             whole_groups(b, slots, 0, groups, batch)
             total += groups * GROUP
+        elif b.apart:
+            opened = open_gates(b, slots, 0, groups, batch, mask.reshape(1, -1), work.gates, listed)
+            total += open_neurons(b, slots, work.gates, listed, 0, opened, batch, computed.reshape(1, -1))
         else:
             selection = Selection(mask.reshape(1, -1), sparse, computed.reshape(1, -1))
             total += listed_neurons(b, slots, listed, 0, count, selection, batch)

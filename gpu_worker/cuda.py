@@ -80,7 +80,7 @@ class CudaDevice:
         }
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
     ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)

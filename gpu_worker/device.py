@@ -63,11 +63,11 @@ class Device(Protocol):
         """What `reserve` would allocate for `slots` slots, in bytes by purpose."""
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
     ) -> None:
         """Allocate what `ledger` says.
 
-        `whole`: there will be no masks, and nothing is sparse: a device may lay groups out for that.
+        `selector`: with `all` and `exact` there will be no masks: a device may lay groups out for that.
 
         Raises ResourceError if it does not fit.
         """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.byte_dot import quantised_bytes
-from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
+from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
@@ -42,14 +42,14 @@ class HostDevice:
     def ledger(self, layout: BundleLayout, slots: int, max_tokens: int) -> Ledger:
         return {
             "slots": slots * layout.group_bytes,
-            # The neurons to compute; x quantised; widened rows and the like.
-            "partials": 4 * layout.groups * GROUP
+            # The neurons to compute, and their gates; x quantised; widened rows and the like.
+            "partials": 8 * layout.groups * GROUP
             + quantised_bytes(layout.hidden)
             + max(batch_scratch_bytes(layout.hidden), scratch_bytes(layout.hidden, layout.groups, max_tokens)),
         }
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, whole: bool = False
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
     ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
@@ -59,9 +59,16 @@ class HostDevice:
         partials = self._memory["partials"]
         listed_bytes = 4 * layout.groups * GROUP
         self._listed = partials[:listed_bytes].view(np.int32)
-        quantised_at = address(partials) + listed_bytes
+        quantised_at = address(partials) + 2 * listed_bytes
         self._work = HostWorkspace(
-            bundles=bundles_at(address(self._memory["slots"]), layout, feed_forward, whole),
+            bundles=bundles_at(
+                address(self._memory["slots"]),
+                layout,
+                feed_forward,
+                whole=selector == "all",
+                apart=selector == "exact",
+            ),
+            gates=partials[listed_bytes : 2 * listed_bytes].view(np.float32),
             quantised_at=quantised_at,
             scratch_at=quantised_at + quantised_bytes(layout.hidden),
         )
@@ -94,9 +101,8 @@ class HostDevice:
         for low, high in runs(slots):
             first = int(slots[low])
             places[first : first + high - low] = groups[low:high]
-            if self._work.bundles.tiled:
-                for slot in range(first, first + high - low):
-                    tile_group(self._work.bundles, address(places[slot]))
+            for slot in range(first, first + high - low):
+                arrange_group(self._work.bundles, address(places[slot]))
         return time.perf_counter_ns() - started
 
     def execute(

@@ -80,7 +80,7 @@ class GpuWorker:
         max_slots = sizes.layers * sizes.groups
         self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, max_slots)
         feed_forward = self._model.spec.architecture.feed_forward
-        self._device.reserve(layout, feed_forward, self._slots, sizes.max_tokens, self._plan.selector == "all")
+        self._device.reserve(layout, feed_forward, self._slots, sizes.max_tokens, self._plan.selector)
         self._device.pin(self._board.mapping)
 
     def _serve(self) -> None:

@@ -23,7 +23,9 @@ What makes the model behave like a sparse one:
 With `--experts E --used K` it is a mixture of experts instead, a Mixtral with SiLU, which all formats and programs
 compute alike; there are no predictors and no `powerinfer-f16.gguf`. The router's rows are made as those of gates are,
 positive as often as their expert is to be used: `--skew S` of the choices fall on a tenth of the experts, or as near
-to that as the shape allows; about a tenth is flat. `firing` in the JSON is what they got in each layer.
+to that as the shape allows; about a tenth is flat. `firing` in the JSON is what they got in each layer. With
+`--expert-activation relu` it is a Mixtral with ReLU, of whose experts' neurons `--active` fire for any token; programs
+that read GGUF take it for SiLU.
 """
 
 import argparse
@@ -119,6 +121,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
     parser.add_argument("--topics", type=int, default=1)
     parser.add_argument("--experts", type=int, default=0, help="of a layer; 0: it is no mixture")
     parser.add_argument("--used", type=int, default=0, help="experts that a token uses")
+    parser.add_argument("--expert-activation", choices=("silu", "relu"), default="silu", help="relu: --active fire")
     parser.add_argument("--skew", type=float, default=0.8, help="share of the choices that a tenth of the experts gets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=4096)

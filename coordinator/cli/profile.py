@@ -105,9 +105,9 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 def _encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: Say) -> list[list[int]]:
     """Token ids of the texts, `limit` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
-    if not spec.sparse:
+    if not spec.profiled:
         raise UsageError(
-            f"{spec.name} {spec.why_dense}; its neurons are not chosen one by one, there is nothing to profile"
+            f"{spec.name} {spec.why_unprofiled}; its neurons are not chosen one by one, there is nothing to profile"
         )
     if not tokenizer.present:
         raise UsageError(f"{spec.name} came without a tokenizer.json: there is no way to read text with it")

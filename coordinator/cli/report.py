@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Token, WorkerStats
 
@@ -13,6 +15,7 @@ __all__ = ["as_object", "as_text", "fault_of", "rates"]
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
     workers, stats, selection = engine.statistics.workers(), engine.stats, engine.statistics.selection()
+    uses = engine.statistics.expert_uses()
     facts = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
@@ -25,6 +28,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "accepted": stats.accepted,
         "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
+        "expert_uses": uses.tolist() if uses is not None else None,
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.plan.selector,
         "dtype": engine.plan.config.dtype,
@@ -74,6 +78,14 @@ def as_text(engine: Engine) -> str:
         lines.append(
             f"{selection.fired:.1%} of the neurons fired, {selection.selected:.1%} were predicted · "
             f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
+        )
+    uses = engine.statistics.expert_uses()
+    if uses is not None:
+        busiest = max(1, uses.shape[1] // 10)
+        shares = [np.sort(layer)[-busiest:].sum() / layer.sum() for layer in uses if layer.any()]
+        lines.append(
+            f"the {busiest} busiest of {uses.shape[1]} experts took {np.mean(shares):.1%} of the choices "
+            f"(by layer {min(shares):.1%} to {max(shares):.1%})"
         )
     for worker in workers:
         per_token = worker.neurons / max(1, worker.jobs // engine.model.spec.layers)

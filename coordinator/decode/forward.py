@@ -3,7 +3,7 @@
 A team of threads runs `forward` together, each with its own `rank`, with barriers where one needs what
 another wrote. Per layer:
 
-    norm -> q, k, v rows (split)   RoPE at once                                       | barrier
+    norm -> q, k, v rows (split)   RoPE at once; experts that the layer's input tells | barrier
     several tokens: k and v into the cache (split by head)                            | barrier
     attention (split by head); one token: k and v into the cache by whoever reads them | barrier
     output projection rows (split)                                                    | barrier
@@ -66,7 +66,7 @@ from warmfront.coordinator.decode.network import (
 )
 from warmfront.coordinator.decode.norms import add_block, last_norm, layer_norm, normalise, normalise_heads
 from warmfront.coordinator.decode.predictor import predict
-from warmfront.coordinator.decode.router import route
+from warmfront.coordinator.decode.router import note_experts, route, score_experts
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
@@ -297,10 +297,15 @@ def forward(rank: int, net: Network, st: State) -> int:
         _project(net, st, layer, Q, 0, q_rows, rank, normed)
         _project(net, st, layer, K, q_rows, kv_rows, rank, normed)
         _project(net, st, layer, V, q_rows + kv_rows, kv_rows, rank, normed)
+        if net.router.early:
+            score_experts(net, st, layer, rank, x, panels, lanes)
         _count(st.busy, rank, since)
         result = barrier(st.barrier)
         if result != DONE:
             return result
+        if net.router.early:
+            # All have had the workers' answers to the layer before: its routing is not read any more.
+            note_experts(net, st, layer, rank, lanes)
         if net.qk_norm:
             normalise_heads(net, st, layer, rank, panels, lanes)
             result = barrier(st.barrier)
@@ -342,7 +347,7 @@ def forward(rank: int, net: Network, st: State) -> int:
             result = predict(net, st, layer, rank)
             if result != DONE:
                 return result
-        if net.router.experts > 0:
+        if net.router.experts > 0 and not net.router.early:
             result = route(net, st, layer, rank, panels, lanes)
             if result != DONE:
                 return result

@@ -11,6 +11,7 @@ __all__ = [
     "BIAS",
     "CAPTURE",
     "COMPARE",
+    "CORRECTION",
     "DECODE",
     "DOWN_BIAS",
     "FC1",
@@ -45,12 +46,12 @@ __all__ = [
 
 # Columns of Network.weights and Network.kinds.
 _BIASED = ("attn_norm", "q", "k", "v", "o", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias", "router")
+_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias", "router", "correction.bias")
 ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BIASED))
 # How many columns behind a matrix or a norm its bias is.
 BIAS = len(_BIASED)
 ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
-Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER = range(2 * BIAS, len(ROLES))
+Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER, CORRECTION = range(2 * BIAS, len(ROLES))
 # Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
 (
     TOKENS,
@@ -87,8 +88,14 @@ class Router(NamedTuple):
     scoring: int
     normalised: bool
     scale: float
+    groups: int
+    active_groups: int
     # Whether the last branch is a shared expert with a gate, whose score comes behind those of the experts.
     shared_gate: bool
+    # Whether it reads the layer's input.
+    early: bool
+    # The branches, the first ones, that every token uses of a layer without a router.
+    dense: int
     # Of the packed matrix.
     rows: int
     # int64 [branches + 1]: see `branches.bounds_of`.
@@ -257,6 +264,8 @@ class State(NamedTuple):
     inner: Any
     # float32 [panels, rows of the router, lanes]: scores of the experts; one for all, each thread writes its rows.
     expert_scores: Any
+    # int64 [threads, layers, branches]: how many tokens have used each branch, of models with experts.
+    uses: Any
     # float32 [layers, max_tokens * hidden], or empty: feed-forward inputs that were asked for; by the first thread.
     captured: Any
     # int64 [layers, STEPS] and [layers, workers, 2], ns on the monotonic clock; by the first thread.

@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import carray
 
 from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
-from warmfront.coordinator.decode.network import DECODE, ROUTER, TOKENS, Network, Router, State
+from warmfront.coordinator.decode.network import CORRECTION, DECODE, ROUTER, TOKENS, Network, Router, State
 from warmfront.coordinator.decode.row_split import portion
-from warmfront.shared.kernels.atomics import address_of
+from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.model.architecture import SCORINGS
-from warmfront.shared.model.branches import bounds_of, router_rows
+from warmfront.shared.model.branches import bounds_of, dense_branches, router_rows
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.wire.handoff import DONE, barrier
 
-__all__ = ["choose_experts", "route", "router_of", "write_mask"]
+__all__ = ["choose_experts", "note_experts", "route", "router_of", "score_experts", "use_dense", "write_mask"]
 
 Floats = npt.NDArray[np.float32]
 _F32 = int(Kind.F32)
@@ -32,55 +33,92 @@ def router_of(spec: ModelSpec) -> Router:
     """The router of every layer, as the compiled pass reads it."""
     experts = spec.architecture.feed_forward.experts
     if experts is None:
-        return Router(0, 0, 0, False, 1.0, False, 0, bounds_of(spec))
+        return Router(0, 0, 0, False, 1.0, 1, 1, False, False, 0, 0, bounds_of(spec))
     return Router(
         experts=experts.number,
         active=experts.active,
         scoring=SCORINGS.index(experts.scoring),
         normalised=experts.normalised,
         scale=experts.scale,
+        groups=experts.groups,
+        active_groups=experts.active_groups,
         shared_gate=experts.shared_gate,
+        early=experts.early,
+        dense=dense_branches(spec),
         rows=router_rows(spec),
         bounds=bounds_of(spec),
     )
 
 
 @kernel
-def choose_experts(router: Router, scores: Floats, weights: Floats) -> None:
-    """The weights [branches] of a token's branches by its `scores` [router.rows]."""
+def _leave_groups(router: Router, keys: Floats) -> None:
+    """Set the keys [experts] of the worst groups to the lowest."""
+    size = router.experts // router.groups
+    sums = np.empty(router.groups, np.float32)
+    for group in range(router.groups):
+        first, second = np.float32(-np.inf), np.float32(-np.inf if size > 1 else 0)
+        for i in range(group * size, (group + 1) * size):
+            if keys[i] > first:
+                first, second = keys[i], max(first, second)
+            elif keys[i] > second:
+                second = keys[i]
+        sums[group] = first + second
+    for _ in range(router.groups - router.active_groups):
+        worst = -1
+        for group in range(router.groups):
+            # Of equal ones the last is left.
+            if not np.isnan(sums[group]) and (worst < 0 or sums[group] <= sums[worst]):
+                worst = group
+        if worst >= 0:
+            sums[worst] = np.nan
+            keys[worst * size : (worst + 1) * size] = -np.inf
+
+
+@kernel
+def choose_experts(router: Router, scores: Floats, correction: Floats, weights: Floats) -> None:
+    """The weights [branches] of a token's branches by its `scores` [router.rows]; `correction`: [experts], or empty."""
     count = router.experts
     weights[:] = 0
     weights[0] = 1
-    top, chosen = np.float64(0), np.float64(0)
-    for turn in range(router.active):
-        best = -1
-        for i in range(count):
-            # Not by comparing with a lowest score: scores that are NaN choose some experts too.
-            if weights[1 + i] == 0 and (best < 0 or scores[i] > scores[best]):
-                best = i
-        weights[1 + best] = 1
-        if turn == 0:
-            top = np.float64(scores[best])
-    total = np.float64(0)
+    top, total = np.float64(scores[0]), np.float64(0)
+    for i in range(1, count):
+        top = max(top, np.float64(scores[i]))
+    values, keys = np.empty(count), np.empty(count, np.float32)
     for i in range(count):
         score = np.float64(scores[i])
         # The highest becomes 1: no exponential overflows.
-        value = np.exp(score - top) if router.scoring == _SOFTMAX else 1 / (1 + np.exp(-score))
-        total += value
-        if weights[1 + i] != 0:
-            chosen += value
-            weights[1 + i] = value
-    factor = router.scale
-    if router.normalised:
-        factor /= chosen
-    elif router.scoring == _SOFTMAX:
-        factor /= total
+        values[i] = np.exp(score - top) if router.scoring == _SOFTMAX else 1 / (1 + np.exp(-score))
+        total += values[i]
+    if router.scoring == _SOFTMAX:
+        values /= total
+    for i in range(count):
+        # Scores tell apart what is the same once it has become a weight.
+        keys[i] = values[i] + correction[i] if len(correction) > 0 else scores[i]
+    if router.groups > 1:
+        _leave_groups(router, keys)
+    chosen = np.float64(0)
+    for _ in range(router.active):
+        best = -1
+        for i in range(count):
+            # Not by comparing with a lowest key: scores that are NaN choose some experts too.
+            if weights[1 + i] == 0 and (best < 0 or keys[i] > keys[best]):
+                best = i
+        weights[1 + best] = 1
+        chosen += values[best]
+    factor = router.scale / chosen if router.normalised else router.scale
     for i in range(count):
         # Those of the others stay 0, whatever the factor is.
         if weights[1 + i] != 0:
-            weights[1 + i] *= factor
+            weights[1 + i] = values[i] * factor
     if router.shared_gate:
         weights[1 + count] = 1 / (1 + np.exp(-np.float64(scores[count])))
+
+
+@kernel
+def use_dense(router: Router, weights: Floats) -> None:
+    """The weights [branches] of a layer without experts."""
+    weights[:] = 0
+    weights[: router.dense] = 1
 
 
 @kernel
@@ -92,23 +130,45 @@ def write_mask(router: Router, weights: Floats, words: Any) -> None:
 
 
 @kernel
-def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> int:
-    """Write the weights of each token's branches on the board, of decoded tokens the mask too; all the team takes part.
-
-    Returns DONE or ABORTED. For a single token it is the first thread that has written, which posts the job then.
-    """
-    router, tokens, rows = net.router, st.job[TOKENS], net.router.rows
+def score_experts(net: Network, st: State, layer: int, rank: int, values: Floats, panels: int, lanes: int) -> None:
+    """This thread's share of the scores of x [panels, hidden, lanes], `values`, in a layer with a router."""
+    if net.weights[layer, ROUTER] == 0:
+        return
+    rows = net.router.rows
     matrix = Matrix(_F32, net.weights[layer, ROUTER], 0, rows, net.hidden, net.ahead[MATRIX_ROWS, _F32])
     low, high = portion(st.cuts, rows, 8, rank)
-    x = packed_input(_F32, address_of(st.h[rank]), address_of(st.packed[rank]), net.hidden, panels, lanes)
+    x = packed_input(_F32, address_of(values), address_of(st.packed[rank]), net.hidden, panels, lanes)
     linear(matrix, low, high, x, address_of(st.expert_scores), rows, address_of(st.scratch[rank]))
-    result = barrier(st.barrier)
-    if result != DONE:
-        return result
+
+
+@kernel
+def note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> None:
+    """Write the weights of this thread's tokens' branches on the board, of decoded tokens the mask too, by the scores.
+
+    A single token is the first thread's, which posts the job too.
+    """
+    router, tokens, rows = net.router, st.job[TOKENS], net.router.rows
+    at = net.weights[layer, CORRECTION]
+    correction = carray(floats_at(at), (router.experts if at != 0 else 0,))
     for token in range(rank, tokens, st.threads):
         first = token // lanes * rows * lanes + token % lanes
         scores, weights = st.expert_scores[first : first + rows * lanes : lanes], st.handoff.routing[token]
-        choose_experts(router, scores, weights)
+        if net.weights[layer, ROUTER] != 0:
+            choose_experts(router, scores, correction, weights)
+        else:
+            use_dense(router, weights)
+        for branch in range(len(weights)):
+            st.uses[rank, layer, branch] += weights[branch] != 0
         if st.job[DECODE] != 0:
             write_mask(router, weights, st.handoff.mask[token, layer])
-    return barrier(st.barrier) if tokens > 1 else DONE
+
+
+@kernel
+def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> int:
+    """Both steps for the feed-forward's inputs; all the team takes part. Returns DONE or ABORTED."""
+    score_experts(net, st, layer, rank, st.h[rank], panels, lanes)
+    result = barrier(st.barrier)
+    if result != DONE:
+        return result
+    note_experts(net, st, layer, rank, lanes)
+    return barrier(st.barrier) if st.job[TOKENS] > 1 else DONE

@@ -189,6 +189,7 @@ class ThreadTeam:
             captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
+            uses=zeros((threads, spec.layers, board.sizes.branches), np.int64),
             cache=self._cache.layout,
         )
 
@@ -304,6 +305,10 @@ class ThreadTeam:
         """Of the last job, ns on the monotonic clock: the first thread's steps [layers, STEPS], and when each worker
         began and ended [layers, workers, 2]."""
         return self._state.times, self._state.spans
+
+    def uses(self) -> npt.NDArray[np.int64]:
+        """How many tokens have used each branch, int64 [layers, branches]; zeros for a model without experts."""
+        return np.asarray(self._state.uses.sum(0))
 
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""

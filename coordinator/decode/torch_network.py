@@ -222,11 +222,11 @@ class TorchNetwork:
         fires = _linear(inner, fc2, weights.fc2_bias).view(-1, GROUP) > self._predictor.threshold
         return (fires.int() << self._bits).sum(1, dtype=torch.int32)
 
-    def expert_scores(self, layer: int, normed: Tensor) -> Tensor:
-        """The scores of the experts for feed-forward inputs [n, hidden]: float32 [n, rows of the router]."""
+    def expert_scores(self, layer: int, read: Tensor) -> Tensor | None:
+        """The scores of the experts for what their router reads [n, hidden]: float32 [n, rows of the router]; None for
+        a layer without experts."""
         router = self._layers[layer].router
-        assert router is not None
-        return _linear(normed, router, None)
+        return None if router is None else _linear(read, router, None)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""

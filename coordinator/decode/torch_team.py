@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from warmfront.coordinator.decode.network import LOST, STEPS, WORKER_PATIENCE_NS
-from warmfront.coordinator.decode.router import choose_experts, router_of, write_mask
+from warmfront.coordinator.decode.router import choose_experts, router_of, use_dense, write_mask
 from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.torch_network import TorchNetwork
 from warmfront.shared.errors import ResourceError, WorkerError
@@ -47,9 +47,12 @@ class TorchTeam:
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros((1, model.spec.vocab), np.float32)
         self._router = router_of(model.spec)
+        names = [f"layers.{layer}.correction.bias" for layer in range(model.spec.layers)]
+        self._corrections = [model.floats(n) if n in model.entries else np.zeros(0, np.float32) for n in names]
         self._network = TorchNetwork(model, config.device, config.context, config.cache_kind, config.selector)
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
+        self._uses = np.zeros((model.spec.layers, board.sizes.branches), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []
         self._posted = 0
         self._pinned = self._stopping = False
@@ -132,13 +135,15 @@ class TorchTeam:
         self._captured = []
         for layer in range(layers):
             self._note(layer, "start")
+            before = x
             x, read, normed = network.add_attention(layer, x, position)
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
             if predicts and (layer == 0 or not self._look_ahead):
                 self._write_mask(layer, network.predict(layer, read, normed))
             if self._router.experts:
-                self._route(layer, network.expert_scores(layer, normed).cpu().numpy())
+                scored = before if self._router.early else normed
+                self._route(layer, network.expert_scores(layer, scored), len(tokens))
             self._note(layer, "predictor")
             self._post(layer, normed, compare)
             self._note(layer, "post")
@@ -164,11 +169,17 @@ class TorchTeam:
     def _write_mask(self, layer: int, words: Tensor) -> None:
         self._from_device(self._board.mask[0, layer].view(np.int32), words)
 
-    def _route(self, layer: int, scores: npt.NDArray[np.float32]) -> None:
-        """Write the weights of each token's branches, and for a single one the mask, by its scores [n, rows]."""
-        for token, weights in enumerate(self._board.routing[: len(scores)]):
-            choose_experts(self._router, scores[token], weights)
-        if len(scores) == 1:
+    def _route(self, layer: int, scored: Tensor | None, tokens: int) -> None:
+        """Write the weights of each token's branches, and for a single one the mask, by its scores [n, rows]; None: the
+        layer has no experts."""
+        scores = None if scored is None else scored.cpu().numpy()
+        for token, weights in enumerate(self._board.routing[:tokens]):
+            if scores is None:
+                use_dense(self._router, weights)
+            else:
+                choose_experts(self._router, scores[token], self._corrections[layer], weights)
+        self._uses[layer] += np.count_nonzero(self._board.routing[:tokens], axis=0)
+        if tokens == 1:
             write_mask(self._router, self._board.routing[0], self._board.mask[0, layer])
 
     def _post(self, layer: int, normed: Tensor, compare_selection: bool) -> None:
@@ -226,6 +237,10 @@ class TorchTeam:
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """As `ThreadTeam.times`: of the last job, ns on the monotonic clock."""
         return self._times, self._spans
+
+    def uses(self) -> npt.NDArray[np.int64]:
+        """As `ThreadTeam.uses`."""
+        return self._uses
 
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""

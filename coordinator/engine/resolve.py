@@ -160,7 +160,8 @@ def _plan_cores(config: EngineConfig) -> CorePlan:
 def selectors_for(spec: ModelSpec) -> list[str]:
     """The selectors that a model can be run with, the one of `auto` first."""
     predicting = ["lowrank"] if spec.predictor is not None else []
-    return [*predicting, "exact", "lowbit", "all"] if spec.sparse else [*predicting, "all"]
+    sparse = ["exact"] * spec.sparse + ["lowbit"] * spec.profiled
+    return [*predicting, *sparse, "all"]
 
 
 def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
@@ -172,7 +173,7 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
         )
     if chosen not in able:
-        lack = "has no predictors" if wish == "lowrank" else spec.why_dense
+        lack = "has no predictors" if wish == "lowrank" else spec.why_unprofiled
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
     return chosen
 

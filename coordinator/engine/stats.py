@@ -149,6 +149,18 @@ class Statistics:
         selected, fired, hit = (int(column) for column in compared[:, 1:].sum(0))
         return Selection(fired / neurons, selected / neurons, hit / max(fired, 1), hit / max(selected, 1))
 
+    def expert_uses(self) -> npt.NDArray[np.int64] | None:
+        """How many tokens each expert was chosen for since the model was loaded, those of prompts too: int64 [layers,
+        experts], zeros in layers without experts; None for a model without."""
+        self._session.check_open()
+        spec = self._session.model.spec
+        experts = spec.architecture.feed_forward.experts
+        if experts is None:
+            return None
+        uses = self._runtime.team.uses()[:, 1 : 1 + experts.number].copy()
+        uses[list(experts.dense_layers)] = 0
+        return uses
+
     def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:
         """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
         total = workers[0].jobs * self._session.model.layout.groups * GROUP

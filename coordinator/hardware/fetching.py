@@ -55,7 +55,8 @@ CANDIDATES: dict[int, tuple[Fetch, ...]] = {
     MATRIX_ROWS: _AHEAD,
     CACHED_TILES: _AHEAD,
     LOWBIT_ROWS: _AHEAD,
-    GATE_ROWS: _AHEAD,
+    # The gates that follow, or not.
+    GATE_ROWS: (Fetch(0), Fetch(2048)),
     BUNDLES: _AHEAD,
     SCATTERED: (*_AHEAD, Fetch(0, 4), Fetch(5120, 4)),
 }

@@ -187,7 +187,7 @@ class _Reader:
     def _as_bundles(self, layout: BundleLayout, access: int, fetch: Fetch) -> Bundles:
         table, kind = no_fetching(), layout.gate_kind
         table[access, kind], table[ANNOUNCED, kind] = fetch
-        return bundles_at(self._at, layout, _RELU, access == BUNDLES, table)
+        return bundles_at(self._at, layout, _RELU, access == BUNDLES, table, access == GATE_ROWS)
 
     def _batch(self) -> Batch:
         """Of one token."""
@@ -228,10 +228,11 @@ class _Reader:
         layout, groups = self._neurons(kind)
         slots, count = np.arange(layout.groups, dtype=np.int32), groups * GROUP
         gates, opened = np.zeros(count, np.float32), np.zeros(count, np.int32)
+        every = np.full((1, layout.groups), 0xFFFFFFFF, np.uint32)
 
         def turn(fetch: Fetch, part: int) -> int:
-            bundles, first = self._as_bundles(layout, GATE_ROWS, fetch), part * count
-            open_gates(bundles, slots, first, first + count, self._batch(), gates, opened)
+            bundles, first = self._as_bundles(layout, GATE_ROWS, fetch), part * groups
+            open_gates(bundles, slots, first, first + groups, self._batch(), every, gates, opened)
             return count * layout.gate_row_bytes
 
         return turn

@@ -32,6 +32,7 @@ _USUAL = dict.fromkeys(("gemma", *_HIDDEN_ACTIVATION, "gpt2", "starcoder2"), "ge
     "opt": "relu",
     "falcon": "gelu",
     "nemotron": "relu2",
+    "smallthinker": "relu",
 }
 # Words in the names of sparse models that were converted as if they were of the family they come from.
 _BY_NAME = {

@@ -4,112 +4,18 @@ A new family is a row here, and functions in `hf/config.py` and `gguf/config.py`
 """
 
 import difflib
-import re
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from warmfront.coordinator.models.described import positions_of
-from warmfront.coordinator.models.fields import Fields
+from warmfront.coordinator.models.family import Family
 from warmfront.coordinator.models.gguf import config as gguf_config
+from warmfront.coordinator.models.gguf import mixtures as gguf_mixtures
 from warmfront.coordinator.models.gguf import ungated as gguf_ungated
-from warmfront.coordinator.models.gguf.config import Factors, Found
 from warmfront.coordinator.models.hf import config as hf_config
+from warmfront.coordinator.models.hf import mixtures as hf_mixtures
 from warmfront.coordinator.models.hf import ungated as hf_ungated
-from warmfront.coordinator.models.source import Order, head_order
-from warmfront.shared.model.architecture import Positions
-from warmfront.shared.model.spec import ModelSpec
-from warmfront.shared.model.tensors import layer_shapes
 
-__all__ = ["FAMILIES", "GGUF", "HF", "Cuts", "Family", "pair_order", "part_of", "published_name", "supported"]
-
-# Index of each format's name in `Family.tensors`.
-HF, GGUF = 0, 1
-# Of parts of a layer that share a published tensor: the first row of each, and how many rows the tensor has.
-Cuts = Mapping[str, tuple[int, int]]
-# Our names of a model's tensors without numbers, and those of both formats.
-Names = Mapping[str, tuple[str, str]]
-# Our names of tensors (`tensors.py`).
-_NAME = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?:(?P<experts>experts\.)(?P<expert>\d+)\.)?(?P<part>.+)")
-# Parts whose rows are those of heads that RoPE turns.
-_TURNED = ("q", "k", "q_norm", "k_norm")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How the models of one family are read.
-
-    Positions are read last: a rotary table is as long as the settings say, so the tensors must confirm the sizes first.
-    """
-
-    # The description but for positions, from config.json and the model's name.
-    hf: Callable[[Fields, str], ModelSpec]
-    hf_positions: Callable[[Fields, ModelSpec], Positions]
-    # The same from a GGUF file's fields and what else is in it.
-    gguf: Callable[[Fields, Found], ModelSpec]
-    gguf_positions: Callable[[Fields, ModelSpec, Factors], Positions]
-    # By our name (`tensors.py`) without numbers: Hugging Face's name and GGUF's, without ".weight" or ".bias". Parts of
-    # one name lie in one matrix, one behind the other in the order that they have here; GGUF's experts in one stack.
-    tensors: Names
-    # The names in models that have a tensor by the name that this part has there.
-    variant: tuple[str, Names] | None = None
-    # Whether GGUF files have the two rows of a rotated pair side by side, not half a head apart (as Hugging Face's).
-    gguf_pairs: bool = False
-    # Whether Hugging Face's norms multiply by 1 + weight.
-    norms_plus_one: bool = False
-    # Whether Hugging Face's one matrix of q, k and v has, for each head of keys, its queries, the key, the value.
-    hf_grouped: bool = False
-    # Whether Hugging Face's matrices of layers are [in, out].
-    hf_turned: bool = False
-    # Hugging Face's names of matrices between embedding and residual, and between that and the head.
-    hf_projections: tuple[str, str] | None = None
-
-    def named(self, stored: Container[str], side: int) -> "Family":
-        """The same with the names that the tensors `stored` have; `side`: HF or GGUF."""
-        if self.variant is None:
-            return self
-        part, tensors = self.variant
-        return replace(self, tensors=tensors) if f"{tensors[part][side].format(i=0)}.weight" in stored else self
-
-    def hf_name(self, name: str) -> str:
-        """Hugging Face's name of the tensor that `tensors.py` calls `name`."""
-        return published_name(name, lambda part: self.tensors[part][HF])
-
-    def cuts(self, spec: ModelSpec, side: int) -> Cuts:
-        """What lies where in tensors that hold several parts; `side`: HF or GGUF."""
-        shapes, sizes = layer_shapes(spec), dict[tuple[str, bool], int]()
-        first: dict[str, tuple[int, tuple[str, bool]]] = {}
-        for part, shape in shapes.items():
-            published = self.tensors[part.removesuffix(".bias")][side], part.endswith(".bias")
-            first[part] = sizes.get(published, 0), published
-            sizes[published] = first[part][0] + shape[0]
-        return {
-            part: (start, sizes[published])
-            for part, (start, published) in first.items()
-            if sizes[published] != shapes[part][0]
-        }
-
-
-def published_name(name: str, name_of: Callable[[str], str]) -> str:
-    """What a file calls the tensor that `tensors.py` calls `name`, by its names of those without numbers."""
-    match = _NAME.fullmatch(name.removesuffix(".bias"))
-    assert match is not None
-    published = name_of((match["experts"] or "") + match["part"]).format(i=match["layer"], e=match["expert"])
-    return published + (".bias" if name.endswith(".bias") else ".weight")
-
-
-def part_of(name: str) -> str:
-    """The part of a layer that `tensors.py` calls `name`, without the layer."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
-
-
-def pair_order(spec: ModelSpec, name: str) -> Order | None:
-    """How the rows of a tensor are to be ordered, so that rotated pairs lie side by side; None: as they are."""
-    if part_of(name).removesuffix(".bias") not in _TURNED:
-        return None
-    positions = spec.architecture.positions
-    table = positions.table_of(int(name.split(".")[1]))
-    return head_order(spec.architecture.attention.head_dim, positions.rotary[table].dim) if table >= 0 else None
-
+__all__ = ["FAMILIES", "supported"]
 
 _LLAMA = Family(
     hf=hf_config.llama,
@@ -275,8 +181,12 @@ _STARCODER2 = replace(
     },
     gguf_pairs=False,
 )
+_NEURONS = ("gate", "up", "down")
+_WITHOUT_NEURONS = {part: names for part, names in _LLAMA.tensors.items() if part not in _NEURONS}
+# Of layers without experts.
+_DENSE_NAMES = {part: _LLAMA.tensors[part] for part in _NEURONS}
 _EXPERT_NAMES = {
-    **{part: names for part, names in _LLAMA.tensors.items() if part not in ("gate", "up", "down")},
+    **_WITHOUT_NEURONS,
     "router": ("model.layers.{i}.mlp.gate", "blk.{i}.ffn_gate_inp"),
     "experts.gate": ("model.layers.{i}.mlp.experts.{e}.gate_proj", "blk.{i}.ffn_gate_exps"),
     "experts.up": ("model.layers.{i}.mlp.experts.{e}.up_proj", "blk.{i}.ffn_up_exps"),
@@ -289,21 +199,57 @@ _SHARED_EXPERT_NAMES = {
     "shared.down": ("model.layers.{i}.mlp.shared_expert.down_proj", "blk.{i}.ffn_down_shexp"),
 }
 _QWEN2_MOE = replace(
-    _QWEN2, hf=hf_config.qwen2_moe, gguf=gguf_config.mixture, tensors={**_EXPERT_NAMES, **_SHARED_EXPERT_NAMES}
+    _QWEN2,
+    hf=hf_mixtures.qwen2_moe,
+    gguf=gguf_mixtures.mixture,
+    tensors={**_EXPERT_NAMES, **_SHARED_EXPERT_NAMES, **_DENSE_NAMES},
 )
 _QWEN3_MOE = replace(
-    _QWEN2, hf=hf_config.qwen3_moe, gguf=gguf_config.normalised_mixture, tensors={**_EXPERT_NAMES, **_QK_NORMS}
+    _QWEN2,
+    hf=hf_mixtures.qwen3_moe,
+    gguf=gguf_mixtures.normalised_mixture,
+    tensors={**_EXPERT_NAMES, **_QK_NORMS, **_DENSE_NAMES},
 )
 _MIXTRAL = replace(
     _LLAMA,
-    hf=hf_config.mixtral,
-    gguf=gguf_config.normalised_mixture,
+    hf=hf_mixtures.mixtral,
+    gguf=gguf_mixtures.normalised_mixture,
     tensors={
         **_EXPERT_NAMES,
         "router": ("model.layers.{i}.block_sparse_moe.gate", "blk.{i}.ffn_gate_inp"),
         "experts.gate": ("model.layers.{i}.block_sparse_moe.experts.{e}.w1", "blk.{i}.ffn_gate_exps"),
         "experts.up": ("model.layers.{i}.block_sparse_moe.experts.{e}.w3", "blk.{i}.ffn_up_exps"),
         "experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2", "blk.{i}.ffn_down_exps"),
+    },
+)
+_GLM4_MOE = replace(
+    _QWEN2,
+    hf=hf_mixtures.glm4_moe,
+    gguf=gguf_mixtures.glm4moe,
+    tensors={
+        **_EXPERT_NAMES,
+        **_QK_NORMS,
+        **_DENSE_NAMES,
+        "ffn_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.post_attention_norm"),
+        "correction": ("model.layers.{i}.mlp.gate.e_score_correction", "blk.{i}.exp_probs_b"),
+        "shared.gate": ("model.layers.{i}.mlp.shared_experts.gate_proj", "blk.{i}.ffn_gate_shexp"),
+        "shared.up": ("model.layers.{i}.mlp.shared_experts.up_proj", "blk.{i}.ffn_up_shexp"),
+        "shared.down": ("model.layers.{i}.mlp.shared_experts.down_proj", "blk.{i}.ffn_down_shexp"),
+    },
+)
+_SMALLTHINKER = replace(
+    _LLAMA,
+    hf=hf_mixtures.smallthinker,
+    hf_positions=hf_mixtures.smallthinker_rotary,
+    gguf=gguf_mixtures.smallthinker,
+    gguf_positions=gguf_mixtures.smallthinker_rotary,
+    gguf_pairs=False,
+    tensors={
+        **_EXPERT_NAMES,
+        "router": ("model.layers.{i}.block_sparse_moe.primary_router", "blk.{i}.ffn_gate_inp"),
+        "experts.gate": ("model.layers.{i}.block_sparse_moe.experts.{e}.gate", "blk.{i}.ffn_gate_exps"),
+        "experts.up": ("model.layers.{i}.block_sparse_moe.experts.{e}.up", "blk.{i}.ffn_up_exps"),
+        "experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.down", "blk.{i}.ffn_down_exps"),
     },
 )
 # By model_type of config.json, and by general.architecture of GGUF, which is the same for most, but a Mistral is a
@@ -327,11 +273,14 @@ FAMILIES = {
     "starcoder2": _STARCODER2,
     "granite": replace(_LLAMA, hf=hf_config.granite, gguf=gguf_config.granite),
     "mixtral": _MIXTRAL,
-    "olmoe": replace(_QWEN3_MOE, hf=hf_config.olmoe, gguf=gguf_config.mixture),
+    "olmoe": replace(_QWEN3_MOE, hf=hf_mixtures.olmoe, gguf=gguf_mixtures.mixture),
     "qwen2_moe": _QWEN2_MOE,
     "qwen2moe": _QWEN2_MOE,
     "qwen3_moe": _QWEN3_MOE,
     "qwen3moe": _QWEN3_MOE,
+    "glm4_moe": _GLM4_MOE,
+    "glm4moe": _GLM4_MOE,
+    "smallthinker": _SMALLTHINKER,
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,
     "prosparse-llama": _LLAMA,
@@ -344,6 +293,7 @@ FAMILIES = {
 # What families that are not in the table have, by the same names, and nothing here computes yet.
 _HEAD_BIAS = "a bias of the head"
 _OTHER_EXPERTS = "a mixture of experts (MoE) of its own kind"
+_LATENT = "multi-head latent attention (MLA)"
 _GEMMA3N = "embeddings of each layer, several residuals, and gates cut off at a quantile"
 _MISSING = {
     "phi": _HEAD_BIAS,
@@ -354,9 +304,10 @@ _MISSING = {
     "phimoe": _OTHER_EXPERTS,
     "gpt_oss": _OTHER_EXPERTS,
     "gpt-oss": _OTHER_EXPERTS,
-    "deepseek_v2": _OTHER_EXPERTS,
-    "deepseek_v3": _OTHER_EXPERTS,
-    "deepseek2": _OTHER_EXPERTS,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek2": _LATENT,
+    "glm4_moe_lite": _LATENT,
 }
 
 

@@ -25,7 +25,7 @@ from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
-from warmfront.shared.model.branches import branches_of, layout_of, router_rows
+from warmfront.shared.model.branches import groups_of, layout_of, parts_of, router_rows
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
 from warmfront.shared.model.store import PackedModel
@@ -119,8 +119,7 @@ class PackingPlan:
         spec = source.spec
         check_supported(spec)
         layers, neurons = range(spec.layers), spec.architecture.feed_forward.matrices
-        self._branches = [branch for branch in branches_of(spec) if branch.neurons]
-        prefixes = [f"layers.{i}.{branch.prefix}" for i in layers for branch in self._branches]
+        prefixes = [f"layers.{i}.{branch.prefix}" for i in layers for branch in parts_of(spec, i)]
 
         # All bundles have the same layout, so their rows have the widest type of any layer and branch.
         widest = {part: min(_kind(source.tensor(prefix + part), dtype) for prefix in prefixes) for part in neurons}
@@ -156,7 +155,7 @@ class PackingPlan:
         if self._tokenizer:
             self.shapes["tokenizer"] = ("U8", (len(self._tokenizer),))
         for i in layers:
-            self.shapes[f"layers.{i}.ffn"] = ("U8", (self.layout.groups, self.layout.group_bytes))
+            self.shapes[f"layers.{i}.ffn"] = ("U8", (groups_of(spec, i), self.layout.group_bytes))
         # Behind the layers, from which it is found out.
         self.shapes["largest"] = ("F32", (spec.layers * len(neurons),))
         self._largest: list[float] = []
@@ -209,11 +208,10 @@ class PackingPlan:
 
     def _bundles(self, layer: str) -> Bytes:
         """A layer's groups. Branch by branch, so that of a layer's experts only one is in memory twice."""
-        layout = self.layout
-        out = np.zeros((layout.groups, layout.group_bytes), np.uint8)
+        out = np.zeros(self.shapes[f"{layer}.ffn"][1], np.uint8)
         largest_of: dict[str, float] = {}
         first = 0
-        for branch in self._branches:
+        for branch in parts_of(self.source.spec, int(layer.removeprefix("layers."))):
             groups = -(-branch.neurons // GROUP)
             for part, most in self._fill(out[first : first + groups], f"{layer}.{branch.prefix}").items():
                 largest_of[part] = max(most, largest_of.get(part, 0.0))

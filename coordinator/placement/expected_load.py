@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.shared.config import PREDICTING
-from warmfront.shared.model.branches import bounds_of
+from warmfront.shared.model.branches import bounds_of, groups_of, has_experts
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
@@ -25,15 +25,18 @@ def firing_of(model: PackedModel) -> Floats:
     profile = Profile.of(model)
     if profile is not None:
         return profile.group_firing()
-    return np.tile(neurons_of(model.layout).astype(np.float64), (model.spec.layers, 1)) * _use(model.spec)
+    return neurons_of(model.layout) * _use(model.spec)
 
 
 def _use(spec: ModelSpec) -> Floats:
-    """How often a token uses each group, float64 [groups]: if nothing is known of the experts, all equally often."""
+    """How often a token uses each group, float64 [layers, groups]: if nothing is known of the experts, all equally
+    often."""
     bounds, experts = bounds_of(spec), spec.architecture.feed_forward.experts
-    use = np.ones(bounds[-1])
-    if experts is not None:
-        use[bounds[1] : bounds[1 + experts.number]] = experts.active / experts.number
+    use = np.ones((spec.layers, bounds[-1]))
+    for layer in range(spec.layers):
+        use[layer, groups_of(spec, layer) :] = 0
+        if experts is not None and has_experts(spec, layer):
+            use[layer, bounds[1] : bounds[1 + experts.number]] = experts.active / experts.number
     return use
 
 
@@ -51,4 +54,4 @@ def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
 def expected_bytes(model: PackedModel, selector: str) -> Floats:
     """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
     use = _use(model.spec)
-    return load_of(model.layout, selector, firing_of(model) / use) * use
+    return load_of(model.layout, selector, firing_of(model) / np.where(use > 0, use, 1)) * use

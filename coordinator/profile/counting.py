@@ -74,7 +74,7 @@ def ensure_profiled(
     time the second waits.
     """
     folder = model.path.parent
-    if not model.spec.sparse or profiled(model) or not access(folder, W_OK):
+    if not model.spec.profiled or profiled(model) or not access(folder, W_OK):
         return False
     if shutil.disk_usage(folder).free < model.path.stat().st_size:
         return False

@@ -94,7 +94,7 @@ def open_hf(folder: Path, shape: Shape, dtype: torch.dtype) -> list[Safetensors]
     if shape.experts:
         config |= {
             "architectures": ["MixtralForCausalLM"],
-            "hidden_act": "silu",
+            "hidden_act": shape.expert_activation,
             "model_type": "mixtral",
             "num_experts_per_tok": shape.used,
             "num_local_experts": shape.experts,

@@ -23,7 +23,7 @@ HOT, HOT_SHARE, PEAK = 0.21, 0.8, 0.95
 @dataclass(frozen=True)
 class Shape:
     """Sizes of the model: channels, layers, neurons of a layer or of an expert, heads, tokens, rank of the gate
-    matrices, topics; experts of a layer (0: there are none), and how many of them a token uses."""
+    matrices, topics; experts of a layer (0: there are none), how many of them a token uses, and their activation."""
 
     hidden: int
     layers: int
@@ -36,6 +36,7 @@ class Shape:
     context: int
     experts: int = 0
     used: int = 0
+    expert_activation: str = "silu"
 
     @property
     def head_dim(self) -> int:
@@ -62,6 +63,8 @@ class Shape:
             return "--rank must be at most half of --hidden"
         if self.experts < 0 or self.used < 0 or (self.used and not self.experts):
             return "--experts and --used must not be negative, and --used needs --experts"
+        if self.expert_activation != "silu" and not self.experts:
+            return "--expert-activation needs --experts"
         if self.experts and not 1 <= self.used <= self.experts:
             return "--used must be from 1 to --experts"
         if self.vocab < FIRST_WORD + 2 * self.topics:

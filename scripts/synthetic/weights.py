@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import relu, scaled_dot_product_attention, silu
 
 from synthetic.shape import FIRST_WORD, NORM_EPS, ROPE_BASE, Shape
 
@@ -189,11 +189,17 @@ class Maker:
         uses = torch.bincount(best.indices.flatten(), minlength=count).float()
         self.firing.append(float(uses.sort(descending=True).values[: max(1, count // 10)].sum() / uses.sum()))
         yield "router", router
+        activation = relu if self.shape.expert_activation == "relu" else silu
         users = [(best.indices == number).nonzero(as_tuple=True) for number in range(count)]
         inners = []
         for number, (tokens, _) in enumerate(users):
-            gate = self._round(self._normal(ffn, hidden, MIX, layer, number, scale=usual))
-            inners.append(silu(h[tokens] @ gate.T))
+            gate = self._normal(ffn, hidden, MIX, layer, number, scale=usual)
+            if self.shape.expert_activation == "relu":
+                gate[:, 0] = 0.0
+                own = torch.from_numpy(self._rng(RATES, layer, number).permutation(self.rates).astype(np.float32))
+                gate[:, 0] = -quantiles((flat @ gate.T).div_(self.bias), 1 - own)
+            gate = self._round(gate)
+            inners.append(activation(h[tokens] @ gate.T))
             yield f"experts.{number}.gate", gate
         for number, (tokens, _) in enumerate(users):
             up = self._round(self._normal(ffn, hidden, UP, layer, number, scale=usual))

@@ -43,7 +43,8 @@ ACCESSES = ("matrix", "cached", "lowbit", "gates", "bundles", "scattered", "anno
     CACHED_TILES,
     # Rows of a low-bit copy of the gates; its bits take the place of the kind.
     LOWBIT_ROWS,
-    # The gates of neurons in order, a bundle apart.
+    # The gates of groups in order, apart from the rest of them and in tiles as matrices: any distance stands for the
+    # next tile.
     GATE_ROWS,
     # All neurons in order, in tiles as matrices, by the kind of their gates, as the next two.
     BUNDLES,

@@ -226,6 +226,17 @@ class Experts:
     # too, by the sigmoid of a score of its own.
     shared: int = 0
     shared_gate: bool = False
+    # Whether the router reads the layer's input, before its norm and attention, not what the experts read.
+    early: bool = False
+    # Whether the choice is by the weights, before they are scaled, plus a number of each expert's own.
+    corrected: bool = False
+    # The experts are in so many groups, one behind the other, of which those `active_groups` can be chosen from whose
+    # best two experts together are best.
+    groups: int = 1
+    active_groups: int = 1
+    # Layers that have one feed-forward of `dense` neurons instead, in ascending order.
+    dense_layers: tuple[int, ...] = ()
+    dense: int = 0
 
     def __post_init__(self) -> None:
         check_count("number of experts", self.number, 1, _MAX_EXPERTS)
@@ -235,6 +246,16 @@ class Experts:
         check_count("neurons of the shared expert", self.shared, 0)
         if self.shared_gate and not self.shared:
             raise ValueError("there is a gate for a shared expert, but no shared expert")
+        check_count("groups of experts", self.groups, 1, self.number)
+        check_count("active groups of experts", self.active_groups, 1, self.groups)
+        if self.number % self.groups or self.active > self.number // self.groups * self.active_groups:
+            raise ValueError(
+                f"{self.active} of {self.number} experts cannot be chosen from {self.active_groups} of {self.groups} "
+                "groups of them"
+            )
+        check_count("neurons of layers without experts", self.dense, 1 if self.dense_layers else 0)
+        if list(self.dense_layers) != sorted({*self.dense_layers}):
+            raise ValueError(f"layers without experts are {reprlib.repr(self.dense_layers)}, not in ascending order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,10 @@
 
 The neurons of a branch are a run of whole groups, the last of which is padded; the branches follow each other in this
 order. So to place and to move experts is to place and to move groups of neurons.
+
+A layer without experts in a mixture has its neurons where others have their first branches, as many as they take, and
+every token uses all of those, with weight 1. The groups of the branches behind them are in all tables, but have no
+weights, and nothing uses them.
 """
 
 from typing import NamedTuple
@@ -19,7 +23,18 @@ from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["Branch", "bounds_of", "branches_of", "layout_of", "router_rows", "used_neurons"]
+__all__ = [
+    "Branch",
+    "bounds_of",
+    "branches_of",
+    "dense_branches",
+    "groups_of",
+    "has_experts",
+    "layout_of",
+    "parts_of",
+    "router_rows",
+    "used_neurons",
+]
 
 
 class Branch(NamedTuple):
@@ -47,6 +62,32 @@ def bounds_of(spec: ModelSpec) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *groups], dtype=np.int64)
 
 
+def has_experts(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer has experts."""
+    experts = spec.architecture.feed_forward.experts
+    return experts is not None and layer not in experts.dense_layers
+
+
+def parts_of(spec: ModelSpec, layer: int) -> list[Branch]:
+    """What has neurons in a layer, in the order of its groups."""
+    experts = spec.architecture.feed_forward.experts
+    if experts is not None and not has_experts(spec, layer):
+        return [Branch("", experts.dense)]
+    return [branch for branch in branches_of(spec) if branch.neurons]
+
+
+def dense_branches(spec: ModelSpec) -> int:
+    """How many branches the neurons of a layer without experts take; more than there are, if they do not fit."""
+    experts = spec.architecture.feed_forward.experts
+    return 0 if experts is None else int(np.searchsorted(bounds_of(spec), -(-experts.dense // GROUP)))
+
+
+def groups_of(spec: ModelSpec, layer: int) -> int:
+    """The groups of a layer that have weights."""
+    bounds, experts = bounds_of(spec), spec.architecture.feed_forward.experts
+    return int(bounds[-1] if experts is None or has_experts(spec, layer) else bounds[dense_branches(spec)])
+
+
 def layout_of(spec: ModelSpec, gate_kind: Kind, down_kind: Kind) -> BundleLayout:
     """The layout of a layer's bundles with rows of these types. With experts, what pads a branch counts as neurons."""
     feed_forward = spec.architecture.feed_forward
@@ -72,4 +113,4 @@ def used_neurons(spec: ModelSpec) -> float:
     if experts is None:
         return spec.ffn
     # A softmax and a sigmoid stay below one, and so do weights that are scaled to sum to one.
-    return experts.active * spec.ffn * experts.scale + experts.shared
+    return max(experts.active * spec.ffn * experts.scale + experts.shared, experts.dense)

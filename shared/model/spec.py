@@ -71,6 +71,9 @@ class ModelSpec:
             check_count(what, getattr(self, what))
         if self.hidden % BLOCK:
             raise ValueError(f"hidden size {self.hidden} is not a multiple of {BLOCK}; such models are not supported")
+        experts = self.architecture.feed_forward.experts
+        for layer in experts.dense_layers if experts is not None else ():
+            check_count("layer without experts", layer, 0, self.layers - 1)
         per_layer = {
             "attention windows": self.architecture.attention.windows,
             "rotary tables": self.architecture.positions.rotary_of_layer,
@@ -95,13 +98,17 @@ class ModelSpec:
     @property
     def sparse(self) -> bool:
         """Whether the layers have neurons that contribute exactly nothing, and can be run so that they are left out."""
-        # Within experts all neurons are computed.
-        return self.architecture.feed_forward.sparse and self.architecture.feed_forward.experts is None
+        return self.architecture.feed_forward.sparse
 
     @property
-    def why_dense(self) -> str:
-        """What a model is that is not `sparse`, to follow its name."""
-        if self.architecture.feed_forward.experts is not None:
+    def profiled(self) -> bool:
+        """Whether it is counted which neurons fire, to order and to predict them by that: not yet within experts."""
+        return self.sparse and self.architecture.feed_forward.experts is None
+
+    @property
+    def why_unprofiled(self) -> str:
+        """What a model is that is not `profiled`, to follow its name."""
+        if self.sparse:
             return "is a mixture of experts"
         return f"is not ReLU-like: it uses {self.activation}"
 

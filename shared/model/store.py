@@ -5,7 +5,8 @@ Tensors:
     layers.{i}.{q,k,v,o}                 positions unless they are learned
     layers.{i}.router                    U8 [rows, row_bytes]: float32 rows of the experts' router, then that of a
                                          shared expert's gate, then zeros up to a multiple of 16; absent without experts
-    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`), by `branches.py`
+    layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`), by `branches.py`; of a
+                                         layer without experts in a mixture fewer groups
     layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
@@ -45,6 +46,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +56,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import DamagedError, ModelError
-from warmfront.shared.model.branches import layout_of, router_rows, used_neurons
+from warmfront.shared.model.branches import groups_of, has_experts, layout_of, router_rows, used_neurons
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
@@ -64,7 +66,7 @@ from warmfront.shared.model.tensors import layer_shapes, top_shapes
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
-FORMAT = "warmfront-10"
+FORMAT = "warmfront-11"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 
@@ -191,10 +193,11 @@ class PackedModel:
                 shape = shape[0], self._row_bytes(name, shape[1])
             if shape is not None and (shape != entry.shape or prod(shape) * _ITEM_BYTES[entry.element] != entry.nbytes):
                 raise ValueError(f"tensor {name} has shape {entry.shape} and {entry.nbytes} bytes, not shape {shape}")
-        needed = ("ffn", "router") if self.spec.architecture.feed_forward.experts is not None else ("ffn",)
         last = f"layers.{self.spec.layers - 1}.ffn"
-        for name in (f"layers.{self.spec.layers - 1}.{part}" for part in needed):
-            if "embed" in self.entries and name not in self.entries:  # a file of copies of the gates has neither
+        routers = (f"layers.{layer}.router" for layer in range(self.spec.layers) if has_experts(self.spec, layer))
+        # A file of copies of the gates has none of them.
+        for name in chain((last,), routers) if "embed" in self.entries else ():
+            if name not in self.entries:
                 raise ValueError(f"tensor {name} is missing")
         if last in self.entries and "largest" not in self.entries:
             raise ValueError("tensor largest is missing")
@@ -202,7 +205,7 @@ class PackedModel:
     def _neuron_shape(self, layer: str, part: str) -> tuple[int, ...]:
         """What shape the bundles (ffn) or a predictor's matrix must have; the predictor's rank is that of fc1."""
         if part == "ffn":
-            return self.layout.groups, self.layout.group_bytes
+            return groups_of(self.spec, int(layer.split(".")[1])), self.layout.group_bytes
         rank = self.entries[f"{layer}.fc1"].shape[0]
         if part.endswith(".bias"):
             return (rank if part == "fc1.bias" else self.layout.groups * GROUP,)
@@ -270,10 +273,19 @@ class PackedModel:
             return np.broadcast_to(np.arange(shape[1]), shape)
         return self.bytes_of("places").view(np.uint32).reshape(shape).astype(np.int64)
 
+    @cached_property
+    def groups(self) -> list[int]:
+        """The groups of each layer that have weights."""
+        return [groups_of(self.spec, layer) for layer in range(self.spec.layers)]
+
     def read_groups(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> None:
-        """Fill `out`, uint8 [n, group_bytes], with groups first .. first + n - 1 of `layer`."""
+        """Fill `out`, uint8 [n, group_bytes], with groups first .. first + n - 1 of `layer`.
+
+        Of those that have no weights (`branches.groups_of`), it stays as it is: nothing uses them.
+        """
         assert out.shape[1] == self.layout.group_bytes
-        self.read_into(f"layers.{layer}.ffn", out, first * self.layout.group_bytes)
+        have = max(self.groups[layer] - first, 0)
+        self.read_into(f"layers.{layer}.ffn", out[:have], first * self.layout.group_bytes)
 
     def close(self) -> None:
         """Close the file."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from warmfront.shared.errors import ModelError
+from warmfront.shared.model.branches import bounds_of, dense_branches
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["check_supported"]
@@ -10,6 +11,10 @@ __all__ = ["check_supported"]
 
 def _has_experts(spec: ModelSpec) -> bool:
     return spec.architecture.feed_forward.experts is not None
+
+
+def _dense_is_too_wide(spec: ModelSpec) -> bool:
+    return _has_experts(spec) and dense_branches(spec) == len(bounds_of(spec))
 
 
 # Words (plural if they end in s) and how to tell. A feature that all passes and workers compute leaves this table.
@@ -20,6 +25,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[ModelSpec], bool]], ...] = (
         lambda s: s.architecture.residual == "parallel" and s.architecture.norm.placement != "pre",
     ),
     ("biases within experts", lambda s: _has_experts(s) and bool(s.architecture.feed_forward.biases)),
+    ("layers without experts wider than all experts", _dense_is_too_wide),
     ("predictors of experts' neurons", lambda s: _has_experts(s) and s.predictor is not None),
 )
 

@@ -12,9 +12,10 @@ layers.{i}.q_norm, .k_norm     [head_dim] or, of whole vectors, [heads or kv_hea
 layers.{i}.o                   [hidden, heads * head_dim]
 layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has none
 layers.{i}.down                [hidden, ffn]
-layers.{i}.experts.{e}.gate, .up, .down    the same of an expert, instead
+layers.{i}.experts.{e}.gate, .up, .down    the same of an expert, instead; not in layers without experts
 layers.{i}.shared.gate, .up, .down         the same of the expert that all tokens use, where there is one
 layers.{i}.router              [experts, hidden], with experts
+layers.{i}.correction.bias     [experts], what the choice of experts adds to their weights, where it does
 layers.{i}.shared_router       [1, hidden], where the shared expert has a gate
 layers.{i}.fc1                 [r, hidden], if the model has predictors; r may differ between layers
 layers.{i}.fc2                 [ffn, r], likewise
@@ -25,7 +26,7 @@ layers.{i}.fc1.bias, .fc2.bias [r], [ffn], if the predictors have them
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
-from warmfront.shared.model.branches import branches_of
+from warmfront.shared.model.branches import has_experts, parts_of
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["file_shapes", "layer_shapes", "predictor_shapes", "top_shapes"]
@@ -46,8 +47,11 @@ def top_shapes(spec: ModelSpec) -> dict[str, Shape]:
     return shapes
 
 
-def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shape of each tensor of a layer but its predictor's and its experts', by the name without "layers.{i}."."""
+def layer_shapes(spec: ModelSpec, layer: int | None = None) -> dict[str, Shape]:
+    """Shape of each tensor of a layer but its predictor's and its experts', by the name without "layers.{i}.".
+
+    `layer`: which one, where those of a mixture without experts are told apart from the others.
+    """
     hidden, norm = spec.hidden, spec.architecture.norm
     attention, feed_forward = spec.architecture.attention, spec.architecture.feed_forward
     rows = {"q": attention.q_rows, "k": attention.kv_rows, "v": attention.kv_rows}
@@ -65,11 +69,14 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
     if not norm.shared:
         shapes |= {f"ffn_{part}": shape for part, shape in before.items()}
     experts = feed_forward.experts
-    if experts is None:
+    if experts is None or layer in experts.dense_layers:
+        neurons = spec.ffn if experts is None else experts.dense
         for part in feed_forward.matrices:
-            shapes |= _with_bias(part, _matrix_shape(part, spec.ffn, hidden), part in feed_forward.biases)
+            shapes |= _with_bias(part, _matrix_shape(part, neurons, hidden), part in feed_forward.biases)
     else:
         shapes["router"] = (experts.number, hidden)
+        if experts.corrected:
+            shapes["correction.bias"] = (experts.number,)
         if experts.shared_gate:
             shapes["shared_router"] = (1, hidden)
     return shapes | {f"ffn_{part}": shape for part, shape in behind.items()}
@@ -79,11 +86,10 @@ def _matrix_shape(part: str, neurons: int, hidden: int) -> Shape:
     return (hidden, neurons) if part == "down" else (neurons, hidden)
 
 
-def _expert_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    """The same of a layer's experts; nothing for a model without."""
-    feed_forward = spec.architecture.feed_forward
-    for branch in branches_of(spec) if feed_forward.experts is not None else ():
-        for part in feed_forward.matrices if branch.neurons else ():
+def _expert_shapes(spec: ModelSpec, layer: int) -> Iterator[tuple[str, Shape]]:
+    """The same of a layer's experts; nothing for one without."""
+    for branch in parts_of(spec, layer) if has_experts(spec, layer) else ():
+        for part in spec.architecture.feed_forward.matrices:
             yield branch.prefix + part, _matrix_shape(part, branch.neurons, spec.hidden)
 
 
@@ -94,9 +100,8 @@ def _with_bias(name: str, shape: Shape, bias: bool) -> dict[str, Shape]:
 def file_shapes(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor but the predictors'; lazily, as a hostile file may claim any number of layers."""
     yield from top_shapes(spec).items()
-    parts = layer_shapes(spec)
     for i in range(spec.layers):
-        for part, shape in chain(parts.items(), _expert_shapes(spec)):
+        for part, shape in chain(layer_shapes(spec, i).items(), _expert_shapes(spec, i)):
             yield f"layers.{i}.{part}", shape
 
 

@@ -189,11 +189,11 @@ def test_the_host_pins_nothing() -> None:
     assert not HostDevice().pin(np.zeros(4096, np.uint8))
 
 
-# What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. Number of every neuron to
-# compute; x in two bytes (padded to 64) and two floats a block (padded to 16); 64 columns of 12 groups widened; gates
+# What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. Number and gate of each
+# neuron; x in two bytes (padded to 64) and two floats a block (padded to 16); 64 columns of 12 groups widened; gates
 # and ups of a group, x as bfloat16, and of 7 groups the products of gate and up, as floats and as blocks of bytes.
 PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 7 * (4 * 32 * 16 + 640)
-PARTIAL_BYTES = 4 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 12 * 32 * 64 + PANEL_BYTES
+PARTIAL_BYTES = 8 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 12 * 32 * 64 + PANEL_BYTES
 
 
 def test_ledger() -> None:

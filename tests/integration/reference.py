@@ -1,17 +1,23 @@
 """Hugging Face transformers in float32, the reference of the equality and quality tests."""
 
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from warmfront.coordinator.models.families import FAMILIES, pair_order
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.family import pair_order
+from warmfront.shared.model.branches import bounds_of, branches_of
+from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import row_bytes, unpack
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.model.tensors import file_shapes
@@ -76,7 +82,7 @@ def llama_from_folder(path: Path) -> Any:
 
 def model_from_packed(folder: Path, packed: PackedModel) -> Any:
     """The folder's model with the weights of its packed file, each as it was rounded there, widened to float32."""
-    model, spec, family = llama_from_folder(folder), packed.spec, FAMILIES[packed.spec.family]
+    spec, family = packed.spec, FAMILIES[packed.spec.family]
     parts: dict[str, list[Floats]] = {}
     for name, shape in file_shapes(spec):
         values = _unpacked(packed, name, shape)
@@ -86,13 +92,17 @@ def model_from_packed(folder: Path, packed: PackedModel) -> Any:
             values = heads[:, np.argsort(order)].reshape(shape)
         if family.norms_plus_one and name.endswith("norm"):
             values = values - 1
-        parts.setdefault(family.hf_name(name), []).append(values)
-    state = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in parts.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) <= ({"lm_head.weight"} if spec.architecture.tied_head else set())
-    assert not unexpected
-    model.tie_weights()
-    return model
+        published = family.hf_name(name).replace("correction.bias", "correction_bias")
+        parts.setdefault(published, []).append(values)
+    # As a folder: in memory, transformers has experts in stacks.
+    with TemporaryDirectory() as place:
+        shutil.copy(folder / "config.json", place)
+        state = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+        save_file(state, Path(place) / "model.safetensors", {"format": "pt"})
+        model, found = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    assert set(found["missing_keys"]) <= ({"lm_head.weight"} if spec.architecture.tied_head else set())
+    assert not found["unexpected_keys"]
+    return model.eval()
 
 
 def _unpacked(packed: PackedModel, name: str, shape: tuple[int, ...]) -> Floats:
@@ -101,14 +111,22 @@ def _unpacked(packed: PackedModel, name: str, shape: tuple[int, ...]) -> Floats:
     if part in ("gate", "up", "down"):
         layout = packed.layout
         start, kind = layout.place_of(part)
-        groups = packed.bytes_of(f"{layer}.ffn").reshape(layout.groups, layout.group_bytes)
-        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)[: layout.ffn]
+        _, number, *branch = layer.split(".")
+        firsts = zip(branches_of(packed.spec), bounds_of(packed.spec).tolist(), strict=False)
+        # Not found: a layer of a mixture that has no experts.
+        at = next((GROUP * group for (prefix, _), group in firsts if prefix == "".join(f"{w}." for w in branch)), 0)
+        groups = packed.bytes_of(f"layers.{number}.ffn").reshape(-1, layout.group_bytes)
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
+        bundles = bundles[at : at + shape[part == "down"]]
         rows = unpack(bundles[:, start : start + row_bytes(kind, layout.hidden)], kind, layout.hidden)
         return np.ascontiguousarray(rows.T if part == "down" else rows)
-    entry = packed.entries[name]
+    entry = packed.entries[name.replace("shared_router", "router")]
     if entry.kind is None:
         return packed.floats(name)
-    return unpack(packed.bytes_of(name).reshape(entry.shape), entry.kind, shape[1])
+    rows = unpack(packed.bytes_of(name.replace("shared_router", "router")).reshape(entry.shape), entry.kind, shape[1])
+    experts = packed.spec.architecture.feed_forward.experts
+    first = experts.number if part == "shared_router" and experts is not None else 0
+    return rows[first : first + shape[0]]
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Floats:

@@ -5,6 +5,7 @@ What every family says in float32 is in `test_families.py`.  pytest tests/integr
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,14 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import Restless, budget_for, watch
-from tests.integration.reference import all_logits, llama_from_folder
+from tests.integration.reference import all_logits, llama_from_folder, model_from_packed
+from warmfront.coordinator.cli.report import as_text
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.branches import bounds_of, branches_of
 from warmfront.shared.model.bundle import GROUP
-from warmfront.shared.model.formats import row_bytes, row_cols, unpack
-from warmfront.shared.model.store import PackedModel
 
 Make = Callable[..., Path]
 Floats = npt.NDArray[np.float32]
@@ -37,54 +36,21 @@ PROMPT = [3 + (7 * i + i // 13) % 290 for i in range(70)]
 BATCHES = [[5, 9, 250, 33, 17], [101], [7, 8]]
 
 
-def weights_of(packed: PackedModel, layer: int, part: str) -> list[Floats]:
-    """One matrix of each branch, as it was rounded: [neurons, hidden] each."""
-    spec, layout = packed.spec, packed.layout
-    start, kind = layout.place_of(part)
-    groups = packed.bytes_of(f"layers.{layer}.ffn").reshape(layout.groups, layout.group_bytes)
-    rows = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)[:, start:]
-    wide = unpack(np.ascontiguousarray(rows[:, : row_bytes(kind, spec.hidden)]), kind, spec.hidden)
-    first = (bounds_of(spec)[:-1] * GROUP).tolist()
-    return [wide[at : at + branch.neurons] for at, branch in zip(first, branches_of(spec), strict=True)]
-
-
-def as_packed(folder: Path, packed: PackedModel) -> Any:
-    """The model by transformers, with the matrices of the packed file."""
-    model = llama_from_folder(folder)
-    attention, rotated = packed.spec.architecture.attention, {"q", "k"}
-
-    def matrix(name: str) -> Floats:
-        entry = packed.entries[name]
-        assert entry.kind is not None
-        return unpack(packed.bytes_of(name).reshape(entry.shape), entry.kind, row_cols(entry.kind, entry.shape[1]))
-
-    def put(parameter: Any, values: Floats) -> None:
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(values)))
-
-    with torch.no_grad():
-        put(model.model.embed_tokens.weight, matrix("embed"))
-        put(model.lm_head.weight, matrix("head"))
-        for number, layer in enumerate(model.model.layers):
-            for part in "qkvo":
-                values = matrix(f"layers.{number}.{part}")
-                if part in rotated:
-                    pairs = values.reshape(-1, attention.head_dim // 2, 2, values.shape[1])
-                    values = pairs.swapaxes(1, 2).reshape(values.shape)
-                put(getattr(layer.self_attn, f"{part}_proj").weight, values)
-            _, *gates, shared_gate = weights_of(packed, number, "gate")
-            _, *ups, shared_up = weights_of(packed, number, "up")
-            _, *downs, shared_down = weights_of(packed, number, "down")
-            put(layer.mlp.experts.gate_up_proj, np.concatenate((np.stack(gates), np.stack(ups)), axis=1))
-            put(layer.mlp.experts.down_proj, np.stack(downs).swapaxes(1, 2))
-            for part, values in (("gate", shared_gate), ("up", shared_up), ("down", shared_down.T)):
-                put(getattr(layer.mlp.shared_expert, f"{part}_proj").weight, values)
-    return model
+@pytest.fixture(scope="module", params=["silu", "relu"])
+def activation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def answer(tiny_family: Make) -> Floats:
+def folder(tiny_family: Make, activation: str) -> Path:
+    return tiny_family(NAME, hidden_act=activation)
+
+
+@pytest.fixture(scope="module")
+def answer(folder: Path, activation: str) -> Floats:
     """The logits of one worker, after the prompt and after each token of `BATCHES`, one by one."""
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True) as engine:
+        assert engine.plan.selector == ("exact" if activation == "relu" else "all")
         return one_by_one(engine)
 
 
@@ -111,9 +77,9 @@ def one_by_one(engine: Engine, size: int = 1) -> Floats:
     ids=["two workers", "one thread", "gpu with moves"],
 )
 def test_who_computes_what_changes_no_bit(
-    tiny_family: Make, answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True, **overrides) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True, **overrides) as engine:
         if "gpu" in overrides:
             watch(engine, Restless(), monkeypatch)
         for size in (1, 5):
@@ -124,19 +90,34 @@ def test_who_computes_what_changes_no_bit(
             assert engine.ownership.flow.moves > 0
 
 
-def test_without_its_gpu_worker_the_answer_is_the_same(tiny_family: Make, answer: Floats) -> None:
+def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, answer: Floats) -> None:
     budget = budget_for(30, hidden=64, ffn=GROUPS * GROUP)
-    with Engine.load(str(tiny_family(NAME)), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
+    with Engine.load(str(folder), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
         os.kill(engine.session.runtime.supervisor._processes["gpu0"].pid, signal.SIGKILL)
         np.testing.assert_array_equal(one_by_one(engine), answer)
 
 
+def test_what_is_computed_and_counted(folder: Path, activation: str) -> None:
+    """All neurons of the experts that are used are computed, or only the gates of those that do not fire."""
+    with Engine.load(str(folder), dtype="f32") as engine:
+        one_by_one(engine)
+        layout, (worker,) = engine.model.layout, engine.statistics.workers()
+        # Two groups for each of three experts, three of the shared one.
+        gates = worker.jobs * (3 * 2 + 3) * GROUP
+        ids = torch.tensor([[*PROMPT, *(token for batch in BATCHES for token in batch)]])
+        chosen = llama_from_folder(folder)(ids, output_router_logits=True).router_logits
+        uses = [scores.topk(3).indices.flatten().bincount(minlength=18).tolist() for scores in chosen]
+        assert engine.statistics.expert_uses().tolist() == uses
+        assert re.search(r"the 1 busiest of 18 experts took \d+\.\d% of the choices", as_text(engine))
+        assert worker.bytes == gates * layout.gate_bytes + worker.neurons * layout.rest_bytes
+        assert worker.neurons == gates if activation == "silu" else 0.2 * gates < worker.neurons < 0.7 * gates
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "q8", "q4"])
-def test_each_weight_type(tiny_family: Make, dtype: str) -> None:
+def test_each_weight_type(folder: Path, dtype: str) -> None:
     """Decoded tokens within what float16 keys and 15 bits of an input allow; a prompt's inputs have 8 bits."""
-    folder = tiny_family(NAME)
     with Engine.load(str(folder), dtype=dtype) as engine:
-        theirs = all_logits(as_packed(folder, engine.model), PROMPT)
+        theirs = all_logits(model_from_packed(folder, engine.model), PROMPT)
         for prefill, most, median in ((1, 2e-3, 1e-3), (60, 0.3, 5e-2)):
             engine.reset()
             ours = np.stack(list(engine.forced_logits(PROMPT, prefill)))
@@ -167,8 +148,6 @@ def test_experts_in_stacks(tiny_family: Make, tmp_path: Path, name: str) -> None
         ({"num_experts_per_tok": 7}, "number of active experts is 7, not a whole number from 1 to 6$"),
         ({"num_experts": 7}, r"mlp\.gate\.weight has shape \(6, 64\), config\.json says \(7, 64\)$"),
         ({"num_experts": None}, "field num_local_experts is missing; the model is incomplete$"),
-        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "layers without experts is not supported; one without"),
-        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "layers without experts is not supported; one without"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers is 1, not a list of whole numbers$"),
     ],
 )

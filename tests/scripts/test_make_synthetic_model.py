@@ -339,6 +339,7 @@ def test_warmfront_reads_it(make: Make) -> None:
         ["--experts", "4"],
         ["--experts", "4", "--used", "5"],
         ["--used", "2"],
+        ["--expert-activation", "relu"],
         ["--experts", "4", "--used", "2", "--skew", "0.96"],
         ["--seed", "-1"],
         ["--dtype", "f8"],

@@ -4,7 +4,6 @@ GGUF has no fields for activation, biases and tied embeddings; they follow from 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from warmfront.coordinator.models.described import described, layer_windows
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.rope import Doubles
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.architecture import Architecture, Attention, Experts, FeedForward, Norm, Positions
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions
 from warmfront.shared.model.spec import ModelSpec, Predictor
 
 __all__ = [
@@ -28,16 +27,12 @@ __all__ = [
     "granite",
     "llama",
     "minicpm",
-    "mixture",
-    "normalised_mixture",
     "olmo2",
     "rotary",
     "stablelm",
 ]
 
 _EPSILONS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
-# The value of a field of llama.cpp's.
-_SOFTMAX = 1
 # Of so many layers of a Gemma 3 all but the last have a window.
 _GEMMA3_PATTERN = 6
 _YARN = rope.YarnKeys(
@@ -93,7 +88,7 @@ def llama(fields: Fields, found: Found, norm: str = "rms") -> ModelSpec:
     spec = ModelSpec(
         family=family,
         name="".join(filter(str.isprintable, name)),
-        layers=keys.count("block_count"),
+        layers=keys.count("block_count") - keys.count("nextn_predict_layers", 0, low=0),
         hidden=hidden,
         ffn=keys.count("feed_forward_length"),
         vocab=found.shapes["embed"][0],
@@ -115,33 +110,6 @@ def llama(fields: Fields, found: Found, norm: str = "rms") -> ModelSpec:
 def olmo2(fields: Fields, found: Found) -> ModelSpec:
     """A Llama whose blocks are normed at their output."""
     return described(llama(fields, found), norm={"placement": "post"})
-
-
-def mixture(fields: Fields, found: Found, *, normalised: bool = False) -> ModelSpec:
-    """A Llama with experts; `normalised`: whether the weights of the active ones sum to one.
-
-    Files say that only of some families: of the others it is what llama.cpp takes them to be.
-    """
-    spec = llama(fields, found)
-    keys, shapes = fields.under(f"{spec.family}."), found.shapes
-    if keys.count("expert_gating_func", _SOFTMAX) != _SOFTMAX:
-        raise keys.wrong("expert_gating_func", f"{_SOFTMAX}, a softmax, which a {spec.family} model has")
-    # Some files give the size in one field, some in the other, and old ones in none.
-    ffn = shapes.get("layers.0.experts.0.gate", (spec.ffn,))[0]
-    experts = Experts(
-        number=keys.count("expert_count"),
-        active=keys.count("expert_used_count"),
-        normalised=keys.flag("expert_weights_norm", normalised),
-        scale=keys.positive("expert_weights_scale", 1.0),
-        shared=shapes.get("layers.0.shared.gate", (0,))[0],
-        shared_gate="layers.0.shared_router" in shapes,
-    )
-    return described(replace(spec, ffn=ffn), feed_forward={"experts": experts})
-
-
-def normalised_mixture(fields: Fields, found: Found) -> ModelSpec:
-    """The same, of a family whose files need not say that the weights sum to one."""
-    return mixture(fields, found, normalised=True)
 
 
 def granite(fields: Fields, found: Found) -> ModelSpec:

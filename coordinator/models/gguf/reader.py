@@ -22,7 +22,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from warmfront.coordinator.models.activations import in_gguf
-from warmfront.coordinator.models.families import FAMILIES, GGUF, Cuts, pair_order, part_of, published_name
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.family import GGUF, Cuts, pair_order, part_of, published_name
 from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.gguf.blocks import FLOATS, ROUNDED_TO_Q8, kind_of, repack
 from warmfront.coordinator.models.gguf.config import Found
@@ -75,7 +76,7 @@ class GgufSource:
         factors = {
             name: _read_factors(tensors.pop(f"{name}.weight")) for name in ROPE_FACTORS if f"{name}.weight" in tensors
         }
-        named = self._named(tensors, architecture)
+        named = self._named(self._without_drafts(tensors, fields.under(f"{architecture}.")), architecture)
         if "embed" not in named:
             raise ModelError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
         shapes = {name: tensor.shape for name, tensor in named.items()}
@@ -96,6 +97,16 @@ class GgufSource:
 
     def tensor(self, name: str) -> SourceTensor:
         return self._tensors[name]
+
+    def _without_drafts(self, tensors: dict[str, StoredTensor[Type]], keys: Fields) -> dict[str, StoredTensor[Type]]:
+        """The tensors but for those of layers behind the last, which guess further tokens; a note tells of them."""
+        drafts = keys.count("nextn_predict_layers", 0, low=0)
+        if not drafts:
+            return tensors
+        last = keys.count("block_count") - drafts
+        layers = {name: int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+        self.notes.append(f"{drafts} layers that guess further tokens are left out")
+        return {name: tensor for name, tensor in tensors.items() if layers.get(name, -1) < last}
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
         """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""

@@ -4,8 +4,6 @@ A function for each family that differs, made from that of the family that it is
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from warmfront.coordinator.models.activations import in_config
 from warmfront.coordinator.models.described import described, layer_windows
 from warmfront.coordinator.models.fields import Fields
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.architecture import Architecture, Attention, Experts, FeedForward, Norm, Positions, Rotary
+from warmfront.shared.model.architecture import Architecture, Attention, FeedForward, Norm, Positions, Rotary
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = [
@@ -26,14 +24,10 @@ __all__ = [
     "llama",
     "minicpm",
     "mistral",
-    "mixtral",
     "olmo2",
-    "olmoe",
     "quarter_rotary",
     "qwen2",
-    "qwen2_moe",
     "qwen3",
-    "qwen3_moe",
     "rotary",
     "stablelm",
 ]
@@ -92,49 +86,6 @@ def qwen3(config: Fields, name: str) -> ModelSpec:
 def olmo2(config: Fields, name: str) -> ModelSpec:
     """A Llama whose blocks are normed at their output, with norms of q and k as whole vectors."""
     return described(llama(config, name), norm={"placement": "post"}, attention={"qk_norm": "whole"})
-
-
-def mixtral(config: Fields, name: str) -> ModelSpec:
-    """A Mistral with experts."""
-    return _with_experts(config, mistral(config, name), normalised=True)
-
-
-def olmoe(config: Fields, name: str) -> ModelSpec:
-    """A Llama with experts, and with norms of q and k as whole vectors."""
-    if "clip_qkv" in config:
-        raise ModelError(f"{config.path.parent}: an OLMoE with clip_qkv is not supported; one without is")
-    spec = described(llama(config, name), attention={"qk_norm": "whole"})
-    return _with_experts(config, spec, normalised=config.flag("norm_topk_prob", False))
-
-
-def qwen2_moe(config: Fields, name: str) -> ModelSpec:
-    """A Qwen 2 with experts, and one with a gate that all tokens use."""
-    spec = qwen2(config, name)
-    if not config.flag("qkv_bias", True):
-        spec = described(spec, attention={"biases": ()})
-    shared = config.count("shared_expert_intermediate_size")
-    return _qwen_experts(config, spec, shared=shared, shared_gate=True)
-
-
-def qwen3_moe(config: Fields, name: str) -> ModelSpec:
-    """A Qwen 3 with experts."""
-    return _qwen_experts(config, qwen3(config, name))
-
-
-def _qwen_experts(config: Fields, spec: ModelSpec, **more: Any) -> ModelSpec:
-    if config.whole_numbers("mlp_only_layers") or config.count("decoder_sparse_step", 1) > 1:
-        raise ModelError(
-            f"{config.path.parent}: a {spec.family} with layers without experts is not supported; one without such "
-            "layers (mlp_only_layers, decoder_sparse_step) is"
-        )
-    spec = replace(spec, ffn=config.count("moe_intermediate_size"))
-    return _with_experts(config, spec, normalised=config.flag("norm_topk_prob", False), **more)
-
-
-def _with_experts(config: Fields, spec: ModelSpec, **more: Any) -> ModelSpec:
-    number = config.count("num_experts" if "num_experts" in config else "num_local_experts")
-    experts = Experts(number=number, active=config.count("num_experts_per_tok"), **more)
-    return described(spec, feed_forward={"experts": experts})
 
 
 def granite(config: Fields, name: str) -> ModelSpec:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.models.activations import in_config
-from warmfront.coordinator.models.families import FAMILIES, HF, pair_order, part_of
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.family import HF, pair_order, part_of
 from warmfront.coordinator.models.fields import faults_of
 from warmfront.coordinator.models.hf.folder import folder_name, read_weights
 from warmfront.coordinator.models.hf.made_tensors import Ones, Projected
@@ -54,6 +55,8 @@ class HfSource:
             self.spec = self._family.hf(config, folder_name(folder))
         # Norms without weights multiply by one (OPT).
         self._ones = not config.flag("layer_norm_elementwise_affine", True)
+        # Layers behind the last, which guess further tokens.
+        self._drafts = config.count("num_nextn_predict_layers", 0, low=0)
         stored = self._read()
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
@@ -86,6 +89,7 @@ class HfSource:
             # Saved by the base class of the model, which has no head.
             stored = {name if name == head else f"{base}{name}": tensor for name, tensor in stored.items()}
         self._family = self._family.named(stored, HF)
+        stored = self._without_drafts(stored)
         self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
         stored = self._apart(stored)
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
@@ -112,12 +116,22 @@ class HfSource:
             )
         return tensors
 
+    def _without_drafts(self, stored: dict[str, StoredTensor[str]]) -> dict[str, StoredTensor[str]]:
+        if not self._drafts:
+            return stored
+        layers = {name: int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        kept = {name: tensor for name, tensor in stored.items() if layers.get(name, -1) < self.spec.layers}
+        if len(kept) < len(stored):
+            self.notes.append(f"{self._drafts} layers that guess further tokens are left out")
+        return kept
+
     def _apart(self, stored: dict[str, StoredTensor[str]]) -> dict[str, StoredTensor[str]]:
         """Experts as tensors of their own, as published checkpoints have them, where transformers has saved stacks."""
         experts = self.spec.architecture.feed_forward.experts
         if experts is None:
             return stored
-        apart = dict(stored)
+        # A bias that has no dot before it.
+        apart = {name.replace("e_score_correction_bias", "e_score_correction.bias"): stored[name] for name in stored}
         for name, tensor in stored.items():
             match = STACK.fullmatch(name)
             if match is None:

@@ -14,8 +14,9 @@ from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.feed_forward.bundles import Bundles
 from warmfront.shared.kernels.feed_forward.ffn import Batch, whole_groups
 from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.model.bundle import GROUP
 
-__all__ = ["branch_end", "users_groups", "uses_branch", "weighed"]
+__all__ = ["branch_end", "listed_end", "users_groups", "uses_branch", "weighed"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -34,6 +35,16 @@ def branch_end(branches: Ints, start: int, high: int) -> int:
     """The end of the slots from `start` on, up to `high`, that are of one branch; `branches` are theirs, rising."""
     branch, end = branches[start], start + 1
     while end < high and branches[end] == branch:
+        end += 1
+    return end
+
+
+@kernel
+def listed_end(branches: Ints, listed: Ints, start: int, high: int) -> int:
+    """The end of the entries from `start` on, up to `high`, of an ascending list of neurons that are of one branch;
+    `branches` are those of the list's slots."""
+    branch, end = branches[listed[start] // GROUP], start + 1
+    while end < high and branches[listed[end] // GROUP] == branch:
         end += 1
     return end
 

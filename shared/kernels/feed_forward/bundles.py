@@ -16,7 +16,18 @@ from warmfront.shared.kernels.tiles import in_tiles, interleave
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 
-__all__ = ["Bundles", "Vectors", "add_biases", "bias_of", "bundle_at", "bundles_at", "tile_group"]
+__all__ = [
+    "Bundles",
+    "Vectors",
+    "add_biases",
+    "arrange_group",
+    "bias_of",
+    "bundle_at",
+    "bundles_at",
+    "group_at",
+    "part_gates",
+    "tile_group",
+]
 
 Ints = npt.NDArray[np.int32]
 
@@ -26,7 +37,7 @@ class Bundles(NamedTuple):
 
     # Address of [slots, group_bytes].
     at: int
-    # As in `BundleLayout`.
+    # As in `BundleLayout`; without its gate row where the gates are apart.
     bundle_bytes: int
     group_bytes: int
     tail_offset: int
@@ -40,10 +51,13 @@ class Bundles(NamedTuple):
     down_kind: int
     hidden: int
     activation: Activation
-    # Whether the groups are in tiles: see `tile_group`.
+    # Whether the groups are in tiles: see `tile_group`; or their gate rows are apart: see `part_gates`.
     tiled: bool
-    # How far ahead is fetched: of tiles in bytes, else in neurons; in neurons down rows, gates by `open_gates`, and by
-    # `listed_neurons` a line of each KB. 0: not at all.
+    apart: bool
+    # Where in a group its first bundle is, or would be if it had its gate row.
+    first: int
+    # How far ahead is fetched: of tiles in bytes, else in neurons; in neurons down rows, and by `listed_neurons` a line
+    # of each KB; of gates that are apart the next 16. 0: not at all.
     ahead: int
     down_ahead: int
     gates_ahead: int
@@ -64,12 +78,18 @@ class Vectors(NamedTuple):
 
 
 def bundles_at(
-    at: int, layout: BundleLayout, feed_forward: FeedForward, whole: bool = False, distances: Distances | None = None
+    at: int,
+    layout: BundleLayout,
+    feed_forward: FeedForward,
+    whole: bool = False,
+    distances: Distances | None = None,
+    apart: bool = False,
 ) -> Bundles:
     """Describe slots at address `at`.
 
-    `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them.
-    `distances`: how far ahead to fetch, by default the usual.
+    `whole`: all neurons of a group are always computed, so its slot is in tiles where the machine is faster with them;
+    `apart`: all gates are, so that they lie one behind the other. `distances`: how far ahead to fetch, by default the
+    usual.
     """
     kind, table = layout.gate_kind, usual_distances() if distances is None else distances
     tiled = whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind))
@@ -77,7 +97,7 @@ def bundles_at(
     neurons = -(-distance // layout.bundle_bytes)
     return Bundles(
         at=at,
-        bundle_bytes=layout.bundle_bytes,
+        bundle_bytes=layout.bundle_bytes - layout.gate_row_bytes * apart,
         group_bytes=layout.group_bytes,
         tail_offset=layout.tail_offset,
         rows=2 if layout.gated else 1,
@@ -90,18 +110,26 @@ def bundles_at(
         hidden=layout.hidden,
         activation=activation_of(feed_forward),
         tiled=tiled,
+        apart=apart,
+        first=(GROUP - 1) * layout.gate_row_bytes * apart,
         ahead=distance if tiled else neurons,
         # So many are read side by side: the next one is being read already.
         down_ahead=max(neurons, TOGETHER) if neurons else 0,
-        gates_ahead=-(-int(table[GATE_ROWS, kind]) // layout.gate_row_bytes),
+        gates_ahead=int(table[GATE_ROWS, kind]),
         announced=0 if whole else int(table[ANNOUNCED, kind]),
     )
 
 
 @kernel
+def group_at(b: Bundles, slots: Ints, i: int) -> Any:
+    """Where the group of slot `i` of a list lies."""
+    return b.at + np.int64(slots[i]) * b.group_bytes
+
+
+@kernel
 def bundle_at(b: Bundles, slots: Ints, neuron: int) -> Any:
-    """Where neuron `neuron` of a list of slots lies."""
-    return b.at + np.int64(slots[neuron // GROUP]) * b.group_bytes + neuron % GROUP * b.bundle_bytes
+    """Where neuron `neuron` of a list of slots lies; if its gate row is apart, where it would lie with it."""
+    return group_at(b, slots, neuron // GROUP) + b.first + neuron % GROUP * b.bundle_bytes
 
 
 @inlined
@@ -115,7 +143,7 @@ def add_biases(b: Bundles, at: int, offset: int, out_at: int, panels: int, lanes
     """Add the biases at `offset` of the bundles of the group at `at` to float32 [panels, 32, lanes]."""
     if offset == 0:
         return
-    first, step = (GROUP * offset, 4) if b.tiled else (offset, b.bundle_bytes)
+    first, step = (GROUP * offset, 4) if b.tiled else (b.first + offset, b.bundle_bytes)
     out = carray(floats_at(out_at), (panels, GROUP, lanes))
     for neuron in range(GROUP):
         bias = carray(floats_at(at + first + neuron * step), (1,))[0]
@@ -153,3 +181,28 @@ def tile_group(b: Bundles, at: int) -> None:
             _gather(kept, b.bundle_bytes, offset, 4, at + GROUP * offset)
     down_at = at + GROUP * b.down_offset
     interleave_down(b.down_kind, kept[b.down_offset :], b.bundle_bytes, b.hidden, down_at)
+
+
+@kernel
+def part_gates(b: Bundles, at: int) -> None:
+    """Bring the gate rows of the group at `at` before its bundles, in tiles if their type has them.
+
+    Gates that are a bundle apart are read at half the speed (AVX-512, 4 bits): rows multiplied one by one, and too far
+    from each other for the hardware's own fetching.
+    """
+    kept = np.empty(b.tail_offset, np.uint8)
+    kept[:] = carray(bytes_at(at), (b.tail_offset,))
+    step = b.bundle_bytes + b.row_bytes
+    _gather(kept, step, 0, b.row_bytes, at)
+    if in_tiles(b.gate_kind):
+        interleave(b.gate_kind, at, GROUP, b.hidden)
+    _gather(kept, step, b.row_bytes, b.bundle_bytes, at + GROUP * b.row_bytes)
+
+
+@kernel
+def arrange_group(b: Bundles, at: int) -> None:
+    """Lay the group at `at` out as it is computed."""
+    if b.tiled:
+        tile_group(b, at)
+    elif b.apart:
+        part_gates(b, at)

@@ -27,7 +27,7 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import floats_at, longs_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, add_biases, bias_of, bundle_at
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, add_biases, bias_of, bundle_at, group_at
 from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
@@ -86,28 +86,33 @@ def batch_scratch_bytes(hidden: int) -> int:
 
 
 @kernel
+def _multiply_rows(b: Bundles, at: int, batch: Batch, out_at: int, ahead: int) -> None:
+    """16 gate or up rows one behind the other, or their tile, times each token's input: float32 [tokens, 32] from
+    `out_at` on."""
+    if in_tiles(b.gate_kind):
+        inputs = Panels(batch.quantised, batch.quantised_row, batch.tokens)
+        multiply_tile(b.gate_kind, at, b.hidden, inputs, Panels(out_at, GROUP * 4, batch.tokens), ahead)
+        return
+    for row in range(TILE):
+        for token in range(batch.tokens):
+            out = carray(floats_at(out_at + 4 * (token * GROUP + row)), (1,))
+            out[0] = _dot(b, at + row * b.row_bytes, batch, token, ahead if token == 0 else 0)
+
+
+@kernel
 def whole_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch) -> None:
     """Add the outputs of all neurons of slots low..high, which are in tiles."""
     tokens, gates_at = batch.tokens, batch.scratch
     ups_at = gates_at + tokens * GROUP * 4
-    inputs = Panels(batch.quantised, batch.quantised_row, tokens)
     ups = carray(floats_at(ups_at), (tokens * GROUP,))
     ups[:] = 1
     gates, inverse = carray(floats_at(gates_at), (tokens, GROUP)), carray(floats_at(batch.inverse), (tokens,))
     for i in range(low, high):
-        at = bundle_at(b, slots, i * GROUP)
+        at = group_at(b, slots, i)
         for part in range(b.rows):
             part_at, out_at = at + part * GROUP * b.row_bytes, ups_at if part else gates_at
-            if in_tiles(b.gate_kind):
-                for row in range(0, GROUP, TILE):
-                    out = Panels(out_at + row * 4, GROUP * 4, tokens)
-                    multiply_tile(b.gate_kind, part_at + row * b.row_bytes, b.hidden, inputs, out, b.ahead)
-            else:
-                products = carray(floats_at(out_at), (tokens, GROUP))
-                for row in range(GROUP):
-                    row_at = part_at + row * b.row_bytes
-                    for token in range(tokens):
-                        products[token, row] = _dot(b, row_at, batch, token, b.ahead if token == 0 else 0)
+            for row in range(0, GROUP, TILE):
+                _multiply_rows(b, part_at + row * b.row_bytes, batch, out_at + row * 4, b.ahead)
             add_biases(b, at, b.up_bias if part else b.gate_bias, out_at, tokens, 1)
         for token in range(tokens):
             factors_at = gates_at + token * GROUP * 4
@@ -126,7 +131,8 @@ def _later(b: Bundles, slots: Ints, listed: Ints, i: int, high: int) -> tuple[in
     line of each KB their addresses are translated, and the hardware's own fetching starts.
     """
     if b.announced != 0:
-        prefetch(bundle_at(b, slots, listed[min(i + b.announced, high - 1)]), b.bundle_bytes, 1024)
+        later = bundle_at(b, slots, listed[min(i + b.announced, high - 1)])
+        prefetch(later + (b.row_bytes if b.apart else 0), b.bundle_bytes, 1024)
     at, last = bundle_at(b, slots, listed[i]), high - 1
     down = bundle_at(b, slots, listed[min(i + b.down_ahead, last)]) - at
     return bundle_at(b, slots, listed[min(i + b.ahead, last)]) - at, down
@@ -182,7 +188,7 @@ def _note_neuron(
 @kernel
 def _add_group(b: Bundles, slots: Ints, neuron: int, batch: Batch, found: Any) -> None:
     """Add the down rows on the tokens' lists, of the group of `neuron`, to the sums; empties the lists."""
-    tail_at = bundle_at(b, slots, neuron // GROUP * GROUP) + b.tail_offset
+    tail_at = group_at(b, slots, neuron // GROUP) + b.tail_offset
     for token in range(batch.tokens):
         if found[token] > 0:
             sums_at = batch.sums + token * b.hidden * 8
@@ -227,24 +233,37 @@ def listed_neurons(
 
 
 @kernel
-def open_gates(b: Bundles, slots: Ints, low: int, high: int, batch: Batch, gates: Floats, opened: Ints) -> int:
-    """List those of neurons low..high whose gate fires for any token, with their gates [listed, tokens].
+def open_gates(
+    b: Bundles, slots: Ints, low: int, high: int, batch: Batch, words: Any, gates: Floats, opened: Ints
+) -> int:
+    """List those neurons of slots low..high whose gate fires for any token, with their gates [listed, tokens].
 
-    Returns how many are listed; `gates` and `opened` have room for all.
+    A token whose word [tokens, slots] of a slot is 0 has only closed gates there. Returns how many neurons are listed;
+    `gates` and `opened` have room for all.
     """
-    count = 0
-    for neuron in range(low, high):
-        # Gates lie a bundle apart: on some machines too far for the hardware's own fetching.
-        at = bundle_at(b, slots, neuron)
-        ahead = bundle_at(b, slots, min(neuron + b.gates_ahead, high - 1)) - at
-        fired = False
-        for token in range(batch.tokens):
-            gate = _gate(b, at, batch, token, ahead if token == 0 else 0)
-            gates[count * batch.tokens + token] = gate
-            fired |= fires(b.activation, gate)
-        if fired:
-            opened[count] = neuron
-            count += 1
+    count, closed = 0, np.float32(-np.inf)
+    products = carray(floats_at(batch.scratch), (batch.tokens, GROUP))
+    for i in range(low, high):
+        at = group_at(b, slots, i)
+        if b.apart:
+            half = at + TILE * b.row_bytes
+            following = group_at(b, slots, min(i + 1, high - 1))
+            _multiply_rows(b, at, batch, batch.scratch, half - at if b.gates_ahead else 0)
+            _multiply_rows(b, half, batch, batch.scratch + TILE * 4, following - half if b.gates_ahead else 0)
+        else:
+            for neuron in range(GROUP):
+                for token in range(batch.tokens):
+                    products[token, neuron] = _dot(b, at + neuron * b.bundle_bytes, batch, token, 0)
+        for neuron in range(GROUP):
+            bias = bias_of(at + b.first + neuron * b.bundle_bytes, b.gate_bias)
+            fired = False
+            for token in range(batch.tokens):
+                gate = products[token, neuron] + bias if words[token, i] != 0 else closed
+                gates[count * batch.tokens + token] = gate
+                fired |= fires(b.activation, gate)
+            if fired:
+                opened[count] = i * GROUP + neuron
+                count += 1
     return count
 
 

@@ -8,7 +8,7 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times
 from warmfront.shared.kernels.atomics import address_of, floats_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, add_biases, bundle_at
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, add_biases, group_at
 from warmfront.shared.kernels.feed_forward.down_rows import LIST_BYTES
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_bytes
 from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, in_pairs, pack_panels
@@ -89,17 +89,17 @@ def _keep(kind: int, at: int, inverse: int, panels: int, out: int, blocks: int) 
 
 
 @kernel
-def _gates_and_ups(b: Bundles, group_at: int, x_at: int, gates: Panels, up_at: int, scratch_at: int) -> None:
-    """The gates of a group's neurons for all tokens, and at `up_at` likewise the ups, if they have any."""
+def _gates_and_ups(b: Bundles, at: int, x_at: int, gates: Panels, up_at: int, scratch_at: int) -> None:
+    """The gates of the group at `at` for all tokens, and at `up_at` likewise the ups, if its neurons have any."""
     for part in range(b.rows):
         out = Panels(up_at if part else gates.at, gates.step, gates.panels)
-        if b.tiled:
-            rows = Rows(b.gate_kind, group_at + part * GROUP * b.row_bytes, b.row_bytes, b.hidden)
+        if b.tiled or (b.apart and part == 0):
+            rows = Rows(b.gate_kind, at + part * GROUP * b.row_bytes, b.row_bytes, b.hidden)
             multiply_tokens(rows, GROUP, 0, GROUP, x_at, out, scratch_at)
         else:
-            rows = Rows(b.gate_kind, group_at + part * b.row_bytes, b.bundle_bytes, b.hidden)
+            rows = Rows(b.gate_kind, at + b.first + part * b.row_bytes, b.bundle_bytes, b.hidden)
             multiply_tokens(rows, 0, 0, GROUP, x_at, out, scratch_at)
-        add_biases(b, group_at, b.up_bias if part else b.gate_bias, out.at, out.panels, LANES)
+        add_biases(b, at, b.up_bias if part else b.gate_bias, out.at, out.panels, LANES)
 
 
 @kernel
@@ -108,8 +108,8 @@ def _add_widened(b: Bundles, slots: Ints, factors: Factors, sums_at: int, scratc
     for first in range(0, b.hidden, _COLUMNS):
         columns = min(_COLUMNS, b.hidden - first)
         for i in range(len(slots)):
-            at = bundle_at(b, slots, i * GROUP)
-            rows, apart = Rows(b.down_kind, at + b.down_offset, b.bundle_bytes, b.hidden), 1
+            at = group_at(b, slots, i)
+            rows, apart = Rows(b.down_kind, at + b.first + b.down_offset, b.bundle_bytes, b.hidden), 1
             if b.tiled:
                 block_bytes, apart = row_stride(b.down_kind, b.hidden) // (b.hidden // BLOCK), GROUP
                 rows = Rows(b.down_kind, at + GROUP * b.down_offset, block_bytes, b.hidden)
@@ -125,8 +125,10 @@ def _add_bytes(b: Bundles, slots: Ints, factors: Factors, blocks_at: int, vector
     panels, scratch_at = factors.panels, vectors.scratch
     for block in range(b.hidden // BLOCK):
         for i in range(len(slots)):
-            at, columns_at = bundle_at(b, slots, i * GROUP), scratch_at + i * COLUMNS_BYTES
-            rows_at, stride = at + (GROUP if b.tiled else 1) * b.down_offset, 0 if b.tiled else b.bundle_bytes
+            at, columns_at = group_at(b, slots, i), scratch_at + i * COLUMNS_BYTES
+            rows_at, stride = at + b.first + b.down_offset, b.bundle_bytes
+            if b.tiled:
+                rows_at, stride = at + GROUP * b.down_offset, 0
             arrange_columns(DownRows(b.down_kind, rows_at, stride, at + b.tail_offset, b.hidden), block, columns_at)
             if b.down_kind != _Q4C:
                 own = factors.at + i * panels * GROUP * LANES * 4
@@ -159,8 +161,8 @@ def dense_groups(
     for start in range(low, high, _BATCH):
         batch = slots[start : min(start + _BATCH, high)]
         for i in range(len(batch)):
-            group_at = bundle_at(b, batch, i * GROUP)
-            _gates_and_ups(b, group_at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
+            at = group_at(b, batch, i)
+            _gates_and_ups(b, at, x_at, Panels(gate_at, GROUP * LANES * 4, panels), up_at, scratch_at)
             activate_times(b.activation, gate_at, up_at, panels * GROUP * LANES)
             if firing.size > 0:
                 _note_firing(gate_at, panels, GROUP, ids[start + i : start + i + 1], firing)

@@ -19,9 +19,12 @@ def router(**options: object) -> Router:
     return router_of(changed(SPEC, "architecture.feed_forward.experts", experts))
 
 
-def weights(router: Router, scores: np.ndarray) -> np.ndarray:
+NONE = np.zeros(0, np.float32)
+
+
+def weights(router: Router, scores: np.ndarray, correction: np.ndarray = NONE) -> np.ndarray:
     out = np.full(len(router.bounds) - 1, 7, np.float32)
-    choose_experts(router, np.append(scores, RNG.normal(size=16)).astype(np.float32), out)
+    choose_experts(router, np.append(scores, RNG.normal(size=16)).astype(np.float32), correction, out)
     return out
 
 
@@ -37,6 +40,23 @@ def test_weights_are_those_of_torch(scoring: str, normalised: bool) -> None:
         expected[0] = 1
         expected[1 + best.indices.numpy()] = 2.5 * best.values / (best.values.sum() if normalised else 1)
         np.testing.assert_allclose(weights(made, scores), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("groups", "active_groups"), [(1, 1), (7, 3), (3, 2), (3, 3)])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_corrected_choices_from_groups_are_those_of_torch(scoring: str, groups: int, active_groups: int) -> None:
+    made = router(scoring=scoring, normalised=True, corrected=True, groups=groups, active_groups=active_groups)
+    for scores, correction in RNG.normal(size=(50, 2, 21)).astype(np.float32):
+        values = torch.from_numpy(scores).softmax(0) if scoring == "softmax" else torch.from_numpy(scores).sigmoid()
+        keys = (values + torch.from_numpy(correction)).view(groups, -1)
+        left = keys.topk(2).values.sum(1).topk(active_groups).indices
+        limited = torch.full_like(keys, -torch.inf)
+        limited[left] = keys[left]
+        best = limited.flatten().topk(4).indices
+        expected = np.zeros(22, np.float32)
+        expected[0] = 1
+        expected[1 + best.numpy()] = values[best] / values[best].sum()
+        np.testing.assert_allclose(weights(made, scores, correction), expected, rtol=2e-6)
 
 
 def test_of_equal_scores_the_first_are_chosen() -> None:
@@ -55,7 +75,7 @@ def test_as_many_as_are_active_whatever_the_scores(score: float) -> None:
 def test_the_gate_of_the_shared_expert_is_a_sigmoid_of_the_last_score() -> None:
     made = router(shared=40, shared_gate=True)
     got, scores = np.zeros(23, np.float32), RNG.normal(size=32).astype(np.float32)
-    choose_experts(made, scores, got)
+    choose_experts(made, scores, NONE, got)
     assert got[22] == pytest.approx(1 / (1 + np.exp(-scores[21])), rel=1e-6)
 
 

@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import GGUF_FIELDS
 from tests.coordinator.models.hf.folders import edited
 from tests.shared.model.specs import SPEC, changed
-from warmfront.coordinator.models.families import FAMILIES, GGUF, HF
+from warmfront.coordinator.models.families import FAMILIES
+from warmfront.coordinator.models.family import GGUF, HF
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.packing.packer import PackingPlan
 from warmfront.shared.errors import ModelError

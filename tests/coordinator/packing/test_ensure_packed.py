@@ -50,7 +50,7 @@ def test_a_second_call_uses_the_first_ones_file(folder: Path, models: Path) -> N
     assert list(models.iterdir()) == [first]
 
 
-@pytest.mark.parametrize("header", [b"warmfront-11", b"warmfront-XX"])
+@pytest.mark.parametrize("header", [b"warmfront-12", b"warmfront-XX"])
 def test_a_file_of_another_version_is_packed_anew(folder: Path, header: bytes) -> None:
     """Whatever its header has beside the version."""
     said: list[str] = []

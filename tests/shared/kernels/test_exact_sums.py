@@ -130,7 +130,7 @@ def one_token(slots: Slots, activation: str, words: np.ndarray, seed: int, way: 
         selection = Selection(~computed, way == "skip", computed)
         gates = np.zeros(SLOTS * 32, np.float32)
         if way == "open":
-            count = open_gates(bundles, ids, 0, len(ids) * 32, parts[0].batch, gates, listed)
+            count = open_gates(bundles, ids, 0, len(ids), parts[0].batch, ~computed, gates, listed)
         else:
             count = list_masked(np.ascontiguousarray(words[ids]), len(ids), listed)
         starts = [group_start(listed, count, at) for at in cuts(rng, count)]

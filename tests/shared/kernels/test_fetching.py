@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.shared.kernels.feed_forward.test_ffn import HIDDEN, KINDS, SLOTS, Input, inputs, run_listed, slots_of
+from tests.shared.kernels.feed_forward.test_ffn import (
+    EVERY,
+    HIDDEN,
+    KINDS,
+    SLOTS,
+    Input,
+    inputs,
+    run_listed,
+    slots_of,
+)
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at, tile_group
 from warmfront.shared.kernels.feed_forward.ffn import open_gates, open_neurons, whole_groups
 from warmfront.shared.kernels.fetching import (
@@ -41,7 +50,7 @@ def test_neurons(gate: Kind, down: Kind) -> None:
             some, one = Input(slots, x), Input(slots, x)
             computed = run_listed(bundles, order, listed, some, skip=True)
             gates, opened = np.zeros(96, np.float32), np.zeros(96, np.int32)
-            count = open_gates(bundles, order, 0, 96, one.batch, gates, opened)
+            count = open_gates(bundles, order, 0, 3, one.batch, EVERY, gates, opened)
             open_neurons(bundles, order, gates, opened, 0, count, one.batch, np.zeros((1, 3), np.uint32))
             results.add((some.bits(), tuple(computed), gates.tobytes(), opened.tobytes(), one.bits()))
     assert len(results) == 1
@@ -73,8 +82,8 @@ def test_bundles_take_their_distances_from_the_table() -> None:
     table[GATE_ROWS, Kind.F16], table[SCATTERED, Kind.F16], table[ANNOUNCED, Kind.F16] = 2048, 5120, 4
     table[BUNDLES, Kind.F16], table[:, Kind.Q8] = 1, 99
     scattered, whole = (bundles_at(0, layout, RELU, whole, table) for whole in (False, True))
-    assert (scattered.ahead, scattered.down_ahead, scattered.gates_ahead, scattered.announced) == (2, 4, 2, 4)
-    assert (whole.ahead, whole.gates_ahead, whole.announced) == (1, 2, 0)
+    assert (scattered.ahead, scattered.down_ahead, scattered.gates_ahead, scattered.announced) == (2, 4, 2048, 4)
+    assert (whole.ahead, whole.gates_ahead, whole.announced) == (1, 2048, 0)
     assert bundles_at(0, layout, RELU, False, no_fetching())[-4:] == (0, 0, 0, 0)
     tiled = bundles_at(0, BundleLayout(hidden=512, ffn=32, gate_kind=Kind.Q8, down_kind=Kind.Q8), RELU, True, table)
     assert tiled.ahead == (99 if tiled.tiled else 1)

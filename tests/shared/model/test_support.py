@@ -18,6 +18,10 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "attention sinks": ("attention.sinks", True),
     "parallel residual with post-norm": ("residual", "parallel"),
     "biases within experts": ("feed_forward", FeedForward(activation="silu", experts=EXPERTS, biases=("up",))),
+    "layers without experts wider than all experts": (
+        "feed_forward.experts",
+        replace(EXPERTS, dense_layers=(1,), dense=1 << 16),
+    ),
     "predictors of experts' neurons": ("feed_forward.experts", EXPERTS),
 }
 

@@ -71,17 +71,19 @@ def test_neurons_of_masks(gate: Kind, down: Kind, skip: bool) -> None:
 
 @pytest.mark.parametrize(("gate", "down"), KINDS)
 def test_open_gates(gate: Kind, down: Kind) -> None:
+    """Of the groups of which a token wants any neuron."""
     slots = slots_of(gate, down)
     bundles = bundles_at(slots.at, slots.layout, described("relu"))
 
     def run(batch: Input, words: np.ndarray) -> list[list[int]]:
         tokens, neurons = len(words), 32 * len(IDS)
         gates, opened = np.zeros(neurons * tokens, np.float32), np.zeros(neurons, np.int32)
-        count = open_gates(bundles, IDS, 0, neurons, batch.batch, gates, opened)
+        count = open_gates(bundles, IDS, 0, len(IDS), batch.batch, words, gates, opened)
         fires = gates[: count * tokens].reshape(count, tokens) > 0
         assert fires.any(1).all()
         computed = np.zeros_like(words)
         assert open_neurons(bundles, IDS, gates, opened, 0, count, batch.batch, computed) == fires.sum()
+        assert ((computed != 0) == (words != 0)).all()
         return [bits_of(each) for each in computed]
 
     assert_each_alone(slots, run)

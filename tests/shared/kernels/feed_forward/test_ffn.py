@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.activations import NAMES, SPARSE, THRESHOLD, described, factors, firing
 from warmfront.shared.kernels.byte_dot import quantise_batch, quantised_bytes
 from warmfront.shared.kernels.exact_sums import inverse_unit
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, bundles_at
+from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import (
     Batch,
     Selection,
@@ -38,6 +39,8 @@ KINDS = [
     (Kind.F32, Kind.Q4C),
 ]
 ORDERS = [[0, 1, 2, 3, 4], [4, 2, 0], [3], [1, 1]]
+# Words of a token that wants all neurons.
+EVERY = np.full((1, SLOTS), 0xFFFFFFFF, np.uint32)
 
 
 class Slots:
@@ -239,19 +242,30 @@ def test_listed_neurons_with_gaps(gate: Kind, down: Kind, activation: str) -> No
             assert_close(one.sums[0], expected, QUANTISED)
 
 
+def with_gates_apart(slots: Slots, activation: str) -> tuple[Bundles, np.ndarray]:
+    """A copy of the slots with their gates apart, and the memory it is in."""
+    memory = np.copy(slots.groups)
+    bundles = bundles_at(address(memory), slots.layout, described(activation), apart=True)
+    for group in memory:
+        arrange_group(bundles, address(group))
+    return bundles, memory
+
+
 @pytest.mark.parametrize("activation", SPARSE)
 @pytest.mark.parametrize(("gate", "down"), KINDS)
 def test_open_gates_and_neurons(gate: Kind, down: Kind, activation: str) -> None:
     slots, x = slots_of(gate, down), inputs()
-    bundles = bundles_at(slots.at, slots.layout, described(activation))
-    for order in ORDERS:
+    parted, _memory = with_gates_apart(slots, activation)
+    plain = bundles_at(slots.at, slots.layout, described(activation))
+    for order, bundles, first in product(ORDERS, (plain, parted), (0, 1)):
         neurons, ids = slots.neurons(order), np.array(order, np.int32)
         exact, ups = (values[0] for values in slots.gates_and_ups(neurons, x))
         fires = firing(activation, exact, ups)
-        for low, high in ((0, len(neurons)), (5, 23), (7, 7)):
+        for last in (first, len(order)):
+            low, high = 32 * first, 32 * last
             gates, opened = np.full(high + 1, np.nan, np.float32), np.full(high + 1, -1, np.int32)
             one = Input(slots, x[0], -0.25, activation)
-            count = open_gates(bundles, ids, low, high, one.batch, gates, opened)
+            count = open_gates(bundles, ids, first, last, one.batch, EVERY, gates, opened)
             wanted = [i for i in range(low, high) if exact[i] > (THRESHOLD if ":" in activation else 0)]
             assert opened[:count].tolist() == wanted
             assert_close(gates[:count], exact[wanted], QUANTISED)
@@ -280,7 +294,7 @@ def test_a_gate_that_is_nan_is_open() -> None:
     order, computed = np.arange(SLOTS, dtype=np.int32), np.zeros((1, SLOTS), np.uint32)
     bundles = bundles_at(slots.at, slots.layout, described("relu"))
     one = Input(slots, x)
-    assert open_gates(bundles, order, 0, 64, one.batch, gates, opened) == 64
+    assert open_gates(bundles, order, 0, 2, one.batch, EVERY, gates, opened) == 64
     assert listed_neurons(bundles, order, listed, 0, 64, Selection(~computed, True, computed), one.batch) == 64
     assert np.isnan(one.sums).all()
     panel = np.concatenate((inputs(5), x[None]))
@@ -301,7 +315,7 @@ def test_no_gate_is_open_at_zero() -> None:
     gates, opened = np.zeros(SLOTS * 32, np.float32), np.zeros(SLOTS * 32, np.int32)
     one = Input(slots, x[0])
     ids = np.arange(SLOTS, dtype=np.int32)
-    assert open_gates(bundles, ids, 0, SLOTS * 32, one.batch, gates, opened) == 0
+    assert open_gates(bundles, ids, 0, SLOTS, one.batch, EVERY, gates, opened) == 0
 
 
 def panels_of(x: np.ndarray) -> np.ndarray:

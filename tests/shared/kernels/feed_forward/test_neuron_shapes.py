@@ -9,6 +9,7 @@ import pytest
 from tests.activations import described, firing
 from tests.shared.kernels.feed_forward.test_ffn import (
     BFLOAT,
+    EVERY,
     KINDS,
     NO_FIRING,
     NO_IDS,
@@ -22,6 +23,7 @@ from tests.shared.kernels.feed_forward.test_ffn import (
     inputs,
     run_listed,
     slots_of,
+    with_gates_apart,
 )
 from tests.shared.kernels.feed_forward.test_whole_groups import tiled
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at
@@ -58,24 +60,28 @@ def test_in_rows(gate: Kind, down: Kind, gated: bool, biases: tuple[str, ...], a
     run_listed(bundles, ORDER, range(len(neurons)), one)
     assert_close(one.sums[0], expected[0], QUANTISED)
     exact = gate == down == Kind.F32
-    assert_close(dense(bundles, slots, x, activation).sums[: len(x)], expected, 2e-5 if exact else BFLOAT)
+    parted, _memory = with_gates_apart(slots, activation)
+    for laid_out in (bundles, parted):
+        assert_close(dense(laid_out, slots, x, activation).sums[: len(x)], expected, 2e-5 if exact else BFLOAT)
 
 
 @by_shape
 @by_kind
 def test_those_that_fire(gate: Kind, down: Kind, gated: bool, biases: tuple[str, ...], activation: str) -> None:
     slots, x = slots_of(gate, down, gated, biases), inputs()
-    bundles, neurons = bundles_at(slots.at, slots.layout, described(activation)), slots.neurons(ORDER.tolist())
+    plain, neurons = bundles_at(slots.at, slots.layout, described(activation)), slots.neurons(ORDER.tolist())
+    parted, _memory = with_gates_apart(slots, activation)
     exact, ups = (values[0] for values in slots.gates_and_ups(neurons, x))
     found = np.flatnonzero(firing(activation, exact, ups)).tolist()
-    gates, opened = np.zeros(len(neurons), np.float32), np.zeros(len(neurons), np.int32)
-    one, words = Input(slots, x[0], 0, activation), np.zeros((1, SLOTS), np.uint32)
-    count = open_gates(bundles, ORDER, 0, len(neurons), one.batch, gates, opened)
-    assert_close(gates[:count], exact[opened[:count]], QUANTISED)
-    assert open_ups(bundles, ORDER, opened, count, one.batch) == len(found)
-    assert open_neurons(bundles, ORDER, gates, opened, 0, count, one.batch, words) == len(found)
-    assert bits_of(words[0]) == found
-    assert_close(one.sums[0], slots.expect(activation, neurons, x)[0], QUANTISED)
+    for bundles in (plain, parted):
+        gates, opened = np.zeros(len(neurons), np.float32), np.zeros(len(neurons), np.int32)
+        one, words = Input(slots, x[0], 0, activation), np.zeros((1, SLOTS), np.uint32)
+        count = open_gates(bundles, ORDER, 0, len(ORDER), one.batch, EVERY, gates, opened)
+        assert_close(gates[:count], exact[opened[:count]], QUANTISED)
+        assert open_ups(bundles, ORDER, opened, count, one.batch) == len(found)
+        assert open_neurons(bundles, ORDER, gates, opened, 0, count, one.batch, words) == len(found)
+        assert bits_of(words[0]) == found
+        assert_close(one.sums[0], slots.expect(activation, neurons, x)[0], QUANTISED)
 
 
 @by_shape
