@@ -1,14 +1,15 @@
 // Feed-forward of the neurons that lie in slots of device memory, in three kernels:
 //
 //   gate_up  h[token][neuron] = activation(gate . x) * (up . x), or 0 if masked out or a sparse gate does not fire;
-//            with dReLU relu(up . x); without a gate activation(up . x). To a product its bias is added, if it has one
+//            with dReLU relu(up . x), with swiglu_oai (up . x) + 1; without a gate activation(up . x). To a product its
+//            bias is added, if it has one
 //   down     partial[segment][token][column] = sum over the segment's neurons of h * down[column]
 //   reduce   out[token][column] = sum over segments
 //
 // Every sum has a fixed order and no float is added atomically: the same call gives the same bits.
 //
-// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, CLOSED, GATED, UP_OFFSET, GATE_BIAS,
-// UP_BIAS, DOWN_OFFSET, BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see
+// Compiled for one model: launch.py gives HIDDEN, GATE_KIND, DOWN_KIND, ACTIVATION, CLOSED, LIMIT, GATED, UP_OFFSET,
+// GATE_BIAS, UP_BIAS, DOWN_OFFSET, BUNDLE_BYTES, GROUP_BYTES and TAIL_OFFSET as macros, and the grids. Slots hold groups, see
 // shared/model/bundle.py and shared/model/formats.py: what has no gate has its up row where the gate row is, so up is 1.
 // A new weight type is a name in `Kind` and a branch of `widen`.
 // No header is included: NVRTC would have to find it. The tests also compile this file as plain C++, with
@@ -26,7 +27,7 @@ constexpr unsigned ALL = 0xffffffffu;
 
 // The macros are these names: those of shared/model/formats.py, and of shared/model/architecture.py in capitals.
 enum Kind { F32, F16, BF16, Q8, Q4, Q4S, Q4C };
-enum Activation { SILU, RELU, GELU, GELU_TANH, RELU2, DRELU, FATRELU };
+enum Activation { SILU, RELU, GELU, GELU_TANH, RELU2, DRELU, FATRELU, SWIGLU_OAI };
 
 // Whether a byte holds weights j and j + 16 of a block of 32.
 __device__ constexpr bool nibbles(int kind) { return kind == Q4 || kind == Q4S || kind == Q4C; }
@@ -171,7 +172,16 @@ __device__ __forceinline__ float activate(float gate) {
 }
 
 // What a neuron's down row is multiplied with.
-__device__ __forceinline__ float factor(float gate, float up) { return activate(gate) * (up_fires(up) ? up : 0); }
+__device__ __forceinline__ float factor(float gate, float up) {
+    if constexpr (ACTIVATION == SWIGLU_OAI) {
+        // Comparisons that a NaN fails, so that it stays.
+        if (gate > LIMIT) gate = LIMIT;
+        if (up > LIMIT) up = LIMIT;
+        if (up < -LIMIT) up = -LIMIT;
+        return gate / (1 + expf(-1.702f * gate)) * (up + 1);
+    }
+    return activate(gate) * (up_fires(up) ? up : 0);
+}
 
 // The bias at OFFSET of a bundle; 0: there is none.
 template <int OFFSET>

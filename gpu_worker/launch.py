@@ -96,6 +96,7 @@ def options(layout: BundleLayout, feed_forward: FeedForward) -> tuple[str, ...]:
         "DOWN_KIND": layout.down_kind.name,
         "ACTIVATION": feed_forward.activation.upper(),
         "CLOSED": f"{feed_forward.closed.hex()}f",
+        "LIMIT": f"{(feed_forward.limit or 0.0).hex()}f",
         "GATED": int(layout.gated),
         "UP_OFFSET": layout.up_offset,
         "GATE_BIAS": layout.gate_bias_offset,

@@ -36,7 +36,7 @@ __all__ = [
 # Of the selector lowbit's copies of the gates.
 BITS = (1, 2, 4)
 # Of the feed-forward layers, as `FeedForward.activation_name` has it.
-ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu:T")
+ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu:T", "swiglu_oai:T")
 _ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.\d+)?([eE]-?\d+)?"))
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 # Of the keys and values in the KV cache.

@@ -10,9 +10,9 @@ __all__ = ["NAMES", "SPARSE", "described", "factors", "firing"]
 
 Doubles = npt.NDArray[np.float64]
 
-# As users write them; the threshold is one that many random gates are below.
-THRESHOLD = 0.3
-NAMES = tuple(f"fatrelu:{THRESHOLD}" if name == "fatrelu" else name for name in ACTIVATIONS)
+# As users write them; the threshold is one that many random gates are below, the limit one that many are beyond.
+THRESHOLD, LIMIT = 0.3, 0.9
+NAMES = tuple({"fatrelu": f"fatrelu:{THRESHOLD}", "swiglu_oai": f"swiglu_oai:{LIMIT}"}.get(n, n) for n in ACTIVATIONS)
 SPARSE = tuple(name for name in NAMES if "relu" in name)
 
 
@@ -34,6 +34,9 @@ def factors(name: str, gates: Doubles, ups: Doubles) -> Doubles:
     if name in SPARSE:
         return np.where(firing(name, gates, ups), gates * ups * (gates if name == "relu2" else 1), 0)
     with np.errstate(over="ignore"):
+        if name.startswith("swiglu_oai"):
+            gates, ups = np.minimum(gates, LIMIT), np.clip(ups, -LIMIT, LIMIT)
+            return np.asarray(gates / (1 + np.exp(-1.702 * gates)) * (ups + 1))
         share = {
             "silu": lambda: 1 / (1 + np.exp(-gates)),
             "gelu": lambda: (1 + erf(gates / np.sqrt(2))) / 2,

@@ -163,6 +163,20 @@ def _dot_before_bias(_config: Any, name: str, values: Floats) -> list[tuple[str,
     return [(name.replace("correction_bias", "correction.bias"), values)]
 
 
+def _apart(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
+    """A gpt-oss' stacks as [experts, out, in], gates and ups apart."""
+    last = name.rpartition(".")[2]
+    if last == "sinks":
+        return [(f"{name}.weight", values)]
+    if not last.endswith(("_proj", "_proj_bias")):
+        return [(name, values)]
+    values, to = (values, ".bias") if last.endswith("_bias") else (values.swapaxes(1, 2), ".weight")
+    name = name.removesuffix("_bias")
+    if not name.endswith("gate_up_proj"):
+        return [(name + to, values)]
+    return [(name.replace("gate_up", part) + to, values[:, i::2]) for i, part in enumerate(("gate", "up"))]
+
+
 def _norms_plus_one(_config: Any, name: str, values: Floats) -> list[tuple[str, Floats]]:
     return [(name, values + 1 if name.endswith("norm.weight") else values)]
 
@@ -236,12 +250,14 @@ ARCHITECTURES = {
     "mistral": "llama",
     "mixtral": "llama",
     "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }
 EXTRA: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "gemma2": _caps,
     "granite": _factors,
+    "gpt_oss": _experts,
     "phi3": _longrope,
     "mixtral": _experts,
     "olmoe": _experts,
@@ -254,6 +270,7 @@ CONVERSIONS: dict[str, Callable[[Any, str, Floats], list[tuple[str, Floats]]]] =
     "llama": _pairs,
     "mistral": _pairs,
     "granite": _pairs,
+    "gpt_oss": _apart,
     "gpt2": _turned,
     "nemotron": _norms_plus_one,
     "falcon": _ungrouped,

@@ -192,6 +192,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_primary_router_apply_softmax": True,
         },
     ),
+    # Windows in the first and the last layer; RoPE's bounds are no whole pairs.
+    "gpt oss": (
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "truncate": False,
+            },
+        },
+    ),
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
 }
 

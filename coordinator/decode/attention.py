@@ -8,17 +8,18 @@ softmax is made as the scores come: what was summed so far shrinks when a higher
 does not grow with the context. exp(a - top) * exp(top - new top) is exp(a - new top) but for some roundings of float32,
 as many as the top rises, ever more rarely.
 
-With a window a token sees no position before it, and tiles before it are not read.
+With a window a token sees no position before it, and tiles before it are not read. A head's sink is a score without a
+value: the softmax begins with it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.footprint import PANELS, SCORES
-from warmfront.coordinator.decode.network import POSITION, SPOILED, TOKENS, Cache, Network, State
+from warmfront.coordinator.decode.network import POSITION, SINKS, SPOILED, TOKENS, Cache, Network, State
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import exponentials, highest_of, soft_cap, softmax_rows
 from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, shorts_at
@@ -194,6 +195,15 @@ class _Run(NamedTuple):
 
 
 @kernel
+def _softmax_start(net: Network, layer: int, head: int) -> tuple[Any, Any]:
+    """A head's highest score and its sum of exponentials, relative to that, before it has seen any position."""
+    sinks_at = net.weights[layer, SINKS]
+    if sinks_at == 0:
+        return _LOWEST, np.float32(0)
+    return carray(floats_at(sinks_at), (net.heads,))[head], np.float32(1)
+
+
+@kernel
 def _tile(cache: Cache, run: _Run, i: int) -> Tile:
     """The tile that is read as number i of a run, and how far away the one is that is fetched meanwhile.
 
@@ -240,7 +250,10 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
         tops, totals = st.tops[token, chunk], st.totals[token, chunk]
         first_query = (token * (net.heads + 2 * net.kv_heads) + kv_head * group) * head_dim
         for head in range(group):
-            tops[kv_head * group + head], totals[kv_head * group + head] = _LOWEST, 0
+            number = kv_head * group + head
+            tops[number], totals[number] = _LOWEST, 0
+            if chunk == 0:
+                tops[number], totals[number] = _softmax_start(net, layer, number)
             for i in range(head_dim):
                 queries[head, i] = st.qkv[first_query + head * head_dim + i] * net.score_scale
         mixed[:] = 0
@@ -344,7 +357,9 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
             for i in range(head_dim * LANES):
                 target[i] = source[i] * net.score_scale
         queries_at = pack_panels(cache.kind, address_of(queries), address_of(packed), padded, columns)
-        state[:, 0], state[:, 1], mixed[:] = _LOWEST, 0, 0
+        mixed[:] = 0
+        for column in range(columns):
+            state[column, 0, :], state[column, 1, :] = _softmax_start(net, layer, kv_head * group + column % group)
         for start in range(_first_seen(net, layer, position) // TILE * TILE, end, _WIDTH):
             count = (min(end - start, _WIDTH) + TILE - 1) // TILE * TILE
             scores[: columns * count * LANES] = 0

@@ -33,7 +33,6 @@ from warmfront.coordinator.decode.attention import attend_batch, attend_panels, 
 from warmfront.coordinator.decode.linear import (
     Input,
     Matrix,
-    add_bias,
     layer_matrix,
     linear,
     packed_input,
@@ -45,7 +44,6 @@ from warmfront.coordinator.decode.network import (
     CAPTURE,
     COMPARE,
     DECODE,
-    DOWN_BIAS,
     FFN_NORM,
     FFN_POST_NORM,
     LOST,
@@ -66,7 +64,7 @@ from warmfront.coordinator.decode.network import (
 )
 from warmfront.coordinator.decode.norms import add_block, last_norm, layer_norm, normalise, normalise_heads
 from warmfront.coordinator.decode.predictor import predict
-from warmfront.coordinator.decode.router import note_experts, route, score_experts
+from warmfront.coordinator.decode.router import add_down_biases, note_experts, route, score_experts
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
@@ -264,13 +262,13 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
 def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
     """Add the feed-forward's output to the residual."""
     x, h = st.x[rank], st.h[rank]
-    norm, bias_at = layer_norm(net, layer, FFN_POST_NORM), net.weights[layer, DOWN_BIAS]
+    norm = layer_norm(net, layer, FFN_POST_NORM)
     direct = norm.weight_at == 0 and net.residual_scale == 1
     to = x if direct else h
     if not direct:
         h[: panels * net.hidden * lanes] = 0
     _merge(st.handoff, to, panels, net.hidden, lanes)
-    add_bias(bias_at, 0, net.hidden, address_of(to), net.hidden, panels, lanes)
+    add_down_biases(net, st, layer, to, panels, lanes)
     if not direct:
         add_block(net, norm, h, h, x, panels, lanes)
 

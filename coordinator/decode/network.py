@@ -28,7 +28,9 @@ __all__ = [
     "Q_NORM",
     "ROLES",
     "ROUTER",
+    "ROUTER_BIAS",
     "SEQUENCE",
+    "SINKS",
     "SPOILED",
     "STEPS",
     "TOKENS",
@@ -46,12 +48,17 @@ __all__ = [
 
 # Columns of Network.weights and Network.kinds.
 _BIASED = ("attn_norm", "q", "k", "v", "o", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-_REST = ("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias", "router", "correction.bias")
+_REST = (
+    *("q_norm", "k_norm", "fc1", "fc1.bias", "fc2", "lowbit", "down.bias"),
+    *("router", "router.bias", "correction.bias", "sinks"),
+)
 ATTN_NORM, Q, K, V, OUT, ATTN_POST_NORM, FFN_NORM, FFN_POST_NORM = range(len(_BIASED))
 # How many columns behind a matrix or a norm its bias is.
 BIAS = len(_BIASED)
 ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
-Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER, CORRECTION = range(2 * BIAS, len(ROLES))
+Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER, ROUTER_BIAS, CORRECTION, SINKS = range(
+    2 * BIAS, len(ROLES)
+)
 # Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
 (
     TOKENS,

@@ -10,8 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
-from warmfront.coordinator.decode.network import CORRECTION, DECODE, ROUTER, TOKENS, Network, Router, State
+from warmfront.coordinator.decode.linear import Matrix, add_bias, linear, packed_input
+from warmfront.coordinator.decode.network import (
+    CORRECTION,
+    DECODE,
+    DOWN_BIAS,
+    ROUTER,
+    ROUTER_BIAS,
+    TOKENS,
+    Network,
+    Router,
+    State,
+)
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
@@ -22,7 +32,16 @@ from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.wire.handoff import DONE, barrier
 
-__all__ = ["choose_experts", "note_experts", "route", "router_of", "score_experts", "use_dense", "write_mask"]
+__all__ = [
+    "add_down_biases",
+    "choose_experts",
+    "note_experts",
+    "route",
+    "router_of",
+    "score_experts",
+    "use_dense",
+    "write_mask",
+]
 
 Floats = npt.NDArray[np.float32]
 _F32 = int(Kind.F32)
@@ -135,7 +154,8 @@ def score_experts(net: Network, st: State, layer: int, rank: int, values: Floats
     if net.weights[layer, ROUTER] == 0:
         return
     rows = net.router.rows
-    matrix = Matrix(_F32, net.weights[layer, ROUTER], 0, rows, net.hidden, net.ahead[MATRIX_ROWS, _F32])
+    at, bias_at = net.weights[layer, ROUTER], net.weights[layer, ROUTER_BIAS]
+    matrix = Matrix(_F32, at, bias_at, rows, net.hidden, net.ahead[MATRIX_ROWS, _F32])
     low, high = portion(st.cuts, rows, 8, rank)
     x = packed_input(_F32, address_of(values), address_of(st.packed[rank]), net.hidden, panels, lanes)
     linear(matrix, low, high, x, address_of(st.expert_scores), rows, address_of(st.scratch[rank]))
@@ -172,3 +192,20 @@ def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: in
         return result
     note_experts(net, st, layer, rank, lanes)
     return barrier(st.barrier) if st.job[TOKENS] > 1 else DONE
+
+
+@kernel
+def add_down_biases(net: Network, st: State, layer: int, y: Floats, panels: int, lanes: int) -> None:
+    """Add the bias of down to y [panels, hidden, lanes], of each branch that a token uses times its weight."""
+    at, hidden, branches = net.weights[layer, DOWN_BIAS], net.hidden, len(net.router.bounds) - 1
+    if at == 0 or branches == 1:
+        add_bias(at, 0, hidden, address_of(y), hidden, panels, lanes)
+        return
+    biases = carray(floats_at(at), (branches, hidden))
+    for token in range(st.job[TOKENS]):
+        first = token // lanes * hidden * lanes + token % lanes
+        for branch in range(branches):
+            weight = st.handoff.routing[token, branch]
+            if weight != 0:
+                for k in range(hidden):
+                    y[first + k * lanes] += weight * biases[branch, k]

@@ -47,12 +47,15 @@ class _Layer(NamedTuple):
     attn_post_norm: _Norm
     ffn_norm: _Norm
     ffn_post_norm: _Norm
+    # Of each branch of the feed-forward: [branches, hidden].
     down_bias: Tensor | None
     fc1: Tensor | None
     fc2: Tensor | None
     fc1_bias: Tensor | None
     fc2_bias: Tensor | None
     router: Tensor | None
+    router_bias: Tensor | None
+    sinks: Tensor | None
 
 
 def _dtype(kind: Kind | None) -> torch.dtype:
@@ -138,6 +141,7 @@ class TorchNetwork:
             torch.zeros(len(matrix), device=self._device) if bias is None else bias
             for bias, matrix in zip(biases, matrices, strict=True)
         ]
+        down_bias = have.get(f"{prefix}down.bias")
         return _Layer(
             attn_norm=_norm(have, f"{prefix}attn_norm"),
             qkv=torch.cat(matrices),
@@ -149,12 +153,14 @@ class TorchNetwork:
             attn_post_norm=_norm(have, f"{prefix}attn_post_norm"),
             ffn_norm=_norm(have, f"{prefix}{'attn' if self._model.spec.architecture.norm.shared else 'ffn'}_norm"),
             ffn_post_norm=_norm(have, f"{prefix}ffn_post_norm"),
-            down_bias=have.get(f"{prefix}down.bias"),
+            down_bias=None if down_bias is None else down_bias.view(-1, self._model.spec.hidden),
             fc1=have.get(f"{prefix}fc1"),
             fc2=have.get(f"{prefix}fc2"),
             fc1_bias=have.get(f"{prefix}fc1.bias"),
             fc2_bias=have.get(f"{prefix}fc2.bias"),
             router=have.get(f"{prefix}router"),
+            router_bias=have.get(f"{prefix}router.bias"),
+            sinks=have.get(f"{prefix}sinks"),
         )
 
     def embed(self, tokens: Tensor, position: int) -> Tensor:
@@ -186,6 +192,7 @@ class TorchNetwork:
             values[None, :, since:until],
             self._mask(tokens, position, since, window) if tokens > 1 else None,
             attention,
+            weights.sinks,
         )
         return _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
 
@@ -197,12 +204,14 @@ class TorchNetwork:
         read = x if parallel else after
         return after, read, self._normed(read, weights.ffn_norm)
 
-    def add_feed_forward(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
-        """The residual x [n, hidden] with what the workers made of their input added."""
+    def add_feed_forward(self, layer: int, x: Tensor, output: Tensor, routing: Tensor | None) -> Tensor:
+        """The residual x [n, hidden] with what the workers made of their input added; `routing` [n, branches]: the
+        weights of the branches, None: there is one."""
         weights = self._layers[layer]
-        return self._added(
-            x, output if weights.down_bias is None else output + weights.down_bias, weights.ffn_post_norm
-        )
+        bias = weights.down_bias
+        if bias is not None:
+            output = output + (bias if routing is None else routing.to(bias.device) @ bias)
+        return self._added(x, output, weights.ffn_post_norm)
 
     def _added(self, x: Tensor, output: Tensor, norm: _Norm) -> Tensor:
         architecture = self._model.spec.architecture
@@ -225,8 +234,8 @@ class TorchNetwork:
     def expert_scores(self, layer: int, read: Tensor) -> Tensor | None:
         """The scores of the experts for what their router reads [n, hidden]: float32 [n, rows of the router]; None for
         a layer without experts."""
-        router = self._layers[layer].router
-        return None if router is None else _linear(read, router, None)
+        weights = self._layers[layer]
+        return None if weights.router is None else _linear(read, weights.router, weights.router_bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""
@@ -276,9 +285,11 @@ def _capped(values: Tensor, cap: float | None) -> Tensor:
     return values if cap is None else cap * torch.tanh(values / cap)
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-    """Of queries [1, heads, n, head_dim] to keys and values [1, kv_heads, positions, head_dim]."""
-    if attention.soft_cap is None:
+def _attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, attention: Attention, sinks: Tensor | None
+) -> Tensor:
+    """Of queries [1, heads, n, head_dim] to keys and values [1, kv_heads, positions, head_dim]; `sinks` [heads]."""
+    if attention.soft_cap is None and sinks is None:
         grouped = attention.heads != attention.kv_heads
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=attention.score_scale, enable_gqa=grouped
@@ -287,6 +298,9 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     scores = _capped((queries @ keys.mT).float() * attention.score_scale, attention.soft_cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sunk = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sunk), -1).softmax(-1)[..., :-1].to(values.dtype) @ values
     return scores.softmax(-1).to(values.dtype) @ values
 
 

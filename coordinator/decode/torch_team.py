@@ -154,7 +154,8 @@ class TorchTeam:
             result = self._await_workers()
             if result != DONE:
                 return result
-            x = network.add_feed_forward(layer, x, self._merged(x))
+            routing = torch.from_numpy(self._board.routing[: len(x)]) if self._router.experts else None
+            x = network.add_feed_forward(layer, x, self._merged(x), routing)
             self._note(layer, "merge")
             self._spans[layer] = [record[:2] for record in self._board.record]
         if want_logits:

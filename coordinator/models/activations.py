@@ -23,8 +23,14 @@ _NAMES = {
 }
 # Where config.json says it.
 _KEYS = ("hidden_act", "activation_function", "activation")
-# Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, ProSparse's GGUF files.
-_BY_FAMILY = {"bamboo": "drelu", "llama_sparse_relu": "relu", "prosparse-llama": "fatrelu:0.01"}
+# Families whose own code computes this, whatever `hidden_act` says: TurboSparse, SparseLM, GGUF files of ProSparse and
+# gpt-oss.
+_BY_FAMILY = {
+    "bamboo": "drelu",
+    "llama_sparse_relu": "relu",
+    "prosparse-llama": "fatrelu:0.01",
+    "gpt-oss": "swiglu_oai:7.0",
+}
 # Families whose config says it under another key.
 _HIDDEN_ACTIVATION = ("gemma2", "gemma3", "gemma3_text")
 # What a family has where its files say nothing; SiLU is that of the others.
@@ -56,6 +62,8 @@ def in_config(config: Fields) -> tuple[str, ...]:
     family = config.text("model_type")
     if family in _BY_FAMILY:
         return (_BY_FAMILY[family],)
+    if family == "gpt_oss":
+        return (f"swiglu_oai:{config.positive('swiglu_limit', 7.0)!r}",)
     keys = ("hidden_activation",) if family in _HIDDEN_ACTIVATION else _KEYS
     key = next((key for key in keys if key in config), None)
     if key is None:

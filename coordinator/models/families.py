@@ -252,6 +252,19 @@ _SMALLTHINKER = replace(
         "experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.down", "blk.{i}.ffn_down_exps"),
     },
 )
+_GPT_OSS = replace(
+    _QWEN2,
+    hf=hf_mixtures.gpt_oss,
+    gguf=gguf_mixtures.gpt_oss,
+    gguf_positions=gguf_mixtures.gpt_oss_rotary,
+    tensors={
+        **_EXPERT_NAMES,
+        "router": ("model.layers.{i}.mlp.router", "blk.{i}.ffn_gate_inp"),
+        "sinks": ("model.layers.{i}.self_attn.sinks", "blk.{i}.attn_sinks"),
+        "ffn_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.post_attention_norm"),
+    },
+    hf_in_turns=True,
+)
 # By model_type of config.json, and by general.architecture of GGUF, which is the same for most, but a Mistral is a
 # "llama" there, and so is a Mixtral.
 FAMILIES = {
@@ -281,6 +294,8 @@ FAMILIES = {
     "glm4_moe": _GLM4_MOE,
     "glm4moe": _GLM4_MOE,
     "smallthinker": _SMALLTHINKER,
+    "gpt_oss": _GPT_OSS,
+    "gpt-oss": _GPT_OSS,
     # Sparse models with families of their own: ProSparse, TurboSparse, SparseLM.
     "sparsellama": _LLAMA,
     "prosparse-llama": _LLAMA,
@@ -302,8 +317,6 @@ _MISSING = {
     "gemma3n_text": _GEMMA3N,
     "bitnet": "a norm within the feed-forward",
     "phimoe": _OTHER_EXPERTS,
-    "gpt_oss": _OTHER_EXPERTS,
-    "gpt-oss": _OTHER_EXPERTS,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek2": _LATENT,

@@ -51,6 +51,8 @@ class Family:
     hf_grouped: bool = False
     # Whether Hugging Face's matrices of layers are [in, out].
     hf_turned: bool = False
+    # Whether Hugging Face's experts lie in stacks whose gates and ups take turns (`hf/expert_stacks.py`).
+    hf_in_turns: bool = False
     # Hugging Face's names of matrices between embedding and residual, and between that and the head.
     hf_projections: tuple[str, str] | None = None
 

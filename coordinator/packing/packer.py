@@ -25,7 +25,7 @@ from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
-from warmfront.shared.model.branches import groups_of, layout_of, parts_of, router_rows
+from warmfront.shared.model.branches import branches_of, groups_of, has_experts, layout_of, parts_of, router_rows
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
 from warmfront.shared.model.store import PackedModel
@@ -148,9 +148,16 @@ class PackingPlan:
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
                     if part in spec.predictor.biases:
                         self.shapes[f"{name}.bias"] = ("F32", (rows,))
-        in_bundles = tuple(f".{part}.bias" for part in self.layout.biases)
-        vectors = sorted(name for name, shape in published.items() if len(shape) == 1 and not name.endswith(in_bundles))
+        # In bundles, and joined over the branches.
+        elsewhere = (*(f".{part}.bias" for part in self.layout.biases), ".down.bias", ".router.bias")
+        vectors = sorted(name for name, shape in published.items() if len(shape) == 1 and not name.endswith(elsewhere))
         self.shapes |= {name: ("F32", published[name]) for name in vectors}
+        feed_forward = spec.architecture.feed_forward
+        for i in layers:
+            if feed_forward.experts is not None and feed_forward.experts.bias:
+                self.shapes[f"layers.{i}.router.bias"] = ("F32", (router_rows(spec),))
+            if "down" in feed_forward.biases:
+                self.shapes[f"layers.{i}.down.bias"] = ("F32", (len(branches_of(spec)) * spec.hidden,))
         self._tokenizer = b"" if source.tokenizer is None else pack_tokenizer(source.tokenizer.json)
         if self._tokenizer:
             self.shapes["tokenizer"] = ("U8", (len(self._tokenizer),))
@@ -187,6 +194,8 @@ class PackingPlan:
             return np.array(self._largest, np.float32)
         if name.endswith(".ffn"):
             return self._bundles(name.removesuffix(".ffn"))
+        if name.endswith(".down.bias"):
+            return self._down_biases(name.removesuffix("down.bias"))
         values = self.source.tensor(name).float32()
         return np.pad(values, (0, self.shapes[name][1][0] - len(values)))
 
@@ -205,6 +214,16 @@ class PackingPlan:
         scores = [name, f"{name.removesuffix('router')}shared_router"]
         rows = [self.source.tensor(each).packed(Kind.F32) for each in scores if each in self.source.names()]
         return _with_rows(np.concatenate(rows), self.shapes[name][1][0])
+
+    def _down_biases(self, layer: str) -> npt.NDArray[np.float32]:
+        """The biases of down of all branches of a layer, one behind the other; of a layer without experts in a mixture
+        that of the first one, which every token uses."""
+        spec, number = self.source.spec, int(layer.split(".")[1])
+        rows = np.zeros((len(branches_of(spec)), spec.hidden), np.float32)
+        first = int(has_experts(spec, number) and branches_of(spec)[0].neurons == 0)
+        for row, branch in enumerate(parts_of(spec, number), first):
+            rows[row] = self.source.tensor(f"{layer}{branch.prefix}down.bias").float32()
+        return rows.reshape(-1)
 
     def _bundles(self, layer: str) -> Bytes:
         """A layer's groups. Branch by branch, so that of a layer's experts only one is in memory twice."""

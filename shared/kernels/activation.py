@@ -28,7 +28,9 @@ __all__ = [
     "up_fires",
 ]
 
-_SILU, _RELU, _GELU, _GELU_TANH, _RELU2, _DRELU, _FATRELU = range(len(ACTIVATIONS))
+_SILU, _RELU, _GELU, _GELU_TANH, _RELU2, _DRELU, _FATRELU, _SWIGLU_OAI = range(len(ACTIVATIONS))
+# Of swiglu_oai, in its sigmoid.
+_ALPHA = 1.702
 # exp(r) on |r| <= ln(2)/2, the coefficients of Cephes' expf: relative error below 2e-7.
 _SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
@@ -149,6 +151,29 @@ def _silu_times(context, gates, ups, count):
     return types.void(types.int64, types.int64, types.int64), build
 
 
+@intrinsic
+def _swiglu_oai_times(context, gates, ups, count, limit):
+    """gates = gate / (1 + exp(-1.702 * gate)) * (up + 1), both cut to the limit; NaN stays."""
+
+    def build(context, b, _signature, arguments):
+        gates, ups, count, limit = arguments
+        high, one = splat(b, limit), constants(1.0)
+        low = b.fsub(constants(0.0), high)
+
+        def cut(value: Any, condition: str, bound: Any) -> Any:
+            return b.select(b.fcmp_ordered(condition, value, bound), bound, value)
+
+        with cgutils.for_range(b, b.udiv(count, long(LANES)), intp=I64) as loop:
+            at = b.mul(loop.index, long(64))
+            gate = cut(load(b, gates, at, V16), ">", high)
+            up = cut(cut(load(b, ups, at, V16), ">", high), "<", low)
+            below = b.fadd(_exp(b, b.fmul(gate, constants(-_ALPHA))), one)
+            store(b, gates, at, b.fmul(b.fdiv(gate, below), b.fadd(up, one)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), build
+
+
 class Activation(NamedTuple):
     """The activation of a feed-forward layer, as kernels take it."""
 
@@ -156,11 +181,15 @@ class Activation(NamedTuple):
     code: int
     # float32: gates up to this are closed.
     closed: Any
+    # float32: what gates and ups are cut to, of swiglu_oai.
+    limit: Any
 
 
 def activation_of(feed_forward: FeedForward) -> Activation:
     """The activation of a model's layers."""
-    return Activation(feed_forward.activation_code, np.float32(feed_forward.closed))
+    return Activation(
+        feed_forward.activation_code, np.float32(feed_forward.closed), np.float32(feed_forward.limit or 0)
+    )
 
 
 @inlined
@@ -195,8 +224,22 @@ def _activate(activation: Activation, gate: Any) -> Any:
 
 
 @kernel
+def _swiglu_oai(limit: Any, gate: Any, up: Any) -> Any:
+    """The factor of one neuron; a NaN stays."""
+    if gate > limit:
+        gate = limit
+    if up > limit:
+        up = limit
+    if up < -limit:
+        up = -limit
+    return gate / (np.float32(1) + np.float32(math.exp(np.float32(-_ALPHA) * gate))) * (up + np.float32(1))
+
+
+@kernel
 def factor(activation: Activation, gate: Any, up: Any) -> Any:
-    """What a neuron's down row is multiplied with: activation(gate) * up, or * relu(up)."""
+    """What a neuron's down row is multiplied with: activation(gate) * up, or * relu(up), or * (up + 1)."""
+    if activation.code == _SWIGLU_OAI:
+        return _swiglu_oai(activation.limit, gate, up)
     return _activate(activation, gate) * (up if up_fires(activation, up) else np.float32(0))
 
 
@@ -205,6 +248,9 @@ def activate_times(activation: Activation, gates: int, ups: int, count: int) -> 
     """gates = factors of `count` neurons, a multiple of 16, with these gates and ups."""
     if activation.code == _SILU:
         _silu_times(gates, ups, count)
+        return
+    if activation.code == _SWIGLU_OAI:
+        _swiglu_oai_times(gates, ups, count, activation.limit)
         return
     gate, up = carray(floats_at(gates), (count,)), carray(floats_at(ups), (count,))
     for i in range(count):

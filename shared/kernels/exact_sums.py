@@ -47,10 +47,10 @@ def inverse_unit(reach: float, degree: int, magnitude: float) -> Any:
     """1 / unit as float32, for a token whose features' magnitudes add up to `magnitude`; NaN if that is not finite.
 
     `reach`: neurons times the largest magnitudes of gate (squared if gates are), up and down; `degree`: how many of
-    these factors multiply the token (`FeedForward.degree`).
+    these factors multiply the token (`FeedForward.degree`), none where the activation has a bound that `reach` has too.
     """
     bound = reach * magnitude**degree
-    if not bound < _LIMIT:
+    if not (bound < _LIMIT and magnitude < _LIMIT):
         return np.float32(np.nan)
     exponent = np.int64(0)
     if bound > 0:

@@ -10,12 +10,12 @@ See also: `spec.py` for the sizes and the JSON.
 
 import math
 import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.shared.model.checks import MAX_FLOAT, check_count, check_name, check_parts, check_positive
 from warmfront.shared.model.formats import BLOCK
 
 __all__ = [
@@ -29,11 +29,13 @@ __all__ = [
     "Norm",
     "Positions",
     "Rotary",
-    "check_count",
 ]
 
-# Index = code in the kernels. drelu: relu(gate) * relu(up); fatrelu: gates up to a threshold become zero.
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu")
+# Index = code in the kernels. drelu: relu(gate) * relu(up); fatrelu: gates up to a threshold become zero; swiglu_oai:
+# gate * sigmoid(1.702 * gate) * (up + 1), gates above a limit cut to it, ups on both sides (gpt-oss).
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu", "swiglu_oai")
+# Those with a number after a colon: see `FeedForward`.
+_WITH_PARAMETER = ("fatrelu", "swiglu_oai")
 # Index = code in the kernels: root mean square; mean and variance.
 NORMS = ("rms", "layer")
 # Index = code in the kernels.
@@ -44,12 +46,8 @@ _QK_NORMS = ("head", "whole")
 _PLACEMENTS = ("pre", "post", "sandwich", "sum")
 _RESIDUALS = ("serial", "parallel")
 _PROJECTIONS = ("q", "k", "v", "o")
-# Sizes are `int` in the CUDA kernels.
-_MAX_COUNT = 2**31 - 1
 # More than any model has: tables have an entry for each.
 _MAX_EXPERTS = 1 << 14
-# Above zero and finite in float32, which the passes compute with.
-_MIN_FLOAT, _MAX_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # The kernels compute a head in vectors of 8 floats.
 _HEAD_STEP = 8
 
@@ -72,9 +70,9 @@ class Norm:
     final: bool = True
 
     def __post_init__(self) -> None:
-        _check_name("norm", self.kind, NORMS)
-        _check_name("placement of norms", self.placement, _PLACEMENTS)
-        _check_positive("norm epsilon", self.epsilon)
+        check_name("norm", self.kind, NORMS)
+        check_name("placement of norms", self.placement, _PLACEMENTS)
+        check_positive("norm epsilon", self.epsilon)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +96,7 @@ class Rotary:
                     f"{len(self.frequencies)} rotary frequencies have {len(frequencies)} for long contexts"
                 )
         check_count("original context", self.original_context, 0)
-        _check_positive("rotary magnitude", self.magnitude)
+        check_positive("rotary magnitude", self.magnitude)
 
     @property
     def dim(self) -> int:
@@ -183,10 +181,10 @@ class Attention:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key-value heads; the file is damaged")
         for what, value in (("attention scale", self.scale), ("attention soft cap", self.soft_cap)):
             if value is not None:
-                _check_positive(what, value)
+                check_positive(what, value)
         if self.qk_norm is not None:
-            _check_name("q/k norm", self.qk_norm, _QK_NORMS)
-        _check_parts("attention biases", self.biases, _PROJECTIONS)
+            check_name("q/k norm", self.qk_norm, _QK_NORMS)
+        check_parts("attention biases", self.biases, _PROJECTIONS)
         for window in self.windows:
             check_count("attention window", window, 0)
 
@@ -216,6 +214,8 @@ class Experts:
     number: int
     # Experts that the router picks for a token: those with the highest scores, of equal ones the first.
     active: int
+    # Whether the scores have a bias.
+    bias: bool = False
     # What makes weights of scores, one of SCORINGS: a softmax over all experts, or each score's sigmoid.
     scoring: str = "softmax"
     # Whether the weights of the active experts are scaled to sum to one.
@@ -241,8 +241,8 @@ class Experts:
     def __post_init__(self) -> None:
         check_count("number of experts", self.number, 1, _MAX_EXPERTS)
         check_count("number of active experts", self.active, 1, self.number)
-        _check_name("scoring of experts", self.scoring, SCORINGS)
-        _check_positive("factor on the experts' weights", self.scale)
+        check_name("scoring of experts", self.scoring, SCORINGS)
+        check_positive("factor on the experts' weights", self.scale)
         check_count("neurons of the shared expert", self.shared, 0)
         if self.shared_gate and not self.shared:
             raise ValueError("there is a gate for a shared expert, but no shared expert")
@@ -262,28 +262,32 @@ class Experts:
 class FeedForward:
     """The feed-forward of every layer.
 
-    Gated: down . (activation(gate . x) * (up . x)), with dReLU relu(up . x). Else: down . activation(up . x). Each
-    product may have a bias.
+    Gated: down . (activation(gate . x) * (up . x)), with dReLU relu(up . x), with swiglu_oai (up . x) + 1. Else:
+    down . activation(up . x). Each product may have a bias.
     """
 
     gated: bool = True
     # Of the gate, or of up if there is no gate; one of ACTIVATIONS.
     activation: str
-    # Gates up to this are closed; of FATReLU, and None for all others.
-    threshold: float | None = None
+    # Of fatrelu: gates up to this are closed. Of swiglu_oai: gates above it, and ups beyond it on both sides, are cut.
+    # None for all others.
+    parameter: float | None = None
     # Which of gate, up and down have a bias.
     biases: tuple[str, ...] = ()
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
-        _check_name("activation", self.activation, ACTIVATIONS)
-        if self.activation == "drelu" and not self.gated:
-            raise ValueError("the activation drelu needs a gate, which this model does not have")
-        if (self.activation == "fatrelu") != (self.threshold is not None):
-            raise ValueError(f"activation {self.activation} with threshold {self.threshold}: fatrelu alone has one")
-        if self.threshold is not None and not -_MAX_FLOAT <= self.threshold <= _MAX_FLOAT:
-            raise ValueError(f"activation threshold is {self.threshold}, not a finite number")
-        _check_parts("feed-forward biases", self.biases, self.matrices)
+        check_name("activation", self.activation, ACTIVATIONS)
+        if self.activation in ("drelu", "swiglu_oai") and not self.gated:
+            raise ValueError(f"the activation {self.activation} needs a gate, which this model does not have")
+        if (self.activation in _WITH_PARAMETER) != (self.parameter is not None):
+            known = " and ".join(_WITH_PARAMETER)
+            raise ValueError(f"activation {self.activation} with parameter {self.parameter}: {known} alone have one")
+        if self.limit is not None:
+            check_positive("activation limit", self.limit)
+        if self.parameter is not None and not -MAX_FLOAT <= self.parameter <= MAX_FLOAT:
+            raise ValueError(f"activation parameter is {self.parameter}, not a finite number")
+        check_parts("feed-forward biases", self.biases, self.matrices)
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -303,12 +307,12 @@ class FeedForward:
     @property
     def activation_name(self) -> str:
         """The activation as users write it: "relu", "fatrelu:0.01"."""
-        return self.activation if self.threshold is None else f"{self.activation}:{self.threshold!r}"
+        return self.activation if self.parameter is None else f"{self.activation}:{self.parameter!r}"
 
     def activated(self, name: str) -> "FeedForward":
         """The same with the activation of that name (`activation_name`); raises ValueError if it cannot have that."""
-        activation, _, threshold = name.partition(":")
-        return replace(self, activation=activation, threshold=float(threshold) if threshold else None)
+        activation, _, number = name.partition(":")
+        return replace(self, activation=activation, parameter=float(number) if number else None)
 
     @property
     def sparse(self) -> bool:
@@ -318,15 +322,26 @@ class FeedForward:
     @property
     def closed(self) -> float:
         """Gates up to this float32 are closed; of an activation that is never zero by itself, the lowest."""
-        if self.threshold is not None:
-            return float(np.float32(self.threshold))
-        return 0.0 if self.sparse else -_MAX_FLOAT
+        if self.activation == "fatrelu":
+            return float(np.float32(self.parameter))
+        return 0.0 if self.sparse else -MAX_FLOAT
+
+    @property
+    def limit(self) -> float | None:
+        """The float32 that gates and ups are cut to; None: they are not."""
+        return float(np.float32(self.parameter)) if self.activation == "swiglu_oai" else None
+
+    @property
+    def most(self) -> float | None:
+        """What no down row is multiplied with more than, whatever the input is; None: there is no such bound."""
+        # x * sigmoid(1.702 * x) is above -0.164.
+        return None if self.limit is None else max(self.limit, 0.164) * (self.limit + 1)
 
     @property
     def degree(self) -> int:
         """The power of its input that bounds the output: one for each matrix before down, twice the one that is
-        squared."""
-        return len(self.matrices) - 1 + (self.activation == "relu2")
+        squared; none where the activation is bounded."""
+        return 0 if self.most is not None else len(self.matrices) - 1 + (self.activation == "relu2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,38 +364,16 @@ class Architecture:
     tied_head: bool = False
 
     def __post_init__(self) -> None:
-        _check_name("residual", self.residual, _RESIDUALS)
+        check_name("residual", self.residual, _RESIDUALS)
         if self.norm.shared and (self.residual == "serial" or self.norm.placement in ("post", "sum")):
             raise ValueError(
                 f"attention and feed-forward cannot share a norm with a {self.residual} residual and norms "
                 f"'{self.norm.placement}'"
             )
-        _check_positive("embedding scale", self.embedding_scale)
-        _check_positive("residual scale", self.residual_scale)
-        _check_positive("logit scale", self.logit_scale)
+        check_positive("embedding scale", self.embedding_scale)
+        check_positive("residual scale", self.residual_scale)
+        check_positive("logit scale", self.logit_scale)
         if self.logit_cap is not None:
-            _check_positive("logit soft cap", self.logit_cap)
+            check_positive("logit soft cap", self.logit_cap)
         for table in self.positions.rotary:
             check_count("rotary dimension", table.dim, 2, self.attention.head_dim)
-
-
-def check_count(what: str, value: int, low: int = 1, high: int = _MAX_COUNT) -> None:
-    """Raise ValueError unless `value` is from `low` to `high`."""
-    if not low <= value <= high:
-        raise ValueError(f"{what} is {value}, not a whole number from {low} to {high}")
-
-
-def _check_positive(what: str, value: float) -> None:
-    if not _MIN_FLOAT <= value <= _MAX_FLOAT:
-        raise ValueError(f"{what} is {value}, not a positive number")
-
-
-def _check_name(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{what} is {reprlib.repr(value)}, not one of {', '.join(known)}")
-
-
-def _check_parts(what: str, parts: tuple[str, ...], known: Sequence[str]) -> None:
-    """Raise ValueError unless `parts` are of `known` and in its order: equal models have equal descriptions."""
-    if parts != tuple(part for part in known if part in parts):
-        raise ValueError(f"{what} are {reprlib.repr(parts)}, not some of {', '.join(known)}")

@@ -5,7 +5,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from warmfront.shared.errors import UsageError
-from warmfront.shared.model.architecture import Architecture, check_count
+from warmfront.shared.model.architecture import Architecture
+from warmfront.shared.model.checks import check_count
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.records import decoded
 

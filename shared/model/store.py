@@ -56,7 +56,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import DamagedError, ModelError
-from warmfront.shared.model.branches import groups_of, has_experts, layout_of, router_rows, used_neurons
+from warmfront.shared.model.branches import branches_of, groups_of, has_experts, layout_of, router_rows, used_neurons
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
@@ -187,6 +187,8 @@ class PackedModel:
             shape: tuple[int, ...] | None = (parts if layer else top).get(part)
             if layer and part == "router":
                 shape = router_rows(self.spec), self._row_bytes(name, self.spec.hidden)
+            elif layer and part in ("router.bias", "down.bias"):
+                shape = (self._biases(part),)
             elif layer and part in ("ffn", "fc1", "fc2", "fc1.bias", "fc2.bias"):
                 shape = self._neuron_shape(".".join(layer), part)
             elif shape is not None and len(shape) == 2:
@@ -201,6 +203,10 @@ class PackedModel:
                 raise ValueError(f"tensor {name} is missing")
         if last in self.entries and "largest" not in self.entries:
             raise ValueError("tensor largest is missing")
+
+    def _biases(self, part: str) -> int:
+        """How many numbers the biases of the router, or of the down matrices of all branches, are."""
+        return router_rows(self.spec) if part == "router.bias" else len(branches_of(self.spec)) * self.spec.hidden
 
     def _neuron_shape(self, layer: str, part: str) -> tuple[int, ...]:
         """What shape the bundles (ffn) or a predictor's matrix must have; the predictor's rank is that of fc1."""
@@ -260,10 +266,13 @@ class PackedModel:
 
     @cached_property
     def reach(self) -> npt.NDArray[np.float64]:
-        """Float64 [layers]: neurons that a token may use, times the largest magnitudes in gate, up and down
-        (`exact_sums.inverse_unit`)."""
+        """Float64 [layers]: neurons that a token may use, times the largest magnitudes in gate, up and down, or in
+        down and of a bounded activation (`exact_sums.inverse_unit`)."""
         largest = self.floats("largest").astype(np.float64).reshape(self.spec.layers, -1)
-        squared = largest[:, 0] if self.spec.architecture.feed_forward.activation == "relu2" else 1
+        feed_forward = self.spec.architecture.feed_forward
+        if feed_forward.most is not None:
+            return np.asarray(used_neurons(self.spec) * largest[:, -1] * feed_forward.most)
+        squared = largest[:, 0] if feed_forward.activation == "relu2" else 1
         return np.asarray(used_neurons(self.spec) * largest.prod(1) * squared)
 
     def places(self) -> npt.NDArray[np.int64]:

@@ -19,12 +19,10 @@ def _dense_is_too_wide(spec: ModelSpec) -> bool:
 
 # Words (plural if they end in s) and how to tell. A feature that all passes and workers compute leaves this table.
 _UNSUPPORTED: tuple[tuple[str, Callable[[ModelSpec], bool]], ...] = (
-    ("attention sinks", lambda s: s.architecture.attention.sinks),
     (
         "parallel residual with post-norm",
         lambda s: s.architecture.residual == "parallel" and s.architecture.norm.placement != "pre",
     ),
-    ("biases within experts", lambda s: _has_experts(s) and bool(s.architecture.feed_forward.biases)),
     ("layers without experts wider than all experts", _dense_is_too_wide),
     ("predictors of experts' neurons", lambda s: _has_experts(s) and s.predictor is not None),
 )

@@ -10,6 +10,7 @@ layers.{i}.attn_post_norm, .ffn_post_norm              [hidden], where blocks ar
 layers.{i}.q, .k, .v           [heads or kv_heads * head_dim, hidden]
 layers.{i}.q_norm, .k_norm     [head_dim] or, of whole vectors, [heads or kv_heads * head_dim], with q/k norm
 layers.{i}.o                   [hidden, heads * head_dim]
+layers.{i}.sinks               [heads], where attention has them
 layers.{i}.gate, .up           [ffn, hidden]; no gate where the feed-forward has none
 layers.{i}.down                [hidden, ffn]
 layers.{i}.experts.{e}.gate, .up, .down    the same of an expert, instead; not in layers without experts
@@ -61,6 +62,8 @@ def layer_shapes(spec: ModelSpec, layer: int | None = None) -> dict[str, Shape]:
     shapes = {f"attn_{part}": shape for part, shape in before.items()}
     for part in ("q", "k", "v", "o"):
         shapes |= _with_bias(part, (rows.get(part, hidden), cols.get(part, hidden)), part in attention.biases)
+    if attention.sinks:
+        shapes["sinks"] = (attention.heads,)
     if attention.qk_norm == "head":
         shapes |= {"q_norm": (attention.head_dim,), "k_norm": (attention.head_dim,)}
     elif attention.qk_norm == "whole":
@@ -74,7 +77,7 @@ def layer_shapes(spec: ModelSpec, layer: int | None = None) -> dict[str, Shape]:
         for part in feed_forward.matrices:
             shapes |= _with_bias(part, _matrix_shape(part, neurons, hidden), part in feed_forward.biases)
     else:
-        shapes["router"] = (experts.number, hidden)
+        shapes |= _with_bias("router", (experts.number, hidden), experts.bias)
         if experts.corrected:
             shapes["correction.bias"] = (experts.number,)
         if experts.shared_gate:
@@ -88,9 +91,11 @@ def _matrix_shape(part: str, neurons: int, hidden: int) -> Shape:
 
 def _expert_shapes(spec: ModelSpec, layer: int) -> Iterator[tuple[str, Shape]]:
     """The same of a layer's experts; nothing for one without."""
+    feed_forward = spec.architecture.feed_forward
     for branch in parts_of(spec, layer) if has_experts(spec, layer) else ():
-        for part in spec.architecture.feed_forward.matrices:
-            yield branch.prefix + part, _matrix_shape(part, branch.neurons, spec.hidden)
+        for part in feed_forward.matrices:
+            shape = _matrix_shape(part, branch.neurons, spec.hidden)
+            yield from _with_bias(branch.prefix + part, shape, part in feed_forward.biases).items()
 
 
 def _with_bias(name: str, shape: Shape, bias: bool) -> dict[str, Shape]:

@@ -26,7 +26,7 @@ KERNELS = ("gate_up", "down", "reduce", "gate_up_many", "down_many")
 def options(gate: Kind, down: Kind, hidden: int = 576) -> tuple[str, ...]:
     """An activation by turns, and a kind of neurons: with a gate, without, with biases."""
     activation, number = NAMES[(gate + down) % len(NAMES)], gate + down
-    gated = number % 3 != 1 or activation == "drelu"
+    gated = number % 3 != 1 or activation.startswith(("drelu", "swiglu_oai"))
     biases = ("up",) if number % 3 else ()
     layout = BundleLayout(hidden=hidden, ffn=1536, gate_kind=gate, down_kind=down, gated=gated, biases=biases)
     return launch.options(layout, described(activation))

@@ -1,6 +1,7 @@
 """Hugging Face transformers in float32, the reference of the equality and quality tests."""
 
 import itertools
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from warmfront.coordinator.models.families import FAMILIES
 from warmfront.coordinator.models.family import pair_order
+from warmfront.coordinator.models.open import open_source
 from warmfront.shared.model.branches import bounds_of, branches_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import row_bytes, unpack
@@ -82,10 +84,11 @@ def llama_from_folder(path: Path) -> Any:
 
 def model_from_packed(folder: Path, packed: PackedModel) -> Any:
     """The folder's model with the weights of its packed file, each as it was rounded there, widened to float32."""
-    spec, family = packed.spec, FAMILIES[packed.spec.family]
+    spec, family, source = packed.spec, FAMILIES[packed.spec.family], open_source(folder)
     parts: dict[str, list[Floats]] = {}
     for name, shape in file_shapes(spec):
-        values = _unpacked(packed, name, shape)
+        # Vectors are not rounded.
+        values = _unpacked(packed, name, shape) if len(shape) == 2 else source.tensor(name).float32()
         order = pair_order(spec, name)
         if order is not None:
             heads = values.reshape(-1, len(order), *shape[1:])
@@ -98,6 +101,7 @@ def model_from_packed(folder: Path, packed: PackedModel) -> Any:
     with TemporaryDirectory() as place:
         shutil.copy(folder / "config.json", place)
         state = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+        state = _in_turns(state) if family.hf_in_turns else state
         save_file(state, Path(place) / "model.safetensors", {"format": "pt"})
         model, found = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     assert set(found["missing_keys"]) <= ({"lm_head.weight"} if spec.architecture.tied_head else set())
@@ -121,12 +125,33 @@ def _unpacked(packed: PackedModel, name: str, shape: tuple[int, ...]) -> Floats:
         rows = unpack(bundles[:, start : start + row_bytes(kind, layout.hidden)], kind, layout.hidden)
         return np.ascontiguousarray(rows.T if part == "down" else rows)
     entry = packed.entries[name.replace("shared_router", "router")]
-    if entry.kind is None:
-        return packed.floats(name)
+    assert entry.kind is not None
     rows = unpack(packed.bytes_of(name.replace("shared_router", "router")).reshape(entry.shape), entry.kind, shape[1])
     experts = packed.spec.architecture.feed_forward.experts
     first = experts.number if part == "shared_router" and experts is not None else 0
     return rows[first : first + shape[0]]
+
+
+def _in_turns(state: dict[str, Floats]) -> dict[str, Floats]:
+    """The experts of a gpt-oss in stacks, in which gates and ups take turns; and its sinks by their name."""
+    stacks: dict[str, list[Floats]] = {}
+    made: dict[str, Floats] = {}
+    for name, values in state.items():
+        match = re.fullmatch(r"(.*\.experts\.)\d+\.(\w+)_proj\.(weight|bias)", name)
+        if match is None:
+            made[name.removesuffix(".weight") if name.endswith(".sinks.weight") else name] = values
+        else:
+            suffix = "_bias" if match[3] == "bias" else ""
+            stacks.setdefault(f"{match[1]}{match[2]}_proj{suffix}", []).append(values)
+    for name, rows in stacks.items():
+        if "gate_proj" in name:
+            turns = np.stack((rows, stacks[name.replace("gate", "up")]), axis=2)
+            rows, name = turns.reshape(len(rows), -1, *turns.shape[3:]), name.replace("gate", "gate_up")
+        elif "up_proj" in name:
+            continue
+        stack = np.asarray(rows)
+        made[name] = np.ascontiguousarray(stack.swapaxes(1, 2)) if stack.ndim == 3 else stack
+    return made
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Floats:

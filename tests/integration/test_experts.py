@@ -29,28 +29,31 @@ from warmfront.shared.model.bundle import GROUP
 
 Make = Callable[..., Path]
 Floats = npt.NDArray[np.float32]
-NAME = "qwen2 moe"
-# Groups of a layer: two for each of 18 experts, three of the shared one.
-GROUPS = 39
+# Groups of a layer: two for each of 18 experts and three of the shared one; three for each of 5.
+GROUPS = {"qwen2 moe": 39, "gpt oss": 15}
 PROMPT = [3 + (7 * i + i // 13) % 290 for i in range(70)]
 BATCHES = [[5, 9, 250, 33, 17], [101], [7, 8]]
 
 
-@pytest.fixture(scope="module", params=["silu", "relu"])
-def activation(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=[("qwen2 moe", "silu"), ("qwen2 moe", "relu"), ("gpt oss", "swiglu_oai")])
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A model of `MODELS`, and its activation."""
+    name, activation = request.param
+    return name, activation
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_family: Make, activation: str) -> Path:
-    return tiny_family(NAME, hidden_act=activation)
+def folder(tiny_family: Make, case: tuple[str, str]) -> Path:
+    name, activation = case
+    # Many gates and ups are beyond the limit.
+    return tiny_family(name, **({"swiglu_limit": 1.0} if name == "gpt oss" else {"hidden_act": activation}))
 
 
 @pytest.fixture(scope="module")
-def answer(folder: Path, activation: str) -> Floats:
+def answer(folder: Path, case: tuple[str, str]) -> Floats:
     """The logits of one worker, after the prompt and after each token of `BATCHES`, one by one."""
     with Engine.load(str(folder), dtype="f32", verify=True) as engine:
-        assert engine.plan.selector == ("exact" if activation == "relu" else "all")
+        assert engine.plan.selector == ("exact" if case[1] == "relu" else "all")
         return one_by_one(engine)
 
 
@@ -72,13 +75,16 @@ def one_by_one(engine: Engine, size: int = 1) -> Floats:
     [
         pytest.param({"workers": 2}, marks=needs_two_cores),
         {"threads": 1},
-        {"gpu": "host", "vram_budget": budget_for(3 * GROUPS // 3, hidden=64, ffn=GROUPS * GROUP), "workers": 1},
+        {"gpu": "host", "workers": 1},
     ],
     ids=["two workers", "one thread", "gpu with moves"],
 )
 def test_who_computes_what_changes_no_bit(
-    folder: Path, answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, case: tuple[str, str], answer: Floats, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    groups = GROUPS[case[0]]
+    if "gpu" in overrides:
+        overrides = overrides | {"vram_budget": budget_for(groups, hidden=64, ffn=groups * GROUP)}
     with Engine.load(str(folder), dtype="f32", verify=True, **overrides) as engine:
         if "gpu" in overrides:
             watch(engine, Restless(), monkeypatch)
@@ -90,27 +96,28 @@ def test_who_computes_what_changes_no_bit(
             assert engine.ownership.flow.moves > 0
 
 
-def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, answer: Floats) -> None:
-    budget = budget_for(30, hidden=64, ffn=GROUPS * GROUP)
+def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, case: tuple[str, str], answer: Floats) -> None:
+    budget = budget_for(30, hidden=64, ffn=GROUPS[case[0]] * GROUP)
     with Engine.load(str(folder), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
         os.kill(engine.session.runtime.supervisor._processes["gpu0"].pid, signal.SIGKILL)
         np.testing.assert_array_equal(one_by_one(engine), answer)
 
 
-def test_what_is_computed_and_counted(folder: Path, activation: str) -> None:
+def test_what_is_computed_and_counted(folder: Path, case: tuple[str, str]) -> None:
     """All neurons of the experts that are used are computed, or only the gates of those that do not fire."""
     with Engine.load(str(folder), dtype="f32") as engine:
         one_by_one(engine)
         layout, (worker,) = engine.model.layout, engine.statistics.workers()
-        # Two groups for each of three experts, three of the shared one.
-        gates = worker.jobs * (3 * 2 + 3) * GROUP
+        # Of each of three experts, and two groups each and three of the shared one, or three each.
+        gates = worker.jobs * 9 * GROUP
         ids = torch.tensor([[*PROMPT, *(token for batch in BATCHES for token in batch)]])
         chosen = llama_from_folder(folder)(ids, output_router_logits=True).router_logits
-        uses = [scores.topk(3).indices.flatten().bincount(minlength=18).tolist() for scores in chosen]
+        number = chosen[0].shape[-1]
+        uses = [scores.topk(3).indices.flatten().bincount(minlength=number).tolist() for scores in chosen]
         assert engine.statistics.expert_uses().tolist() == uses
-        assert re.search(r"the 1 busiest of 18 experts took \d+\.\d% of the choices", as_text(engine))
+        assert re.search(rf"the 1 busiest of {number} experts took \d+\.\d% of the choices", as_text(engine))
         assert worker.bytes == gates * layout.gate_bytes + worker.neurons * layout.rest_bytes
-        assert worker.neurons == gates if activation == "silu" else 0.2 * gates < worker.neurons < 0.7 * gates
+        assert worker.neurons == gates if case[1] != "relu" else 0.2 * gates < worker.neurons < 0.7 * gates
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "q8", "q4"])

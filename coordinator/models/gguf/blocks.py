@@ -3,6 +3,7 @@
     F32, F16, BF16             as they are
     Q4_0, Q4_1, Q8_0           the same numbers in another order; Q4_0 as Q4S or, beside Q4_1, as Q4
     Q4_K                       the same 4-bit numbers; scale * sub-scale rounded to float16
+    MXFP4                      exactly, as Q8
     Q5_0, Q5_1, Q5_K, Q6_K     rounded to Q8
     the rest                   rounded to Q4
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
+from warmfront.coordinator.models.gguf.mxfp4 import as_q8
 from warmfront.shared.model.formats import BLOCK, Kind, join_q4
 
 __all__ = ["FLOATS", "ROUNDED_TO_Q8", "kind_of", "repack"]
@@ -36,7 +38,7 @@ def kind_of(block: Type) -> Kind | None:
         return None
     if block == Type.Q4_0:
         return Kind.Q4S
-    return Kind.Q8 if block in ROUNDED_TO_Q8 or block == Type.Q8_0 else Kind.Q4
+    return Kind.Q8 if block in ROUNDED_TO_Q8 or block in (Type.Q8_0, Type.MXFP4) else Kind.Q4
 
 
 def repack(block: Type, kind: Kind) -> Callable[[Bytes], Bytes] | None:
@@ -66,6 +68,13 @@ def _q8_0(rows: Bytes) -> Bytes:
     """float16 d, 32 int8; w = d * q."""
     blocks = rows.reshape(len(rows), -1, 34)
     return _columns(blocks[:, :, 2:], blocks[:, :, :2])
+
+
+def _mxfp4(rows: Bytes) -> Bytes:
+    """An exponent, 16 bytes of nibbles: codes j and j + 16."""
+    blocks = rows.reshape(len(rows), -1, 17)
+    nibbles = blocks[:, :, 1:]
+    return as_q8(np.concatenate((nibbles & 15, nibbles >> 4), axis=2), blocks[:, :, 0])
 
 
 def _q4_k(rows: Bytes) -> Bytes:
@@ -101,4 +110,5 @@ _REPACK: dict[tuple[Type, Kind], Callable[[Bytes], Bytes]] = {
     (Type.Q4_1, Kind.Q4): _q4_1,
     (Type.Q4_K, Kind.Q4): _q4_k,
     (Type.Q8_0, Kind.Q8): _q8_0,
+    (Type.MXFP4, Kind.Q8): _mxfp4,
 }

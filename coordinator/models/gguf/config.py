@@ -192,8 +192,9 @@ def _predictor(fields: Fields, found: Found) -> Predictor:
     return Predictor(threshold=fields.number("powerinfer.sparse_threshold", 0.0))
 
 
-def rotary(fields: Fields, spec: ModelSpec, factors: Factors, base: float = 1e4) -> Positions:
-    """One table for all layers. Llama 3.1's scaling comes as a divisor of each frequency, LongRoPE's as two."""
+def rotary(fields: Fields, spec: ModelSpec, factors: Factors, base: float = 1e4, *, whole: bool = True) -> Positions:
+    """One table for all layers. Llama 3.1's scaling comes as a divisor of each frequency, LongRoPE's as two; `whole`:
+    see `rope.read_yarn`."""
     keys = fields.under(f"{spec.family}.")
     base = keys.positive("rope.freq_base", base)
     plain = rope.frequencies(_rotary_dim(fields, spec), base)
@@ -212,7 +213,7 @@ def rotary(fields: Fields, spec: ModelSpec, factors: Factors, base: float = 1e4)
         factor = keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0))
         table = rope.rotary(fields.path, plain, factor * divisor)
     elif scaling == "yarn":
-        scaled, factor = rope.read_yarn(keys, _YARN, plain, base=base, original_context=original)
+        scaled, factor = rope.read_yarn(keys, _YARN, plain, base=base, original_context=original, whole=whole)
         table = rope.rotary(fields.path, scaled, divisor, rope.yarn_magnitude(factor) * magnitude)
     else:
         raise ModelError(

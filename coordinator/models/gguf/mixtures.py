@@ -8,7 +8,15 @@ from warmfront.coordinator.models.gguf.config import Factors, Found, llama, rota
 from warmfront.shared.model.architecture import Experts, Positions
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["glm4moe", "mixture", "normalised_mixture", "smallthinker", "smallthinker_rotary"]
+__all__ = [
+    "glm4moe",
+    "gpt_oss",
+    "gpt_oss_rotary",
+    "mixture",
+    "normalised_mixture",
+    "smallthinker",
+    "smallthinker_rotary",
+]
 
 # The scoring by the value of a field of llama.cpp's.
 _SCORINGS = {1: "softmax", 2: "sigmoid"}
@@ -81,3 +89,21 @@ def _has_positions(layer: int) -> bool:
 def glm4moe(fields: Fields, found: Found) -> ModelSpec:
     """A Llama whose layers but the first have experts that biases help to choose."""
     return mixture(fields, found, scorings=("sigmoid",))
+
+
+def gpt_oss(fields: Fields, found: Found) -> ModelSpec:
+    """A Llama with experts, biases everywhere, sinks, and windows in every other layer."""
+    spec = normalised_mixture(fields, found)
+    experts = spec.architecture.feed_forward.experts
+    assert experts is not None
+    window = fields.count(f"{spec.family}.attention.sliding_window", 128, low=0)
+    return described(
+        spec,
+        attention={"sinks": True, "windows": layer_windows(spec, window, lambda layer: layer % 2 == 0)},
+        feed_forward={"biases": ("gate", "up", "down"), "experts": replace(experts, bias=True)},
+    )
+
+
+def gpt_oss_rotary(fields: Fields, spec: ModelSpec, factors: Factors) -> Positions:
+    """One table; gpt-oss was trained with YaRN's bounds as they are, not as whole pairs (`truncate` false)."""
+    return rotary(fields, spec, factors, whole=False)

@@ -136,7 +136,7 @@ class GgufSource:
             # The gate of the shared expert is a vector in some files.
             one_row = name.endswith(".shared_router") and len(tensor.shape) == 1
             return {name: replace(tensor, shape=(1, *tensor.shape)) if one_row else tensor}
-        if len(tensor.shape) != 3 or tensor.shape[0] != self._experts:
+        if len(tensor.shape) != (2 if part.endswith(".bias") else 3) or tensor.shape[0] != self._experts:
             raise ModelError(
                 f"{self.path}: tensor {tensor.name} has shape {tensor.shape}, not that of a stack of {self._experts} "
                 "experts; the file is damaged"
@@ -192,6 +192,10 @@ class GgufSource:
         for (block, kind), count in other.items():
             if block == Type.Q4_K:
                 self.notes.append(f"{count} tensors of type Q4_K are kept as Q4 with scales rounded to float16")
+            elif block == Type.MXFP4:
+                self.notes.append(
+                    f"{count} tensors of type MXFP4 are kept exactly, as Q8; --dtype q4 rounds them to 4 bits"
+                )
             elif block in ROUNDED_TO_Q8:
                 self.notes.append(f"{count} tensors of type {block.name} are rounded to Q8")
             elif block not in FLOATS and repack(block, kind) is None:

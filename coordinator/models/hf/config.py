@@ -22,6 +22,7 @@ __all__ = [
     "gemma3_rotary",
     "granite",
     "llama",
+    "local_layers",
     "minicpm",
     "mistral",
     "olmo2",
@@ -171,7 +172,7 @@ def _gemma_after(config: Fields, name: str, pattern: int, caps: tuple[float | No
 def _gemma_local(config: Fields, spec: ModelSpec, pattern: int) -> Callable[[int], bool]:
     """All but every `pattern`th layer have a window."""
     pattern = config.count("sliding_window_pattern", pattern)
-    return _local_layers(config, spec, lambda layer: (layer + 1) % pattern != 0)
+    return local_layers(config, spec, lambda layer: (layer + 1) % pattern != 0)
 
 
 def gemma3_rotary(config: Fields, spec: ModelSpec) -> Positions:
@@ -194,11 +195,11 @@ def _late_windows(config: Fields, spec: ModelSpec) -> ModelSpec:
     if not config.flag("use_sliding_window", False):
         return spec
     first = config.count("max_window_layers", 0, low=0)
-    local = _local_layers(config, spec, lambda layer: layer >= first)
+    local = local_layers(config, spec, lambda layer: layer >= first)
     return described(spec, attention={"windows": layer_windows(spec, config.count("sliding_window", 0), local)})
 
 
-def _local_layers(config: Fields, spec: ModelSpec, usual: Callable[[int], bool]) -> Callable[[int], bool]:
+def local_layers(config: Fields, spec: ModelSpec, usual: Callable[[int], bool]) -> Callable[[int], bool]:
     """Which layers have a window: as the file says, or as is `usual`."""
     if "layer_types" not in config:
         return usual

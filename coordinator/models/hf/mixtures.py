@@ -5,12 +5,15 @@ from typing import Any
 
 from warmfront.coordinator.models.described import chosen_layers, described, for_layers, layer_windows
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.hf.config import llama, mistral, qwen2, qwen3, rotary
+from warmfront.coordinator.models.hf.config import llama, local_layers, mistral, qwen2, qwen3, rotary
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Experts, Positions
 from warmfront.shared.model.spec import ModelSpec
 
-__all__ = ["glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "smallthinker", "smallthinker_rotary"]
+__all__ = ["glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "smallthinker", "smallthinker_rotary"]
+
+# What gpt-oss multiplies gates with within a sigmoid, which the kernels know as a constant.
+_SWIGLU_ALPHA = 1.702
 
 _SMALLTHINKER_WORDS = {
     "moe_ffn_hidden_size": "intermediate_size",
@@ -113,3 +116,17 @@ def glm4_moe(config: Fields, name: str) -> ModelSpec:
 def smallthinker_rotary(config: Fields, spec: ModelSpec) -> Positions:
     """The same, for some of the layers."""
     return for_layers(rotary(config, spec), [used != 0 for used in _layout(config, spec, "rope_layout")])
+
+
+def gpt_oss(config: Fields, name: str) -> ModelSpec:
+    """A Llama with experts, biases everywhere, sinks, and windows in every other layer."""
+    if config.positive("swiglu_alpha", _SWIGLU_ALPHA) != _SWIGLU_ALPHA:
+        raise ModelError(f"{config.path.parent}: a swiglu_alpha other than {_SWIGLU_ALPHA} is not supported")
+    spec = _with_experts(config, llama(config, name), normalised=True, bias=True)
+    local = local_layers(config, spec, lambda layer: layer % 2 == 0)
+    attention = {
+        "biases": ("q", "k", "v", "o") if config.flag("attention_bias", True) else (),
+        "windows": layer_windows(spec, config.count("sliding_window", 128, low=0), local),
+        "sinks": True,
+    }
+    return described(spec, attention=attention, feed_forward={"biases": ("gate", "up", "down")})

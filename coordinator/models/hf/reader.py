@@ -18,16 +18,17 @@ from warmfront.coordinator.models.activations import in_config
 from warmfront.coordinator.models.families import FAMILIES
 from warmfront.coordinator.models.family import HF, pair_order, part_of
 from warmfront.coordinator.models.fields import faults_of
+from warmfront.coordinator.models.hf.expert_stacks import read_experts
 from warmfront.coordinator.models.hf.folder import folder_name, read_weights
 from warmfront.coordinator.models.hf.made_tensors import Ones, Projected
 from warmfront.coordinator.models.hf.predictors import INNER, read_predictors
 from warmfront.coordinator.models.hf.refusals import checked_config
-from warmfront.coordinator.models.hf.safetensors_file import ITEM_BYTES, KINDS
+from warmfront.coordinator.models.hf.safetensors_file import KINDS
+from warmfront.coordinator.models.hf.tensor import HfTensor
 from warmfront.coordinator.models.hf.tokenizer import read_tokenizer
-from warmfront.coordinator.models.source import Order, SourceTensor, grouped_rows
+from warmfront.coordinator.models.source import SourceTensor, grouped_rows
 from warmfront.coordinator.models.stored_tensor import StoredTensor
 from warmfront.shared.errors import ModelError
-from warmfront.shared.model.formats import unpack
 from warmfront.shared.model.tensors import file_shapes, layer_shapes
 
 __all__ = ["HfSource"]
@@ -63,6 +64,7 @@ class HfSource:
         self._tensors: dict[str, SourceTensor] = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
         if self._ones:
             self._tensors |= {name: Ones(shape) for name, shape in file_shapes(self.spec) if name.endswith("norm")}
+        self._tensors |= self._experts
         for name, projection in self._projections.items():
             self._tensors[name] = Projected(self._tensors[name], projection)
         predictor, matrices = read_predictors(folder, self._inner, self.spec)
@@ -88,9 +90,12 @@ class HfSource:
         if embed not in stored and embed.removeprefix(base) in stored:
             # Saved by the base class of the model, which has no head.
             stored = {name if name == head else f"{base}{name}": tensor for name, tensor in stored.items()}
+        # A parameter, where all other tensors are parts of a module.
+        stored = {f"{name}.weight" if name.endswith(".sinks") else name: tensor for name, tensor in stored.items()}
         self._family = self._family.named(stored, HF)
         stored = self._without_drafts(stored)
         self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
+        self._experts = read_experts(self.folder, stored, self.spec, self.notes) if self._family.hf_in_turns else {}
         stored = self._apart(stored)
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))
         if self.spec.architecture.tied_head:
@@ -105,7 +110,7 @@ class HfSource:
         tensors = {
             name: self._find(name, stored, (shape[0], *widths.get(name, shape[1:])))
             for name, shape in file_shapes(self.spec)
-            if not (self._ones and name.endswith("norm"))
+            if not (self._ones and name.endswith("norm")) and name not in self._experts
         }
         known = {self._family.hf_name(name) for name in tensors}
         unknown = [name for name in stored if name not in known and not name.endswith(HARMLESS)]
@@ -207,43 +212,6 @@ class HfSource:
         plus = 1 if self._family.norms_plus_one and name.endswith("norm") else 0
         transposed = name.endswith(".down") != self._is_turned(name)
         return HfTensor(stored, transposed=transposed, order=pair_order(self.spec, name), plus=plus, picked=picked)
-
-
-class HfTensor(SourceTensor):
-    """A tensor of a safetensors file; if `transposed`, delivered so. `plus` is added to every number.
-
-    `picked`: the rows of what would be delivered that are this tensor, in ascending order; None: all.
-    """
-
-    def __init__(
-        self,
-        stored: StoredTensor[str],
-        *,
-        transposed: bool = False,
-        order: Order | None = None,
-        plus: float = 0,
-        picked: Order | None = None,
-    ) -> None:
-        rows, *cols = stored.shape[::-1] if transposed else stored.shape
-        self._stored = stored
-        self._transposed = transposed
-        self._plus = np.float32(plus)
-        self._picked = picked
-        label, step = f"{stored.path}: tensor {stored.name}", 1 if order is None else len(order)
-        shape = (rows if picked is None else len(picked), *cols)
-        super().__init__(label, shape, KINDS[stored.type], step=step, order=order)
-
-    def _widen(self, start: int, stop: int) -> Floats:
-        picked = None if self._picked is None else self._picked[start:stop]
-        first, last = (start, stop) if picked is None else (int(picked[0]), int(picked[-1]) + 1)
-        if self._transposed:
-            size = ITEM_BYTES[self._stored.type]
-            wide = unpack(self._stored.columns(first * size, last * size), self.kind, last - first).T
-        elif len(self.shape) == 1:
-            wide = unpack(self._stored.rows(), self.kind, self._stored.shape[0])[0, first:last] + self._plus
-        else:
-            wide = unpack(self._stored.rows(first, last), self.kind, self.shape[1])
-        return self._ordered(wide if picked is None else wide[picked - first])
 
 
 def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:

@@ -80,7 +80,9 @@ def _quantised_by(config: Fields, files: Collection[str]) -> str | None:
         return "MLX"
     settings = config.section("quantization_config")
     if [*settings]:
-        return settings.text("quant_method", "some method")
+        method = settings.text("quant_method", "some method")
+        # How gpt-oss is published, and read.
+        return None if method == "mxfp4" and config.text("model_type") == "gpt_oss" else method
     return next((method for file, method in _QUANTISED.items() if file in files), None)
 
 

@@ -16,6 +16,7 @@ from warmfront.coordinator.decode.torch_team import TorchTeam
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 from warmfront.shared.machine.memory import address, zeros
+from warmfront.shared.model.branches import branches_of
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import QUIT, Board, BoardSizes
@@ -47,7 +48,8 @@ class Workers:
 
     def __init__(self, model: PackedModel) -> None:
         spec = model.spec
-        sizes = BoardSizes(2, spec.layers, model.layout.groups, spec.hidden, MAX_TOKENS)
+        branches = len(branches_of(spec))
+        sizes = BoardSizes(2, spec.layers, model.layout.groups, spec.hidden, MAX_TOKENS, branches=branches)
         self.board = Board.create(zeros(sizes.total, np.uint8), sizes)
         self.dead = np.zeros(2, np.int64)
         self.asked: list[tuple[list[int], np.ndarray, np.ndarray]] = []

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import GGUF_FIELDS
 from tests.coordinator.models.hf.folders import edited
-from tests.shared.model.specs import SPEC, changed
+from tests.shared.model.specs import SPEC, changed, uncomputed
 from warmfront.coordinator.models.families import FAMILIES
 from warmfront.coordinator.models.family import GGUF, HF
 from warmfront.coordinator.models.open import open_source
@@ -66,10 +66,12 @@ def test_what_a_row_describes_may_not_be_computed_yet(
 ) -> None:
     """It is opened, and refused when it is to be packed."""
     llama = FAMILIES["llama"]
-    row = replace(llama, hf=lambda config, name: changed(llama.hf(config, name), "architecture.attention.sinks", True))
+    norms = {f"{block}_post_norm": llama.tensors[f"{block}_norm"] for block in ("attn", "ffn")}
+    tensors = {**llama.tensors, **norms}
+    row = replace(llama, hf=lambda config, name: uncomputed(llama.hf(config, name)), tensors=tensors)
     monkeypatch.setitem(FAMILIES, "lama", row)
     source = open_source(edited(tiny_llama(), tmp_path / "copy", model_type="lama"))
-    with pytest.raises(ModelError, match=r"^copy uses attention sinks, which are not supported yet$"):
+    with pytest.raises(ModelError, match=r"^copy uses parallel residual with post-norm, which is not supported yet$"):
         PackingPlan(source, "auto")
 
 

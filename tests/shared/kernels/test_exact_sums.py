@@ -29,7 +29,7 @@ from warmfront.shared.model.formats import Kind
 PARTITIONS = 20
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_the_unit_is_a_power_of_two_with_which_nothing_overflows(degree: int) -> None:
     rng = np.random.default_rng(0)
     reaches = [2.0**e * f for e in range(-140, 100, 7) for f in (1, 1 + 2**-52, 2 - 2**-52, 1.37)]
@@ -51,6 +51,8 @@ def test_the_unit_is_a_power_of_two_with_which_nothing_overflows(degree: int) ->
 def test_a_token_that_is_not_finite_or_too_large_has_no_unit(bad: float) -> None:
     assert math.isnan(inverse_unit(1.0, 2, bad))
     assert math.isnan(inverse_unit(bad * bad, 2, 1.0))
+    if bad > 2.0**60:
+        assert math.isnan(inverse_unit(1.0, 0, bad))
 
 
 def test_tokens_and_matrices_of_zeros_have_a_unit() -> None:

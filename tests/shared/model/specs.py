@@ -42,3 +42,8 @@ def edited(spec: ModelSpec, path: str, value: Any) -> str:
     else:
         at[field] = value
     return json.dumps(whole)
+
+
+def uncomputed(spec: ModelSpec) -> Any:
+    """The same with what can be described and is not computed: a "parallel residual with post-norm"."""
+    return changed(changed(spec, "architecture.norm.placement", "post"), "architecture.residual", "parallel")

@@ -36,13 +36,26 @@ def test_what_is_zero_up_to_somewhere_is_sparse(name: str) -> None:
 def test_thresholds() -> None:
     assert described("fatrelu:0.01").closed == np.float32(0.01)
     assert described("fatrelu:0.01").activated("relu") == FeedForward(activation="relu")
-    for wrong in ("fatrelu", "relu:0.1", "fatrelu:much", "fatrelu:nan", "softplus"):
-        with pytest.raises(ValueError, match=r"threshold|float|activation"):
+    assert described("swiglu_oai:7.0").limit == 7
+    wrongs = ("fatrelu", "relu:0.1", "fatrelu:much", "fatrelu:nan", "softplus", "swiglu_oai", "swiglu_oai:0")
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"parameter|float|activation"):
             described(wrong)
 
 
 def test_the_power_of_the_input_that_bounds_the_output() -> None:
-    assert [described(name).degree for name in ("silu", "drelu", "relu2")] == [2, 2, 3]
+    names = ("silu", "drelu", "relu2", "swiglu_oai:7.0")
+    assert [described(name).degree for name in names] == [2, 2, 3, 0]
+
+
+@pytest.mark.parametrize("limit", [0.05, 1.0, 7.0])
+def test_the_bound_of_an_activation_that_has_one(limit: float) -> None:
+    numbers = np.linspace(-20, 20, 401)
+    gates, ups = np.minimum(numbers, limit)[:, None], np.clip(numbers, -limit, limit)
+    most = np.abs(gates / (1 + np.exp(-1.702 * gates)) * (ups + 1)).max()
+    bound = described(f"swiglu_oai:{limit}").most
+    assert bound is not None
+    assert most <= bound < 3 * most
     assert [FeedForward(activation=name, gated=False).degree for name in ("relu", "relu2")] == [1, 2]
 
 

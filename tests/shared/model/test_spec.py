@@ -52,11 +52,12 @@ RICH = ModelSpec(
         feed_forward=FeedForward(
             gated=False,
             activation="fatrelu",
-            threshold=0.01,
+            parameter=0.01,
             biases=("up", "down"),
             experts=Experts(
                 number=8,
                 active=2,
+                bias=True,
                 scoring="sigmoid",
                 normalised=True,
                 scale=2.5,
@@ -100,7 +101,7 @@ def test_every_field_is_rich() -> None:
 FIELDS = leaves(json.loads(RICH.to_json()))
 
 
-OPTIONAL = ("learned_offset", "scale", "qk_norm", "soft_cap", "logit_cap", "threshold")
+OPTIONAL = ("learned_offset", "scale", "qk_norm", "soft_cap", "logit_cap", "parameter")
 
 
 def type_of(path: str) -> str:
@@ -181,9 +182,13 @@ HOSTILE: list[tuple[str, list[Any], str]] = [
     ("architecture.attention.windows", [[0, -1, 0], [2**31, 0, 0]], "attention window is"),
     ("architecture.attention.windows", [[0], [0] * 4], "attention windows are given for . layers of 3$"),
     ("architecture.feed_forward.activation", ["fat", ""], "activation is '.*', not one of silu, relu, gelu"),
-    ("architecture.feed_forward.activation", ["relu"], "activation relu with threshold 0.01: fatrelu alone has one"),
+    (
+        "architecture.feed_forward.activation",
+        ["relu"],
+        "relu with parameter 0.01: fatrelu and swiglu_oai alone have one",
+    ),
     ("architecture.feed_forward.activation", ["drelu"], "the activation drelu needs a gate"),
-    ("architecture.feed_forward.threshold", [NAN, INF, -INF, 1e300], "activation threshold is .*, not a finite number"),
+    ("architecture.feed_forward.parameter", [NAN, INF, -INF, 1e300], "parameter is .*, not a finite number"),
     ("architecture.feed_forward.biases", [["gate"], ["down", "up"], ["q"]], "feed-forward biases are"),
     ("architecture.feed_forward.experts.number", [0, 2**14 + 1], "number of experts is"),
     ("architecture.feed_forward.experts.active", [0, 9], "number of active experts is .*, not a .* from 1 to 8$"),

@@ -5,7 +5,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.shared.model.specs import SPEC, edited
+from tests.shared.model.specs import SPEC, edited, uncomputed
 from warmfront.shared.errors import DamagedError, ModelError
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import Predictor
@@ -283,13 +283,13 @@ def test_reach(path: Path) -> None:
 def test_a_description_of_what_is_not_computed(tmp_path: Path, open_file: Callable[[Path], None]) -> None:
     """The file is whole, so it stays."""
     path = tmp_path / "model.safetensors"
-    write_spec(path, "architecture.attention.sinks", True)
+    write_spec(path, "architecture", asdict(uncomputed(SPEC).architecture))
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ModelError) as caught:
         open_file(path)
     assert os.listdir("/proc/self/fd") == before
     assert not isinstance(caught.value, DamagedError)
-    assert str(caught.value) == "by hand uses attention sinks, which are not supported yet"
+    assert str(caught.value) == "by hand uses parallel residual with post-norm, which is not supported yet"
     assert path.exists()
 
 

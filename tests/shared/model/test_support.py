@@ -15,9 +15,7 @@ FULL = SPEC.architecture.positions.rotary[0]
 OTHER = Rotary(frequencies=(0.5,) * 8)
 EXPERTS = Experts(number=8, active=2)
 UNSUPPORTED: dict[str, tuple[str, Any]] = {
-    "attention sinks": ("attention.sinks", True),
     "parallel residual with post-norm": ("residual", "parallel"),
-    "biases within experts": ("feed_forward", FeedForward(activation="silu", experts=EXPERTS, biases=("up",))),
     "layers without experts wider than all experts": (
         "feed_forward.experts",
         replace(EXPERTS, dense_layers=(1,), dense=1 << 16),
@@ -42,17 +40,12 @@ def test_each_is_refused_by_its_name(words: str) -> None:
 
 
 def test_several_are_named_in_one_line() -> None:
-    spec = changed(SPEC, "architecture.feed_forward", UNSUPPORTED["biases within experts"][1])
-    spec = changed(spec, "architecture.attention.sinks", True)
-    with pytest.raises(ModelError) as caught:
-        check_supported(spec)
-    several = "attention sinks and biases within experts, which are not supported yet"
-    assert str(caught.value) == f"by hand uses {several}"
+    spec = replace(changed(SPEC, "architecture.feed_forward.experts", EXPERTS), predictor=Predictor())
     spec = changed(changed(spec, "architecture.norm.placement", "post"), "architecture.residual", "parallel")
     with pytest.raises(ModelError) as caught:
         check_supported(spec)
-    three = several.replace(" and", ", parallel residual with post-norm and")
-    assert str(caught.value) == f"by hand uses {three}"
+    several = "parallel residual with post-norm and predictors of experts' neurons, which are not supported yet"
+    assert str(caught.value) == f"by hand uses {several}"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +57,12 @@ def test_several_are_named_in_one_line() -> None:
         ("positions.rotary_of_layer", (0, 0)),
         ("positions.rotary", (Rotary(frequencies=(0.5,) * 8, magnitude=1.2),)),
         ("feed_forward.activation", "gelu_tanh"),
-        ("feed_forward", FeedForward(activation="fatrelu", threshold=0.01)),
+        ("feed_forward", FeedForward(activation="fatrelu", parameter=0.01)),
         ("feed_forward", FeedForward(activation="drelu")),
         ("feed_forward.experts", Experts(number=8, active=2, scoring="sigmoid", shared=40, shared_gate=True)),
+        ("feed_forward", FeedForward(activation="silu", experts=EXPERTS, biases=("gate", "up", "down"))),
+        ("feed_forward", FeedForward(activation="swiglu_oai", parameter=7.0)),
+        ("attention.sinks", True),
         ("tied_head", True),
         ("norm.kind", "layer"),
         ("norm.placement", "post"),

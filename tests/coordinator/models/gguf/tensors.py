@@ -28,6 +28,7 @@ EXACT = {
     "F16": Kind.F16,
     "BF16": Kind.BF16,
     "Q8_0": Kind.Q8,
+    "MXFP4": Kind.Q8,
     "Q4_0": Kind.Q4S,
     "Q4_1": Kind.Q4,
 }

@@ -60,9 +60,9 @@ def test_exact_types_are_repacked_without_loss(tiny_gguf: Make, kind: str) -> No
         elif values.ndim == 2 and (name != "layers.0.down" or kind in ("F32", "F16", "BF16")):
             assert tensor.kind == EXACT[kind], name
             np.testing.assert_array_equal(unpack(tensor.packed(tensor.kind), tensor.kind, values.shape[1]), values)
-    assert source.notes == (
-        ["1 down matrices of type " + kind + " are turned and kept as Q8"] if kind == "Q8_0" else []
-    )
+    turned = [f"1 down matrices of type {kind} are turned and kept as Q8"]
+    converted = ["7 tensors of type MXFP4 are kept exactly, as Q8; --dtype q4 rounds them to 4 bits"]
+    assert source.notes == {"Q8_0": turned, "MXFP4": turned + converted}.get(kind, [])
 
 
 def test_q4_0_is_exact_with_minima_too(tiny_gguf: Make) -> None:
