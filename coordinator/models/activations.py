@@ -27,6 +27,7 @@ _KEYS = ("hidden_act", "activation_function", "activation")
 # gpt-oss.
 _BY_FAMILY = {
     "bamboo": "drelu",
+    "turbosparsemixtral": "drelu",
     "llama_sparse_relu": "relu",
     "prosparse-llama": "fatrelu:0.01",
     "gpt-oss": "swiglu_oai:7.0",

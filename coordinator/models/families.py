@@ -300,6 +300,7 @@ FAMILIES = {
     "sparsellama": _LLAMA,
     "prosparse-llama": _LLAMA,
     "bamboo": replace(_LLAMA, hf=hf_config.mistral),
+    "turbosparsemixtral": _MIXTRAL,
     "llama_sparse_relu": _LLAMA,
     "minicpm": replace(_LLAMA, hf=hf_config.minicpm, gguf=gguf_config.minicpm),
 }

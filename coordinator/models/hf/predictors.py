@@ -4,9 +4,12 @@ predictor.safetensors       layers.{i}.fc1.weight [r, hidden] and .fc2.weight [f
                             as metadata, all optional
 model_0.pt, model_1.pt ...  a file for each layer, as PowerInfer and SparkInfer publish them: fc1.weight, fc2.weight
                             and, if SparkInfer's (which look ahead, at the normed input), fc1.bias and fc2.bias
-the model's own files       model.layers.{i}.mlp.predictor.fc1.weight and .fc2.weight (TurboSparse)
+the model's own files       model.layers.{i}.mlp.predictor.fc1.weight and .fc2.weight (TurboSparse-Mistral)
+
+Does not cover: those of experts' neurons (TurboSparse-Mixtral), which are left out.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +24,11 @@ from warmfront.shared.errors import ModelError
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.tensors import predictor_shapes
 
-__all__ = ["INNER", "read_predictors"]
+__all__ = ["EXPERTS_INNER", "INNER", "read_predictors"]
 
 # In the names of a model's own tensors.
 INNER = ".mlp.predictor."
+EXPERTS_INNER = re.compile(r"\.experts\.\d+\.predictor\.fc[12]\.weight$")
 Stored = Mapping[str, StoredTensor[str]]
 
 
