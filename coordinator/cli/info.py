@@ -11,6 +11,7 @@ from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source
 from warmfront.coordinator.packing.packer import PackingPlan
 from warmfront.shared.config import EngineConfig
+from warmfront.shared.model.branches import parts_of
 
 __all__ = ["describe", "render"]
 
@@ -61,7 +62,8 @@ def _predictor(source: Source) -> dict[str, Any] | None:
     spec = source.spec
     if spec.predictor is None:
         return None
-    ranks = [source.tensor(f"layers.{i}.fc1").shape[0] for i in range(spec.layers)]
+    first = [f"layers.{i}.{parts_of(spec, i)[0].prefix}fc1" for i in range(spec.layers)]
+    ranks = [source.tensor(name).shape[0] for name in first]
     return asdict(spec.predictor) | {"rank": [min(ranks), max(ranks)]}
 
 

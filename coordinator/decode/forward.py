@@ -341,12 +341,12 @@ def forward(rank: int, net: Network, st: State) -> int:
             add_block(net, post_norm, st.proj, h, x, panels, lanes)
         normalise(layer_norm(net, layer, FFN_NORM), hidden, x, h, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
-        if net.predicts and decode and (layer == 0 or not net.look_ahead):
-            result = predict(net, st, layer, rank)
-            if result != DONE:
-                return result
         if net.router.experts > 0 and not net.router.early:
             result = route(net, st, layer, rank, panels, lanes)
+            if result != DONE:
+                return result
+        if net.predicts and decode and (layer == 0 or not net.look_ahead):
+            result = predict(net, st, layer, rank)
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _PREDICTOR)

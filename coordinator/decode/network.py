@@ -175,7 +175,7 @@ class Network(NamedTuple):
     # Low-rank predictors: whether they take the normed input, and whether a ReLU is between their matrices.
     normed: bool
     rectified: bool
-    # int64 [layers]: rows of their first matrix.
+    # int64 [layers]: rows of their first matrix, of each expert's.
     ranks: Any
     # float32 [layers, neurons]: scores above them select the neuron.
     thresholds: Any
@@ -266,7 +266,7 @@ class State(NamedTuple):
     # float32 [threads, n]: 16 widened rows; uint8 [threads, n]: a matrix's input, quantised or as pairs.
     scratch: Any
     packed: Any
-    # float32 [BATCH, vocab], and [BATCH, rank] inside a predictor; one for all, each thread writes its rows.
+    # float32 [BATCH, vocab], and [predictors, BATCH, rank] inside predictors; one for all, each thread writes its rows.
     logits: Any
     inner: Any
     # float32 [panels, rows of the router, lanes]: scores of the experts; one for all, each thread writes its rows.

@@ -5,7 +5,8 @@
     lowbit    the dot of a low-bit copy of the gate row with the normed input > the layer's threshold, which was
               calibrated for a given recall (`lowbit.py`); needs no training
 
-The guess is a mask on the board, a word of 32 neurons for each group and token of the batch.
+The guess is a mask on the board, a word of 32 neurons for each group and token of the batch. With experts each has a
+low-rank predictor of its own; those that are used are asked, once the router has chosen.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, TOK
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_batch
+from warmfront.shared.kernels.feed_forward.branches import uses_branch
 from warmfront.shared.kernels.fetching import LOWBIT_ROWS, MATRIX_ROWS
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
@@ -42,47 +44,66 @@ def _word(scores: Any, thresholds: Any) -> Any:
 
 @inlined
 def _lowrank(net: Network, st: State, layer: int, rank: int, input_at: int) -> int:
-    """The first matrix, split over the team; then this thread's groups of the second. Returns DONE or ABORTED.
+    """The first matrix, split over the team; then this thread's groups of the second; of each predictor that is used.
 
     A row of the second matrix is short, hundreds of weights: 16 are multiplied at once, with the input in registers.
+    Returns DONE or ABORTED.
     """
+    router, routing = net.router, st.handoff.routing
     inner, kind, tokens = net.ranks[layer], net.kinds[layer, FC1], st.job[TOKENS]
     low, high = portion(st.cuts, inner, 8, rank)
     x = packed_input(kind, input_at, address_of(st.packed[rank]), net.hidden, tokens, 1)
-    at, bias_at = net.weights[layer, FC1], net.weights[layer, FC1_BIAS]
-    first = Matrix(kind, at, bias_at, inner, net.hidden, net.ahead[MATRIX_ROWS, kind])
-    linear(first, low, high, x, address_of(st.inner), inner, 0)
-    if net.rectified:
-        for token in range(tokens):
-            for i in range(token * inner + low, token * inner + high):
-                st.inner[i] = max(st.inner[i], np.float32(0))
+    at, bias_at, predictors = net.weights[layer, FC1], net.weights[layer, FC1_BIAS], max(router.experts, 1)
+    first = Matrix(kind, at, bias_at, predictors * inner, net.hidden, net.ahead[MATRIX_ROWS, kind])
+    for number in range(predictors):
+        if uses_branch(routing, min(router.experts, 1 + number), tokens):
+            begin, row = number * tokens * inner, number * inner
+            linear(first, row + low, row + high, x, address_of(st.inner) + (begin - row) * 4, inner, 0)
+            if net.rectified:
+                for token in range(tokens):
+                    for i in range(begin + token * inner + low, begin + token * inner + high):
+                        st.inner[i] = max(st.inner[i], np.float32(0))
     result = barrier(st.barrier)
     if result != DONE:
         return result
     kind, at = net.kinds[layer, FC2], net.weights[layer, FC2]
     second = Matrix(kind, at, 0, net.groups * GROUP, inner, net.ahead[MATRIX_ROWS, kind])
-    inner_at = address_of(st.inner)
+    for number in range(predictors):
+        branch = min(router.experts, 1 + number)
+        if uses_branch(routing, branch, tokens):
+            start, end = router.bounds[branch], router.bounds[branch + 1]
+            low, high = portion(st.cuts, end - start, 1, rank)
+            inner_at = address_of(st.inner) + number * tokens * inner * 4
+            _fire(net, st, second, layer, branch, (start + low, start + high), rank, inner_at)
+    return DONE
+
+
+@kernel
+def _fire(
+    net: Network, st: State, second: Matrix, layer: int, branch: int, groups: tuple[int, int], rank: int, inner_at: int
+) -> None:
+    """Write the words of some groups of a branch, for the tokens that use it; `inner_at`: float32 [tokens, inner]."""
+    kind, inner, tokens = second.kind, second.cols, st.job[TOKENS]
     x = packed_input(kind, inner_at, address_of(st.packed[rank]), inner, tokens, 1)
     stride = row_stride(kind, inner)
     scores_at = address_of(st.scores[rank])
     scores = carray(floats_at(scores_at), (tokens, GROUP))
-    low, high = portion(st.cuts, net.groups, 1, rank)
-    for group in range(low, high):
+    for group in range(groups[0], groups[1]):
         row = group * GROUP
         if in_tiles(kind):
             linear(second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
         else:
             for first_row in range(row, row + GROUP, ROWS):
-                row_at = at + first_row * stride
+                row_at = second.at + first_row * stride
                 if second.ahead != 0:
                     prefetch(row_at + second.ahead, ROWS * stride, 64)
                 for token in range(tokens):
                     out_at = scores_at + (token * GROUP + first_row - row) * 4
                     dot_rows(kind, row_at, stride, inner_at + token * inner * 4, inner, out_at)
         for token in range(tokens):
-            word = _word(scores[token], net.thresholds[layer, row : row + GROUP])
-            st.handoff.mask[token, layer, group] = word
-    return DONE
+            if branch == 0 or st.handoff.routing[token, branch] != 0:
+                word = _word(scores[token], net.thresholds[layer, row : row + GROUP])
+                st.handoff.mask[token, layer, group] = word
 
 
 @inlined

@@ -191,7 +191,8 @@ def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: in
     if result != DONE:
         return result
     note_experts(net, st, layer, rank, lanes)
-    return barrier(st.barrier) if st.job[TOKENS] > 1 else DONE
+    # A single token is the first thread's, which posts the job too; but all ask its experts' predictors.
+    return barrier(st.barrier) if st.job[TOKENS] > 1 or net.predicts else DONE
 
 
 @kernel

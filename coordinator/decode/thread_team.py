@@ -41,6 +41,7 @@ from warmfront.shared.kernels.tiles import TILE
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.model.architecture import NORMS
+from warmfront.shared.model.branches import predictors_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH, LANES, whole_panels
 from warmfront.shared.model.spec import Predictor
@@ -100,7 +101,7 @@ class ThreadTeam:
                     weights[layer, column] = at[name]
                     kinds[layer, column] = files[name].entries[name].kind or 0
                     if role == "fc1":
-                        ranks[layer] = files[name].entries[name].shape[0]
+                        ranks[layer] = files[name].entries[name].shape[0] // predictors_of(spec)
         predictor, lowbit = spec.predictor or Predictor(), self._lowbit
         thresholds = np.full((spec.layers, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
         for layer in range(spec.layers):
@@ -185,7 +186,7 @@ class ThreadTeam:
             **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
             packed=zeros((threads, packed), np.uint8),
             logits=self.logits,
-            inner=zeros(BATCH * inner, np.float32),
+            inner=zeros(BATCH * inner * predictors_of(spec), np.float32),
             captured=zeros(captured, np.float32),
             times=np.zeros((spec.layers, len(STEPS)), np.int64),
             spans=np.zeros((spec.layers, len(board.done), 2), np.int64),

@@ -5,7 +5,7 @@ The residual, norms, RoPE and biases are float32; the input of a matrix product 
 The KV cache is float32 or float16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from warmfront.shared.model.architecture import Attention
+from warmfront.shared.model.branches import bounds_of, predictors_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_cols, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
@@ -219,17 +220,28 @@ class TorchNetwork:
             return self._normed(x + output * architecture.residual_scale, norm)
         return x + self._normed(output, norm) * architecture.residual_scale
 
-    def predict(self, layer: int, x: Tensor, normed: Tensor) -> Tensor:
-        """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each."""
-        weights = self._layers[layer]
+    def predict(self, layer: int, x: Tensor, normed: Tensor, used: Sequence[int]) -> Tensor:
+        """Which neurons a token will fire, from the residual and the feed-forward input: int32 [groups], a bit each.
+
+        `used`: the experts that it uses; in a model without experts, of its one predictor, 0.
+        """
+        weights, spec = self._layers[layer], self._model.spec
         fc1, fc2 = weights.fc1, weights.fc2
         assert fc1 is not None
         assert fc2 is not None
-        inner = _linear(normed if self._predictor.input == "normed" else x, fc1, weights.fc1_bias)
-        if self._predictor.activation == "relu":
-            inner = inner.relu()
-        fires = _linear(inner, fc2, weights.fc2_bias).view(-1, GROUP) > self._predictor.threshold
-        return (fires.int() << self._bits).sum(1, dtype=torch.int32)
+        bounds, rank = bounds_of(spec).tolist(), len(fc1) // predictors_of(spec)
+        words = torch.zeros(bounds[-1], dtype=torch.int32, device=fc1.device)
+        for number in used:
+            branch = number if spec.architecture.feed_forward.experts is None else 1 + number
+            low, high = bounds[branch], bounds[branch + 1]
+            own = fc1[number * rank : (number + 1) * rank]
+            inner = _linear(normed if self._predictor.input == "normed" else x, own, weights.fc1_bias)
+            if self._predictor.activation == "relu":
+                inner = inner.relu()
+            logits = _linear(inner, fc2[low * GROUP : high * GROUP], weights.fc2_bias)
+            fires = logits.view(-1, GROUP) > self._predictor.threshold
+            words[low:high] = (fires.int() << self._bits).sum(1, dtype=torch.int32)
+        return words
 
     def expert_scores(self, layer: int, read: Tensor) -> Tensor | None:
         """The scores of the experts for what their router reads [n, hidden]: float32 [n, rows of the router]; None for

@@ -139,18 +139,18 @@ class TorchTeam:
             x, read, normed = network.add_attention(layer, x, position)
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
-            if predicts and (layer == 0 or not self._look_ahead):
-                self._write_mask(layer, network.predict(layer, read, normed))
             if self._router.experts:
                 scored = before if self._router.early else normed
                 self._route(layer, network.expert_scores(layer, scored), len(tokens))
+            if predicts and (layer == 0 or not self._look_ahead):
+                self._write_mask(layer, network.predict(layer, read, normed, self._used()))
             self._note(layer, "predictor")
             self._post(layer, normed, compare)
             self._note(layer, "post")
             if capture:
                 self._captured.append(normed.cpu().numpy())
             if predicts and self._look_ahead and layer + 1 < layers:
-                self._write_mask(layer + 1, network.predict(layer + 1, read, normed))
+                self._write_mask(layer + 1, network.predict(layer + 1, read, normed, self._used()))
             result = self._await_workers()
             if result != DONE:
                 return result
@@ -166,6 +166,13 @@ class TorchTeam:
 
     def _note(self, layer: int, step: str) -> None:
         self._times[layer, STEPS.index(step)] = time.monotonic_ns()
+
+    def _used(self) -> list[int]:
+        """The predictors that a single token needs."""
+        if not self._router.experts:
+            return [0]
+        numbers: list[int] = np.flatnonzero(self._board.routing[0, 1 : 1 + self._router.experts]).tolist()
+        return numbers
 
     def _write_mask(self, layer: int, words: Tensor) -> None:
         self._from_device(self._board.mask[0, layer].view(np.int32), words)

@@ -172,6 +172,8 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
         )
+    if config.look_ahead and spec.architecture.feed_forward.experts is not None:
+        raise UsageError(f"--look-ahead, but which experts {spec.name} uses is not known ahead: leave it out")
     if chosen not in able:
         lack = "has no predictors" if wish == "lowrank" else spec.why_unprofiled
         raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")

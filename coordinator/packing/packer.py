@@ -25,7 +25,15 @@ from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
 from warmfront.shared.files import locked, make_folder, published
-from warmfront.shared.model.branches import branches_of, groups_of, has_experts, layout_of, parts_of, router_rows
+from warmfront.shared.model.branches import (
+    branches_of,
+    groups_of,
+    has_experts,
+    layout_of,
+    parts_of,
+    predictors_of,
+    router_rows,
+)
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
 from warmfront.shared.model.store import PackedModel
@@ -140,9 +148,10 @@ class PackingPlan:
                 self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], *cols)))
         if spec.predictor is not None:
             for i in layers:
-                rank = padded(source.tensor(f"layers.{i}.fc1").shape[0])
-                for part, rows in (("fc1", rank), ("fc2", self.layout.groups * GROUP)):
-                    name, tensor = f"layers.{i}.{part}", source.tensor(f"layers.{i}.{part}")
+                prefix = f"layers.{i}.{parts_of(spec, i)[0].prefix}"
+                rank = padded(source.tensor(f"{prefix}fc1").shape[0])
+                for part, rows in (("fc1", rank * predictors_of(spec)), ("fc2", self.layout.groups * GROUP)):
+                    name, tensor = f"layers.{i}.{part}", source.tensor(f"{prefix}{part}")
                     # With four bits a predictor misses neurons that fire.
                     self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
@@ -186,8 +195,10 @@ class PackingPlan:
         """The bytes of one tensor of the packed file."""
         if name.endswith(".router"):
             return self._router(name)
+        if name.endswith((".fc1", ".fc2")):
+            return self._predictors(name)
         if name in self.kinds:
-            return _with_rows(self._rows(name), self.shapes[name][1][0])
+            return self.source.tensor(name).packed(self.kinds[name])
         if name == "tokenizer":
             return np.frombuffer(self._tokenizer, np.uint8)
         if name == "largest":
@@ -199,16 +210,23 @@ class PackingPlan:
         values = self.source.tensor(name).float32()
         return np.pad(values, (0, self.shapes[name][1][0] - len(values)))
 
-    def _rows(self, name: str) -> Bytes:
-        """The packed rows of a matrix; raises ModelError for a predictor's of zeros, with which nothing would fire."""
-        tensor, kind = self.source.tensor(name), self.kinds[name]
-        rows = tensor.packed(kind)
-        if name.endswith((".fc1", ".fc2")) and largest(rows, kind, padded(tensor.shape[1])) == 0:
-            raise ModelError(
-                f"{self.source.spec.name}: the predictor's {name} holds only zeros, it would choose no neuron; "
-                "use the model without its predictors"
-            )
-        return rows
+    def _predictors(self, name: str) -> Bytes:
+        """The packed rows of a matrix of a layer's predictors, one predictor behind the other, each from a whole group.
+
+        Raises ModelError for one of zeros, with which nothing would fire.
+        """
+        (layer, _, part), kind, pieces = name.rpartition("."), self.kinds[name], list[Bytes]()
+        for branch in parts_of(self.source.spec, int(layer.split(".")[1])):
+            tensor = self.source.tensor(f"{layer}.{branch.prefix}{part}")
+            rows = tensor.packed(kind)
+            if largest(rows, kind, padded(tensor.shape[1])) == 0:
+                which = f"{layer}.{branch.prefix}{part}"
+                raise ModelError(
+                    f"{self.source.spec.name}: the predictor's {which} holds only zeros, it would choose no neuron; "
+                    "use the model without its predictors"
+                )
+            pieces.append(_with_rows(rows, padded(len(rows))))
+        return np.concatenate(pieces)
 
     def _router(self, name: str) -> Bytes:
         scores = [name, f"{name.removesuffix('router')}shared_router"]

@@ -32,6 +32,7 @@ __all__ = [
     "has_experts",
     "layout_of",
     "parts_of",
+    "predictors_of",
     "router_rows",
     "used_neurons",
 ]
@@ -74,6 +75,12 @@ def parts_of(spec: ModelSpec, layer: int) -> list[Branch]:
     if experts is not None and not has_experts(spec, layer):
         return [Branch("", experts.dense)]
     return [branch for branch in branches_of(spec) if branch.neurons]
+
+
+def predictors_of(spec: ModelSpec) -> int:
+    """Predictors of a layer of a model that has any: one, or one for each expert."""
+    experts = spec.architecture.feed_forward.experts
+    return 1 if experts is None else experts.number
 
 
 def dense_branches(spec: ModelSpec) -> int:

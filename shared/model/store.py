@@ -7,7 +7,7 @@ Tensors:
                                          shared expert's gate, then zeros up to a multiple of 16; absent without experts
     layers.{i}.ffn                       U8 [groups, group_bytes]: neuron bundles (`bundle.py`), by `branches.py`; of a
                                          layer without experts in a mixture fewer groups
-    layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, and
+    layers.{i}.fc1                       U8 [r, row_bytes]: packed rows of the predictor, of several experts r each, and
     layers.{i}.fc2                       U8 [32 * groups, row_bytes]: rows of r weights; r is a layer's own, with zeros
                                          up to a multiple of 32; absent in models without predictors (`spec.py`)
     layers.{i}.{fc1,fc2}.bias            F32 [r], [32 * groups], where predictors have them
@@ -56,7 +56,15 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.errors import DamagedError, ModelError
-from warmfront.shared.model.branches import branches_of, groups_of, has_experts, layout_of, router_rows, used_neurons
+from warmfront.shared.model.branches import (
+    branches_of,
+    groups_of,
+    has_experts,
+    layout_of,
+    predictors_of,
+    router_rows,
+    used_neurons,
+)
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
@@ -212,10 +220,11 @@ class PackedModel:
         """What shape the bundles (ffn) or a predictor's matrix must have; the predictor's rank is that of fc1."""
         if part == "ffn":
             return groups_of(self.spec, int(layer.split(".")[1])), self.layout.group_bytes
-        rank = self.entries[f"{layer}.fc1"].shape[0]
+        predictors = predictors_of(self.spec)
+        rank = self.entries[f"{layer}.fc1"].shape[0] // predictors
         if part.endswith(".bias"):
-            return (rank if part == "fc1.bias" else self.layout.groups * GROUP,)
-        rows, cols = (rank, self.spec.hidden) if part == "fc1" else (self.layout.groups * GROUP, rank)
+            return (predictors * rank if part == "fc1.bias" else self.layout.groups * GROUP,)
+        rows, cols = (predictors * rank, self.spec.hidden) if part == "fc1" else (self.layout.groups * GROUP, rank)
         return rows, self._row_bytes(f"{layer}.{part}", cols)
 
     def _row_bytes(self, name: str, cols: int) -> int:

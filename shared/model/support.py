@@ -17,6 +17,11 @@ def _dense_is_too_wide(spec: ModelSpec) -> bool:
     return _has_experts(spec) and dense_branches(spec) == len(bounds_of(spec))
 
 
+def _predicts_some(spec: ModelSpec) -> bool:
+    experts = spec.architecture.feed_forward.experts
+    return spec.predictor is not None and experts is not None and bool(experts.shared or experts.dense_layers)
+
+
 # Words (plural if they end in s) and how to tell. A feature that all passes and workers compute leaves this table.
 _UNSUPPORTED: tuple[tuple[str, Callable[[ModelSpec], bool]], ...] = (
     (
@@ -24,7 +29,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[ModelSpec], bool]], ...] = (
         lambda s: s.architecture.residual == "parallel" and s.architecture.norm.placement != "pre",
     ),
     ("layers without experts wider than all experts", _dense_is_too_wide),
-    ("predictors of experts' neurons", lambda s: _has_experts(s) and s.predictor is not None),
+    ("predictors beside shared experts or layers without experts", _predicts_some),
 )
 
 

@@ -20,6 +20,7 @@ layers.{i}.correction.bias     [experts], what the choice of experts adds to the
 layers.{i}.shared_router       [1, hidden], where the shared expert has a gate
 layers.{i}.fc1                 [r, hidden], if the model has predictors; r may differ between layers
 layers.{i}.fc2                 [ffn, r], likewise
+layers.{i}.experts.{e}.fc1, .fc2           the same of an expert, instead
 layers.{i}.fc1.bias, .fc2.bias [r], [ffn], if the predictors have them
 {any of these}.bias            [out], when the model has it
 """
@@ -114,8 +115,11 @@ def predictor_shapes(spec: ModelSpec, have: Mapping[str, Shape]) -> Iterator[tup
     """Name and shape of the predictors' tensors, where r is as many as each fc1 of `have` has rows, 1 at least."""
     biases = spec.predictor.biases if spec.predictor is not None else ()
     for i in range(spec.layers):
-        rank = max((have.get(f"layers.{i}.fc1") or (1,))[0], 1)
-        for part, rows, cols in (("fc1", rank, spec.hidden), ("fc2", spec.ffn, rank)):
-            yield f"layers.{i}.{part}", (rows, cols)
-            if part in biases:
-                yield f"layers.{i}.{part}.bias", (rows,)
+        prefixes = [f"layers.{i}.{branch.prefix}" for branch in parts_of(spec, i)]
+        # That of one expert is that of all.
+        rank = max((have.get(f"{prefixes[0]}fc1") or (1,))[0], 1)
+        for prefix in prefixes:
+            for part, rows, cols in (("fc1", rank, spec.hidden), ("fc2", spec.ffn, rank)):
+                yield f"{prefix}{part}", (rows, cols)
+                if part in biases:
+                    yield f"{prefix}{part}.bias", (rows,)

@@ -5,8 +5,7 @@ predictor.safetensors       layers.{i}.fc1.weight [r, hidden] and .fc2.weight [f
 model_0.pt, model_1.pt ...  a file for each layer, as PowerInfer and SparkInfer publish them: fc1.weight, fc2.weight
                             and, if SparkInfer's (which look ahead, at the normed input), fc1.bias and fc2.bias
 the model's own files       model.layers.{i}.mlp.predictor.fc1.weight and .fc2.weight (TurboSparse-Mistral)
-
-Does not cover: those of experts' neurons (TurboSparse-Mixtral), which are left out.
+                            ...block_sparse_moe.experts.{e}.predictor.fc1.weight and .fc2.weight (TurboSparse-Mixtral)
 """
 
 import re
@@ -24,11 +23,10 @@ from warmfront.shared.errors import ModelError
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.tensors import predictor_shapes
 
-__all__ = ["EXPERTS_INNER", "INNER", "read_predictors"]
+__all__ = ["INNER", "read_predictors"]
 
 # In the names of a model's own tensors.
-INNER = ".mlp.predictor."
-EXPERTS_INNER = re.compile(r"\.experts\.\d+\.predictor\.fc[12]\.weight$")
+INNER = re.compile(r"\.mlp\.predictor\.|\.block_sparse_moe(\.experts\.\d+\.)predictor\.")
 Stored = Mapping[str, StoredTensor[str]]
 
 
@@ -43,8 +41,11 @@ def read_predictors(folder: Path, inner: Stored, spec: ModelSpec) -> tuple[Predi
     if (folder / "model_0.pt").exists():
         return _from_torch(folder, spec)
     if inner:
-        named = {name.replace(INNER, ".").removeprefix("model."): tensor for name, tensor in inner.items()}
-        return _checked(folder, named, Predictor(), spec)
+        short = {name: INNER.sub(lambda found: found[1] or ".", name).removeprefix("model.") for name in inner}
+        named = {short[name]: tensor for name, tensor in inner.items()}
+        # Those of experts read what these read.
+        mixture = spec.architecture.feed_forward.experts is not None
+        return _checked(folder, named, Predictor(input="normed" if mixture else "residual"), spec)
     return None, {}
 
 

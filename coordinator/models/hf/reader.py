@@ -21,7 +21,7 @@ from warmfront.coordinator.models.fields import faults_of
 from warmfront.coordinator.models.hf.expert_stacks import read_experts
 from warmfront.coordinator.models.hf.folder import folder_name, read_weights
 from warmfront.coordinator.models.hf.made_tensors import Ones, Projected
-from warmfront.coordinator.models.hf.predictors import EXPERTS_INNER, INNER, read_predictors
+from warmfront.coordinator.models.hf.predictors import INNER, read_predictors
 from warmfront.coordinator.models.hf.refusals import checked_config
 from warmfront.coordinator.models.hf.safetensors_file import KINDS
 from warmfront.coordinator.models.hf.tensor import HfTensor
@@ -94,12 +94,7 @@ class HfSource:
         stored = {f"{name}.weight" if name.endswith(".sinks") else name: tensor for name, tensor in stored.items()}
         self._family = self._family.named(stored, HF)
         stored = self._without_drafts(stored)
-        self._inner = {name: stored.pop(name) for name in [*stored] if INNER in name}
-        unused = [stored.pop(name) for name in [*stored] if EXPERTS_INNER.search(name)]
-        if unused:
-            self.notes.append(
-                f"{len(unused)} tensors of predictors of experts' neurons are not used: gates tell what fires"
-            )
+        self._inner = {name: stored.pop(name) for name in [*stored] if INNER.search(name)}
         self._experts = read_experts(self.folder, stored, self.spec, self.notes) if self._family.hf_in_turns else {}
         stored = self._apart(stored)
         self._describe(tied_head=self._is_tied(stored.get(head), stored.get(embed)))

@@ -20,7 +20,10 @@ UNSUPPORTED: dict[str, tuple[str, Any]] = {
         "feed_forward.experts",
         replace(EXPERTS, dense_layers=(1,), dense=1 << 16),
     ),
-    "predictors of experts' neurons": ("feed_forward.experts", EXPERTS),
+    "predictors beside shared experts or layers without experts": (
+        "feed_forward.experts",
+        replace(EXPERTS, shared=40),
+    ),
 }
 
 
@@ -40,11 +43,13 @@ def test_each_is_refused_by_its_name(words: str) -> None:
 
 
 def test_several_are_named_in_one_line() -> None:
-    spec = replace(changed(SPEC, "architecture.feed_forward.experts", EXPERTS), predictor=Predictor())
+    words = "predictors beside shared experts or layers without experts"
+    path, experts = UNSUPPORTED[words]
+    spec = replace(changed(SPEC, f"architecture.{path}", experts), predictor=Predictor())
     spec = changed(changed(spec, "architecture.norm.placement", "post"), "architecture.residual", "parallel")
     with pytest.raises(ModelError) as caught:
         check_supported(spec)
-    several = "parallel residual with post-norm and predictors of experts' neurons, which are not supported yet"
+    several = f"parallel residual with post-norm and {words}, which are not supported yet"
     assert str(caught.value) == f"by hand uses {several}"
 
 
