@@ -84,9 +84,11 @@ def choose_experts(router: Router, scores: Floats, weights: Floats) -> None:
 
 
 @kernel
-def write_mask(router: Router, weights: Floats, words: Any) -> None:
-    """Set the words [groups] of the branches that have a weight to all neurons, the others to none."""
+def write_mask(router: Router, weights: Floats, words: Any, uses: Any) -> None:
+    """Set the words [groups] of the branches that have a weight to all neurons, the others to none; `uses` [branches]
+    to 1 and 0."""
     for branch in range(len(weights)):
+        uses[branch] = weights[branch] != 0
         word = np.uint32(0xFFFFFFFF) if weights[branch] != 0 else np.uint32(0)
         words[router.bounds[branch] : router.bounds[branch + 1]] = word
 
@@ -110,5 +112,5 @@ def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: in
         scores, weights = st.expert_scores[first : first + rows * lanes : lanes], st.handoff.routing[token]
         choose_experts(router, scores, weights)
         if st.job[DECODE] != 0:
-            write_mask(router, weights, st.handoff.mask[token, layer])
+            write_mask(router, weights, st.handoff.mask[token, layer], st.handoff.uses[token, layer])
     return barrier(st.barrier) if tokens > 1 else DONE
