@@ -2,15 +2,19 @@
 
     python scripts/bench_balancing.py topics MODEL --trace TRACE.npz [--vram 500MB] [--policies balance,ema]
     python scripts/bench_balancing.py shift MODEL [--workers 2 | --gpu host --vram 500MB --slow cpu0:4] [--tokens 96]
+    python scripts/bench_balancing.py cost [--shape 48,128,24,8,2048] [--rate 200] [--policies balance] [--tokens 600]
 
 An emulated GPU (`--gpu host`) is one pinned thread of this machine, and `--slow cpu0:4` makes the CPU worker four times
 slower than it is, so that the emulated GPU is the fast device. All engines are loaded at once and take turns of a few
 tokens, so that other load on the machine affects all alike; those that wait sleep.
 
 topics   replays the ids of a trace of `record_firing.py`. `oracle` is the best single split for the whole trace, from
-         its own frequencies and the measured costs of the workers; `random` as many groups at random; neither moves.
+         its own frequencies and the measured costs of the workers; `profile` the same from another trace (`--profile`);
+         `random` as many groups at random; none of these moves.
 shift    a busy process is put on the first worker's core and removed again: `balance` against the frozen split
          (`static`, which starts from the shares that balance had found).
+cost     what observing and deciding take of the coordinator's time, alone, without a model: `--shape` is layers,
+         experts, groups of an expert, experts used, hidden size; a topic of its own every third of the tokens.
 
 The last line of stdout is JSON.
 """
@@ -28,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from balancing_simulator.cost import Shape, measure
 
 from warmfront.coordinator import Engine
 from warmfront.coordinator.measure.measured_costs import fit_line
@@ -35,10 +40,11 @@ from warmfront.coordinator.placement.expected_load import load_of
 from warmfront.coordinator.placement.plan_file import write_plan
 from warmfront.coordinator.placement.solver import DeviceCosts, solve
 from warmfront.shared.config import parse_size
+from warmfront.shared.model.bundle import GROUP
 
 TURN = 16  # tokens that an engine decodes before the next one has its turn
 WINDOW = 16  # tokens over which a hit share is averaged
-STATIC = ("oracle", "random")
+STATIC = ("oracle", "random", "profile")
 
 
 class Token(NamedTuple):
@@ -104,8 +110,13 @@ def topics(options: argparse.Namespace) -> dict[str, Any]:
     """The replay of a trace by every policy."""
     with np.load(options.trace) as file:
         fired, ids, about = file["fired"], file["ids"].tolist(), json.loads(str(file["about"]))
+    fired = {"oracle": fired[: options.tokens]}
+    if options.profile is not None:
+        with np.load(options.profile) as file:
+            fired["profile"] = file["fired"]
     ids, switches = ids[: options.tokens], [0, *(at for at in about["switches"] if at < options.tokens)]
     common = {"gpu": "host", "vram_budget": options.vram, "slow": options.slow, "workers": 1, "verify": options.verify}
+    common["dtype"] = options.dtype
     with ExitStack() as stack:
 
         def load(name: str, **overrides: Any) -> Runner:
@@ -123,7 +134,7 @@ def topics(options: argparse.Namespace) -> dict[str, Any]:
         for name in options.policies:
             if name in STATIC:
                 plan = Path(stack.enter_context(scratch())) / f"{name}.json"
-                split(name, runners[0].engine, fired[: options.tokens], costs, options.vram, plan)
+                split(runners[0].engine, fired.get(name), costs, options.vram, plan)
                 runners.append(load(name, policy="static", plan=str(plan)))
         for start in range(0, len(ids), TURN):
             for runner in runners:
@@ -171,16 +182,21 @@ def scratch() -> "contextlib.AbstractContextManager[str]":
     return tempfile.TemporaryDirectory()
 
 
-def split(name: str, engine: Engine, fired: npt.NDArray[np.uint32], costs: DeviceCosts, vram: int, path: Path) -> None:
-    """Write a plan: `oracle` from the trace's own frequencies, `random` at random."""
-    firing = np.bitwise_count(fired).mean(0)
-    slots = engine.statistics.device_memory()["slots"] // engine.model.layout.group_bytes
-    if name == "oracle":
-        gpu = solve(firing, load_of(engine.model.layout, engine.plan.selector, firing), slots, costs)
+def split(engine: Engine, fired: npt.NDArray[np.uint32] | None, costs: DeviceCosts, vram: int, path: Path) -> None:
+    """Write a plan from the frequencies of a trace; without one, at random."""
+    layout, spec = engine.model.layout, engine.model.spec
+    slots = engine.statistics.device_memory()["slots"] // layout.group_bytes
+    if fired is not None:
+        firing = np.bitwise_count(fired).mean(0)
+        # Of experts all neurons fire, or none.
+        use = firing / GROUP if spec.architecture.feed_forward.experts else np.ones_like(firing)
+        load = load_of(layout, engine.plan.selector, firing / np.maximum(use, 1e-9)) * use
+        gpu = solve(firing, load, slots, costs)
     else:
-        gpu = np.zeros(firing.size, bool)
-        gpu[np.random.default_rng(0).permutation(firing.size)[:slots]] = True
-        gpu = gpu.reshape(firing.shape)
+        size = spec.layers * layout.groups
+        gpu = np.zeros(size, bool)
+        gpu[np.random.default_rng(0).permutation(size)[:slots]] = True
+        gpu = gpu.reshape(spec.layers, layout.groups)
     write_plan(path, engine.model, vram, gpu, {})
 
 
@@ -270,9 +286,10 @@ def shift(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run as a script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("topics", "shift"))
-    parser.add_argument("model")
+    parser.add_argument("what", choices=("topics", "shift", "cost"))
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--profile", type=Path)
     parser.add_argument("--vram", type=parse_size, default="500MB")
     parser.add_argument("--slow", default="cpu0:4")
     parser.add_argument("--policies", type=lambda text: text.split(","), default="balance,oracle,ema,random")
@@ -283,9 +300,21 @@ def main() -> None:
     parser.add_argument("--gpu", default="none")
     parser.add_argument("--selector", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--shape", type=lambda text: Shape(*map(int, text.split(","))), default="48,128,24,8,2048")
+    parser.add_argument("--rate", type=float, default=200.0, help="tokens a second that the model would make")
     options = parser.parse_args()
+    if options.what == "cost":
+        tokens = options.tokens or 600
+        known = [name for name in options.policies if name not in STATIC]
+        figures = [measure(options.shape, options.rate, 0.3, tokens, 3, name) for name in known]
+        print(json.dumps({"bench": "cost", "rate": options.rate, "policies": figures}))
+        return
+    if options.model is None:
+        parser.error(f"{options.what} needs a model")
     if options.what == "topics" and options.trace is None:
         parser.error("topics needs --trace FILE.npz of record_firing.py")
+    if "profile" in options.policies and options.profile is None:
+        parser.error("the policy profile needs --profile FILE.npz of record_firing.py")
     options.tokens = options.tokens or (2000 if options.what == "topics" else 192)
     result = topics(options) if options.what == "topics" else shift(options)
     print(json.dumps({"bench": options.what, "model": Path(options.model).name, "vram": options.vram, **result}))

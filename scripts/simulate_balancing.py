@@ -14,9 +14,10 @@ constant. Copies run beside it at the link's speed, plus 17 us a batch, and coun
 come; they take memory bandwidth from the CPU workers, which is the stall that is shown. Workers report their times with
 2 % of noise, one in a hundred ten times too long, and the costs are fitted to that. How many copies may begin at once
 is the engine's rule (`interface.copy_budget`). The devices' figures are in `balancing_simulator/devices.py`. Beside the
-policies there are `random`, random groups in the slots, and `oracle static`, the best single split for the trace by its
-own frequencies, with the GPU's part of a layer up to the balance of the means, or 5, 10 or 20 % above, whichever is
-fastest.
+policies there are `prompt`, which places anew at each topic by its first 128 tokens, known beforehand and copied at no
+cost, and then changes nothing; `random`, random groups in the slots; and `oracle static`, the best single split for the
+trace by its own frequencies, with the GPU's part of a layer up to the balance of the means, or 5, 10 or 20 % above,
+whichever is fastest.
 
 The last line of stdout is JSON.
 """
@@ -43,6 +44,9 @@ COLOURS = {
     "static": "#3d405b",
     "lru": "#8ab17d",
     "ema": "#e9a23b",
+    "ema-published": "#f2cc8f",
+    "by-layer": "#7b5ea7",
+    "prompt": "#4f6d7a",
     "random": "#b8b8b8",
     "oracle static": "#2a7f9e",
 }
@@ -168,7 +172,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shift", type=shift_of, action="append", default=[], metavar="TOKEN:WORKER:FACTOR", help="of its ns per byte"
     )
-    parser.add_argument("--policies", default=",".join(ALL), help="default: %(default)s")
+    parser.add_argument(
+        "--policies", default=",".join(name for name in ALL if name != "other profile"), help="default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="only the JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args(arguments)

@@ -30,5 +30,7 @@ def assert_tables_hold(ownership: Any, slots: Mapping[str, int]) -> None:
         assert sorted([*used, *ownership._free[worker]]) == list(range(slots.get(name, 0))), name
     np.testing.assert_array_equal(ownership._in_flight, in_flight)
     assert not (in_flight & resident).any(), "a group comes to where it is"
-    assert not (ownership._unfired & ~resident).any()
-    assert not ownership._unfired[homes].any()
+    unfired = ownership._unfired
+    assert resident[tuple(unfired.T)].all()
+    assert not homes[unfired[:, 0]].any()
+    assert len(np.unique(unfired, axis=0)) == len(unfired)

@@ -14,6 +14,10 @@ A layer takes as long as its slowest worker, so every layer is divided such that
 - *Moves between homes* take the most active groups of the slow home to the fast one, with the same accounting, where
   it was slow at the last decision too: a neighbour's short turn on one core is over before its groups have moved.
 
+Every decision looks at all groups once (`survey.py`), and closer only at layers that are off balance and at groups that
+could save enough: while nothing changes there are none. Observing costs what a token used. Both are done the more
+seldom the more of a token's time they take.
+
 A copy that gives way goes home before the copy into its slot begins. Keeping slots free until copies have come would
 cost more: their groups would be missing always, while what gives way is missing for a few tokens, and was worth little.
 """
@@ -21,6 +25,7 @@ cost more: their groups would be missing always, while what gives way is missing
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from warmfront.coordinator.balancing.activity import ActivityEstimate, Margin
 from warmfront.coordinator.balancing.interface import (
@@ -29,12 +34,11 @@ from warmfront.coordinator.balancing.interface import (
     Floats,
     Ints,
     Owners,
-    Reals,
     Rebalance,
-    held_by,
-    home_of,
+    Used,
     make_rebalance,
 )
+from warmfront.coordinator.balancing.survey import Survey, Surveyor
 from warmfront.coordinator.balancing.water_filling import even_loads, job_ns, select_heaviest
 
 __all__ = ["Balance", "Tuning"]
@@ -47,9 +51,10 @@ class Tuning(NamedTuple):
 
     interval: int = 8  # tokens between decisions
     settled_interval: int = 16  # at most, as long as nothing is to be changed; with 32 a load shift was seen too late
-    max_interval: int = 32  # tokens between decisions, however short a token is
-    deciding_share: float = 0.01  # of the time that decisions may take
-    long_tokens: float = 512.0  # time constants of the averages and of how they are judged
+    max_interval: int = 64  # tokens between decisions, however short a token is
+    max_stride: int = 32  # tokens between observations, likewise
+    time_share: float = 0.003  # of the time that decisions may take, and that observations may take
+    long_tokens: float = 512.0  # time constants of the averages and of how they are judged, in tokens observed
     short_tokens: float = 20.0
     trust_tokens: float = 16.0
     noise_tokens: float = 256.0
@@ -57,33 +62,29 @@ class Tuning(NamedTuple):
     max_margin: float = 0.09  # share of a layer's time; 0.18: 0.95 of the oracle's tok/s, 0.09: 1.03 (docs/log.md)
     min_gain: float = 1.25  # times what the copy that gives way saves, a new one has to save
     horizon_tokens: float = 64.0  # by when a copy must have paid for itself
+    certainty: float = 3.0  # standard deviations of what is expected, by which it has to save more
 
 
 class _View(NamedTuple):
     """What a decision is made from, beside the owners."""
 
     state: BalancerState
-    home: Owners  # [L, G]
-    expected: Floats  # [L, G]: bytes per token
-    order: Ints  # [L, G]: groups of each layer, most active first
+    sums: Survey  # of the owners when the decision began; `loads` follows their changes
     margin_ns: Floats  # [W, L]: by which workers should finish before the others
+    noise_ns: float  # variance of what a group saves, per ns that it is expected to save
 
-    def even_loads(self, total: Floats, caps: Floats | None = None) -> Floats:
-        """Bytes [W, L] of the even split of `total` [L]."""
-        return even_loads(self.state.costs, total, caps, self.margin_ns)
+    @property
+    def total(self) -> Floats:
+        """Bytes per token [L]."""
+        return np.asarray(self.sums.loads.sum(0))
+
+    def even_loads(self, caps: Floats | None = None) -> Floats:
+        """Bytes [W, L] of the even split."""
+        return even_loads(self.state.costs, self.total, caps, self.margin_ns)
 
     def job_ns(self, loads: Floats) -> Floats:
         """ns [W, L] with the margins, to be compared with each other."""
         return job_ns(self.state.costs, loads) + self.margin_ns
-
-    def loads(self, owner: Owners) -> Floats:
-        """Bytes per token [W, L] that each worker is expected to read."""
-        workers = range(len(self.state.is_home))
-        return np.stack([np.where(owner == worker, self.expected, 0.0).sum(1) for worker in workers])
-
-    def select(self, limit: Floats, allowed: Bools) -> Bools:
-        """Of those `allowed` [L, G], in each layer the most active up to `limit` [L] bytes."""
-        return select_heaviest(self.expected, self.order, limit, allowed)
 
 
 class Balance:
@@ -94,151 +95,209 @@ class Balance:
     def __init__(self, long_run: Floats, group_bytes: int, tuning: Tuning | None = None) -> None:
         tuning = tuning or Tuning()
         self.tuning = tuning
-        self.interval = tuning.interval
+        self.interval, self.stride = tuning.interval, 1
         self._activity = ActivityEstimate(long_run, tuning.long_tokens, tuning.short_tokens, tuning.trust_tokens)
         self._margin = Margin(len(long_run), tuning.noise_tokens)
-        self._last_resident: Bools | None = None  # copies at the last decision
+        self._surveyor = Surveyor(*long_run.shape)
+        # Compiled now, not between two tokens.
+        select_heaviest(np.ones((1, 1)), even_loads(np.ones((1, 2)), np.ones(1))[0], np.ones((1, 1), np.bool_))
         self._was_slow: Bools = np.zeros((1, 1), np.bool_)  # [homes, L]: slow at the last decision
 
-    def observe(self, bytes_read: Reals, active: Reals) -> None:
+    def observe(self, used: Used) -> None:
         """Learn what is read."""
-        self._activity.observe(bytes_read)
-        self._margin.observe(bytes_read)
+        self._margin.observe(self._activity.observe(used))
 
     def decide(self, state: BalancerState) -> Rebalance:
         """Flips, then the copies to begin and what gives way to them."""
-        before = state.resident if self._last_resident is None else self._last_resident
-        arrived = state.resident & ~before
-        self._last_resident = state.resident.copy()
-        home = home_of(state)
-        for worker in np.flatnonzero(state.is_home):
-            home[arrived[worker]] = worker
-        # A group that its old home still owns follows the copy; an owner whose copy is gone gives it up.
-        owner = np.where(state.is_home[state.owner], home, state.owner)
-        owner = np.where(held_by(state.resident, owner), owner, home)
-        expected = self._activity.expected_load
-        balanced_ns = job_ns(state.costs, even_loads(state.costs, expected.sum(1))).max(0)
+        owner = state.owner.copy()
+        sums = self._surveyor.survey(state, self._activity.averages, self._activity.blend)
+        balanced_ns = job_ns(state.costs, even_loads(state.costs, sums.loads.sum(0))).max(0)
         # Capped: in real runs the noise is not only the loads', and a wide margin left the caches the slower side.
         margin_ns = np.where(
             state.is_home[:, None], np.minimum(self._margin.ns, self.tuning.max_margin * balanced_ns), 0.0
         )
-        view = _View(state, home, expected, np.argsort(-expected, axis=1), margin_ns)
+        noise_ns = self._activity.noise_bytes * float(state.costs[state.is_home, 1].max())
+        view = _View(state, sums, margin_ns, noise_ns)
 
-        self._flip(view, owner, arrived)
+        flipped = self._flip(view, owner)
         # Copies that are late mean that the link is the limit: more of them would only queue up.
         budget = 0 if state.copies_late else min(state.copy_budget, _MAX_MOVES)
         # Promotions and moves are planned for the owners that there will be, or what is on its way is asked for twice.
-        upcoming = _upcoming_owner(state, owner)
-        drops, promotions, gains = self._promote(view, upcoming, budget)
-        upcoming[promotions[:, 1], promotions[:, 2]] = promotions[:, 0]
-        moves, savings = self._move(view, upcoming)
+        upcoming = _upcoming_owner(view, owner)
+        drops, promotions, gains = self._promote(view, budget)
+        moves, savings = self._move(view, upcoming, promotions)
         best = np.argsort(-np.concatenate((gains, savings)), kind="stable")[:budget]
         # A promotion that the budget leaves out takes its drop with it.
         used_drops = drops[best[best < len(drops)]]
         decision = make_rebalance(
-            owner, home, [used_drops[used_drops[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]]
+            owner, state.home, [used_drops[used_drops[:, 0] >= 0]], [np.concatenate((promotions, moves))[best]]
         )
-        self._margin.watch(state, decision.owner)
-        self.interval = self._next_interval(state, decision)
+        self._activity.watch(state, decision.owner)
+        self._margin.watch(state)
+        quiet = not (flipped or len(decision.moves) or len(decision.drops) or self._was_slow.any())
+        self._pace(state, settled=quiet and not state.in_flight.any())
         return decision
 
-    def _next_interval(self, state: BalancerState, decision: Rebalance) -> int:
-        """Tokens until the next decision: more while nothing changes, and while deciding takes long."""
-        quiet = not len(decision.moves) and not state.in_flight.any() and not self._was_slow.any()
-        settled = quiet and (decision.owner == state.owner).all()
-        interval = min(2 * self.interval, self.tuning.settled_interval) if settled else self.tuning.interval
+    def _pace(self, state: BalancerState, *, settled: bool) -> None:
+        """When to observe and to decide again: the later the longer it takes, decisions while nothing changes too."""
+        tuning = self.tuning
+        interval = min(2 * self.interval, tuning.settled_interval) if settled else tuning.interval
         # Decisions of 4 ms at every 13th token of 18 ms were felt (docs/log.md).
-        affordable = int(state.decision_tokens / self.tuning.deciding_share)
-        return max(interval, min(self.tuning.max_interval, affordable))
+        affordable = int(state.decision_tokens / tuning.time_share)
+        self.interval = max(interval, min(tuning.max_interval, affordable))
+        self.stride = min(tuning.max_stride, 1 + int(state.observation_tokens / tuning.time_share))
 
-    def _flip(self, view: _View, owner: Owners, arrived: Bools) -> None:
-        """Change `owner` where copies at hand allow a better balance."""
-        state, is_home = view.state, view.state.is_home
-        at_home = view.home == np.arange(len(is_home))[:, None, None]
-        held = np.where(is_home[:, None, None], at_home, state.resident)
+    def _flip(self, view: _View, owner: Owners) -> bool:
+        """Change `owner` where copies at hand allow a better balance; returns whether anything has changed."""
+        state, is_home, loads = view.state, view.state.is_home, view.sums.loads
         # A worker can own no more than it holds.
-        even = view.even_loads(view.expected.sum(1), (held * view.expected).sum(2))
-        loads = view.loads(owner)
+        even = view.even_loads(view.sums.held)
         limit = view.job_ns(even).max(0) * (1 + self.tuning.tolerance)
         now = view.job_ns(loads)
         # Without the tolerance groups would flip at every decision, by noise: each flip changes the order of a sum.
-        uneven = now.max(0) > limit
-        if not (uneven.any() or arrived.any()):
-            return
+        uneven = np.flatnonzero(now.max(0) > limit)
+        if not len(uneven):
+            return False
+        expected, home, owners, before = view.sums.expected[uneven], state.home[uneven], owner[uneven], owner[uneven]
         for worker in np.flatnonzero(~is_home):
-            takes = state.resident[worker] & is_home[owner] & (uneven[:, None] | arrived[worker])
-            takes = view.select(even[worker] - loads[worker], takes)
-            mine = (owner == worker) & (now[worker] > limit)[:, None]
+            takes = state.resident[worker, uneven] & is_home[owners]
+            takes = select_heaviest(expected, even[worker, uneven] - loads[worker, uneven], takes)
+            mine = (owners == worker) & (now[worker, uneven] > limit[uneven])[:, None]
             # The most active that make up the even load stay: the least active cost the slower home least.
-            gives = mine & ~view.select(even[worker], mine)
-            owner[takes] = worker
-            owner[gives] = view.home[gives]
+            gives = mine & ~select_heaviest(expected, even[worker, uneven], mine)
+            owners[takes] = worker
+            owners[gives] = home[gives]
+        owner[uneven] = owners
+        for number in range(len(is_home)):
+            loads[number, uneven] = np.where(owners == number, expected, 0).sum(1)
+        return bool((owners != before).any())
 
-    def _promote(self, view: _View, upcoming: Owners, budget: int) -> tuple[Ints, Ints, Floats]:
+    def _promote(self, view: _View, budget: int) -> tuple[Ints, Ints, Floats]:
         """Drops and promotions in pairs, [n, 3] each, and what each saves, ns a token.
 
         A drop of worker -1 stands for a free slot.
         """
-        state, home, expected = view.state, view.home, view.expected
-        is_home = state.is_home
-        loads, even = view.loads(upcoming), view.even_loads(expected.sum(1))
-        limit = view.job_ns(even).max(0) * (1 + self.tuning.tolerance)
-        slow = is_home[:, None] & (view.job_ns(loads) > limit)
-        if not budget or is_home.all() or not slow.any():
-            return _table([]), _table([]), np.empty(0)
-        room = np.where(is_home[:, None], 0.0, even - loads)
-        held = np.asarray((state.resident | state.in_flight)[~is_home].any(0))
-        wanted = ~held & slow[home, np.arange(len(home))[:, None]]
-        wanted = view.select(np.maximum(room, 0).sum(0), wanted)
-        # What a copy saves: its bytes at its home's pace. What lies beyond the balance saves nothing.
-        saves = expected * state.costs[home, 1]
-        needed = view.select(even[~is_home].sum(0) * (1 + self.tuning.tolerance), held)
-        candidates = _largest(np.where(wanted, saves, 0.0), budget)
-        worth = np.where(needed, saves, 0.0)
-        victims = {worker: _victims(state, worker, worth, budget) for worker in np.flatnonzero(~is_home).tolist()}
+        state, sums, tuning = view.state, view.sums, self.tuning
+        is_home, caches = state.is_home, np.flatnonzero(~state.is_home)
+        nothing = _table([]), _table([]), np.empty(0)
+        if not budget or not len(caches):
+            return nothing
+        even = view.even_loads()
+        limit = view.job_ns(even).max(0) * (1 + tuning.tolerance)
+        slow = is_home[:, None] & (view.job_ns(sums.loads) > limit)
+        # What lies beyond the balance saves nothing, so layers may hold copies that are worth nothing.
+        plenty = sums.held[caches].sum(0) > even[caches].sum(0) * (1 + tuning.tolerance)
+        worthless = np.where(plenty, 0.0, sums.spared[caches].min(0)).min() if len(plenty) else 0.0
+        least = 0.0 if state.free_slots[caches].any() else float(worthless)
+        # What solves d = certainty * sqrt(noise * (2 least + d)), as `_pays` has it.
+        chance = tuning.certainty**2 * view.noise_ns
+        certain = (chance + (chance * (chance + 8 * least)) ** 0.5) / 2 if least < np.inf else 0.0
+        floor = max(tuning.min_gain * least, least + state.transfer_ns / tuning.horizon_tokens, least + certain)
+        layers = slow.any(0) & (sums.missed > floor)
+        if not layers.any():
+            return nothing
+        held = np.asarray(state.resident[caches].any(0) | state.in_flight.any(0))
+        # Of a layer with several homes only the slow ones give.
+        wanted = ~held if is_home.sum() == 1 else ~held & slow[state.home, np.arange(len(held))[:, None]]
+        places, values = self._surveyor.list_groups(sums.saves, wanted, layers, floor, np.inf, 4 * _MAX_MOVES)
+        if not len(places):
+            return nothing
+        worth = sums.saves
+        if plenty.any():
+            needed = held.copy()
+            needed[plenty] = select_heaviest(
+                sums.expected[plenty], (even[caches].sum(0) * (1 + tuning.tolerance))[plenty], held[plenty]
+            )
+            worth = np.where(needed, worth, np.float32(0))
+        everywhere, ceiling = np.ones(len(held), np.bool_), float(values[0]) / tuning.min_gain
+        victims: dict[int, list[tuple[float, int]]] = {}
+        for worker in caches.tolist():
+            # Free slots first, which cost nothing; then the copies that are worth least.
+            free = min(int(state.free_slots[worker]), budget)
+            victims[worker] = [(0.0, -1)] * free
+            if free < budget:
+                lightest, worths = self._surveyor.list_groups(
+                    worth, state.resident[worker], everywhere, -1.0, ceiling, free - budget
+                )
+                victims[worker] += zip(worths.tolist(), lightest.tolist(), strict=True)
+        return self._match(view, even, (places, values), victims, budget)
+
+    def _match(
+        self,
+        view: _View,
+        even: Floats,
+        candidates: tuple[Ints, npt.NDArray[np.float32]],
+        victims: dict[int, list[tuple[float, int]]],
+        budget: int,
+    ) -> tuple[Ints, Ints, Floats]:
+        """Candidates, those that save most first, take the slots of victims that are worth least: as `_promote`."""
+        state, groups = view.state, view.sums.expected.shape[1]
+        room = np.where(state.is_home[:, None], 0.0, even - view.sums.loads)
         drops, moves, gains = [], [], []
-        for layer, group in candidates:
-            saved = saves[layer, group]
-            while victims:
-                worker = max(victims, key=lambda worker: room[worker, layer])
-                value, victim = victims[worker][0] if victims[worker] else (np.inf, (-1, 0, 0))
+        for place, saved in zip(candidates[0].tolist(), candidates[1].tolist(), strict=True):
+            layer, group = divmod(place, groups)
+            load = float(view.sums.expected[layer, group])
+            # More than half of it fits: rounding to the nearest.
+            able = [worker for worker in victims if room[worker, layer] > load / 2]
+            while able:
+                worker = max(able, key=lambda worker: room[worker, layer])
+                value, victim = victims[worker][0] if victims[worker] else (np.inf, -1)
                 gain = saved - value
-                # Both: the factor keeps two groups of nearly the same activity from swapping for ever, the horizon
-                # keeps out copies whose groups will have cooled down before the transfer is paid back.
-                if saved > self.tuning.min_gain * value and gain * self.tuning.horizon_tokens > state.transfer_ns:
+                if self._pays(view, saved, value):
                     victims[worker].pop(0)
-                    drops.append(victim)
+                    drops.append((worker, *divmod(victim, groups)) if victim >= 0 else (-1, 0, 0))
                     moves.append((worker, layer, group))
                     gains.append(gain)
-                    room[worker, layer] -= expected[layer, group]
+                    room[worker, layer] -= load
                     break
                 # Later candidates save less and this worker's next victim is worth more: it is done.
+                able.remove(worker)
                 del victims[worker]
+            if not victims or len(moves) == budget:
+                break
         return _table(drops), _table(moves), np.array(gains)
 
-    def _move(self, view: _View, upcoming: Owners) -> tuple[Ints, Floats]:
+    def _pays(self, view: _View, saved: float, value: float) -> bool:
+        """Whether a copy that saves so much, ns a token, is to take the place of one that saves `value`.
+
+        The factor keeps two groups of nearly the same activity from swapping for ever, the horizon keeps out copies
+        whose groups will have cooled down before the transfer is paid back, and the certainty those that were used more
+        by chance: of the experts that are seldom used, one always has been more than others.
+        """
+        gain, tuning = saved - value, self.tuning
+        certain = tuning.certainty * (view.noise_ns * (saved + value)) ** 0.5
+        pays_back = gain * tuning.horizon_tokens > view.state.transfer_ns
+        return saved > tuning.min_gain * value and pays_back and gain > certain
+
+    def _move(self, view: _View, upcoming: Owners, promotions: Ints) -> tuple[Ints, Floats]:
         """Copies to begin from home to home, [n, 3], and what each saves, ns a token."""
-        state, expected = view.state, view.expected
+        state, expected = view.state, view.sums.expected
         homes = np.flatnonzero(state.is_home)
         if len(homes) < 2:
             return _table([]), np.empty(0)
+        worker, layer, group = promotions.T
+        _hand_over(view, upcoming, worker, layer, group)
         # What the homes share among themselves is what the caches leave them.
-        costs, loads = state.costs[homes], view.loads(upcoming)[homes]
+        costs, loads = state.costs[homes], view.sums.loads[homes]
         even = even_loads(costs, loads.sum(0))
         limit = job_ns(costs, even).max(0) * (1 + self.tuning.tolerance)
         now = job_ns(costs, loads) > limit
         # Twice running: that left a third of the moves that neighbours on a busy machine caused (docs/log.md).
         slow = now & self._was_slow
         self._was_slow = now
+        if not slow.any():
+            return _table([]), np.empty(0)
         receiver = (even - loads).argmax(0)
         room = (even - loads).max(0)
         # A group with a copy in a cache, or under way, stays: its home hardly computes it.
-        movable = ~state.in_flight.any(0) & ~state.resident[~state.is_home].any(0)
+        movable = np.asarray(~state.in_flight.any(0) & ~state.resident[~state.is_home].any(0))
+        movable[promotions[:, 1], promotions[:, 2]] = False
         moves, savings = [], []
         for number, worker in enumerate(homes):
             mine = movable & (upcoming == worker) & slow[number, :, None]
             mine &= expected * costs[number, 1] * self.tuning.horizon_tokens > state.transfer_ns
-            layer, group = np.nonzero(view.select(np.minimum(loads[number] - even[number], room), mine))
+            limit = np.minimum(loads[number] - even[number], room)
+            layer, group = np.nonzero(select_heaviest(expected, limit, mine))
             moves.append(np.column_stack((homes[receiver[layer]], layer, group)))
             savings.append(expected[layer, group] * costs[number, 1])
         table, saved = np.concatenate(moves), np.concatenate(savings)
@@ -249,29 +308,25 @@ class Balance:
         return table[chosen], saved[chosen]
 
 
-def _upcoming_owner(state: BalancerState, owner: Owners) -> Owners:
-    """The owners once the copies under way have come."""
+def _upcoming_owner(view: _View, owner: Owners) -> Owners:
+    """The owners once the copies under way have come; `loads` become theirs."""
+    state = view.state
+    if not state.in_flight.any():
+        return owner.copy()
     upcoming = owner.copy()
-    for worker, is_home in enumerate(state.is_home):
-        upcoming[state.in_flight[worker] & (state.is_home[upcoming] | ~is_home)] = worker
+    worker, layer, group = np.nonzero(state.in_flight)
+    # What a cache computes stays there, whatever home its copy goes to.
+    counts = state.is_home[upcoming[layer, group]] | ~state.is_home[worker]
+    _hand_over(view, upcoming, worker[counts], layer[counts], group[counts])
     return upcoming
 
 
-def _largest(values: Floats, count: int) -> list[tuple[int, int]]:
-    """(layer, group) of the `count` largest `values` [L, G] above 0, largest first."""
-    layer, group = np.nonzero(values)
-    order = np.argsort(-values[layer, group], kind="stable")[:count]
-    return list(zip(layer[order].tolist(), group[order].tolist(), strict=True))
-
-
-def _victims(state: BalancerState, worker: int, values: Floats, count: int) -> list[tuple[float, tuple[int, int, int]]]:
-    """Up to `count` (value, copy) in `worker`: free slots (no copy: -1), then its copies that are worth least."""
-    free = min(int(state.free_slots[worker]), count)
-    layer, group = np.nonzero(state.resident[worker])
-    value = values[layer, group]
-    order = np.argsort(value, kind="stable")[: count - free]
-    copies = ((worker, *place) for place in zip(layer[order].tolist(), group[order].tolist(), strict=True))
-    return [(0.0, (-1, 0, 0))] * free + list(zip(value[order].tolist(), copies, strict=True))
+def _hand_over(view: _View, owner: Owners, worker: Ints, layer: Ints, group: Ints) -> None:
+    """Groups go to other owners, and so do their loads."""
+    load = view.sums.expected[layer, group]
+    np.subtract.at(view.sums.loads, (owner[layer, group], layer), load)
+    np.add.at(view.sums.loads, (worker, layer), load)
+    owner[layer, group] = worker
 
 
 def _table(rows: list[tuple[int, int, int]]) -> Ints:

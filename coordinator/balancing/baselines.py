@@ -1,7 +1,8 @@
-"""Policies to compare with: `static`, and two that others published, `lru` (SparseFlow) and `ema` (SparkInfer, Kairox).
+"""Policies to compare with: `static` and `by-layer`, and two that others published, `lru` (SparseFlow) and `ema`
+(SparkInfer, Kairox), the latter as published and mended.
 
-These two do not look at the balance: what is in a slot is computed there. A copy that is replaced is given up when the
-copy into its slot begins.
+They do not look at the balance: what is in a slot is computed there. A copy that is replaced is given up when the copy
+into its slot begins.
 """
 
 import numpy as np
@@ -12,47 +13,52 @@ from warmfront.coordinator.balancing.interface import (
     Floats,
     Ints,
     Owners,
-    Reals,
     Rebalance,
-    home_of,
+    Used,
     make_rebalance,
 )
 
-__all__ = ["Ema", "Lru", "Static"]
+__all__ = ["ByLayer", "Ema", "EmaPublished", "Lru", "Static"]
 
 
 class Static:
-    """Changes nothing."""
+    """Changes nothing: the GPU keeps what it begins with, which is what the profile or a plan says."""
 
     name = "static"
-    interval = 1 << 30
+    interval = stride = 1 << 30
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
         pass
 
-    def observe(self, bytes_read: Reals, active: Reals) -> None:
+    def observe(self, used: Used) -> None:
         """Nothing to learn."""
 
     def decide(self, state: BalancerState) -> Rebalance:
         """Everything stays."""
-        return make_rebalance(state.owner.copy(), home_of(state), [], [])
+        return make_rebalance(state.owner.copy(), state.home, [], [])
+
+
+class ByLayer(Static):
+    """What llama.cpp's `--n-cpu-moe` and `-ngl` do: the GPU begins with whole layers, in order, and keeps them."""
+
+    name = "by-layer"
 
 
 class Lru:
     """SparseFlow's neuron cache: groups that were used and are in no slot replace those least recently used."""
 
     name = "lru"
-    interval = 1
+    interval = stride = 1
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
         self._token = 0
         self._used = np.full(long_run.shape, -1, np.int64)  # [L, G]: the token of the last use, -1 = never
         self._active = np.zeros(long_run.shape)
 
-    def observe(self, bytes_read: Reals, active: Reals) -> None:
+    def observe(self, used: Used) -> None:
         """Note which groups were used."""
         self._token += 1
-        self._active[:] = active
+        self._active[:] = used.active()
         self._used[self._active > 0] = self._token
 
     def decide(self, state: BalancerState) -> Rebalance:
@@ -69,49 +75,66 @@ class Lru:
             oldest = np.argsort(self._used[old], kind="stable")[: max(0, len(chosen) - free)]
             moves.append(_rows(worker, chosen))
             drops.append(_rows(worker, np.argwhere(old)[oldest]))
-        return make_rebalance(*_all_on_caches(state), drops, moves)
+        return make_rebalance(_on_caches(state), state.home, drops, moves)
 
 
 class Ema:
     """SparkInfer's balancing as in its code: in each layer the groups with the highest scores, swapped every token.
 
-    The score is s <- k s + (1 - k) share of the neurons that fired; k rises while copies come late, else it falls.
+    The score is s <- 0.67 s + 0.33 share of the neurons that fired. At most so many groups of a layer are swapped at a
+    time: at first as many as it has slots; that rises by 5 % while copies come in time, and falls by 5 % while they
+    come late. What is swapped goes by the groups' numbers, not by their scores.
     """
 
     name = "ema"
-    interval = 1
+    interval = stride = 1
+    _KEPT = 0.67
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
         self._score = long_run / group_bytes
-        self._kept = 0.67
+        self._swaps: Floats | None = None  # [L]
 
-    def observe(self, bytes_read: Reals, active: Reals) -> None:
+    def observe(self, used: Used) -> None:
         """Update the scores."""
-        self._score *= self._kept
-        self._score += (1 - self._kept) * active
+        self._score *= self._KEPT
+        self._score += (1 - self._KEPT) * used.active()
 
     def decide(self, state: BalancerState) -> Rebalance:
-        """Swap what is in the slots for what should be, best first."""
-        self._kept = min(max(self._kept * (1.05 if state.copies_late else 0.95), 0.05), 0.95)
+        """Swap what is in the slots for what should be."""
+        owner = _on_caches(state)
         if state.is_home.all():
-            return make_rebalance(state.owner.copy(), home_of(state), [], [])
+            return make_rebalance(owner, state.home, [], [])
         resident, in_flight = (_cached(copies, state).any(0) for copies in (state.resident, state.in_flight))
         # Swaps are within a layer, so each keeps as many slots as it began with.
         slots = (resident | in_flight).sum(1)
+        if self._swaps is None:
+            self._swaps = slots.astype(np.float64)
+        self._swaps = np.clip(self._rounded(self._swaps * (0.95 if state.copies_late else 1.05)), 1, slots)
         order = np.argsort(-self._score, axis=1, kind="stable")
-        rank = np.empty_like(order)
-        np.put_along_axis(rank, order, np.arange(order.shape[1])[None], 1)
-        best = rank < slots[:, None]
-        incoming, outgoing = best & ~resident & ~in_flight, resident & ~best
+        best = np.zeros_like(resident)
+        np.put_along_axis(best, order, np.arange(order.shape[1]) < slots[:, None], 1)
         # The i-th of a layer to come takes the slot of the i-th to go; copies under way may leave fewer of these.
-        leaving = _in_layers(outgoing, rank)
-        entering = _in_layers(incoming & (_position(incoming, rank) < outgoing.sum(1)[:, None]), rank)
-        gain = self._score[tuple(entering.T)] - self._score[tuple(leaving.T)]
-        chosen = np.argsort(-gain, kind="stable")[: state.copy_budget]
-        entering, leaving = entering[chosen], leaving[chosen]
-        worker = state.resident[~state.is_home][:, leaving[:, 0], leaving[:, 1]].argmax(0) + state.is_home.sum()
-        drops, moves = (np.column_stack((worker, groups)) for groups in (leaving, entering))
-        return make_rebalance(*_all_on_caches(state), [drops], [moves])
+        entering, leaving = best & ~resident & ~in_flight, resident & ~best
+        pairs = np.minimum(np.minimum(entering.sum(1), leaving.sum(1)), self._swaps.astype(np.int64))[:, None]
+        places, ranks = zip(*(_first(mask, pairs) for mask in (entering, leaving)), strict=True)
+        # No layer before the others: each has its budget in the published system.
+        turns = np.argsort(ranks[0], kind="stable")[: state.copy_budget]
+        entering_at, leaving_at = (each[turns] for each in places)
+        worker = state.resident[~state.is_home][:, leaving_at[:, 0], leaving_at[:, 1]].argmax(0) + state.is_home.sum()
+        drops, moves = (np.column_stack((worker, groups)) for groups in (leaving_at, entering_at))
+        return make_rebalance(owner, state.home, [drops], [moves])
+
+    def _rounded(self, swaps: Floats) -> Floats:
+        return swaps
+
+
+class EmaPublished(Ema):
+    """The same with the published budget, a whole number: below 20 it cannot rise, and it ends at one swap a layer."""
+
+    name = "ema-published"
+
+    def _rounded(self, swaps: Floats) -> Floats:
+        return np.floor(swaps)
 
 
 def _cached(copies: Bools, state: BalancerState) -> Bools:
@@ -124,23 +147,16 @@ def _rows(worker: int, groups: Ints) -> Ints:
     return np.column_stack((np.full(len(groups), worker), groups))
 
 
-def _all_on_caches(state: BalancerState) -> tuple[Owners, Owners]:
-    """Owners such that every cache computes what it holds, and the homes."""
-    home = home_of(state)
-    owner = home.copy()
+def _on_caches(state: BalancerState) -> Owners:
+    """Owners such that every cache computes what it holds."""
+    owner = state.home.copy()
     for worker in np.flatnonzero(~state.is_home):
         owner[state.resident[worker]] = worker
-    return owner, home
+    return owner
 
 
-def _position(mask: Bools, rank: Ints) -> Ints:
-    """[L, G]: how many of the `mask` of the layer have a better rank."""
-    order = np.argsort(rank, axis=1)
-    before = np.cumsum(np.take_along_axis(mask, order, 1), axis=1) - 1
-    return np.take_along_axis(before, rank, 1)
-
-
-def _in_layers(mask: Bools, rank: Ints) -> Ints:
-    """[n, 2]: the groups in `mask`, layer by layer and there by rank."""
-    groups = np.argwhere(mask)
-    return groups[np.lexsort((rank[mask], groups[:, 0]))]
+def _first(mask: Bools, counts: Ints) -> tuple[Ints, Ints]:
+    """The first `counts` [L, 1] groups of `mask` [L, G] in each layer, [n, 2], and their numbers there, [n]."""
+    rank = np.cumsum(mask, axis=1) - 1
+    chosen = mask & (rank < counts)
+    return np.argwhere(chosen), rank[chosen]

@@ -9,10 +9,12 @@ about 5 %, and the more so the more the times scatter: `a` is not believed to be
 without good evidence. Without that, layers that read nearly the same gave lines of any slope (docs/log.md, 2026-11-22).
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from warmfront.shared.kernels.jit import inlined, kernel
 
 __all__ = ["WorkerCosts"]
 
@@ -33,7 +35,7 @@ class WorkerCosts:
         self.job_ns = job_ns
         self.byte_ns = byte_ns
         self._prior_ns = job_ns
-        self._moments = np.zeros(6)  # as `_Moments`, of all reports so far
+        self._moments = np.zeros(6)  # sums over the points of all reports so far: n, x, y, xx, xy, yy
 
     def update(self, jobs: float, busy_ns: npt.ArrayLike, read_bytes: npt.ArrayLike) -> None:
         """Take what a worker did since its last report: jobs per layer; their total time and bytes, [layers] each.
@@ -44,49 +46,44 @@ class WorkerCosts:
         used = (read > 0) & (busy > 0)
         if jobs <= 0 or not used.any():
             return
-        x, y = read[used] / jobs, busy[used] / jobs
-        for _ in range(_ROUNDS):
-            moments = _KEPT * self._moments + _moments(x, y, self._weights(x, y))
-            self.job_ns, self.byte_ns = _fit(_Moments(*moments.tolist()), self._prior_ns)
-        self._moments = moments
+        line = np.array([self.job_ns, self.byte_ns])
+        _refit(read[used] / jobs, busy[used] / jobs, self._moments, line, self._prior_ns)
+        self.job_ns, self.byte_ns = line.tolist()
 
-    def _weights(self, x: Floats, y: Floats) -> Floats:
-        """[points]: 1 near the line, 0 far from it."""
-        ratio = y / (self.job_ns + self.byte_ns * x)
+
+# Compiled: numpy took a third of a millisecond for the dozens of values of a worker's report (docs/log.md).
+@kernel
+def _refit(x: Floats, y: Floats, moments: Floats, line: Floats, prior: float) -> None:
+    """Take the points (x bytes, y ns) into `moments`, and replace `line`, (a, b), by the one through all points."""
+    kept, count = _KEPT * moments, len(x)
+    off = np.empty(count)
+    for _ in range(_ROUNDS):
         # Relative to the median: one that has slowed down is off its old line in all layers, and none is an outlier.
-        off = ratio / np.median(ratio) - 1
+        off[:] = y / (line[0] + line[1] * x)
+        off[:] = off / np.median(off) - 1
         # 1.4826 times the median deviation is the standard deviation, for normally distributed points.
-        spread = max(1.4826 * float(np.median(np.abs(off))), _MIN_SPREAD)
-        return np.maximum(1 - (off / (_OUTLIER * spread)) ** 2, 0.0) ** 2
+        spread = max(1.4826 * np.median(np.abs(off)), _MIN_SPREAD)
+        moments[:] = kept
+        for i in range(count):
+            weight = max(1 - (off[i] / (_OUTLIER * spread)) ** 2, 0.0) ** 2
+            moments += weight * np.array([1.0, x[i], y[i], x[i] * x[i], x[i] * y[i], y[i] * y[i]])
+        line[0], line[1] = _fit(moments, prior)
 
 
-class _Moments(NamedTuple):
-    """Weighted sums over the points (bytes x, ns y)."""
-
-    n: float
-    x: float
-    y: float
-    xx: float
-    xy: float
-    yy: float
-
-
-def _moments(x: Floats, y: Floats, weights: Floats) -> Floats:
-    return np.array([weights.sum(), weights @ x, weights @ y, weights @ (x * x), weights @ (x * y), weights @ (y * y)])
-
-
-def _fit(moments: _Moments, prior: float) -> tuple[float, float]:
+@inlined
+def _fit(moments: Floats, prior: float) -> Any:
     """a >= 0 and b > 0 of the line through the points with these moments, `a` drawn to `prior`."""
-    n, x, y, xx, xy, yy = moments
+    n, x, y, xx, xy, yy = moments[0], moments[1], moments[2], moments[3], moments[4], moments[5]
     a, b = _line(moments, prior, _PRIOR * n)
     # Again, now that the points' scatter is known: the prior's weight is their variance over its own.
     scatter = yy - 2 * a * y - 2 * b * xy + a * a * n + 2 * a * b * x + b * b * xx
     return _line(moments, prior, max(_PRIOR * n, scatter * n / (_PRIOR_SPREAD * y) ** 2))
 
 
-def _line(moments: _Moments, prior: float, weight: float) -> tuple[float, float]:
+@kernel
+def _line(moments: Floats, prior: float, weight: float) -> Any:
     """The line, with `prior` for `a` as one more observation of this weight."""
-    n, x, y, xx, xy, _ = moments
+    n, x, y, xx, xy = moments[0], moments[1], moments[2], moments[3], moments[4]
     a = ((y + weight * prior) * xx - xy * x) / ((n + weight) * xx - x * x)
     if a < 0:
         return 0.0, xy / xx

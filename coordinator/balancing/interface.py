@@ -8,14 +8,14 @@ free slot. A layer takes as long as its slowest worker, each of which takes `job
 
 A policy is a state machine without I/O, threads or clock. The engine calls, from one thread:
 
-    observe(bytes_read, active)   after every decoded token (not during prefill)
-    decide(state) -> Rebalance    between two tokens, once `interval` tokens have been observed since the last call
+    observe(used)                 after a decoded token (not during prefill): after every `stride`-th
+    decide(state) -> Rebalance    between two tokens, once `interval` tokens have been decoded since the last call
 
-What `decide` may rely on: the arrays of `state` are its own copies, to keep or change; shapes never change in a run;
-every owner is among the holders. What may have happened since its last decision: copies that it began have come, and
-are `resident` now (and owned by their worker, which the simulator leaves to the policy); fewer than it asked for were
-begun; a GPU worker died (its copies and slots are gone, its groups are owned by their homes) or came back (its old
-copies are in flight again).
+What both are told is valid during the call, for it is the engine's own, and not to be changed. What `decide` may rely
+on: shapes never change in a run; every owner is among the holders. What may have happened since its last decision:
+copies that it began have come, and are `resident` now and owned by their worker; fewer than it asked for were begun; a
+GPU worker died (its copies and slots are gone, its groups are owned by their homes) or came back (its old copies are in
+flight again).
 
 What it must return: an owner for every group that holds a complete copy of it after the drops; drops of complete copies
 in caches, each once; moves of groups that are not in flight, each once, to a worker that does not hold it, and to a
@@ -33,20 +33,22 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.shared.model.bundle import GROUP
+
 __all__ = [
     "BATCH",
     "BalancerState",
     "Bools",
     "Floats",
     "Ints",
+    "Masks",
     "Owners",
     "Policy",
     "PolicyClass",
     "Reals",
     "Rebalance",
+    "Used",
     "copy_budget",
-    "held_by",
-    "home_of",
     "make_rebalance",
 ]
 
@@ -55,16 +57,38 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Reals = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
+Masks = npt.NDArray[np.uint32]
 # Groups that are copied at one request: enough to read neighbours of the file at once, few enough to arrive soon.
 BATCH = 16
 # Part of the time that copies may take: they share the memory's bandwidth with the decoding.
 _COPY_SHARE = 0.25
 
 
+class Used(NamedTuple):
+    """What a token used, as the board has it: a word for each group, bit i = neuron i."""
+
+    asked: Masks  # [L, G]: the neurons that were to be computed, all of them where nothing predicts them
+    computed: Masks  # [L, G]: those that were computed whole; counts where `asked` has bits
+    uses: npt.NDArray[np.uint8]  # [L, B]: 0 for branches (`shared/model/branches.py`) that the token does not use
+    bounds: Ints  # [B + 1]: where each branch's groups begin, and G
+    gate_bytes: int  # that are read of each neuron asked for
+    rest_bytes: int  # and of each computed whole
+
+    def bytes_read(self) -> Reals:
+        """Bytes that were read of each group [L, G]."""
+        whole = np.bitwise_count(self.computed & self.asked)
+        return np.asarray(np.bitwise_count(self.asked) * float(self.gate_bytes) + whole * float(self.rest_bytes))
+
+    def active(self) -> Reals:
+        """Share of each group's neurons that were computed whole [L, G]."""
+        return np.asarray(np.bitwise_count(self.computed & self.asked) / GROUP)
+
+
 class BalancerState(NamedTuple):
     """What is true between two tokens."""
 
     owner: Owners  # [L, G]: the worker that computes each group
+    home: Owners  # [L, G]: the worker that keeps its full copy
     resident: Bools  # [W, L, G]: complete copies
     in_flight: Bools  # [W, L, G]: copies that have begun and are not complete
     free_slots: Ints  # [W]: slots that neither hold a copy nor await one
@@ -74,6 +98,7 @@ class BalancerState(NamedTuple):
     copy_budget: int  # groups whose copying may begin now
     copies_late: bool  # copies that an earlier decision began are not complete
     decision_tokens: float = 0.0  # how many tokens' time a decision takes, as measured
+    observation_tokens: float = 0.0  # and an observation
 
 
 class Rebalance(NamedTuple):
@@ -89,9 +114,10 @@ class Policy(Protocol):
 
     name: str  # as in `--policy`
     interval: int  # tokens between decisions; may change with every decision
+    stride: int  # tokens between observations, likewise
 
-    def observe(self, bytes_read: Reals, active: Reals) -> None:
-        """Learn from a token, both [L, G]: bytes read of each group; share of its neurons that were computed whole."""
+    def observe(self, used: Used) -> None:
+        """Learn from what a token used."""
 
     def decide(self, state: BalancerState) -> Rebalance:
         """The changes to make now."""
@@ -112,19 +138,6 @@ def copy_budget(until_next_ns: float, transfer_ns: float, in_flight: int) -> int
     A batch at least: with tokens shorter than a transfer nothing would ever move.
     """
     return max(0, max(BATCH, int(_COPY_SHARE * until_next_ns / transfer_ns)) - in_flight)
-
-
-def home_of(state: BalancerState) -> Owners:
-    """uint8 [L, G]: the home of each group; if two CPU workers hold it, the one that owns it."""
-    first = state.resident[state.is_home].argmax(0)
-    home = np.flatnonzero(state.is_home).astype(np.uint8)[first]
-    owned = state.is_home[state.owner] & held_by(state.resident, state.owner)
-    return np.where(owned, state.owner, home)
-
-
-def held_by(held: Bools, worker: npt.NDArray[np.integer]) -> Bools:
-    """bool [L, G]: whether `worker` [L, G] is among the holders `held` [W, L, G]."""
-    return np.asarray(np.take_along_axis(held, worker[None].astype(np.intp), 0)[0])
 
 
 def make_rebalance(owner: Owners, home: Owners, drops: list[Ints], moves: list[Ints]) -> Rebalance:

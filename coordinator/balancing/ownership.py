@@ -24,15 +24,25 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.balancing.cost_model import WorkerCosts
-from warmfront.coordinator.balancing.interface import BATCH, BalancerState, Bools, Policy, Rebalance, copy_budget
+from warmfront.coordinator.balancing.flow import Flow, Transfer
+from warmfront.coordinator.balancing.interface import (
+    BATCH,
+    BalancerState,
+    Bools,
+    Ints,
+    Policy,
+    Rebalance,
+    Used,
+    copy_budget,
+)
 from warmfront.coordinator.workers.events import DeliverMoved, WorkerLost, WorkerRejoined
 from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import WorkerError
-from warmfront.shared.model.bundle import GROUP, BundleLayout
+from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.messages import LoadReport, Move
 
-__all__ = ["Flow", "Ownership", "Transfer"]
+__all__ = ["Ownership"]
 
 Table = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int32]
@@ -48,23 +58,6 @@ _REPORT_INTERVAL_NS = 50_000_000
 # After this long without a copied batch, or without word of a death, something is wrong.
 _FILL_LIMIT_S = 60.0
 _LOSS_LIMIT_S = 5.0
-
-
-class Transfer(NamedTuple):
-    """A batch of groups that was copied to a worker."""
-
-    worker: int
-    groups: int
-    began: int  # ns on the monotonic clock
-    ended: int
-
-
-class Flow(NamedTuple):
-    """What has changed so far."""
-
-    moves: int  # groups copied
-    flips: int  # owners changed without a copy
-    unused: int  # copies dropped before their group fired there
 
 
 class _Batch(NamedTuple):
@@ -83,6 +76,7 @@ class Ownership:
         *,
         board: Board,
         layout: BundleLayout,
+        bounds: Ints,
         home: Table,
         names: Sequence[str],
         predicted: bool,
@@ -92,7 +86,8 @@ class Ownership:
         dead: npt.NDArray[np.int64],
         say: Callable[[str], None],
     ) -> None:
-        """`home`: uint8 [layers, groups]; `predicted`: which neurons were asked for is in the board's mask.
+        """`bounds`: as in `Used`; `home`: uint8 [layers, groups]; `predicted`: which neurons were asked for is in the
+        board's mask.
 
         `present`, `dead`: int64 [workers] shared with the threads; the first is cleared here while a worker takes no
         part, the second is set by whoever sees it die and cleared here. `say` gets a line at a loss and at a return.
@@ -104,7 +99,8 @@ class Ownership:
         self.is_home: Bools = np.array([name.startswith("cpu") for name in names])
         self.resident: Bools = np.stack([home == worker for worker in range(len(names))])
         self._in_flight: Bools = np.zeros_like(self.resident)
-        self._unfired: Bools = np.zeros_like(self.resident)  # copied to a cache, and not fired there yet
+        # Copied to a cache, and not fired there yet, as far as tokens are observed: [n, (worker, layer, group)].
+        self._unfired: Ints = np.empty((0, 3), np.int64)
         self._to_restore: dict[int, Bools] = {}  # of each lost worker: what it held or was about to hold
         held = self.resident.sum((1, 2)).tolist()
         self._free = [list(range(held[w], supervisor.readies[name].slots)) for w, name in enumerate(names)]
@@ -114,10 +110,17 @@ class Ownership:
         self._reports: Mapping[str, LoadReport] = {}
         self._requested_at = 0
         self.transfer_ns = layout.group_bytes / _COPY_SPEED
-        self._token_ns, self._token_at, self.deciding_ns = 0.0, 0, 0.0
-        self._read: npt.NDArray[np.float32] = np.ones(home.shape, np.float32)
+        self._token_ns, self._token_at, self.deciding_ns, self.observing_ns = 0.0, 0, 0.0, 0.0
+        # Without a selector that predicts, every neuron is asked for; without experts there is one branch.
+        self._asked: npt.NDArray[np.uint32] = np.full(home.shape, 0xFFFFFFFF, np.uint32)
+        self._bounds, self._uses = bounds, np.ones((len(home), 1), np.uint8)
+        self._branch = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))  # [groups]
+        self._last_token = self._unobserved = 0
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_MAX_TRANSFERS)
+        if len(names) > 1:
+            # Compiled now, not between two tokens.
+            WorkerCosts(_JOB_NS, _BYTE_NS).update(1, [1.0], [1.0])
         board.owner[:] = home
         for worker in np.flatnonzero(self.is_home).tolist():
             # As the CPU workers lay their groups out: by layer and group.
@@ -137,7 +140,7 @@ class Ownership:
             if time.monotonic() > until:
                 raise WorkerError(f"worker {self.names[worker]} copied no group for {_FILL_LIMIT_S:.0f} s")
         self.flow = Flow(0, 0, 0)
-        self._unfired[:] = False
+        self._unfired = self._unfired[:0]
 
     def owners(self) -> Table:
         """Who computes each group now."""
@@ -171,26 +174,43 @@ class Ownership:
         """
         if len(self.names) == 1:
             return
-        board, layout = self._board, self._layout
-        computed = board.computed[token] & board.mask[token] if self._predicted else board.computed[token]
-        whole = np.bitwise_count(computed)
-        asked = np.bitwise_count(board.mask[token]) if self._predicted else np.uint8(GROUP)
-        read = asked * np.float32(layout.gate_bytes) + whole * np.float32(layout.rest_bytes)
-        self._policy.observe(read, whole * np.float32(1 / GROUP))
-        self._read = read
-        if self._unfired.any():
-            for worker in np.flatnonzero(~self.is_home):
-                self._unfired[worker] &= (board.owner != worker) | (whole == 0)
+        self._last_token = token
         self._tokens_since += 1
         self._tokens_of_job += 1
+        self._unobserved += 1
         # The first token of a batch takes the time of all, the others next to none: it is their mean that counts.
         now = time.monotonic_ns()
         taken, self._token_at = now - self._token_at, now
         self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
+        if self._unobserved >= self._policy.stride:
+            used = self._used(token)
+            self._policy.observe(used)
+            self._unobserved = 0
+            if len(self._unfired):
+                self._unfired = self._unfired[~self._fired_there(used)]
+            self.observing_ns += _NEW * (time.monotonic_ns() - now - self.observing_ns)
+
+    def _fired_there(self, used: Used) -> Bools:
+        """Which of the `_unfired` copies a token has fired where they are."""
+        worker, layer, group = self._unfired.T
+        # First the table that is small: most are of branches that the token does not use.
+        fired: Bools = used.uses[layer, self._branch[group]] != 0
+        worker, layer, group = worker[fired], layer[fired], group[fired]
+        here = self._board.owner[layer, group] == worker
+        fired[fired] = here & ((used.asked[layer, group] & used.computed[layer, group]) != 0)
+        return fired
+
+    def _used(self, token: int) -> Used:
+        """What a token of the last batch used."""
+        board, layout = self._board, self._layout
+        asked = board.mask[token] if self._predicted else self._asked
+        uses = board.uses[token] if len(self._bounds) > 2 else self._uses
+        return Used(asked, board.computed[token], uses, self._bounds, layout.gate_bytes, layout.rest_bytes)
 
     def fired(self) -> npt.NDArray[np.uint32]:
         """What the last single token fired: [layers, groups], bit i = neuron i of the group."""
-        fired: npt.NDArray[np.uint32] = self._board.computed[0].copy()
+        used = self._used(0)
+        fired: npt.NDArray[np.uint32] = used.computed & used.asked
         return fired
 
     def verify(self, tokens: int = 1) -> None:
@@ -200,7 +220,7 @@ class Ownership:
 
     def _verify(self, token: int) -> None:
         board = self._board
-        wanted = board.mask[token] if self._predicted else np.full_like(board.computed[token], 0xFFFFFFFF)
+        wanted = self._used(token).asked
         present = np.flatnonzero(self._present)
         requested = np.stack([board.requested[worker][token] for worker in present])
         # All of it by somebody, and no bit twice.
@@ -214,9 +234,10 @@ class Ownership:
 
     def layer_loads(self) -> npt.NDArray[np.float64]:
         """[layers, workers]: bytes that the last token read in each."""
-        layers, workers = len(self._read), len(self.names)
+        read = self._used(self._last_token).bytes_read()
+        layers, workers = len(read), len(self.names)
         at = self._board.owner + workers * np.arange(layers)[:, None]
-        loads = np.bincount(at.ravel(), self._read.ravel(), layers * workers)
+        loads = np.bincount(at.ravel(), read.ravel(), layers * workers)
         return np.asarray(loads, np.float64).reshape(layers, workers)
 
     def share(self) -> npt.NDArray[np.float64]:
@@ -227,13 +248,14 @@ class Ownership:
     @property
     def unused(self) -> int:
         """Copies that were dropped, or are still there, without having fired."""
-        return self.flow.unused + int(self._unfired.sum())
+        return self.flow.unused + len(self._unfired)
 
     def _state(self) -> BalancerState:
         return BalancerState(
-            owner=self._board.owner.copy(),
-            resident=self.resident.copy(),
-            in_flight=self._in_flight.copy(),
+            owner=self._board.owner,
+            home=self.home,
+            resident=self.resident,
+            in_flight=self._in_flight,
             free_slots=np.array([len(free) for free in self._free]),
             is_home=self.is_home.copy(),
             costs=np.array([(each.job_ns, each.byte_ns) for each in self.costs]),
@@ -241,6 +263,7 @@ class Ownership:
             copy_budget=self._copy_budget(),
             copies_late=bool(self._batches),
             decision_tokens=self.deciding_ns / max(1.0, self._token_ns),
+            observation_tokens=self.observing_ns / max(1.0, self._token_ns),
         )
 
     def _copy_budget(self) -> int:
@@ -252,12 +275,12 @@ class Ownership:
         owner = self._board.owner
         flips = int(np.count_nonzero(decision.owner != owner))
         owner[:] = decision.owner
-        unused = 0
+        unused = len(self._unfired)
         for worker, layer, group in decision.drops.tolist():
             self.resident[worker, layer, group] = False
-            unused += bool(self._unfired[worker, layer, group])
-            self._unfired[worker, layer, group] = False
             self._free[worker].append(int(self._board.slot[worker][layer, group]))
+        self._unfired = self._unfired[self.resident[tuple(self._unfired.T)]]
+        unused -= len(self._unfired)
         self.flow = Flow(self.flow.moves, self.flow.flips + flips, self.flow.unused + unused)
         moves = decision.moves[: self._copy_budget()]
         for worker in np.unique(moves[:, 0]):
@@ -299,14 +322,16 @@ class Ownership:
         worker, places, board = batch.worker, batch.places, self._board
         layers, groups, slots = places.T
         self._in_flight[worker, layers, groups] = False
-        self.resident[worker, layers, groups] = self._unfired[worker, layers, groups] = True
+        self.resident[worker, layers, groups] = True
         if self.is_home[worker]:
             for layer, group in places[:, :2].tolist():
                 old = int(self.home[layer, group])
                 self.resident[old, layer, group] = False
                 self._free[old].append(int(board.slot[old][layer, group]))
                 self.home[layer, group] = worker
-            self._unfired[worker] = False
+        else:
+            fresh = np.column_stack((np.full(len(places), worker), layers, groups))
+            self._unfired = np.concatenate((self._unfired, fresh))
         board.slot[worker][layers, groups] = slots
         board.owner[layers, groups] = worker
         self.transfer_ns += _NEW * (ns / len(places) - self.transfer_ns)
@@ -330,7 +355,8 @@ class Ownership:
         # A worker lost again before it has rejoined holds nothing: what it had before is still what to restore.
         held = self.resident[worker] | self._in_flight[worker]
         self._to_restore[worker] = self._to_restore.get(worker, np.zeros_like(held)) | held
-        self.resident[worker] = self._in_flight[worker] = self._unfired[worker] = False
+        self.resident[worker] = self._in_flight[worker] = False
+        self._unfired = self._unfired[self._unfired[:, 0] != worker]
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
         self._present[worker] = 0

@@ -5,11 +5,17 @@ filling: raise one common level of time until the vessels (workers, each startin
 the total.
 """
 
+from typing import Any
+
 import numpy as np
 
-from warmfront.coordinator.balancing.interface import Bools, Floats, Ints
+from warmfront.coordinator.balancing.interface import Bools, Floats, Reals
+from warmfront.shared.kernels.jit import kernel
 
 __all__ = ["even_loads", "job_ns", "select_heaviest"]
+
+# Halvings of the threshold between light and heavy: then equal weights are all that is left between, of doubles too.
+_HALVINGS = 52
 
 
 def job_ns(costs: Floats, loads: Floats) -> Floats:
@@ -24,30 +30,83 @@ def even_loads(costs: Floats, total: Floats, caps: Floats | None = None, extra_n
     alone takes longer holds nothing. What all caps together do not hold is left out. `extra_ns` [W, L] counts into each
     worker's time.
     """
-    a, b = costs[:, :1] + extra_ns, costs[:, 1:]
-    room = np.broadcast_to(total, (len(costs), len(total)))
-    if caps is not None:
-        room = np.minimum(room, caps)
-    # Solved exactly and for all layers at once, without iterating: what is held is a function of the level that is
-    # linear between the 2 W levels at which a worker starts to fill or is full. Find the two around the total.
-    levels = np.sort(np.concatenate((np.broadcast_to(a, room.shape), a + b * room)), axis=0)
-    held = np.clip((levels[:, None] - a) / b, 0, room).sum(1)
-    upper = np.clip((held < total).sum(0), 1, len(levels) - 1)[None]
-    low, high = (np.take_along_axis(levels, at, 0) for at in (upper - 1, upper))
-    below, above = (np.take_along_axis(held, at, 0) for at in (upper - 1, upper))
-    # Two equal levels hold equally much; any divisor but 0 will do. Beyond the caps the share exceeds 1.
-    share = (total - below) / np.where(above > below, above - below, 1.0)
-    return np.asarray(np.clip((low + np.clip(share, 0, 1) * (high - low) - a) / b, 0, room))
+    shape = len(costs), len(total)
+    room = np.minimum(total, np.inf if caps is None else caps)
+    # Arrays of one kind, whatever is broadcast: for each other kind it would be compiled once more.
+    loads, start, limit = np.empty(shape), np.empty(shape), np.empty(shape)
+    start[:], limit[:] = costs[:, :1] + extra_ns, room
+    _pour(start, costs[:, 1].copy(), total, limit, loads)
+    return loads
 
 
-def select_heaviest(weights: Floats, order: Ints, limit: Floats, allowed: Bools) -> Bools:
+@kernel
+def _pour(start: Floats, widen: Floats, total: Floats, room: Floats, loads: Floats) -> None:
+    """Fill `loads` [W, L]: worker w begins at `start` [W, L], holds level / `widen` [W] above, up to `room` [W, L]."""
+    workers, layers = room.shape
+    for layer in range(layers):
+        # Solved exactly: what is held is a function of the level that is linear between the 2 W levels at which a
+        # worker starts to fill or is full. Find the two around the total.
+        low = high = below = above = 0.0
+        has_low = has_high = False
+        for mark in range(2 * workers):
+            worker = mark // 2
+            level = start[worker, layer] + (widen[worker] * room[worker, layer] if mark % 2 else 0.0)
+            held = 0.0
+            for other in range(workers):
+                held += min(max((level - start[other, layer]) / widen[other], 0.0), room[other, layer])
+            if held < total[layer]:
+                if not has_low or level > low:
+                    low, below, has_low = level, held, True
+            elif not has_high or level < high:
+                high, above, has_high = level, held, True
+        # With room for less than the total all are full at the highest level; without a total none holds anything at
+        # the lowest.
+        level = high if has_high else low
+        if has_low and has_high and above > below:
+            level = low + (total[layer] - below) / (above - below) * (high - low)
+        for worker in range(workers):
+            loads[worker, layer] = min(max((level - start[worker, layer]) / widen[worker], 0.0), room[worker, layer])
+
+
+def select_heaviest(weights: Reals, limit: Floats, allowed: Bools) -> Bools:
     """bool [L, G]: of those `allowed` [L, G], in each layer the heaviest that together come nearest to `limit` [L].
 
-    `order`: argsort of -weights over the groups, which several calls can share.
+    Among equal ones the first. `weights` [L, G] are not negative.
     """
-    heaviest = np.take_along_axis(np.where(allowed, weights, 0.0), order, 1)
-    # The last one is taken if more than half of it fits: rounding to the nearest, so that no layer is off by a group.
-    taken = np.cumsum(heaviest, axis=1) - heaviest / 2 < limit[:, None]
-    result = np.empty_like(allowed)
-    np.put_along_axis(result, order, taken, 1)
-    return np.asarray(result & allowed)
+    taken = np.zeros(allowed.shape, np.bool_)
+    _select(np.asarray(weights, np.float64), limit, np.asarray(allowed), taken)
+    return taken
+
+
+@kernel
+def _select(weights: Floats, limit: Floats, allowed: Any, taken: Any) -> None:
+    layers, groups = allowed.shape
+    ours = np.empty(groups)
+    for layer in range(layers):
+        top = 0.0
+        for group in range(groups):
+            ours[group] = weights[layer, group] if allowed[layer, group] else -1.0
+            top = max(top, ours[group])
+        # Above `high` all fit, down to `low` they do not. Without sorting: that took most of a decision's time.
+        low, high = -1e-300, top
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            total = 0.0
+            for group in range(groups):
+                total += ours[group] if ours[group] > middle else 0.0
+            if total <= limit[layer]:
+                high = middle
+            else:
+                low = middle
+        high = max(high, 0.0)
+        total = 0.0
+        for group in range(groups):
+            if ours[group] > high:
+                taken[layer, group] = True
+                total += ours[group]
+        for group in range(groups):
+            # The last one is taken if more than half of it fits: rounding to the nearest, so that no layer is off by a
+            # group.
+            if low < ours[group] <= high and total + ours[group] / 2 < limit[layer]:
+                taken[layer, group] = True
+                total += ours[group]

@@ -194,6 +194,8 @@ class Handoff(NamedTuple):
     # uint32 [BATCH, layers, groups] on the board: the neurons predicted, of which each thread writes its groups; or
     # those of the branches that are used.
     mask: Any
+    # uint8 [BATCH, layers, branches] on the board: which branches are used.
+    uses: Any
     # float32 [max_tokens, branches] on the board: the weights of the branches; each thread writes its tokens.
     routing: Any
     # int64 [workers]: whether it takes part; changed by the coordinator between two jobs.

@@ -122,9 +122,11 @@ def use_dense(router: Router, weights: Floats) -> None:
 
 
 @kernel
-def write_mask(router: Router, weights: Floats, words: Any) -> None:
-    """Set the words [groups] of the branches that have a weight to all neurons, the others to none."""
+def write_mask(router: Router, weights: Floats, words: Any, uses: Any) -> None:
+    """Set the words [groups] of the branches that have a weight to all neurons, the others to none; `uses` [branches]
+    to 1 and 0."""
     for branch in range(len(weights)):
+        uses[branch] = weights[branch] != 0
         word = np.uint32(0xFFFFFFFF) if weights[branch] != 0 else np.uint32(0)
         words[router.bounds[branch] : router.bounds[branch + 1]] = word
 
@@ -160,7 +162,7 @@ def note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> 
         for branch in range(len(weights)):
             st.uses[rank, layer, branch] += weights[branch] != 0
         if st.job[DECODE] != 0:
-            write_mask(router, weights, st.handoff.mask[token, layer])
+            write_mask(router, weights, st.handoff.mask[token, layer], st.handoff.uses[token, layer])
 
 
 @kernel

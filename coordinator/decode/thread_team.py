@@ -204,6 +204,7 @@ class ThreadTeam:
             board_x=board.x,
             inverse=board.inverse,
             mask=board.mask,
+            uses=board.uses,
             routing=board.routing,
             present=self.present,
             done_at=np.array([address(line) for line in board.done], np.int64),

@@ -180,7 +180,8 @@ class TorchTeam:
                 choose_experts(self._router, scores[token], self._corrections[layer], weights)
         self._uses[layer] += np.count_nonzero(self._board.routing[:tokens], axis=0)
         if tokens == 1:
-            write_mask(self._router, self._board.routing[0], self._board.mask[0, layer])
+            board = self._board
+            write_mask(self._router, board.routing[0], board.mask[0, layer], board.uses[0, layer])
 
     def _post(self, layer: int, normed: Tensor, compare_selection: bool) -> None:
         """Write the job on the board, wait for the device, announce."""

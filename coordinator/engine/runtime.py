@@ -23,21 +23,22 @@ from warmfront.coordinator.engine.uses import uses_of
 from warmfront.coordinator.hardware.fetching import distances_for
 from warmfront.coordinator.hardware.node_bandwidth import worker_speeds
 from warmfront.coordinator.placement.expected_load import expected_bytes
-from warmfront.coordinator.placement.homes import most_active, place_homes
+from warmfront.coordinator.placement.homes import most_active, place_homes, whole_layers
 from warmfront.coordinator.placement.plan_file import read_plan
 from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import UsageError
 from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
-from warmfront.shared.model.branches import branches_of
+from warmfront.shared.model.branches import bounds_of, branches_of
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board, BoardSizes
 from warmfront.shared.wire.messages import Assignment, Hello
 
 if TYPE_CHECKING:
-    from warmfront.coordinator.balancing.ownership import Ownership, Transfer
+    from warmfront.coordinator.balancing.flow import Transfer
+    from warmfront.coordinator.balancing.ownership import Ownership
     from warmfront.coordinator.decode.thread_team import ThreadTeam
     from warmfront.coordinator.decode.torch_team import TorchTeam
     from warmfront.coordinator.selectors.lowbit import Lowbit
@@ -89,7 +90,7 @@ class Runtime:
         if plan.config.tuning and not self.profiles:
             self._distances = distances_for(uses_of(model, plan), plan.cores.coordinator, say)
         names, spec, layout = plan.worker_names, model.spec, model.layout
-        self._home = place_homes(layout.groups, spec.layers, worker_speeds(plan.cores))
+        self._home = place_homes(expected_bytes(model, plan.selector), worker_speeds(plan.cores))
         check_nodes(model, plan.cores, self._home, say)
         sizes = BoardSizes(
             workers=len(names),
@@ -183,10 +184,12 @@ class Runtime:
         self.ownership = Ownership(
             board=self.board,
             layout=layout,
+            bounds=bounds_of(self.model.spec),
             home=self._home,
             names=names,
             predicted=self.plan.predicts or self.board.sizes.branches > 1,
-            policy=make_policy(self.plan.config.policy, expected, layout.group_bytes),
+            # A single worker shares with nobody.
+            policy=make_policy(self.plan.config.policy if len(names) > 1 else "static", expected, layout.group_bytes),
             supervisor=self.supervisor,
             present=self.team.present,
             dead=self._dead,
@@ -198,10 +201,12 @@ class Runtime:
                 self.ownership.fill(worker, wanted, progress)
 
     def _first_on_gpu(self, expected: npt.NDArray[np.float64], slots: int) -> npt.NDArray[np.bool_]:
-        """The groups [layers, groups] that a GPU of so many slots begins with: the plan's, else the most active."""
+        """The groups [layers, groups] that a GPU of so many slots begins with: the plan's, else the most active, or
+        whole layers."""
         file = self.plan.config.plan
         if file is None:
-            return most_active(expected, slots)
+            by_layer = self.plan.config.policy == "by-layer"
+            return whole_layers(expected.shape, slots) if by_layer else most_active(expected, slots)
         wanted = read_plan(Path(file), self.model)
         if (count := int(wanted.sum())) > slots:
             raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancing.ownership import Transfer
+from warmfront.coordinator.balancing.flow import Transfer
 from warmfront.shared.errors import ResourceError
 from warmfront.shared.files import published
 

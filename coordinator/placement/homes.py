@@ -7,19 +7,24 @@ import numpy.typing as npt
 
 from warmfront.shared.machine.core_plan import CorePlan
 
-__all__ = ["bytes_by_node", "first_groups", "most_active", "place_homes"]
+__all__ = ["bytes_by_node", "first_groups", "most_active", "place_homes", "whole_layers"]
 
 
-def place_homes(groups: int, layers: int, speeds: Sequence[float]) -> npt.NDArray[np.uint8]:
+def place_homes(load: npt.NDArray[np.float64], speeds: Sequence[float]) -> npt.NDArray[np.uint8]:
     """The home of each group, uint8 [layers, groups]: every layer is dealt to the CPU workers by their `speeds`.
 
-    Dealt, not sliced: groups are in order of hotness, and with slices the first worker had all the hot ones.
+    Dealt, not sliced, in order of the expected `load` [layers, groups]: with slices the first worker had all the hot
+    ones. The groups of an expert, which are used together, follow each other there, so every worker gets its part of
+    each expert: whichever experts a token chooses, all workers have their share of it.
     """
+    layers, groups = load.shape
     # Rounded sums, not rounded shares: these add up to `groups`. Then each worker's groups are spread evenly.
     shares = np.diff(np.rint(groups * np.cumsum([0, *speeds]) / sum(speeds)).astype(int))
     turns = np.concatenate([(np.arange(share) + 0.5) / share for share in shares if share])
-    workers = np.repeat(np.arange(len(speeds), dtype=np.uint8), shares)
-    return np.tile(workers[np.argsort(turns, kind="stable")], (layers, 1))
+    workers = np.repeat(np.arange(len(speeds), dtype=np.uint8), shares)[np.argsort(turns, kind="stable")]
+    home = np.empty((layers, groups), np.uint8)
+    np.put_along_axis(home, np.argsort(-load, axis=1, kind="stable"), workers[None], 1)
+    return home
 
 
 def bytes_by_node(cores: CorePlan, home: npt.NDArray[np.uint8], group_bytes: int, other_bytes: int) -> dict[int, int]:
@@ -50,3 +55,9 @@ def first_groups(groups: int, layers: int, slots: int) -> npt.NDArray[np.bool_]:
     """The first groups of every layer, bool [layers, groups], together `slots`; the first layers get one more."""
     counts = np.array([slots // layers + (layer < slots % layers) for layer in range(layers)])
     return np.arange(groups) < counts[:, None]
+
+
+def whole_layers(shape: tuple[int, ...], slots: int) -> npt.NDArray[np.bool_]:
+    """All groups of as many layers, the first ones, as fit: bool [layers, groups]."""
+    layers, groups = shape
+    return np.tile(np.arange(layers)[:, None] < slots // groups, (1, groups))

@@ -10,11 +10,15 @@ import numpy.typing as npt
 from balancing_simulator.devices import Device
 from balancing_simulator.traces import GROUP, Floats, Trace
 from warmfront.coordinator.balancing.cost_model import WorkerCosts
-from warmfront.coordinator.balancing.interface import BalancerState, Policy, Rebalance, copy_budget
+from warmfront.coordinator.balancing.interface import BalancerState, Policy, Rebalance, Used, copy_budget
 from warmfront.coordinator.balancing.policies import POLICIES, make_policy
-from warmfront.coordinator.balancing.water_filling import even_loads, job_ns, select_heaviest
+from warmfront.coordinator.balancing.water_filling import even_loads, job_ns
+from warmfront.shared.errors import UsageError
 
-ALL = (*POLICIES, "random", "oracle static")
+# A word with so many bits set.
+WORDS = np.array([(1 << count) - 1 for count in range(GROUP + 1)], np.uint32)
+PROMPT = 128  # tokens of a topic that "prompt" knows before they come
+ALL = (*POLICIES, "other profile", "prompt", "random", "oracle static")
 COPY_CALL_NS = 17_000.0  # of a batch of copies, beside its bytes
 NOISE, HICCUPS = 0.02, 0.01  # of reported times: their deviation; the share that is ten times too long
 REPORT_INTERVAL = 8  # tokens
@@ -56,7 +60,7 @@ def place(
     for worker in range(len(slots)):
         resident[homes + worker].flat[best[share == worker]] = True
         mine = resident[homes + worker]
-        owner[select_heaviest(weights, order, np.full(layers, np.inf), mine & within)] = homes + worker
+        owner[mine & within] = homes + worker
     return home, owner, resident
 
 
@@ -90,8 +94,8 @@ class Replay:
         self.batches: list[tuple[float, npt.NDArray[np.int64]]] = []  # done at, ns; moves
         self.fresh = np.zeros_like(self.resident)  # copied to a cache and not yet used there
 
-    def run(self, policy: Policy) -> Result:
-        """All tokens."""
+    def run(self, policy: Policy, renew: bool = False) -> Result:
+        """All tokens. `renew`: at each topic all begins anew, from its first tokens."""
         now, stall, deciding, decisions = 0.0, 0.0, 0.0, 0
         seconds, hits = [], []
         token_ns, since = self.device.coordinator_ns, 0
@@ -99,6 +103,9 @@ class Replay:
             for at, worker, factor in self.shifts:
                 if at == token:
                     self.costs[worker, 1] = self.base[worker, 1] * factor
+            if renew and token in (0, *self.trace.switches):
+                prompt = self.trace.counts[token : token + PROMPT].mean(0)
+                self.start(prompt, prompt)
             self.land(now)
             own = self.device.coordinator_ns
             if since >= policy.interval:
@@ -123,7 +130,11 @@ class Replay:
             seconds.append(token_ns / 1e9)
             hits.append(float(loads[self.homes :].sum() / max(loads.sum(), 1)))
             self.reports.add(times, loads)
-            policy.observe(read, counts / GROUP)
+            if (token + 1) % policy.stride == 0:
+                words, row = WORDS[counts], self.trace.row_bytes
+                # Of each layer one branch, which every token uses.
+                uses, bounds = np.ones((len(words), 1), np.uint8), np.array([0, words.shape[1]])
+                policy.observe(Used(words, words, uses, bounds, row, 2 * row))
         unused = self.unused + int(self.fresh.sum())
         decide_ms = 1e3 * deciding / max(decisions, 1)
         return Result(seconds, hits, self.moves, unused, self.flips, stall / 1e9, self.reports.imbalance, decide_ms)
@@ -142,9 +153,10 @@ class Replay:
     def state(self, token_ns: float, interval: int) -> BalancerState:
         """What the policy is told."""
         return BalancerState(
-            owner=self.owner.copy(),
-            resident=self.resident.copy(),
-            in_flight=self.in_flight.copy(),
+            owner=self.owner,
+            home=self.home,
+            resident=self.resident,
+            in_flight=self.in_flight,
             free_slots=self.slots - (self.resident | self.in_flight).sum((1, 2)),
             is_home=self.is_home,
             costs=np.array([[costs.job_ns, costs.byte_ns] for costs in self.reports.fitted]),
@@ -176,7 +188,7 @@ class Replay:
         self.moves += int((batch[:, 0] >= self.homes).sum())
 
     def land(self, now: float) -> None:
-        """The copies that have come count from now on; of two homes the new one stays."""
+        """The copies that have come are owned where they are from now on; of two homes the new one stays."""
         while self.batches and self.batches[0][0] <= now:
             batch = self.batches.pop(0)[1]
             where = tuple(batch.T)
@@ -184,11 +196,9 @@ class Replay:
             to_cache = batch[batch[:, 0] >= self.homes]
             self.fresh[tuple(to_cache.T)] = True
             for worker, layer, group in batch[batch[:, 0] < self.homes]:
-                old = self.home[layer, group]
-                self.resident[old, layer, group] = False
+                self.resident[self.home[layer, group], layer, group] = False
                 self.home[layer, group] = worker
-                if self.owner[layer, group] == old:
-                    self.owner[layer, group] = worker
+            self.owner[tuple(batch[:, 1:].T)] = batch[:, 0]
 
     def copied(self, now: float, token_ns: float) -> float:
         """Bytes that go over the link during the token, if it takes as long as the last."""
@@ -237,10 +247,23 @@ def simulate(
     slots = [int(vram * trace.profile.size) // gpus] * gpus
     long_run = trace.profile * trace.neuron_bytes
     rates = trace.counts.mean(0) if name == "oracle static" else trace.profile
+    weights = rates
+    if name == "other profile":
+        if trace.other is None:
+            raise UsageError("other profile needs a trace of experts: leave it out")
+        weights = rates = trace.other
     results = []
     for reach in REACHES if name == "oracle static" else (1.0,):
         replay = Replay(trace, device, slots, shifts)
-        replay.start(replay.rng.random(rates.shape) if name == "random" else rates, rates, reach)
+        if name == "random":
+            weights = replay.rng.random(rates.shape)
+        if name == "by-layer":
+            # Whole ones: what is left of the memory stays empty, and the GPU computes all that it holds.
+            layers, groups = rates.shape
+            weights, reach = np.repeat(-np.arange(layers, dtype=float)[:, None], groups, axis=1), 1e9
+            replay.slots[replay.homes :] -= replay.slots[replay.homes :] % groups
+        replay.start(weights, rates, reach)
         known = name if name in POLICIES else "static"
-        results.append(replay.run(policy(long_run) if policy else make_policy(known, long_run, replay.group_bytes)))
+        made = policy(long_run) if policy else make_policy(known, long_run, replay.group_bytes)
+        results.append(replay.run(made, renew=name == "prompt"))
     return min(results, key=lambda result: sum(result.seconds))

@@ -22,6 +22,7 @@ class Trace(NamedTuple):
     profile: Floats  # [layers, groups]: the mean of the same over the profile's tokens
     row_bytes: int  # of one weight row
     switches: list[int]  # tokens at which the topic changes
+    other: Floats | None = None  # as `profile`, of a topic that is not in the trace, where one is known
 
     @property
     def neuron_bytes(self) -> int:
@@ -122,6 +123,48 @@ def synthesize(
         profile[layer] = by_topic.mean(1)[order].reshape(groups, GROUP).sum(1)
     switches = [int(token) for token in np.flatnonzero(np.diff(topic)) + 1]
     return Trace(f"synthetic, {topics} topics", counts, profile, 2 * hidden, switches)
+
+
+def synthesize_experts(
+    *,
+    topics: int = 4,
+    tokens: int = 2000,
+    layers: int = 48,
+    experts: int = 128,
+    used: int = 8,
+    expert_bytes: int = 2_654_208,
+    share: float = 0.8,
+    seed: int = 0,
+) -> Trace:
+    """A synthetic trace of a mixture of experts, each of which is one group: a token chooses `used` in each layer.
+
+    In each topic another tenth of the experts gets `share` of the choices, or with a tenth of it as many as the others:
+    then no topic differs from another.
+    """
+    rng = np.random.default_rng(seed)
+    hot = max(1, experts // 10)
+    # So many of the hot ones and of the others that their share of the choices is the wished one.
+    uses = np.r_[np.full(hot, used * share / hot), np.full(experts - hot, used * (1 - share) / (experts - hot))]
+    uses = np.minimum(uses, 1.0)
+    by_topic = np.stack([[rng.permutation(uses) for _ in range(layers)] for _ in range(topics + 1)])
+    topic = np.arange(tokens) * topics // tokens
+    counts = np.zeros((tokens, layers, experts), np.uint8)
+    for token in range(tokens):
+        for layer in range(layers):
+            counts[token, layer, choice(by_topic[topic[token], layer], used, rng)] = GROUP
+    switches = [int(token) for token in np.flatnonzero(np.diff(topic)) + 1]
+    profile, other = GROUP * by_topic[:topics].mean(0), GROUP * by_topic[topics]
+    # A group has 32 neurons of three rows.
+    name = f"{experts} experts, {topics} topics, {share:.0%} on a tenth"
+    return Trace(name, counts, profile, expert_bytes // (3 * GROUP), switches, other)
+
+
+def choice(chances: Floats, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """`count` different ones, each as often as its chance says, of which `count` is the sum: systematic sampling."""
+    order = rng.permutation(len(chances))
+    ends = np.cumsum(chances[order])
+    marks = (np.arange(count) + rng.random()) * ends[-1] / count
+    return np.asarray(order[np.minimum(np.searchsorted(ends, marks, side="right"), len(ends) - 1)])
 
 
 def packed(by_topic: Floats, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -27,6 +27,7 @@ from warmfront.shared.kernels.simd import I64, V16, fma, load, long, store
 from warmfront.shared.model.formats import BLOCK
 
 __all__ = [
+    "bits_of",
     "dot",
     "prefetch",
     "row_stride",
@@ -137,6 +138,16 @@ def widen(kind: int, row: int, out: int, cols: int) -> None:
 def row_stride(kind: int, cols: int) -> int:
     """Compiled `formats.row_bytes`."""
     return _row_stride(kind, cols)
+
+
+@intrinsic
+def bits_of(context, word):
+    """How many bits of a 32-bit word are set."""
+
+    def build(_context, b, _signature, arguments):
+        return b.ctpop(arguments[0])
+
+    return types.int32(types.uint32), build
 
 
 @intrinsic

@@ -23,6 +23,9 @@
                 │ computed    uint32 [16, layers, groups]: bit i = neuron i was  │
                 │             computed whole, for the last batch; padded         │
                 ├────────────────────────────────────────────────────────────────┤
+                │ uses        uint8 [16, layers, branches]: 1 where a token of   │
+                │             the last batch uses the branch; padded             │
+                ├────────────────────────────────────────────────────────────────┤
                 │ firing      if profiles: uint16 [layers, groups, 32, panels]:  │
                 │             bit t = token t of the panel fires the neuron      │
                 ├────────────────────────────────────────────────────────────────┤
@@ -52,8 +55,8 @@ group moves, all at once. Everything is in the machine's byte order: the board n
 
 Lanes: 1 for a batch of decoded tokens, 16 for a prompt's in panels (`shared/model/panels.py`). The mask holds for a
 batch, each token by its own; panels are computed densely. With experts it is only for the coordinator, what the router
-has chosen, and `computed` counts where it has bits. If the selection is to be compared, which only a single token can
-ask for, the workers compute the gates that were not selected, too, and count what the selection missed
+has chosen, as are the uses, and `computed` counts where it has bits. If the selection is to be compared, which only a
+single token can ask for, the workers compute the gates that were not selected, too, and count what the selection missed
 (`messages.LoadReport`). A board that `profiles` notes which neurons the tokens of panels fire.
 """
 
@@ -81,7 +84,7 @@ __all__ = [
 ]
 
 MAGIC = b"WARMFRNT"
-VERSION = 7
+VERSION = 8
 LINE = 128
 ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
 # Words of the descriptor.
@@ -126,9 +129,14 @@ class BoardSizes:
         return OWNER_AT + _padded(self.layers * self.groups)
 
     @property
+    def uses_at(self) -> int:
+        """Offset of the uses."""
+        return self.mask_at + 2 * self.masks_bytes
+
+    @property
     def firing_at(self) -> int:
         """Offset of firing."""
-        return self.mask_at + 2 * self.masks_bytes
+        return self.uses_at + _padded(BATCH * self.layers * self.branches)
 
     @property
     def firing_shape(self) -> tuple[int, int, int, int]:
@@ -181,6 +189,8 @@ class Board:
         self.owner = mapping[OWNER_AT : OWNER_AT + count].reshape(sizes.layers, sizes.groups)
         self.mask = self._masks(sizes.mask_at)
         self.computed = self._masks(sizes.mask_at + sizes.masks_bytes)
+        uses = mapping[sizes.uses_at : sizes.uses_at + BATCH * sizes.layers * sizes.branches]
+        self.uses = uses.reshape(BATCH, sizes.layers, sizes.branches)
         firing = mapping[sizes.firing_at : sizes.firing_at + 2 * math.prod(sizes.firing_shape)]
         self.firing = firing.view(np.uint16).reshape(sizes.firing_shape)
         vector = sizes.hidden * sizes.max_tokens

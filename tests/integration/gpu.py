@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from tests.tables import assert_tables_hold
-from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, home_of, make_rebalance
+from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, Used, make_rebalance
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.shared.model.bundle import BundleLayout
@@ -24,18 +23,19 @@ class Restless:
     """At every token, by chance: some copies on the GPU are dropped, some not used, some groups copied or rehomed."""
 
     name = "restless"
+    stride = 1
 
     def __init__(self, seed: int = 0, *, interval: int = 1, some: float = 0.1) -> None:
         self.interval, self._some = interval, some
         self._rng = np.random.default_rng(seed)
 
-    def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
+    def observe(self, used: Used) -> None:
         """Nothing is learnt."""
 
     def decide(self, state: BalancerState) -> Rebalance:
         """Whatever the tables allow."""
         chance = self._rng.random(state.resident.shape)
-        home, owner = home_of(state), state.owner.copy()
+        home, owner = state.home, state.owner.copy()
         caches = ~state.is_home
         drops = np.argwhere(state.resident & caches[:, None, None] & (chance < self._some))
         for worker in np.flatnonzero(caches):

@@ -190,12 +190,12 @@ def test_the_command(tmp_path: Path) -> None:
     small = "topics=2,tokens=120,layers=2,groups=24,hidden=512"
     plot = tmp_path / "plot.png"
     done = run(
-        "--synthetic", small, "--device", "3080ti", "--vram", "0.2,0.5", "--shift", "60:0:2", "--plot", str(plot)
+        "--synthetic", small, "--device", "rtx3080ti", "--vram", "0.2,0.5", "--shift", "60:0:2", "--plot", str(plot)
     )
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout.splitlines()[-1])
     assert [entry["vram"] for entry in report["runs"]] == [0.2, 0.5]
-    assert list(report["runs"][0]["policies"]) == [*POLICIES, "random", "oracle static"]
+    assert list(report["runs"][0]["policies"]) == [*POLICIES, "prompt", "random", "oracle static"]
     assert all(row["tokens_per_s"] > 0 for row in report["runs"][0]["policies"].values())
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.tables import assert_tables_hold
-from warmfront.coordinator.balancing.interface import BalancerState, Rebalance
+from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, Used
 from warmfront.coordinator.balancing.ownership import Ownership
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.workers.events import DeliverMoved, WorkerLost, WorkerRejoined
@@ -78,18 +78,19 @@ class Script:
     """A policy that makes the decision it was given, and otherwise changes nothing."""
 
     name = "script"
-    interval = 1
+    interval = stride = 1
 
     def __init__(self) -> None:
         self.next: Callable[[BalancerState], Rebalance] | None = None
         self.seen: list[BalancerState] = []
-        self.observed: list[tuple[Any, Any]] = []
+        self.observed: list[Used] = []
 
-    def observe(self, bytes_read: npt.NDArray[np.floating], active: npt.NDArray[np.floating]) -> None:
-        self.observed.append((bytes_read.copy(), active.copy()))
+    def observe(self, used: Used) -> None:
+        self.observed.append(used._replace(asked=used.asked.copy(), computed=used.computed.copy()))
 
     def decide(self, state: BalancerState) -> Rebalance:
-        self.seen.append(state)
+        told = {name: getattr(state, name).copy() for name in ("owner", "home", "resident", "in_flight")}
+        self.seen.append(state._replace(**told))
         what, self.next = self.next, None
         return Rebalance(state.owner.copy(), nothing(), nothing()) if what is None else what(state)
 
@@ -130,6 +131,7 @@ class Bench:
         self.ownership = Ownership(
             board=self.board,
             layout=LAYOUT,
+            bounds=np.array([0, GROUPS]),
             home=self.home,
             names=NAMES,
             predicted=predicted,

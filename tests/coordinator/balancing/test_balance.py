@@ -73,7 +73,7 @@ def test_balance_begins_nothing_that_does_not_pay() -> None:
     policy = policy_for("balance", world)
     world.rates = skewed(3)
     for _ in range(100):
-        policy.observe(*world.draw())
+        policy.observe(world.draw())
     assert len(policy.decide(world.state()).moves) > 5
     dear = world.state()._replace(transfer_ns=1e9)
     assert len(policy.decide(dear).moves) == 0
@@ -94,8 +94,16 @@ def test_balance_moves_between_homes_only_what_is_late_twice() -> None:
 def test_balance_decides_the_less_often_the_more_of_a_tokens_time_it_takes() -> None:
     world = World(skewed(), 1, 20)
     policy = policy_for("balance", world)
-    for tokens, every in ((0.2, 20), (5.0, 32)):
+    for tokens, every in ((0.0605, 20), (5.0, 64)):
         policy.decide(world.state()._replace(decision_tokens=tokens))
         assert policy.interval == every
     policy.decide(world.state()._replace(decision_tokens=0.01))
     assert policy.interval <= 16
+
+
+def test_balance_observes_the_less_often_the_more_of_a_tokens_time_it_takes() -> None:
+    world = World(skewed(), 1, 20)
+    policy = policy_for("balance", world)
+    for tokens, every in ((0.0, 1), (0.002, 1), (0.007, 3), (1.0, 32)):
+        policy.decide(world.state()._replace(observation_tokens=tokens))
+        assert policy.stride == every

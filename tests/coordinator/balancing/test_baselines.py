@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.coordinator.balancing.world import GROUP_BYTES, GROUPS, LAYERS, World, policy_for, skewed
+from tests.coordinator.balancing.world import GROUP_BYTES, GROUPS, LAYERS, World, policy_for, skewed, used
 from warmfront.coordinator.balancing.policies import make_policy
 
 
@@ -22,10 +22,10 @@ def test_lru_takes_in_what_was_used_for_what_was_used_longest_ago() -> None:
     for place in ((2, 0), (2, 1), (0, 1)):
         world.resident[1][place], world.owner[place] = True, 1
     policy = make_policy("lru", np.zeros((LAYERS, GROUPS)), GROUP_BYTES)
-    used = np.zeros((LAYERS, GROUPS))
-    used[2, 1] = 0.5
-    policy.observe(used, used)
-    policy.observe(*world.draw())
+    counts = np.zeros((LAYERS, GROUPS), int)
+    counts[2, 1] = 16
+    policy.observe(used(counts))
+    policy.observe(world.draw())
     decision = policy.decide(world.state())
     # Three are wanted, (0, 1) is there and in use: two places, the one never used first.
     assert decision.drops.tolist() == [[1, 2, 0], [1, 2, 1]]
@@ -45,3 +45,26 @@ def test_ema_holds_the_best_of_each_layer() -> None:
         best = np.sort(np.rint(32 * world.rates[layer]))[::-1][: slots[layer]]
         held = np.sort(np.rint(32 * world.rates[layer][world.resident[1, layer]]))[::-1]
         np.testing.assert_array_equal(held, best)
+
+
+def test_the_published_budget_of_swaps_ends_at_one_a_layer_and_the_mended_one_rises_again() -> None:
+    begun = {}
+    for name in ("ema", "ema-published"):
+        world, counts = World(skewed(), 1, 40), []
+        policy = policy_for(name, world)
+        for token in range(200):
+            # Of another topic each time, so there is always something to swap; late for the first half.
+            policy.observe(used(np.rint(32 * skewed(token)).astype(int)))
+            decision = policy.decide(world.state()._replace(copies_late=token < 100))
+            counts.append(len(decision.moves))
+        begun[name] = counts
+    assert max(counts[100:]) == LAYERS
+    assert begun["ema"][99] <= 2 * LAYERS
+    assert begun["ema"][-1] > 3 * LAYERS
+
+
+def test_by_layer_is_another_beginning_of_static() -> None:
+    world = World(skewed(), 1, 20)
+    decision = policy_for("by-layer", world).decide(world.state())
+    np.testing.assert_array_equal(decision.owner, world.owner)
+    assert decision.drops.shape == decision.moves.shape == (0, 3)

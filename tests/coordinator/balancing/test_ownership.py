@@ -17,8 +17,8 @@ from tests.coordinator.balancing.ownership_bench import (
     for_worker,
 )
 from tests.tables import assert_tables_hold
+from warmfront.coordinator.balancing.flow import Flow
 from warmfront.coordinator.balancing.interface import BalancerState, Rebalance
-from warmfront.coordinator.balancing.ownership import Flow
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.workers.events import DeliverMoved
 from warmfront.shared.errors import WorkerError

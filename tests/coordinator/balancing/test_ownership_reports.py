@@ -15,13 +15,11 @@ from tests.coordinator.balancing.ownership_bench import (
     HIDDEN,
     LAYERS,
     LAYOUT,
-    SLOTS,
     Bench,
     Clock,
     for_worker,
     report,
 )
-from tests.tables import assert_tables_hold
 from warmfront.coordinator.balancing.cost_model import WorkerCosts
 from warmfront.shared.errors import WorkerError
 
@@ -69,16 +67,13 @@ def test_the_policy_hears_of_copies_that_are_late(bench: Bench) -> None:
     assert not bench.decide().copies_late
 
 
-def test_what_the_policy_is_told_is_its_own(bench: Bench) -> None:
+def test_what_the_policy_is_told_of_the_workers(bench: Bench) -> None:
     bench.fill()
     state = bench.decide()
-    state.owner[:] = 77
-    state.resident[:] = False
-    state.in_flight[:] = True
-    state.is_home[:] = ~state.is_home
-    assert_tables_hold(bench.ownership, SLOTS)
-    assert bench.decide().is_home.tolist() == [True, True, False]
+    assert state.is_home.tolist() == [True, True, False]
     assert state.costs.shape == (3, 2)
+    np.testing.assert_array_equal(state.home, bench.ownership.home)
+    np.testing.assert_array_equal(state.resident, bench.ownership.resident)
 
 
 def test_copies_that_were_of_no_use(bench: Bench) -> None:
@@ -116,7 +111,8 @@ def test_the_policy_sees_what_was_read(predicted: bool) -> None:
     mask, fired = (rng.integers(0, 1 << 32, (LAYERS, GROUPS), dtype=np.uint32) for _ in range(2))
     bench.board.mask[:], bench.board.computed[:] = mask, fired
     bench.ownership.observe()
-    ((read, active),) = bench.policy.observed
+    (used,) = bench.policy.observed
+    read, active = used.bytes_read(), used.active()
     loads = np.zeros((LAYERS, 3))
     for layer in range(LAYERS):
         for group in range(GROUPS):
@@ -129,6 +125,28 @@ def test_the_policy_sees_what_was_read(predicted: bool) -> None:
             loads[layer, bench.board.owner[layer, group]] += expected
     np.testing.assert_allclose(bench.ownership.layer_loads(), loads)
     np.testing.assert_allclose(bench.ownership.share(), loads.sum(0) / loads.sum())
+
+
+def test_experts_that_a_token_does_not_use_do_not_count() -> None:
+    bench = Bench(predicted=True)
+    bench.board.mask[:], bench.board.computed[:] = 0, ALL
+    bench.board.mask[0, 1, 3:7] = ALL
+    bench.ownership.observe()
+    (used,) = bench.policy.observed
+    expected = np.zeros((LAYERS, GROUPS))
+    expected[1, 3:7] = 1
+    np.testing.assert_array_equal(used.active(), expected)
+    np.testing.assert_array_equal(used.bytes_read(), 32 * 3 * 4 * HIDDEN * expected)
+    assert bench.ownership.layer_loads().sum() == used.bytes_read().sum()
+    assert np.count_nonzero(bench.ownership.fired()) == 4
+
+
+def test_only_every_so_many_tokens_are_observed(bench: Bench, clock: Clock) -> None:
+    bench.policy.stride = 3
+    for _ in range(7):
+        clock.now += 1_000_000
+        bench.token()
+    assert len(bench.policy.observed) == 2
 
 
 def test_costs_are_fitted_to_the_differences_of_reports(bench: Bench) -> None:
@@ -210,7 +228,7 @@ def test_a_batch_is_its_accepted_tokens(bench: Bench, clock: Clock) -> None:
     clock.now += 6_000_000
     for token in range(3):
         bench.ownership.observe(token)
-    assert [float(active.sum()) for _, active in bench.policy.observed] == [0, 8 / 32, 0]
+    assert [float(used.active().sum()) for used in bench.policy.observed] == [0, 8 / 32, 0]
     # With three tokens a job the reports are asked for in time, though no job begins just before the decision.
     bench.boundary()
     assert bench.workers.inquiries == 0

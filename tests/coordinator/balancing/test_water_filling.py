@@ -64,10 +64,16 @@ def test_select_heaviest_takes_the_heaviest_up_to_the_limit() -> None:
     weights = rng.exponential(1.0, (50, 12))
     allowed = rng.random(weights.shape) < 0.7
     limit = rng.uniform(-1, 8, 50)
-    taken = select_heaviest(weights, np.argsort(-weights, axis=1), limit, allowed)
+    taken = select_heaviest(weights, limit, allowed)
     assert not (taken & ~allowed).any()
     for layer in range(50):
         heaviest = sorted(weights[layer][allowed[layer]], reverse=True)
         sums = np.concatenate(([0.0], np.cumsum(heaviest)))
         nearest = int(np.abs(sums - limit[layer]).argmin())
         assert sorted(weights[layer][taken[layer]], reverse=True) == heaviest[:nearest]
+
+
+def test_of_equal_weights_as_many_are_taken_as_fit() -> None:
+    weights = np.array([[1.0, 2.0, 2.0, 2.0, 2.0, 1.0], [3.0] * 6, [0.0] * 6])
+    taken = select_heaviest(weights, np.array([5.5, 9.1, 0.0]), np.arange(6) != np.full((3, 1), 2))
+    np.testing.assert_array_equal(taken, np.array([[0, 1, 0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool))

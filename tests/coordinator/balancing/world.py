@@ -1,14 +1,25 @@
 """A small world that does what policies say, and checks that they keep to the rules of `interface.py`."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
-from warmfront.coordinator.balancing.interface import BalancerState, Policy, Rebalance
+from warmfront.coordinator.balancing.interface import BalancerState, Policy, Rebalance, Used
 from warmfront.coordinator.balancing.policies import make_policy
 
 LAYERS, GROUPS, GROUP_BYTES = 4, 48, 100_000
 CPU, GPU = (5_000.0, 0.2), (20_000.0, 0.02)
+
+
+def used(counts: np.ndarray) -> Used:
+    """What a token uses if so many neurons of each group [L, G] were to be computed, and were."""
+    words = np.array([(1 << count) - 1 for count in range(33)], np.uint32)[counts]
+    # In branches, as a mixture's: those without a neuron are not used.
+    groups = counts.shape[-1]
+    bounds = np.array([0, groups // 3, groups // 2, groups])
+    uses = np.array([[row[low:high].any() for low, high in pairwise(bounds)] for row in counts.reshape(-1, groups)])
+    return Used(words, words, uses.astype(np.uint8), bounds, GROUP_BYTES // 128, GROUP_BYTES // 32 - GROUP_BYTES // 128)
 
 
 class World:
@@ -19,7 +30,7 @@ class World:
         self.workers = homes + caches
         self.is_home = np.arange(self.workers) < homes
         self.costs = np.array([CPU] * homes + [GPU] * caches)
-        self.home = np.tile(np.arange(GROUPS) * homes // GROUPS, (LAYERS, 1))
+        self.home = np.tile((np.arange(GROUPS) * homes // GROUPS).astype(np.uint8), (LAYERS, 1))
         self.resident = self.home == np.arange(self.workers)[:, None, None]
         # The groups that the profile has read most, dealt out to the caches.
         best = np.argsort(-rates, axis=None)[: slots * caches]
@@ -37,16 +48,16 @@ class World:
     def free(self) -> np.ndarray:
         return self.slots - (self.resident | self.in_flight).sum((1, 2))
 
-    def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes read and share active of each group, of 32 neurons that fire by chance."""
-        active = (self.rng.binomial(32, self.rates) if self.noisy else np.rint(32 * self.rates)) / 32
-        return active * GROUP_BYTES, active
+    def draw(self) -> Used:
+        """What a token uses, of 32 neurons a group that fire by chance."""
+        return used(self.rng.binomial(32, self.rates) if self.noisy else np.rint(32 * self.rates).astype(int))
 
     def state(self) -> BalancerState:
         return BalancerState(
-            owner=self.owner.copy(),
-            resident=self.resident.copy(),
-            in_flight=self.in_flight.copy(),
+            owner=self.owner,
+            home=self.home,
+            resident=self.resident,
+            in_flight=self.in_flight,
             free_slots=self.free(),
             is_home=self.is_home,
             costs=self.costs,
@@ -56,15 +67,13 @@ class World:
         )
 
     def land(self) -> None:
-        """The copies in flight have come; of two homes the new one stays."""
+        """The copies in flight have come, and are owned where they are; of two homes the new one stays."""
         for worker, layer, group in np.argwhere(self.in_flight):
             self.resident[worker, layer, group] = True
             if self.is_home[worker]:
-                old = self.home[layer, group]
-                self.resident[old, layer, group] = False
+                self.resident[self.home[layer, group], layer, group] = False
                 self.home[layer, group] = worker
-                if self.owner[layer, group] == old:
-                    self.owner[layer, group] = worker
+            self.owner[layer, group] = worker
         self.in_flight[:] = False
 
     def apply(self, decision: Rebalance) -> None:
@@ -93,10 +102,19 @@ class World:
 
     def run(self, policy: Policy, tokens: int, after: Callable[[], None] | None = None) -> None:
         for token in range(tokens):
-            policy.observe(*self.draw())
+            drawn = self.draw()
+            if token % policy.stride == policy.stride - 1:
+                policy.observe(drawn)
             if token % policy.interval == policy.interval - 1:
                 self.land()
-                self.apply(policy.decide(self.state()))
+                state = self.state()
+                tables = (state.owner, state.home, state.resident, state.in_flight)
+                before = [table.copy() for table in tables]
+                decision = policy.decide(state)
+                # They are the engine's own.
+                for table, was in zip(tables, before, strict=True):
+                    np.testing.assert_array_equal(table, was)
+                self.apply(decision)
                 if after is not None:
                     after()
 

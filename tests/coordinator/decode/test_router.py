@@ -82,6 +82,8 @@ def test_the_gate_of_the_shared_expert_is_a_sigmoid_of_the_last_score() -> None:
 def test_the_mask_has_the_groups_of_what_is_used() -> None:
     made = router(number=3, active=1, shared=40)  # groups: 2 of the shared expert, 3 of each other
     words = np.full(11, 5, np.uint32)
-    write_mask(made, np.array([1, 0, 0.5, 0], np.float32), words)
+    uses = np.full(4, 7, np.uint8)
+    write_mask(made, np.array([1, 0, 0.5, 0], np.float32), words, uses)
+    assert uses.tolist() == [1, 0, 1, 0]
     assert np.flatnonzero(words).tolist() == [0, 1, 5, 6, 7]
     assert (words[[0, 1, 5, 6, 7]] == 0xFFFFFFFF).all()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator.balancing.ownership import Transfer
+from warmfront.coordinator.balancing.flow import Transfer
 from warmfront.coordinator.engine.trace import Trace
 from warmfront.shared.errors import ResourceError
 

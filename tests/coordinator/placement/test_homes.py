@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from warmfront.coordinator.placement.homes import bytes_by_node, first_groups, place_homes
+from warmfront.coordinator.placement.homes import bytes_by_node, first_groups, most_active, place_homes, whole_layers
 from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 
 
@@ -21,7 +21,7 @@ from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
     ],
 )
 def test_homes_follow_the_threads(groups: int, threads: list[int], expected: list[int] | None) -> None:
-    home = place_homes(groups, 3, threads)
+    home = place_homes(np.ones((3, groups)), threads)
     assert home.shape == (3, groups)
     assert home.dtype == np.uint8
     for row in home:
@@ -46,6 +46,18 @@ def test_a_gpu_begins_with_the_first_groups_of_every_layer(slots: int, expected:
         assert np.flatnonzero(row).tolist() == list(range(count))
 
 
+def test_a_gpu_begins_with_what_is_read_most() -> None:
+    load = np.array([[1.0, 5.0, 2.0], [2.0, 0.0, 2.0]])
+    # Of equals the first groups of all layers.
+    np.testing.assert_array_equal(most_active(load, 3), [[0, 1, 1], [1, 0, 0]])
+
+
+def test_whole_layers_are_the_first_ones_that_fit() -> None:
+    np.testing.assert_array_equal(whole_layers((3, 4), 11).sum(1), [4, 4, 0])
+    assert whole_layers((3, 4), 12).all()
+    assert not whole_layers((3, 4), 3).any()
+
+
 def test_all_slots_are_used() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -59,7 +71,7 @@ def test_any_speeds_are_followed_in_every_layer() -> None:
     for _ in range(500):
         workers, groups, layers = (int(n) for n in rng.integers(1, (17, 400, 5)))
         speeds = (rng.uniform(0.01, 100, workers) ** rng.choice([0, 1])).tolist()
-        home = place_homes(groups, layers, speeds)
+        home = place_homes(np.ones((layers, groups)), speeds)
         assert home.shape == (layers, groups), "each group has exactly one home"
         assert home.max() < workers
         assert (home == home[0]).all()
@@ -69,8 +81,22 @@ def test_any_speeds_are_followed_in_every_layer() -> None:
         assert np.abs(hot - exact / 2).max() <= 2.5, "of the hot half, too"
 
 
+@pytest.mark.parametrize("speeds", [[1, 1], [3, 1], [2, 1, 1]])
+def test_every_worker_has_its_part_of_each_expert_and_of_the_load(speeds: list[float]) -> None:
+    rng = np.random.default_rng(3)
+    uses = np.stack([rng.permutation(1.0 / np.arange(1, 41)) for _ in range(4)])  # of 40 experts of 7 groups
+    load = np.repeat(uses, 7, axis=1)
+    home, shares = place_homes(load, speeds), np.array(speeds) / sum(speeds)
+    by_expert = (home.reshape(4, 40, 7)[..., None] == np.arange(len(speeds))).sum(2)
+    assert np.abs(by_expert - 7 * shares).max() <= 1.5
+    for layer in range(4):
+        loads = np.bincount(home[layer], load[layer])
+        # Off by a group of the most used one at most, of which there are some twenty by weight.
+        assert np.abs(loads - load[layer].sum() * shares).max() <= load.max()
+
+
 def test_bytes_of_each_node() -> None:
-    home = place_homes(12, 2, [2, 1, 1])
+    home = place_homes(np.ones((2, 12)), [2, 1, 1])
     workers = (WorkerCores(0, (0, 1), 0), WorkerCores(1, (4,), 0), WorkerCores(2, (8,), 2))
     assert bytes_by_node(CorePlan(workers), home, 100, 1000) == {0: 1800 + 750, 2: 600 + 250}
     alone = CorePlan((WorkerCores(None, (0, 4)),))

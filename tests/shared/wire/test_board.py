@@ -13,10 +13,10 @@ from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.wire.board import Board, BoardSizes
 
 # 15 owners, and 15 words of a table, are padded to 128 bytes; 16 times 15 words of masks, and the firing of one panel,
-# 15 * 32 * 2, both 960 bytes, to 1024; x is 4 * 32 * 16 = 2048 bytes, y twice as much; inverse, 4 * 16 bytes, is padded
-# to 128, and routing, three times as many, to 256.
+# 15 * 32 * 2, both 960 bytes, to 1024; the uses, 16 * 9 bytes, to 256; x is 4 * 32 * 16 = 2048 bytes, y twice as much;
+# inverse, 4 * 16 bytes, is padded to 128, and routing, three times as many, to 256.
 SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1, branches=3)
-X_AT = 512 + 128 + 1024 + 1024 + 1024
+X_AT = 512 + 128 + 1024 + 1024 + 256 + 1024
 INVERSE_AT = X_AT + 2048
 WORKER_BYTES = 128 + 128 + 128 + 128 + 1024 + 4096
 TOTAL = INVERSE_AT + 128 + 256 + 2 * WORKER_BYTES
@@ -27,19 +27,19 @@ def board_of(sizes: BoardSizes = SIZES) -> Board:
 
 
 def test_sizes_by_hand() -> None:
-    assert TOTAL == 17408
-    assert SIZES.x_at == X_AT == 3712
-    assert SIZES.inverse_at == INVERSE_AT == 5760
-    assert [SIZES.worker_at(index) for index in range(2)] == [6144, 11776]
-    assert SIZES.routing_at == 5888
+    assert TOTAL == 17664
+    assert SIZES.x_at == X_AT == 3968
+    assert SIZES.inverse_at == INVERSE_AT == 6016
+    assert [SIZES.worker_at(index) for index in range(2)] == [6400, 12032]
+    assert SIZES.routing_at == 6144
     assert SIZES.total == TOTAL
-    assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024  # that does not profile
+    assert BoardSizes(2, 3, 5, 32, 16).x_at == X_AT - 1024 - 128  # that does not profile, with one branch
     # 130 owners take two lines, and 130 words five; 16 times 33 words take 17.
-    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 16 * 520
+    assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 16 * 520 + 256
     assert BoardSizes(1, 13, 10, 32, 16).words_bytes == 640
-    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 17 * 128
+    assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 17 * 128 + 128
     # Three panels of two groups: 2 * 32 * 3 * 2 bytes.
-    assert BoardSizes(1, 1, 2, 32, 48, 1).x_at == 512 + 128 + 2 * 128 + 384
+    assert BoardSizes(1, 1, 2, 32, 48, 1).x_at == 512 + 128 + 2 * 128 + 128 + 384
 
 
 def test_every_byte() -> None:
@@ -53,6 +53,7 @@ def test_every_byte() -> None:
     board.owner[:] = np.arange(100, 115).reshape(3, 5)
     board.mask[:] = np.arange(240).reshape(16, 3, 5) + 0xFFFFFF00
     board.computed[:] = np.arange(240).reshape(16, 3, 5) + 0xEEEEEE00
+    board.uses[:] = np.arange(144).reshape(16, 3, 3)
     board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
     board.inverse[:] = inverse
@@ -65,19 +66,20 @@ def test_every_byte() -> None:
         board.requested[index][:] = np.arange(240).reshape(16, 3, 5) + 0xDDDDDD00 + 256 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=8q", 7, 2, 3, 5, 32, 16, 1, 3)),
+        (0, b"WARMFRNT" + struct.pack("=8q", 8, 2, 3, 5, 32, 16, 1, 3)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
         (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
         (512, bytes(range(100, 115))),
         (640, struct.pack("=240I", *range(0xFFFFFF00, 0xFFFFFFF0))),
         (1664, struct.pack("=240I", *range(0xEEEEEE00, 0xEEEEEEF0))),
-        (2688, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
-        (3712, struct.pack("=512f", *x)),
-        (5760, struct.pack("=16f", *inverse)),
-        (5888, struct.pack("=48f", *(each / 64 for each in range(48)))),
+        (2688, bytes(range(144))),
+        (2944, struct.pack("=480H", *range(0xF000, 0xF000 + 480))),
+        (3968, struct.pack("=512f", *x)),
+        (6016, struct.pack("=16f", *inverse)),
+        (6144, struct.pack("=48f", *(each / 64 for each in range(48)))),
     ]
-    for index, at in enumerate((6144, 11776)):
+    for index, at in enumerate((6400, 12032)):
         parts += [
             (at, struct.pack("=2q", 50 + index, 60 + index)),
             (at + 128, struct.pack("=4q", *(base + index for base in (70, 80, 90, 100)))),
@@ -97,7 +99,7 @@ def test_a_board_that_does_not_profile_has_no_room_for_it() -> None:
     assert board.firing.size == 0
     board.x[:] = 1.0
     assert not board.computed.any()
-    assert board.mapping[2688:2692].view(np.float32)[0] == 1.0
+    assert board.mapping[2816:2820].view(np.float32)[0] == 1.0
 
 
 def test_owner_is_by_layer_and_group() -> None:
@@ -192,7 +194,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 7"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 8"):
         Board.attach(board.mapping)
 
 
