@@ -16,7 +16,9 @@ from warmfront.coordinator.placement.expected_load import expected_bytes, firing
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.placement.plan_file import write_plan
 from warmfront.coordinator.placement.solver import DeviceCosts, Floats, Mask, layer_ns, solve, solve_exact
+from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["PlanInputs", "draw", "figures_of", "make_plan", "plan", "plan_inputs", "render"]
 
@@ -32,6 +34,7 @@ class PlanInputs(NamedTuple):
     costs: DeviceCosts
     budget: int  # bytes of GPU memory
     ledger: dict[str, int]  # what the GPU worker allocates of it, bytes by purpose; "slots" holds groups
+    spec: ModelSpec
 
     @property
     def slots(self) -> int:
@@ -74,9 +77,8 @@ def plan_inputs(engine: Engine, say: Callable[[str], None]) -> PlanInputs:
     model, budget = engine.model, engine.plan.config.vram_budget
     ledger = engine.statistics.device_memory()
     budget = sum(ledger.values()) if budget is None else budget
-    return PlanInputs(
-        model.layout, firing_of(model), expected_bytes(model, engine.plan.selector), costs, budget, ledger
-    )
+    load = expected_bytes(model, engine.plan.selector)
+    return PlanInputs(model.layout, firing_of(model), load, costs, budget, ledger, model.spec)
 
 
 def make_plan(inputs: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
@@ -121,6 +123,28 @@ def figures_of(inputs: PlanInputs, gpu: Mask) -> dict[str, Any]:
         **{f"{name}_ns": float(values.sum()) for name, values in spent.items()},
         "times": costs._asdict(),
         "layers": layers,
+        **experts_of(inputs.spec, gpu),
+    }
+
+
+def experts_of(spec: ModelSpec, gpu: Mask) -> dict[str, Any]:
+    """How many experts the groups `gpu` hold whole and in part, and what part of shared ones; empty without any."""
+    experts, bounds = spec.architecture.feed_forward.experts, bounds_of(spec)
+    if experts is None:
+        return {}
+    before = np.zeros((len(gpu), gpu.shape[1] + 1), np.int64)
+    np.cumsum(gpu, axis=1, out=before[:, 1:])
+    held, sizes = before[:, bounds[1:]] - before[:, bounds[:-1]], np.diff(bounds)
+    # The first branch and the one behind the experts are what is shared, or empty.
+    routed = np.arange(len(sizes)) % (experts.number + 1) > 0
+    shared = float(held[:, ~routed].sum() / max(1, len(gpu) * sizes[~routed].sum()))
+    return {
+        "experts": {
+            "whole": int((held == sizes)[:, routed].sum()),
+            "part": int(((held > 0) & (held < sizes))[:, routed].sum()),
+            "of": len(gpu) * experts.number,
+            "shared": shared if experts.shared else None,
+        }
     }
 
 
@@ -138,6 +162,10 @@ def render(figures: dict[str, Any], width: int) -> Iterator[str]:
     yield from _bars(figures, width)
     shares = f"{figures['neurons']:.1%} of the neurons, {figures['firing']:.1%} of the firing"
     yield f"on the GPU: {figures['groups']} groups, {shares}"
+    if experts := figures.get("experts"):
+        whole = f"{experts['whole']} of {experts['of']} experts whole, {experts['part']} in part"
+        shared = "" if experts["shared"] is None else f"; of the shared ones {experts['shared']:.0%}"
+        yield f"  {whole}{shared}"
     if not figures["groups"]:
         slow = figures["times"]["gpu_byte_ns"] >= figures["times"]["cpu_byte_ns"]
         why = "it takes as long for a byte as the CPU" if slow else "in no layer it saves more than its job takes"

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from warmfront.coordinator.cli.plan import PlanInputs, draw, figures_of, make_plan, render
+from tests.shared.model.specs import SPEC, changed
+from warmfront.coordinator.cli.plan import PlanInputs, draw, experts_of, figures_of, make_plan, render
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.placement.expected_load import firing_of, load_of, neurons_of
 from warmfront.coordinator.placement.solver import DeviceCosts
+from warmfront.shared.model.architecture import Experts
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
@@ -23,7 +25,7 @@ FIRING = np.array([[20.0, 4.0, 2.0, 1.0], [8.0, 8.0, 0.5, 0.0]])
 def inputs(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
     ledger = {"slots": slots * LAYOUT.group_bytes + 5, "activations": 700, "partials": 30}
     load = load_of(LAYOUT, "lowrank", FIRING)
-    return PlanInputs(LAYOUT, FIRING, load, costs or DeviceCosts(100, 0.5, 0, 0.001), 10**6, ledger)
+    return PlanInputs(LAYOUT, FIRING, load, costs or DeviceCosts(100, 0.5, 0, 0.001), 10**6, ledger, SPEC)
 
 
 def test_neurons_without_padding() -> None:
@@ -96,6 +98,22 @@ def test_the_chart() -> None:
     assert "on the GPU: 3 groups, 46.2% of the neurons, 82.8% of the firing" in lines
     assert any(line.startswith("  CPU alone: ") and line.endswith("x as long") for line in lines)
     assert any("at most 0.00% above the optimum" in line for line in lines)
+
+
+@pytest.mark.parametrize(("shared", "gated"), [(0, False), (64, False), (64, True)])
+def test_experts_of_a_plan(shared: int, gated: bool) -> None:
+    """Of two groups each, in two layers."""
+    experts = Experts(number=3, active=1, shared=shared, shared_gate=gated)
+    spec = changed(changed(SPEC, "architecture.feed_forward.experts", experts), "ffn", 40)
+    gpu = np.array([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 0, 1]], bool)
+    if shared:
+        gpu = np.hstack((gpu, [[True, True], [True, False]]) if gated else ([[True, True], [True, False]], gpu))
+    found = experts_of(spec, gpu)["experts"]
+    assert found == {"whole": 3, "part": 2, "of": 6, "shared": 0.75 if shared else None}
+    assert experts_of(SPEC, gpu) == {}
+    figures = make_plan(inputs(3), exact=False)[1] | {"experts": found}
+    lines = list(render({"model": "m", "selector": "all", "device": "host"} | figures, 80))
+    assert any(line.startswith("  3 of 6 experts whole, 2 in part") for line in lines)
 
 
 @pytest.mark.parametrize("width", [1, 40, 60, 80, 93, 250])
