@@ -239,7 +239,16 @@ class Margin:
             self._weight = self._kept * self._weight + 1
         self._last[:], self._is_first = gaps, False
 
-    @property
-    def ns(self) -> Floats:
-        """[L]; 0 where caches are the slower ones, or one side is missing."""
-        return np.asarray(max(self._quantile, 0.0) * np.sqrt(self._variance / max(self._weight, 1.0)))
+    def ns(self, balanced_ns: Floats, home_ns: Floats, least: float) -> Floats:
+        """[L]; 0 where caches are the slower ones, or one side is missing. `balanced_ns`: what each layer takes in
+        balance; `home_ns`: what its homes' bytes take now.
+
+        Capped: in real runs the noise is not only the loads', and a wide margin left the caches the slower side. At
+        `least` of the layer's time, or at the time of a lump: where loads come in lumps, such as experts, their
+        variance is a lump times their mean. Homes that a single lump makes late are late whenever they have any: they
+        get nothing that caches hold.
+        """
+        variance = self._variance / max(self._weight, 1.0)
+        lump = variance / np.maximum(home_ns, 1.0)
+        capped = np.minimum(self._quantile * np.sqrt(variance), np.maximum(least * balanced_ns, lump))
+        return np.where(lump > balanced_ns, balanced_ns, capped) if self._quantile > 0 else np.zeros_like(variance)

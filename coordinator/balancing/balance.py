@@ -112,10 +112,8 @@ class Balance:
         owner = state.owner.copy()
         sums = self._surveyor.survey(state, self._activity.averages, self._activity.blend)
         balanced_ns = job_ns(state.costs, even_loads(state.costs, sums.loads.sum(0))).max(0)
-        # Capped: in real runs the noise is not only the loads', and a wide margin left the caches the slower side.
-        margin_ns = np.where(
-            state.is_home[:, None], np.minimum(self._margin.ns, self.tuning.max_margin * balanced_ns), 0.0
-        )
+        home_ns = (sums.loads * state.costs[:, 1:])[state.is_home].max(0)
+        margin_ns = np.where(state.is_home[:, None], self._margin.ns(balanced_ns, home_ns, self.tuning.max_margin), 0.0)
         noise_ns = self._activity.noise_bytes * float(state.costs[state.is_home, 1].max())
         view = _View(state, sums, margin_ns, noise_ns)
 

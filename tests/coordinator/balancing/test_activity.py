@@ -102,8 +102,9 @@ def test_no_other_margin_makes_the_mean_layer_faster(ratio: float) -> None:
         return float(np.maximum(home - 0.2 * moved, cache + 0.2 / ratio * moved).mean())
 
     best = min(mean_time(ahead) for ahead in np.linspace(-1, 2, 601) * home.std())
-    assert margin.ns.shape == SHAPE[:1]
-    assert mean_time(margin.ns[0]) - best < 0.05 * (mean_time(0.0) - best)
+    found = margin.ns(np.full(SHAPE[0], 1e9), np.full(SHAPE[0], 1e9), 1.0)
+    assert found.shape == SHAPE[:1]
+    assert mean_time(found[0]) - best < 0.05 * (mean_time(0.0) - best)
 
 
 def test_workers_alone_need_no_margin() -> None:
@@ -115,4 +116,21 @@ def test_workers_alone_need_no_margin() -> None:
             margin.watch(now)
         for token in range(20):
             margin.observe(estimate.observe(used(np.random.default_rng(token).binomial(32, 0.5, SHAPE))))
-        assert not margin.ns.any()
+        assert not margin.ns(np.ones(SHAPE[0]), np.ones(SHAPE[0]), 1.0).any()
+
+
+@pytest.mark.parametrize(("lumps", "share"), [(40, 0.09), (4, 0.6), (1, 1.0)])
+def test_a_margin_is_capped_unless_loads_come_in_lumps(lumps: int, share: float) -> None:
+    """Homes read 40 groups with a chance of a tenth each, in so many lumps; caches are much faster."""
+    rng, now = np.random.default_rng(1), state([(0.0, 0.2), (0.0, 0.002)], 1)
+    estimate, margin = ActivityEstimate(np.ones(SHAPE), 512, 20, 16), Margin(SHAPE[0], 1000)
+    estimate.watch(now, np.zeros(SHAPE, np.uint8))
+    margin.watch(now)
+    for _ in range(500):
+        counts = np.zeros(SHAPE, int)
+        counts[:, :40] = np.repeat(32 * (rng.random((SHAPE[0], lumps)) < 0.1), 40 // lumps, axis=1)
+        margin.observe(estimate.observe(used(counts)))
+    group_ns = 0.2 * used(np.full(SHAPE, 32)).bytes_read()[0, 0]
+    # A layer takes as long as 20 groups at home, which read 4 on average: lumps of 10 fit twice, one of 40 does not.
+    found = margin.ns(np.full(SHAPE[0], 20 * group_ns), np.full(SHAPE[0], 4 * group_ns), 0.09) / (20 * group_ns)
+    np.testing.assert_allclose(found, share, rtol=0.35)
