@@ -242,7 +242,7 @@ def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int, decode:
     slots, ids, firing = w.owned[rank], w.ids[rank], w.firing[layer]
     if len(w.bounds) == 2:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
-        dense_groups(w.bundles, slots, low, high, vectors, panels_of(tokens), ids, firing)
+        dense_groups(w.bundles, slots, low, high, vectors, tokens, ids, firing)
     else:
         job = Routed(tokens, w.routing, w.branches[rank], buffers_of(w.routed, rank))
         list_users(w.routing, tokens, job.buffers)

@@ -24,6 +24,7 @@ from warmfront.shared.kernels.feed_forward.neuron_lists import list_masked
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.panels import LANES
 
 __all__ = ["HostWorkspace", "Tokens", "add_masked", "add_whole"]
 
@@ -87,4 +88,4 @@ def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens, firing: Any) -> 
     tokens.out[:] = 0
     x_at, inverse_at, out_at = address_of(tokens.x), address_of(tokens.inverse), address_of(tokens.out)
     vectors = Vectors(x_at, inverse_at, out_at, work.scratch_at)
-    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x), slots, firing)
+    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x) * LANES, slots, firing)

@@ -8,7 +8,7 @@ from math import gcd, prod
 from warmfront.shared.model.branches import router_rows
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.kv_layout import TILE, tile_bytes, whole_spans
-from warmfront.shared.model.panels import BATCH
+from warmfront.shared.model.panels import BATCH, PRODUCT_FLOATS
 from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["SCORES", "attended_bytes", "cache_bytes", "chunks_of", "scratch_bytes", "scratch_shapes"]
@@ -57,7 +57,7 @@ def scratch_shapes(spec: ModelSpec, threads: int, max_tokens: int) -> dict[str, 
         "partial": (BATCH, chunks, width),
         "tops": (BATCH, chunks, attention.heads),
         "totals": (BATCH, chunks, attention.heads),
-        "scratch": (threads, 16 * widest),
+        "scratch": (threads, 8 * widest + PRODUCT_FLOATS),
         "expert_scores": (max_tokens * router_rows(spec),),
     }
 

@@ -104,7 +104,7 @@ def add_bias(bias_at: int, low: int, high: int, y_at: int, rows: int, panels: in
 def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
     """Rows low..high of a packed matrix times x into y [panels, rows, lanes], whose row 0 is at y_at.
 
-    `scratch_at`: float32 [16, cols] for several tokens.
+    `scratch_at`: float32 [8, cols] and `PRODUCT_FLOATS` for several tokens.
     """
     kind, cols, lanes = matrix.kind, matrix.cols, x.lanes
     stride = row_stride(kind, cols)

@@ -265,7 +265,7 @@ class State(NamedTuple):
     partial: Any
     tops: Any
     totals: Any
-    # float32 [threads, n]: 16 widened rows; uint8 [threads, n]: a matrix's input, quantised or as pairs.
+    # float32 [threads, n]: widened rows and sums; uint8 [threads, n]: a matrix's input, quantised or as pairs.
     scratch: Any
     packed: Any
     # float32 [BATCH, vocab], and [predictors, BATCH, rank] inside predictors; one for all, each thread writes its rows.

@@ -37,7 +37,6 @@ from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.fetching import CACHED_TILES
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.lowbit import lowbit_bytes
-from warmfront.shared.kernels.tiles import TILE
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.machine.process import hold_interrupts, pin, set_name, take_short_turns
 from warmfront.shared.model.architecture import NORMS
@@ -169,7 +168,7 @@ class ThreadTeam:
         spec, board, threads = self._model.spec, self._board, len(self._cpus)
         max_tokens = board.sizes.max_tokens
         shapes = scratch_shapes(spec, threads, max_tokens)
-        widest, inner = shapes["scratch"][1] // TILE, int(self._network.ranks.max())
+        widest, inner = shapes["h"][1] // max_tokens, int(self._network.ranks.max())
         packed = max(BATCH * quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
         captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
         barrier_at = address(self._lines) + 3 * LINE

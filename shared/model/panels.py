@@ -6,12 +6,16 @@ meets 16 tokens in one vector instruction. Lanes behind the last token hold anyt
 batch as panels of one lane.
 """
 
-__all__ = ["BATCH", "LANES", "whole_panels"]
+__all__ = ["BATCH", "LANES", "PRODUCT_FLOATS", "PRODUCT_TOKENS", "whole_panels"]
 
 # Tokens of a panel: the floats of a vector in the kernels (`kernels/simd.py`).
 LANES = 16
 # The most tokens of a batch.
 BATCH = 16
+# Tokens of a product of 32 rows at a time: their sums, 12 KB, stay in the first cache while all columns meet them.
+PRODUCT_TOKENS = 6 * LANES
+# These sums, and those of one panel once more.
+PRODUCT_FLOATS = 32 * (PRODUCT_TOKENS + LANES)
 
 
 def whole_panels(tokens: int) -> int:

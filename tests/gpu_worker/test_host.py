@@ -191,8 +191,9 @@ def test_the_host_pins_nothing() -> None:
 
 # What 200 neurons, 7 groups of 32, of hidden 96 take beside the slots, for up to 16 tokens. Number and gate of each
 # neuron; x in two bytes (padded to 64) and two floats a block (padded to 16); 64 columns of 12 groups widened; gates
-# and ups of a group, x as bfloat16, and of 7 groups the products of gate and up, as floats and as blocks of bytes.
-PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 7 * (4 * 32 * 16 + 640)
+# and ups of a group, x as bfloat16, and of 7 groups the products of gate and up, as floats and as blocks of bytes;
+# sums and number of each token.
+PANEL_BYTES = 4 * (2 * 32 * 16) + 2 * 16 * 96 + 7 * (4 * 32 * 16 + 640) + 16 * (8 * 96 + 4)
 PARTIAL_BYTES = 8 * 7 * 32 + 2 * 128 + 2 * 4 * 16 + 4 * 12 * 32 * 64 + PANEL_BYTES
 
 

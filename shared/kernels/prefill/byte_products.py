@@ -4,14 +4,12 @@ A token by itself keeps 15 bits (`byte_dot.py`), for nothing but memory binds it
 takes time, and 8 bits halve it (docs/log.md: what they cost). A token's features are rounded in blocks of 32, by
 themselves: what a token comes to does not depend on those beside it.
 
-Tokens come in panels and stay lanes: an instruction multiplies 4 features of 16 tokens with the 4 weights of a row,
-spread over a register, and nothing is summed across lanes. A block of a product, 32 features, is a sum of whole numbers
-and becomes a float once. Rows are brought into one order, 16 at a time, for all tokens:
+Rows are the lanes: a register holds 4 columns of the 16 rows of a tile, and an instruction multiplies them with the 4
+features of a token, spread over a register. The numbers of 32 rows in 32 columns stay in 16 registers while one token
+after the other meets them: rows are brought into their order in registers, and a product costs what its tokens do,
+however few they are. A block of a product, 32 features, is a sum of whole numbers and becomes a float once.
 
-    numbers   for each 32 columns, for each 4 of them: a 32-bit word of 4 unsigned bytes of each of the 16 rows
-    scales    for each 32 columns: float32 [16]; of Q4 then minima likewise
-
-`quantise_panels` makes of a panel's 32 features a block of 640 bytes:
+`quantise_panels` makes of 32 features of a panel of 16 tokens a block of 640 bytes:
 
     numbers   for each 4 features: 4 signed bytes of each of the 16 tokens
     scales    float32 [16]
@@ -19,6 +17,8 @@ and becomes a float once. Rows are brought into one order, 16 at a time, for all
               from: minus the sum of the numbers times the row's number for zero
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -26,13 +26,12 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at, shorts_at
 from warmfront.shared.kernels.byte_dot import multiplies_bytes
 from warmfront.shared.kernels.fp16 import from_half
-from warmfront.shared.kernels.gemm import PANELS, Panels, Rows, by_panels
+from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.row_formats import TILED, RowFormat, by_kind
+from warmfront.shared.kernels.row_formats import TILED, RowFormat, block_bytes, by_kind
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -42,6 +41,7 @@ from warmfront.shared.kernels.simd import (
     V16,
     call,
     constants,
+    fetch,
     load,
     long,
     splat,
@@ -50,7 +50,7 @@ from warmfront.shared.kernels.simd import (
 )
 from warmfront.shared.kernels.tiles import TILE, numbers_of, scales_of, split_bytes
 from warmfront.shared.model.formats import BLOCK, Kind
-from warmfront.shared.model.panels import LANES
+from warmfront.shared.model.panels import LANES, PRODUCT_TOKENS
 
 __all__ = [
     "MULTIPLY",
@@ -59,33 +59,24 @@ __all__ = [
     "SCALES",
     "STRICT",
     "Quantised",
+    "each_token",
+    "multiplied",
     "multiply_byte_rows",
+    "multiply_thirty_two",
     "quantise_panels",
     "quantised",
     "store_block",
+    "transposed",
+    "turn_tokens",
 ]
 
 V64, VI32 = vector(I8, 64), vector(I32)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 # A panel's block: numbers, scales, offsets.
 SCALES, OFFSETS, PANEL_BLOCK = 16 * BLOCK, 16 * BLOCK + 64, 16 * BLOCK + 128
-# Bytes of 32 columns of the numbers of 16 rows.
-_ROWS_BLOCK = TILE * BLOCK
-# Rows of a product: with 3 panels 12 sums of integers and as many of floats in registers, beside 3 vectors of tokens.
-_ROWS = 4
-# Blocks of a product at a time: of three panels they stay in the first cache while all rows meet them.
-_BLOCKS = 12
 MULTIPLY = "llvm.x86.avx512.vpdpbusd.512"
 # LLVM may not reorder what has its own flags: products of one panel and of three must be the same to the bit.
 STRICT = ("nsz",)
-
-
-class _Sixteen(NamedTuple):
-    """Addresses of 16 rows in the order above, from one of the rows on; minima: 0 if there are none."""
-
-    numbers: int
-    scales: int
-    minima: int
 
 
 def _zero(form: RowFormat) -> int:
@@ -184,84 +175,19 @@ def quantise_panels(kind: int, x: int, out: int, cols: int, panels: int) -> None
     _quantise(x, out, cols // BLOCK * panels, _zero_of(kind))
 
 
-@intrinsic
-def _products(context, rows, x, y, blocks, panels):
-    """4 rows times 1 to 3 panels: y[p][r][:] = or +=.
-
-    x, y: address, step from panel to panel; `blocks`: how many, whether they are a row's first.
-    """
-
-    def build(context, b, _signature, arguments):
-        *tuples, panels = arguments
-        rows, (x, x_step), y, blocks = (cgutils.unpack_tuple(b, each) for each in tuples)
-
-        def emit(minima: bool, count: int) -> None:
-            _product(b, rows, [b.add(x, b.mul(x_step, long(p))) for p in range(count)], y, blocks, minima)
-
-        if multiplies_bytes(context):
-            by_panels(b, b.icmp_signed("!=", rows[2], long(0)), panels, emit)
-        return context.get_dummy_value()
-
-    return types.void(rows, x, y, blocks, types.int64), build
-
-
-def _product(
-    b: Any, rows: tuple[Any, ...], xs: list[Any], y: tuple[Any, Any], blocks: tuple[Any, Any], minima: bool
-) -> None:
-    numbers_at, scales_at, minima_at = rows
-    count, begins = blocks
-    cells = [(r, p) for r in range(_ROWS) for p in range(len(xs))]
-    places = [b.add(b.mul(y[1], long(p)), long(64 * r)) for r, p in cells]
-    sums = [simd.zeros(b) for _ in cells]
-    with b.if_then(b.not_(begins)):
-        for cell, place in zip(sums, places, strict=True):
-            b.store(load(b, y[0], place, V16), cell)
-    with cgutils.for_range(b, count, intp=I64) as loop:
-        at, scales = b.mul(loop.index, long(PANEL_BLOCK)), b.mul(loop.index, long(4 * TILE))
-        numbers = b.mul(loop.index, long(_ROWS_BLOCK))
-        offsets = [load(b, x, b.add(at, long(OFFSETS)), VI32) for x in xs]
-        products = [constants(0, VI32) if minima else offsets[p] for _, p in cells]
-        for word in range(BLOCK // 4):
-            tokens = [load(b, x, b.add(at, long(64 * word)), VI32) for x in xs]
-            for r in range(_ROWS):
-                four = splat(b, load(b, numbers_at, b.add(numbers, long(4 * (TILE * word + r))), I32))
-                for p, features in enumerate(tokens):
-                    cell = r * len(xs) + p
-                    products[cell] = call(b, MULTIPLY, VI32, products[cell], four, features)
-        token_scales = [load(b, x, b.add(at, long(SCALES)), V16) for x in xs]
-        for i, (r, p) in enumerate(cells):
-            scale = splat(b, load(b, scales_at, b.add(scales, long(4 * r)), FLOAT))
-            value = b.fmul(b.sitofp(products[i], V16), token_scales[p], flags=STRICT)
-            total = call(b, "llvm.fma.v16f32", V16, value, scale, b.load(sums[i]))
-            if minima:
-                minimum = splat(b, load(b, minima_at, b.add(scales, long(4 * r)), FLOAT))
-                total = call(b, "llvm.fma.v16f32", V16, b.bitcast(offsets[p], V16), minimum, total)
-            b.store(total, sums[i])
-    for cell, place in zip(sums, places, strict=True):
-        store(b, y[0], place, b.load(cell))
-
-
-# A kernel of its own, or LLVM would unroll the loops that call it.
-@kernel
-def _multiply(rows: _Sixteen, x: Panels, y: Panels, blocks: int, begins: bool) -> None:
-    """4 rows times up to 3 panels, in so many blocks; `begins`: these are the first blocks of the rows."""
-    at = (rows.numbers, rows.scales, rows.minima)
-    _products(at, (x.at, x.step), (y.at, y.step), (blocks, begins), x.panels)
-
-
-def _transposed(b: Any, words: list[Any]) -> list[Any]:
-    """Of vectors of 16 words, word k of vector i, and of those whole vectors further on, becomes word i of vector k."""
-    step = 1
-    while step < len(words):
-        for i in (i for i in range(len(words)) if not i & step):
-            low, high = words[i], words[i | step]
-            first = [lane if not lane & step else LANES + (lane ^ step) for lane in range(LANES)]
-            second = [LANES + lane if lane & step else lane | step for lane in range(LANES)]
-            words[i], words[i | step] = (
-                b.shuffle_vector(low, high, ir.Constant(vector(I32), order)) for order in (first, second)
+def transposed(b: Any, vectors: list[Any]) -> list[Any]:
+    """Of n vectors, element k of vector i, and of those n elements further on, becomes element i of vector k."""
+    lanes, step = vectors[0].type.count, 1
+    while step < len(vectors):
+        for i in (i for i in range(len(vectors)) if not i & step):
+            low, high = vectors[i], vectors[i | step]
+            first = [lane if not lane & step else lanes + (lane ^ step) for lane in range(lanes)]
+            second = [lanes + lane if lane & step else lane | step for lane in range(lanes)]
+            vectors[i], vectors[i | step] = (
+                b.shuffle_vector(low, high, ir.Constant(vector(I32, lanes), order)) for order in (first, second)
             )
         step *= 2
-    return words
+    return vectors
 
 
 def _joined(b: Any, parts: list[Any]) -> Any:
@@ -280,105 +206,194 @@ def _gathered(b: Any, form: RowFormat, halves: tuple[Any, Any], stride: Any, blo
     count = 8 if form.kind == Kind.Q8 else 4
     at = b.mul(block, long(4 * count))
     pieces = [load(b, b.add(half, b.mul(stride, long(r))), at, vector(I32, count)) for half in halves for r in range(8)]
-    words = _transposed(b, [_joined(b, pieces[i::count]) for i in range(count)])
+    words = transposed(b, [_joined(b, pieces[i::count]) for i in range(count)])
     if form.kind == Kind.Q8:
         # Of signed bytes unsigned ones: 128 is added, which flips the sign.
         words = [b.xor(each, constants(0x80808080 - (1 << 32), VI32)) for each in words]
     return split_bytes(b, form, [b.bitcast(each, V64) for each in words])
 
 
+@contextmanager
+def each_token(b: Any, x: Any, step: Any, tokens: Any) -> Iterator[tuple[Any, Any]]:
+    """Code for one token after the other: its number, and where its words are in a block of panels `step` bytes apart.
+
+    Two loops: in the inner one the words' place is an addition.
+    """
+    panels = b.lshr(b.add(tokens, long(LANES - 1)), long(4))
+    with cgutils.for_range(b, panels, intp=I64) as panel:
+        first, at = b.shl(panel.index, long(4)), b.add(x, b.mul(panel.index, step))
+        rest = b.sub(tokens, first)
+        some = b.select(b.icmp_signed("<", rest, long(LANES)), rest, long(LANES))
+        with cgutils.for_range(b, some, intp=I64) as lane:
+            yield b.add(first, lane.index), b.add(at, b.shl(lane.index, long(2)))
+
+
+def multiplied(b: Any, numbers: Sequence[list[Any]], token: Any, starts: list[Any]) -> list[Any]:
+    """For each of some registers full of rows, from what it starts: plus its numbers times a token's 32 features."""
+    # Two sums each: a product waits five cycles for its sum, and a core has not enough of them waiting for one.
+    parts = [list(starts), [constants(0, VI32) for _ in starts]]
+    for word in range(BLOCK // 4):
+        four = splat(b, load(b, token, long(64 * word), I32))
+        parts[word % 2] = [
+            call(b, MULTIPLY, VI32, total, b.bitcast(each[word], VI32), four)
+            for total, each in zip(parts[word % 2], numbers, strict=True)
+        ]
+    return [b.add(*both) for both in zip(*parts, strict=True)]
+
+
+class _Half(NamedTuple):
+    """16 rows in 32 columns: their numbers, scales, and minima, if the type has them."""
+
+    numbers: list[Any]
+    scales: Any
+    minima: list[Any]
+
+
+def _add_block(b: Any, halves: list[_Half], x: tuple[Any, Any], tokens: Any, sums: Any) -> None:
+    """32 rows in 32 columns times tokens: sums[token][row] += ...; x: address of the block, step between panels."""
+    with each_token(b, *x, tokens) as (number, token):
+        offset = splat(b, load(b, token, long(OFFSETS), I32))
+        scale = splat(b, load(b, token, long(SCALES), FLOAT))
+        starts = [constants(0, VI32) if half.minima else offset for half in halves]
+        products = multiplied(b, [half.numbers for half in halves], token, starts)
+        for i, (half, whole) in enumerate(zip(halves, products, strict=True)):
+            place = b.add(b.mul(number, long(8 * TILE)), long(4 * TILE * i))
+            value = b.fmul(b.sitofp(whole, V16), scale, flags=STRICT)
+            total = call(b, "llvm.fma.v16f32", V16, value, half.scales, load(b, sums, place, V16))
+            for minimum in half.minima:
+                total = call(b, "llvm.fma.v16f32", V16, b.bitcast(offset, V16), minimum, total)
+            store(b, sums, place, total)
+
+
 @intrinsic
-def _arrange(context, kind, halves, stride, out, blocks):
-    """Write the numbers of rows, 8 at each of `halves`, in the order above; `stride` 0: of the tile at the first."""
+def _products(context, kind, rows, x, tokens, sums):
+    """32 rows times tokens: sums[token][row] += ...
+
+    rows: where each 8 of them begin, bytes from row to row, their scales; or, with 0 bytes, two tiles, at the first and
+    the third place; then how many columns. x: address, step from panel to panel.
+    """
 
     def build(context, b, _signature, arguments):
-        kind, halves, stride, out, blocks = arguments
-        halves = cgutils.unpack_tuple(b, halves, 2)
+        kind, rows, x, tokens, sums = arguments
+        *eights, stride, widened, cols = cgutils.unpack_tuple(b, rows)
+        x_at, step = cgutils.unpack_tuple(b, x)
+        blocks = b.udiv(cols, long(BLOCK))
 
-        def write(block: Any, numbers: list[Any]) -> None:
-            for i, each in enumerate(numbers):
-                store(b, out, b.add(b.mul(block, long(_ROWS_BLOCK)), long(64 * i)), each)
+        def tiled(form: RowFormat, at: Any, block: Any) -> _Half:
+            size = TILE * block_bytes(form.kind)
+            fetch(b, b.add(at, b.mul(block, long(size))), long(2 * size), size)
+            scales, *minima = scales_of(context, b, form, at, block)
+            return _Half(numbers_of(b, form, at, block), scales, minima)
+
+        def apart(form: RowFormat, half: int, block: Any) -> _Half:
+            numbers = _gathered(b, form, (eights[2 * half], eights[2 * half + 1]), stride, block)
+            places = [b.add(b.mul(blocks, long(i)), block) for i in range(1 + (form.kind == Kind.Q4))]
+            scales, *minima = (
+                load(b, widened, b.add(b.mul(place, long(8 * TILE)), long(4 * TILE * half)), V16) for place in places
+            )
+            return _Half(numbers, scales, minima)
 
         def emit(form: RowFormat) -> None:
-            with b.if_else(b.icmp_signed("==", stride, long(0))) as (tile, apart):
-                with tile, cgutils.for_range(b, blocks, intp=I64) as loop:
-                    write(loop.index, numbers_of(b, form, halves[0], loop.index))
-                with apart, cgutils.for_range(b, blocks, intp=I64) as loop:
-                    write(loop.index, _gathered(b, form, halves, stride, loop.index))
+            with b.if_else(b.icmp_signed("==", stride, long(0))) as (in_tiles, in_rows):
+                with in_tiles, cgutils.for_range(b, blocks, intp=I64) as loop:
+                    halves = [tiled(form, at, loop.index) for at in (eights[0], eights[2])]
+                    place = b.add(x_at, b.mul(loop.index, long(PANEL_BLOCK)))
+                    _add_block(b, halves, (place, step), tokens, sums)
+                with in_rows, cgutils.for_range(b, blocks, intp=I64) as loop:
+                    halves = [apart(form, half, loop.index) for half in (0, 1)]
+                    place = b.add(x_at, b.mul(loop.index, long(PANEL_BLOCK)))
+                    _add_block(b, halves, (place, step), tokens, sums)
 
         if multiplies_bytes(context):
             by_kind(b, kind, TILED, emit)
         return context.get_dummy_value()
 
-    return types.void(types.int64, halves, *[types.int64] * 3), build
-
-
-@intrinsic
-def _widen_scales(context, kind, tile, cols, out):
-    """Write a tile's scales as float32 [cols / 32, 16] to `out`, and minima likewise behind them."""
-
-    def build(context, b, _signature, arguments):
-        kind, tile, cols, out = arguments
-
-        def emit(form: RowFormat) -> None:
-            blocks = b.udiv(cols, long(BLOCK))
-            with cgutils.for_range(b, blocks, intp=I64) as loop:
-                for i, each in enumerate(scales_of(context, b, form, tile, loop.index)):
-                    place = b.add(b.mul(blocks, long(i)), loop.index)
-                    store(b, out, b.mul(place, long(4 * TILE)), each)
-
-        if multiplies_bytes(context):
-            by_kind(b, kind, TILED, emit)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), build
+    return types.void(types.int64, rows, x, types.int64, types.int64), build
 
 
 @kernel
-def _prepare(rows: Rows, tiled: bool, count: int, scratch: int) -> _Sixteen:
-    """A tile, or `count` rows, at most 16, in the order of products, in `scratch`."""
-    blocks = rows.cols // BLOCK
-    scales_at = scratch + blocks * _ROWS_BLOCK
-    minima_at = scales_at + blocks * TILE * 4 if rows.kind == _Q4 else 0
-    if tiled:
-        _widen_scales(rows.kind, rows.at, rows.cols, scales_at)
-        _arrange(rows.kind, (rows.at, 0), 0, scratch, blocks)
-        return _Sixteen(scratch, scales_at, minima_at)
-    # Where there are but 8 rows they stand for the next 8, too, which nobody asks for.
-    half = 8 * rows.stride if count > 8 else 0
-    _arrange(rows.kind, (rows.at, rows.at + half), rows.stride, scratch, blocks)
-    parts = 2 if rows.kind == _Q4 else 1
-    scales = carray(floats_at(scales_at), (parts * blocks, TILE))
+def _widen_scales(rows: Rows, count: int, out: int) -> None:
+    """Write the scales of `count` rows, at most 32, as float32 [cols / 32, 32] to `out`, and minima likewise behind."""
+    blocks, parts = rows.cols // BLOCK, 2 if rows.kind == _Q4 else 1
+    scales = carray(floats_at(out), (parts * blocks, 2 * TILE))
     for r in range(count):
         halves_at = rows.at + r * rows.stride + rows.cols // (1 if rows.kind == _Q8 else 2)
         halves = carray(shorts_at(halves_at), (parts * blocks,))
         for i in range(parts * blocks):
             scales[i, r] = from_half(halves[i])
-    return _Sixteen(scratch, scales_at, minima_at)
+
+
+@kernel
+def multiply_thirty_two(rows: Rows, tiled: bool, count: int, x: Panels, tokens: int, sums: int, scratch: int) -> None:
+    """32 rows times tokens, into float32 [tokens, 32].
+
+    `count`: how many rows there are, 8, 16, 24 or 32; sums of others are anything. `tiled`: they are those of tiles;
+    else they lie `rows.stride` apart. `x`: what `quantise_panels` made for rows of this kind; `scratch`: float32
+    [2, cols].
+    """
+    # Rows that are not there are others once more, which nobody asks for.
+    second, third = 8 * rows.stride * (count > 8), TILE * rows.stride * (count > TILE)
+    fourth = 3 * 8 * rows.stride if count > 3 * 8 else third
+    eights = (rows.at, rows.at + second, rows.at + third, rows.at + fourth)
+    if not tiled:
+        _widen_scales(rows, count, scratch)
+    for first in range(0, tokens, PRODUCT_TOKENS):
+        some = min(PRODUCT_TOKENS, tokens - first)
+        part = carray(floats_at(sums + first * 8 * TILE), (some * 2 * TILE,))
+        part[:] = 0
+        stride = 0 if tiled else rows.stride
+        inputs = (x.at + first // LANES * x.step, x.step)
+        _products(rows.kind, (*eights, stride, scratch, rows.cols), inputs, some, sums + first * 8 * TILE)
+
+
+@intrinsic
+def _turn(context, rows, out):
+    """From float32 [16 tokens, 32] a panel [32, 16]."""
+
+    def build(context, b, _signature, arguments):
+        rows, out = arguments
+        for half in range(0, 4 * 2 * TILE, 4 * TILE):
+            words = [load(b, rows, long(8 * TILE * token + half), VI32) for token in range(LANES)]
+            for row, values in enumerate(transposed(b, words)):
+                store(b, out, long(LANES * half + 4 * LANES * row), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@kernel
+def turn_tokens(sums: int, tokens: int, out: int) -> None:
+    """From float32 [tokens, 32] panels [32, 16]; the lanes behind the last token are 0.
+
+    There is room for whole panels on both sides.
+    """
+    padded = (tokens + LANES - 1) // LANES * LANES
+    rest = carray(floats_at(sums + tokens * 8 * TILE), ((padded - tokens) * 2 * TILE,))
+    rest[:] = 0
+    for token in range(0, padded, LANES):
+        _turn(sums + token * 8 * TILE, out + token * 8 * TILE)
 
 
 @kernel
 def multiply_byte_rows(rows: Rows, tiled: bool, low: int, high: int, x: int, y: Panels, scratch: int) -> None:
-    """Rows low..high (multiples of 4) of at most 16 times as many panels as `y` has: y[p][r][lane], from row 0 on.
+    """Rows low..high (multiples of 4) of at most 32 times as many panels as `y` has: y[p][r][lane], from row 0 on.
 
-    `tiled`: they are those of a tile; else they lie `rows.stride` apart, 8 or 16 of them. `x`: what `quantise_panels`
-    made for rows of this kind; `scratch`: room for 16 rows of float32.
+    `tiled`: they are those of tiles; else they lie `rows.stride` apart, `high` of them. `x`: what `quantise_panels`
+    made for rows of this kind; `scratch`: float32 [8, cols] and `PRODUCT_FLOATS`.
     """
-    sixteen, blocks = _prepare(rows, tiled, high, scratch), rows.cols // BLOCK
-    x_step = blocks * PANEL_BLOCK
-    panel = 0
-    while panel < y.panels:
-        rest = y.panels - panel
-        # Two and two, not three and one, which is slower.
-        count = 2 if rest == 4 else min(rest, PANELS)
-        for first in range(0, blocks, _BLOCKS):
-            some = Panels(x + panel * x_step + first * PANEL_BLOCK, x_step, count)
-            for row in range(low, high, _ROWS):
-                four = _Sixteen(
-                    sixteen.numbers + first * _ROWS_BLOCK + 4 * row,
-                    sixteen.scales + (first * TILE + row) * 4,
-                    sixteen.minima + (first * TILE + row) * 4 if sixteen.minima else 0,
-                )
-                out = Panels(y.at + panel * y.step + row * LANES * 4, y.step, count)
-                _multiply(four, some, out, min(_BLOCKS, blocks - first), first == 0)
-        panel += count
+    x_step = rows.cols // BLOCK * PANEL_BLOCK
+    sums_at = scratch + 8 * rows.cols
+    panel_at = sums_at + PRODUCT_TOKENS * 8 * TILE
+    for panel in range(0, y.panels, PRODUCT_TOKENS // LANES):
+        some = min(PRODUCT_TOKENS // LANES, y.panels - panel)
+        inputs = Panels(x + panel * x_step, x_step, some)
+        multiply_thirty_two(rows, tiled, high, inputs, some * LANES, sums_at, scratch)
+        for p in range(some):
+            out_at = y.at + (panel + p) * y.step
+            if high - low == 2 * TILE:
+                _turn(sums_at + p * LANES * 8 * TILE, out_at)
+                continue
+            _turn(sums_at + p * LANES * 8 * TILE, panel_at)
+            own, out = carray(floats_at(panel_at), (2 * TILE * LANES,)), carray(floats_at(out_at), (2 * TILE * LANES,))
+            for i in range(low * LANES, high * LANES):
+                out[i] = own[i]

@@ -1,15 +1,14 @@
 """Down rows of prefill by byte instructions: those of several groups times their neurons' factors, 8 bits each.
 
-As `byte_products.py` multiplies rows with tokens: a group's 32 neurons are the block, a column is the row. A column's
-sum is a whole number, becomes a float once and is rounded to the token's exact sums (`exact_sums.py`). Where scales
-are of a row and 32 columns, they are multiplied into the factors, which are quantised anew for each 32 columns then;
-Q4C has scales of columns, and its factors are quantised once.
+As `byte_products.py` multiplies rows with tokens: a group's 32 neurons are the block, a column is the row. The numbers
+of 32 columns stay in 16 registers while one token after the other meets them. A column's sum is a whole number, becomes
+a float once and is rounded to the token's exact sums (`exact_sums.py`). Where scales are of a row and 32 columns, they
+are multiplied into the factors, which are quantised anew for each 32 columns then; Q4C has scales of columns, and its
+factors are quantised once.
 
-32 columns of a group, brought into one order for all tokens (1,280 bytes):
-
-    numbers   for each 16 columns, for each 4 neurons: a 32-bit word of 4 unsigned bytes of each column
-    scales    float32 [32] of the neurons, of Q4C of the columns; then minima likewise, where there are any: of Q4 what
-              number 8 stands for, of Q4C number 0
+The sums come in strips: for each 32 columns, for each token, 32 int64. So what a group adds to a token lies together,
+wherever the token stands among those of the job, and the sums of all tokens in 32 columns stay in the caches while the
+groups follow each other.
 """
 
 from typing import Any, NamedTuple
@@ -25,18 +24,19 @@ from warmfront.shared.kernels.byte_dot import multiplies_bytes
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.feed_forward.down_tiles import neuron_scales, numbers_of
 from warmfront.shared.kernels.fp16 import from_half
-from warmfront.shared.kernels.gemm import PANELS, Panels, by_panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.byte_products import (
-    MULTIPLY,
     OFFSETS,
     PANEL_BLOCK,
     SCALES,
     STRICT,
+    each_token,
+    multiplied,
     quantised,
     store_block,
+    transposed,
 )
-from warmfront.shared.kernels.row_formats import DOWN_TILED, RowFormat, by_kind
+from warmfront.shared.kernels.row_formats import DOWN_TILED, TILED, RowFormat, block_bytes, by_kind, column_scales
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -45,6 +45,7 @@ from warmfront.shared.kernels.simd import (
     V16,
     call,
     constants,
+    fetch,
     load,
     long,
     splat,
@@ -55,15 +56,19 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["COLUMNS_BYTES", "DownRows", "add_down_bytes", "arrange_columns", "quantise_factors"]
+__all__ = [
+    "SUMS_BYTES",
+    "DownRows",
+    "add_down_bytes",
+    "add_strips",
+    "quantise_factors",
+    "widen_neuron_scales",
+]
 
 V64, VI32 = vector(I8, 64), vector(I32)
 _Q8, _Q4, _Q4C = (int(kind) for kind in (Kind.Q8, Kind.Q4, Kind.Q4C))
-_NUMBERS = GROUP * BLOCK
-# Bytes of 32 columns of a group.
-COLUMNS_BYTES = _NUMBERS + 2 * 4 * BLOCK
-# Columns of a product: with 3 panels 24 sums of integers in registers.
-_COLUMNS = 8
+# Bytes of a token's sums in a strip.
+SUMS_BYTES = 8 * BLOCK
 
 
 class DownRows(NamedTuple):
@@ -103,52 +108,38 @@ def _of_rows(b: Any, form: RowFormat, rows: Any, stride: Any, block: Any) -> tup
 
 
 @intrinsic
-def _arrange(context, kind, rows, block, out):
-    """Write the numbers of 32 columns, and of a tile the neurons' scales; rows: address, stride."""
+def _neuron_scales(context, kind, tile, block, out):
+    """Write the scales of a tile's neurons in 32 columns, then minima."""
 
     def build(context, b, _signature, arguments):
-        kind, rows, block, out = arguments
-        rows_at, stride = cgutils.unpack_tuple(b, rows, 2)
-
-        def write(halves: tuple[list[Any], list[Any]]) -> None:
-            for i, each in enumerate(halves[0] + halves[1]):
-                store(b, out, long(64 * i), each)
+        kind, tile, block, out = arguments
 
         def emit(form: RowFormat) -> None:
-            with b.if_else(b.icmp_signed("==", stride, long(0))) as (tile, apart):
-                with tile:
-                    write(numbers_of(b, form, rows_at, block))
-                    parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, rows_at, block)
-                    for i, values in enumerate(value for part in parts for value in part):
-                        store(b, out, long(_NUMBERS + 64 * i), values)
-                with apart:
-                    write(_of_rows(b, form, rows_at, stride, block))
+            parts = neuron_scales(context, b, form, tile, block)
+            for i, values in enumerate(value for part in parts for value in part):
+                store(b, out, long(64 * i), values)
 
         if multiplies_bytes(context):
-            by_kind(b, kind, DOWN_TILED, emit)
+            by_kind(b, kind, TILED, emit)
         return context.get_dummy_value()
 
-    return types.void(types.int64, rows, *[types.int64] * 2), build
+    return types.void(*[types.int64] * 4), build
 
 
 @kernel
-def arrange_columns(rows: DownRows, block: int, out: int) -> None:
-    """Bring 32 columns, those of block `block`, of a group's down rows into the order above, at `out`."""
+def widen_neuron_scales(rows: DownRows, block: int, out: int) -> None:
+    """Write the neurons' scales in the 32 columns of a block as float32 [32], of Q4 then what number 8 stands for."""
     kind, blocks = rows.kind, rows.cols // BLOCK
-    _arrange(kind, (rows.at, rows.stride), block, out)
-    scales = carray(floats_at(out + _NUMBERS), (2, BLOCK))
-    if kind == _Q4C:
-        halves = carray(shorts_at(rows.tail), (2, rows.cols))
-        for i in range(BLOCK):
-            scales[0, i] = from_half(halves[0, block * BLOCK + i])
-            scales[1, i] = from_half(halves[1, block * BLOCK + i])
-    elif rows.stride:
+    scales = carray(floats_at(out), (2, GROUP))
+    if rows.stride:
         for neuron in range(GROUP):
             at = rows.at + neuron * rows.stride + rows.cols // (1 if kind == _Q8 else 2)
             row = carray(shorts_at(at), (2 * blocks,))
             scales[0, neuron] = from_half(row[block])
             if kind == _Q4:
                 scales[1, neuron] = from_half(row[blocks + block])
+    else:
+        _neuron_scales(kind, rows.at, block, out)
     if kind == _Q4:
         # Numbers are taken from 8 on, in the middle, where the factors' rounding errors weigh half as much as from 0.
         for neuron in range(GROUP):
@@ -186,91 +177,105 @@ def _quantise(context, x, inverse, scales, zero, out):
 
 
 @kernel
-def quantise_factors(kind: int, factors: int, inverse: int, columns: int, panels: int, out: int) -> None:
-    """Quantise a group's factors, float32 [panels, 32, 16], for 32 columns at `columns`, into blocks [panels].
+def quantise_factors(kind: int, factors: int, inverse: int, scales: int, panels: int, out: int) -> None:
+    """Quantise a group's factors, float32 [panels, 32, 16], for 32 columns, into blocks [panels].
 
-    Of Q4C for all columns; `columns` are then 32 scales that are 1. `inverse`: of the tokens' units, [panels, 16].
+    `scales`: of the neurons there, from `widen_neuron_scales`; of Q4C, where it is for all columns, 32 that are 1.
+    `inverse`: of the tokens' units, [panels, 16].
     """
     # The number that counts as zero; of Q4C it is the column's, and the sum of the factors is kept to be multiplied.
     zero = np.float32(128 if kind == _Q8 else -1 if kind == _Q4C else 8)
-    scales = columns if kind == _Q4C else columns + _NUMBERS
     for panel in range(panels):
-        minima = scales + 4 * BLOCK if kind == _Q4 else 0
+        minima = scales + 4 * GROUP if kind == _Q4 else 0
         x, unit = factors + panel * GROUP * LANES * 4, inverse + panel * LANES * 4
         _quantise(x, unit, (scales, minima), zero, out + panel * PANEL_BLOCK)
 
 
 @intrinsic
-def _products(context, kind, columns, x, y, groups, panels):
-    """Group after group, for all of 32 columns: y[p][c][:] += sum over neurons, rounded.
+def _products(context, rows, x, sums, tokens):
+    """32 columns of a group times tokens, rounded: sums[place][column] += ...
 
-    columns, y: address, step; x: address, step from group to group; `panels`: 1 to 3.
+    rows: weight type, address, stride, tail, columns of a row, block; x: address of the factors; sums: address, places.
     """
 
     def build(context, b, _signature, arguments):
-        kind, *tuples, groups, panels = arguments
-        parts = [cgutils.unpack_tuple(b, each, 2) for each in tuples]
+        rows, x, sums, tokens = arguments
+        kind, at, stride, tail, cols, block = cgutils.unpack_tuple(b, rows)
+        sums_at, places_at = cgutils.unpack_tuple(b, sums)
 
-        def emit(by_column: bool, count: int) -> None:
-            with cgutils.for_range(b, groups, intp=I64) as loop:
-                at, x_at = (b.add(start, b.mul(loop.index, step)) for start, step in parts[:2])
-                xs = [b.add(x_at, long(PANEL_BLOCK * p)) for p in range(count)]
-                with cgutils.for_range(b, long(BLOCK // _COLUMNS), intp=I64) as part:
-                    _product(context, b, (at, part.index), xs, parts[2], by_column)
+        def emit(form: RowFormat) -> None:
+            columns = []
+            if form.kind == Kind.Q4C:
+                starts = [b.add(b.mul(block, long(64)), long(32 * half)) for half in (0, 1)]
+                columns = [column_scales(context, b, tail, cols, start) for start in starts]
+
+            def multiply(halves: tuple[list[Any], list[Any]]) -> None:
+                with each_token(b, x, long(PANEL_BLOCK), tokens) as (number, token):
+                    place = b.zext(load(b, places_at, b.mul(number, long(4)), I32), I64)
+                    _add_token(context, b, halves, columns, token, b.add(sums_at, b.mul(place, long(SUMS_BYTES))))
+
+            with b.if_else(b.icmp_signed("==", stride, long(0))) as (tile, apart):
+                with tile:
+                    size = GROUP * block_bytes(form.kind)
+                    # The group's next turn: between them are those of others, each at a place of its own.
+                    fetch(b, b.add(at, b.mul(block, long(size))), long(size), size)
+                    multiply(numbers_of(b, form, at, block))
+                with apart:
+                    multiply(_of_rows(b, form, at, stride, block))
 
         if multiplies_bytes(context):
-            by_panels(b, b.icmp_signed("==", kind, long(_Q4C)), panels, emit)
+            by_kind(b, kind, DOWN_TILED, emit)
         return context.get_dummy_value()
 
-    return types.void(types.int64, columns, x, y, types.int64, types.int64), build
+    return types.void(rows, types.int64, sums, types.int64), build
 
 
-def _product(
-    context: Any, b: Any, columns: tuple[Any, Any], xs: list[Any], y: tuple[Any, Any], by_column: bool
-) -> None:
-    """8 columns of a group, number `columns[1]` of four."""
-    at, part = columns
-    # Two eights to each 16 columns.
-    numbers = b.add(b.mul(b.lshr(part, long(1)), long(_NUMBERS // 2)), b.mul(b.and_(part, long(1)), long(4 * _COLUMNS)))
-    cells = [(c, p) for c in range(_COLUMNS) for p in range(len(xs))]
-    products = [constants(0, VI32)] * len(cells)
-    for word in range(GROUP // 4):
-        factors = [load(b, x, long(64 * word), VI32) for x in xs]
-        for c in range(_COLUMNS):
-            four = splat(b, load(b, at, b.add(numbers, long(4 * (LANES * word + c))), I32))
-            for p, each in enumerate(factors):
-                cell = c * len(xs) + p
-                products[cell] = call(b, MULTIPLY, VI32, products[cell], four, each)
-    scales, offsets = ([load(b, x, long(place), V16) for x in xs] for place in (SCALES, OFFSETS))
-    for whole, (c, p) in zip(products, cells, strict=True):
+def _add_token(context: Any, b: Any, halves: Any, columns: list[Any], token: Any, sums: Any) -> None:
+    """32 columns of a group, whose scales are `columns` if there are any, times a token's factors."""
+    scale, offset = (splat(b, load(b, token, long(place), FLOAT)) for place in (SCALES, OFFSETS))
+    for half, whole in enumerate(multiplied(b, halves, token, [constants(0, VI32)] * 2)):
         value = b.sitofp(whole, V16)
-        if by_column:
-            place = b.add(b.mul(part, long(4 * _COLUMNS)), long(_NUMBERS + 4 * c))
-            scale, minimum = (splat(b, load(b, at, b.add(place, long(4 * BLOCK * i)), FLOAT)) for i in (0, 1))
-            offset = b.fmul(offsets[p], minimum, flags=STRICT)
-            value = call(b, "llvm.fma.v16f32", V16, b.fmul(value, scales[p], flags=STRICT), scale, offset)
+        if columns:
+            factor, minimum = columns[half]
+            lowest = b.fmul(offset, minimum, flags=STRICT)
+            value = call(b, "llvm.fma.v16f32", V16, b.fmul(value, scale, flags=STRICT), factor, lowest)
         else:
-            value = call(b, "llvm.fma.v16f32", V16, value, scales[p], offsets[p])
-        place = b.add(b.mul(y[1], long(p)), b.mul(part, long(8 * LANES * _COLUMNS)))
-        add_to_sums(context, b, y[0], b.add(place, long(8 * LANES * c)), value)
-
-
-# A kernel of its own, or LLVM would unroll the loops that call it.
-@kernel
-def _add(kind: int, columns: tuple[int, int], x: tuple[int, int], y: tuple[int, int], groups: int, panels: int) -> None:
-    _products(kind, columns, x, y, groups, panels)
+            value = call(b, "llvm.fma.v16f32", V16, value, scale, offset)
+        add_to_sums(context, b, sums, long(8 * LANES * half), value)
 
 
 @kernel
-def add_down_bytes(kind: int, columns: int, blocks: int, groups: int, sums: Panels) -> None:
-    """Add what groups make of 32 columns to the int64 sums y[p][column][lane], in units of the tokens.
+def add_down_bytes(rows: DownRows, block: int, factors: int, places: int, tokens: int, strip: int) -> None:
+    """Add what a group makes of the 32 columns of block `block` to the tokens' sums, in their units.
 
-    `columns`: [groups] as `arrange_columns` leaves them; `blocks`: [groups, panels] as `quantise_factors` does.
+    `factors`: blocks [panels] from `quantise_factors`; `places`: int32 [tokens], where each has its sums in the strip.
     """
-    panel = 0
-    while panel < sums.panels:
-        rest = sums.panels - panel
-        count = 2 if rest == 4 else min(rest, PANELS)
-        x = (blocks + panel * PANEL_BLOCK, sums.panels * PANEL_BLOCK)
-        _add(kind, (columns, COLUMNS_BYTES), x, (sums.at + panel * sums.step, sums.step), groups, count)
-        panel += count
+    at = (rows.kind, rows.at, rows.stride, rows.tail, rows.cols, block)
+    _products(at, factors, (strip, places), tokens)
+
+
+@intrinsic
+def _add_turned(context, strip, sums):
+    """Add int64 [16 tokens, 32] to [32, 16]."""
+
+    def build(_context, b, _signature, arguments):
+        strip, sums = arguments
+        eight = vector(I64, 8)
+        for token in range(0, LANES, 8):
+            for column in range(0, BLOCK, 8):
+                own = [load(b, strip, long(SUMS_BYTES * (token + i) + 8 * column), eight) for i in range(8)]
+                for i, values in enumerate(transposed(b, own)):
+                    place = long(8 * LANES * (column + i) + 8 * token)
+                    store(b, sums, place, b.add(values, load(b, sums, place, eight)))
+        return _context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@kernel
+def add_strips(strips: int, panels: int, cols: int, sums: int) -> None:
+    """Add strips [cols / 32, panels * 16, 32] to int64 sums [panels, cols, 16]."""
+    for block in range(cols // BLOCK):
+        for panel in range(panels):
+            strip = strips + (block * panels + panel) * LANES * SUMS_BYTES
+            _add_turned(strip, sums + (panel * cols + block * BLOCK) * LANES * 8)

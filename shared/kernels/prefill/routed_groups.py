@@ -1,7 +1,7 @@
 """Whole groups of neurons for several tokens of which not all use every branch: products by branch, over its tokens.
 
-The tokens of a branch are brought together into panels, computed by `dense_groups`, and their outputs added where they
-belong. Nothing is computed for a branch that no token uses. A token's sums have the same bits wherever its lane is.
+The tokens of a branch are brought together, computed by `add_groups`, and their outputs added where they belong.
+Nothing is computed for a branch that no token uses. A token's sums have the same bits wherever its lane is.
 """
 
 from typing import Any, NamedTuple
@@ -10,16 +10,22 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.shared.kernels.atomics import address_of, floats_at, longs_at
+from warmfront.shared.kernels.atomics import address_of, floats_at, longs_at, words_at
+from warmfront.shared.kernels.feed_forward.branches import branch_end
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
+from warmfront.shared.kernels.feed_forward.down_tiles import down_in_bytes
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.dense_groups import Chosen, add_groups, all_tokens, begin_job, end_job
+from warmfront.shared.kernels.prefill.matrix import packed_words
 from warmfront.shared.machine.memory import zeros
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["Routed", "RoutedBuffers", "buffers_of", "cut_by_tokens", "list_users", "routed_buffers", "routed_groups"]
 
+# What a group costs beside its tokens, in tokens: its weights come from memory (measured: 36 tokens cost 1.2 times as
+# much as with weights from the cache). Only the threads' shares depend on it.
+_READING = 8
 Ints = npt.NDArray[np.int32]
 
 
@@ -29,13 +35,11 @@ class RoutedBuffers(NamedTuple):
     # int32 [branches, max_tokens]: the tokens that use each branch; int64 [branches]: how many they are.
     users: Any
     counts: Any
-    # float32 and int64 [max_tokens, hidden]: x and the sums, token by token.
-    rows: Any
-    totals: Any
-    # The same of a branch's tokens, in panels; float32 [max_tokens]: 1 / unit of their sums, times the branch's weight.
+    # Of a branch's tokens: their inputs as `pack_tokens` leaves them; float32 [max_tokens]: 1 / unit of their sums,
+    # times the branch's weight; int64 [max_tokens * hidden]: their sums in panels, where these are not strips.
     x: Any
-    sums: Any
     factors: Any
+    sums: Any
 
 
 class Routed(NamedTuple):
@@ -55,11 +59,9 @@ def routed_buffers(threads: int, hidden: int, branches: int, max_tokens: int) ->
     return RoutedBuffers(
         users=zeros((threads, branches, size), np.int32),
         counts=zeros((threads, branches), np.int64),
-        rows=zeros((threads, size, hidden), np.float32),
-        totals=zeros((threads, size, hidden), np.int64),
         x=zeros((threads, size * hidden), np.float32),
-        sums=zeros((threads, size * hidden), np.int64),
         factors=zeros((threads, size), np.float32),
+        sums=zeros((threads, size * hidden), np.int64),
     )
 
 
@@ -69,11 +71,9 @@ def buffers_of(buffers: RoutedBuffers, rank: int) -> RoutedBuffers:
     return RoutedBuffers(
         buffers.users[rank],
         buffers.counts[rank],
-        buffers.rows[rank],
-        buffers.totals[rank],
         buffers.x[rank],
-        buffers.sums[rank],
         buffers.factors[rank],
+        buffers.sums[rank],
     )
 
 
@@ -90,9 +90,8 @@ def list_users(routing: Any, tokens: int, buffers: RoutedBuffers) -> None:
 
 @kernel
 def _cost(job: Routed, i: int) -> int:
-    """What a slot costs, in panels of tokens: its weights are read and widened whatever their number, which is about
-    what one panel costs."""
-    return 1 + panels_of(job.buffers.counts[job.branches[i]])
+    """What a slot costs, in tokens: its weights are read whatever their number, which is about what some more cost."""
+    return _READING + job.buffers.counts[job.branches[i]]
 
 
 @kernel
@@ -109,55 +108,34 @@ def cut_by_tokens(job: Routed, count: int, part: int, parts: int) -> int:
 
 
 @kernel
-def _by_token(at: int, rows: Any, tokens: int) -> None:
-    """x [panels, hidden, 16] at `at`, token by token."""
-    hidden = rows.shape[1]
-    x = carray(floats_at(at), (panels_of(tokens), hidden, LANES))
-    for token in range(tokens):
-        panel, lane, row = x[token // LANES], token % LANES, rows[token]
-        for k in range(hidden):
-            row[k] = panel[k, lane]
-
-
-@kernel
-def _gather(buffers: RoutedBuffers, branch: int, routing: Any, inverse_at: int, tokens: int) -> None:
-    """The inputs of a branch's tokens in panels, and their factors."""
-    rows, count = buffers.rows, buffers.counts[branch]
-    hidden, inverse = rows.shape[1], carray(floats_at(inverse_at), (tokens,))
-    users = buffers.users[branch]
+def _gather(job: Routed, branch: int, x_at: int, words: int, inverse_at: int) -> None:
+    """The inputs of a branch's tokens, from panels [words, 16] at `x_at`, and their factors."""
+    buffers, users, count = job.buffers, job.buffers.users[branch], job.buffers.counts[branch]
+    inverse = carray(floats_at(inverse_at), (job.tokens,))
     buffers.factors[: panels_of(count) * LANES] = 0
     for i in range(count):
-        buffers.factors[i] = inverse[users[i]] * routing[users[i], branch]
+        buffers.factors[i] = inverse[users[i]] * job.routing[users[i], branch]
+    panels = carray(words_at(x_at), (panels_of(job.tokens), words, LANES))
+    own = carray(words_at(address_of(buffers.x)), (panels_of(count), words, LANES))
     for first in range(0, count, LANES):
         some = min(LANES, count - first)
-        panel = buffers.x[first * hidden : (first + LANES) * hidden]
-        for k in range(hidden):
+        for word in range(words):
             for lane in range(some):
-                panel[k * LANES + lane] = rows[users[first + lane], k]
+                user = users[first + lane]
+                own[first // LANES, word, lane] = panels[user // LANES, word, user % LANES]
 
 
 @kernel
-def _scatter(buffers: RoutedBuffers, branch: int) -> None:
-    """Add the sums of a branch's tokens to their totals."""
-    totals, users = buffers.totals, buffers.users[branch]
-    hidden = totals.shape[1]
-    for first in range(0, buffers.counts[branch], LANES):
-        some = min(LANES, buffers.counts[branch] - first)
-        panel = buffers.sums[first * hidden : (first + LANES) * hidden]
+def _scatter(buffers: RoutedBuffers, branch: int, hidden: int, sums_at: int, tokens: int) -> None:
+    """Add the sums of a branch's tokens to those of the job, both in panels [hidden, 16]."""
+    users, count = buffers.users[branch], buffers.counts[branch]
+    own = carray(longs_at(address_of(buffers.sums)), (panels_of(count), hidden, LANES))
+    sums = carray(longs_at(sums_at), (panels_of(tokens), hidden, LANES))
+    for first in range(0, count, LANES):
         for k in range(hidden):
-            for lane in range(some):
-                totals[users[first + lane], k] += panel[k * LANES + lane]
-
-
-@kernel
-def _add_totals(totals: Any, at: int, tokens: int) -> None:
-    """Add sums by token to sums [panels, hidden, 16] at `at`."""
-    hidden = totals.shape[1]
-    sums = carray(longs_at(at), (panels_of(tokens), hidden, LANES))
-    for token in range(tokens):
-        panel, lane, row = sums[token // LANES], token % LANES, totals[token]
-        for k in range(hidden):
-            panel[k, lane] += row[k]
+            for lane in range(min(LANES, count - first)):
+                user = users[first + lane]
+                sums[user // LANES, k, user % LANES] += own[first // LANES, k, lane]
 
 
 @kernel
@@ -165,27 +143,23 @@ def routed_groups(
     b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, job: Routed, ids: Ints, firing: Any
 ) -> None:
     """Add the outputs of slots low..high, each for the tokens that use its branch; `ids`, `firing`: empty."""
-    buffers, tokens = job.buffers, job.tokens
-    x_at, sums_at = address_of(buffers.x), address_of(buffers.sums)
-    apart = False
+    buffers, in_strips = job.buffers, down_in_bytes(b.down_kind)
+    work = begin_job(b, vectors, job.tokens)
     start = low
     while start < high:
-        branch, end = job.branches[start], start + 1
-        while end < high and job.branches[end] == branch:
-            end += 1
+        branch, end = job.branches[start], branch_end(job.branches, start, high)
         count = buffers.counts[branch]
         if branch == 0:
-            dense_groups(b, slots, start, end, vectors, panels_of(tokens), ids, firing)
+            add_groups(b, slots, start, end, all_tokens(b, vectors, work, job.tokens), work, ids, firing)
         elif count > 0:
-            if not apart:
-                _by_token(vectors.x, buffers.rows, tokens)
-                buffers.totals[:tokens] = 0
-                apart = True
-            _gather(buffers, branch, job.routing, vectors.inverse, tokens)
-            buffers.sums[: panels_of(count) * LANES * b.hidden] = 0
-            own = Vectors(x_at, address_of(buffers.factors), sums_at, vectors.scratch)
-            dense_groups(b, slots, start, end, own, panels_of(count), ids, firing)
-            _scatter(buffers, branch)
+            _gather(job, branch, work.x, packed_words(b.gate_kind, b.hidden), vectors.inverse)
+            x_at, factors_at, sums_at = address_of(buffers.x), address_of(buffers.factors), work.strips
+            if not in_strips:
+                buffers.sums[: panels_of(count) * LANES * b.hidden] = 0
+                sums_at = address_of(buffers.sums)
+            users = Chosen(count, address_of(buffers.users[branch]), x_at, factors_at, sums_at)
+            add_groups(b, slots, start, end, users, work, ids, firing)
+            if not in_strips:
+                _scatter(buffers, branch, b.hidden, vectors.sums, job.tokens)
         start = end
-    if apart:
-        _add_totals(buffers.totals, vectors.sums, tokens)
+    end_job(b, vectors, work)

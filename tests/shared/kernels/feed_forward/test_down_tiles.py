@@ -7,11 +7,11 @@ from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile, down
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.prefill.byte_products import PANEL_BLOCK
 from warmfront.shared.kernels.prefill.down_bytes import (
-    COLUMNS_BYTES,
     DownRows,
     add_down_bytes,
-    arrange_columns,
+    add_strips,
     quantise_factors,
+    widen_neuron_scales,
 )
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack
@@ -68,17 +68,21 @@ class Down:
         padded[: len(factors)] = factors
         panels = np.ascontiguousarray(padded.reshape(count, 16, GROUPS, 32).transpose(2, 0, 3, 1))
         inverse = np.full(count * 16, INVERSE, np.float32)
-        columns, blocks = np.zeros((GROUPS, COLUMNS_BYTES), np.uint8), np.zeros((GROUPS, count, PANEL_BLOCK), np.uint8)
-        sums, ones = np.full((count, COLS + 2, 16), 7, np.int64), np.ones(32, np.float32)
-        for block in range(COLS // 32):
+        scales, blocks = np.zeros((2, 32), np.float32), np.zeros((GROUPS, count, PANEL_BLOCK), np.uint8)
+        strips, ones = np.full((COLS // 32, count * 16 + 16, 32), 7, np.int64), np.ones(32, np.float32)
+        places = np.random.default_rng(count).permutation(strips.shape[1])[: len(factors)].astype(np.int32)
+        for block, strip in enumerate(strips):
             for group in range(GROUPS):
-                arrange_columns(self.place(group, tiled), block, address(columns[group]))
-                scales = address(ones if self.kind == Kind.Q4C else columns[group])
-                quantise_factors(kind, address(panels[group]), address(inverse), scales, count, address(blocks[group]))
-            out = Panels(address(sums) + (1 + 32 * block) * 128, (COLS + 2) * 128, count)
-            add_down_bytes(kind, address(columns), address(blocks), GROUPS, out)
-        assert (sums[:, [0, -1]] == 7).all()
-        return (sums[:, 1:-1] - 7).transpose(0, 2, 1).reshape(-1, COLS)[: len(factors)]
+                rows = self.place(group, tiled)
+                if self.kind != Kind.Q4C:
+                    widen_neuron_scales(rows, block, address(scales))
+                scales_at = address(ones if self.kind == Kind.Q4C else scales)
+                own = address(blocks[group])
+                quantise_factors(kind, address(panels[group]), address(inverse), scales_at, count, own)
+                add_down_bytes(rows, block, own, address(places), len(factors), address(strip))
+        others = np.delete(strips, places, 1)
+        assert (others == 7).all()
+        return (strips[:, places] - 7).transpose(1, 0, 2).reshape(-1, COLS)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
@@ -119,3 +123,12 @@ def test_a_token_is_the_same_among_others(down: Down) -> None:
     factors[[5, 17]] = np.nan
     others = np.delete(np.arange(70), [5, 17])
     np.testing.assert_array_equal(down.of_several(factors, True)[others], together[others])
+
+
+def test_strips_become_panels() -> None:
+    strips = np.random.default_rng(0).integers(-(1 << 60), 1 << 60, (COLS // 32, 48, 32))
+    before = np.random.default_rng(1).integers(-(1 << 60), 1 << 60, (3, COLS, 16))
+    sums = before.copy()
+    add_strips(address(strips), 3, COLS, address(sums))
+    tokens = strips.transpose(1, 0, 2).reshape(3, 16, COLS)
+    np.testing.assert_array_equal(sums - before, tokens.transpose(0, 2, 1))

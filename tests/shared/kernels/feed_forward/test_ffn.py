@@ -162,7 +162,7 @@ class Panels:
         self, slots: Slots, x: np.ndarray, start: float = 0, activation: str = "relu", groups: int = SLOTS
     ) -> None:
         self._x = panels_of(x)
-        self.count = len(self._x)
+        self.count, self.tokens = len(self._x), len(x)
         padded = self._x.transpose(0, 2, 1).reshape(-1, HIDDEN)
         self._inverse = slots.inverse(padded, activation)
         begin = begun(start, self._inverse).reshape(-1, 1, 16)
@@ -299,12 +299,12 @@ def test_a_gate_that_is_nan_is_open() -> None:
     assert np.isnan(one.sums).all()
     panel = np.concatenate((inputs(5), x[None]))
     several, firing = Panels(slots, panel), np.zeros((SLOTS, 32, 1), np.uint16)
-    dense_groups(bundles, order, 0, 2, several.vectors, 1, order, firing)
+    dense_groups(bundles, order, 0, 2, several.vectors, several.tokens, order, firing)
     assert np.isnan(several.sums[5]).all()
     assert (firing[:2] & 1 << 5).all()
     # The tokens beside it are as ever.
     alone = Panels(slots, np.concatenate((panel[:5], np.zeros((1, HIDDEN), np.float32))))
-    dense_groups(bundles, order, 0, 2, alone.vectors, 1, order, firing)
+    dense_groups(bundles, order, 0, 2, alone.vectors, alone.tokens, order, firing)
     assert np.isfinite(alone.sums).all()
     np.testing.assert_array_equal(several.sums[:5], alone.sums[:5])
 
@@ -338,7 +338,7 @@ def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
         for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
             several = Panels(slots, x, 0.5, activation)
             ids = np.array(order, np.int32)
-            dense_groups(bundles, ids, low, high, several.vectors, several.count, NO_IDS, NO_FIRING)
+            dense_groups(bundles, ids, low, high, several.vectors, several.tokens, NO_IDS, NO_FIRING)
             expected = np.zeros((several.count * 16, HIDDEN))
             if low < high:
                 expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
@@ -361,7 +361,7 @@ def test_dense_groups_note_which_tokens_fire_which_neurons(gate: Kind, down: Kin
         ids = np.random.default_rng(tokens).permutation(groups)[: len(order)].astype(np.int32)
         low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
         noted = np.full((groups, 32, several.count), 0xAAAA, np.uint16)
-        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.count, ids, noted)
+        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.tokens, ids, noted)
         for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
             exact, ups = slots.gates_and_ups(np.arange(32 * slot, 32 * slot + 32), x)
             bits = np.unpackbits(noted[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
@@ -385,7 +385,7 @@ def test_results_repeat_to_the_bit() -> None:
     for _ in range(3):
         one, many = Input(slots, x[0]), Panels(slots, x)
         run_listed(bundles, ids, range(SLOTS * 32), one)
-        dense_groups(bundles, ids, 0, SLOTS, many.vectors, 1, NO_IDS, NO_FIRING)
+        dense_groups(bundles, ids, 0, SLOTS, many.vectors, many.tokens, NO_IDS, NO_FIRING)
         results.add((one.bits(), many.bits()))
     assert len(results) == 1
 

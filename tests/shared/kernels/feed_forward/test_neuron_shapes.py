@@ -46,7 +46,7 @@ by_kind = pytest.mark.parametrize(("gate", "down"), KINDS)
 
 def dense(bundles: object, slots: Slots, x: np.ndarray, activation: str) -> Panels:
     several = Panels(slots, x, 0.5, activation)
-    dense_groups(bundles, ORDER, 0, len(ORDER), several.vectors, several.count, NO_IDS, NO_FIRING)
+    dense_groups(bundles, ORDER, 0, len(ORDER), several.vectors, several.tokens, NO_IDS, NO_FIRING)
     return several
 
 

@@ -69,8 +69,8 @@ def test_several_tokens(gate: Kind, down: Kind) -> None:
     for order in ORDERS:
         several, same = Panels(slots, x, 0, "silu"), Panels(slots, x, 0, "silu")
         ids = np.array(order, np.int32)
-        dense_groups(bundles, ids, 0, len(ids), several.vectors, several.count, NO_IDS, NO_FIRING)
-        dense_groups(rows, ids, 0, len(ids), same.vectors, same.count, NO_IDS, NO_FIRING)
+        dense_groups(bundles, ids, 0, len(ids), several.vectors, several.tokens, NO_IDS, NO_FIRING)
+        dense_groups(rows, ids, 0, len(ids), same.vectors, same.tokens, NO_IDS, NO_FIRING)
         assert several.bits() == same.bits()
         expected = slots.expect("silu", slots.neurons(order), x)
         assert several.sums.shape == (32, HIDDEN)

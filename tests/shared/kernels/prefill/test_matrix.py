@@ -8,6 +8,7 @@ from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
 from warmfront.shared.kernels.tiles import TILE, in_tiles, interleave
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind, pack, row_bytes, unpack
+from warmfront.shared.model.panels import PRODUCT_FLOATS
 
 # Two tiles and the 8 rows that fill none; of widths that are part of a stretch of blocks, and more than one.
 ROWS, WIDTHS = 2 * TILE + 8, (32, 96, 544)
@@ -35,7 +36,8 @@ class Matrix:
         padded = np.full((panels * 16, cols), np.nan, np.float32)
         padded[: len(x)] = x
         lanes[:] = padded.reshape(panels, 16, cols).transpose(0, 2, 1)
-        packed, scratch = np.full(lanes.nbytes, 0xFF, np.uint8), np.full(16 * cols + 16, np.nan, np.float32)
+        packed = np.full(lanes.nbytes, 0xFF, np.uint8)
+        scratch = np.full(8 * cols + PRODUCT_FLOATS + 16, np.nan, np.float32)
         y = np.full((panels, ROWS, 16), np.nan, np.float32)
         x_at = pack_tokens(kind, address(lanes), address(packed), cols, panels)
         out = Panels(address(y), ROWS * 64, panels)
