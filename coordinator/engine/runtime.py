@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Runtime"]
 
-# Tokens of one prefill job: 18 panels of 16, of which the products take three at a time.
-MAX_TOKENS = 288
+# Tokens of one prefill job: 18 panels of 16, of which the products take three at a time. A mixture of experts takes
+# twice as many, since an expert's weights are read for the few that use it: 3 to 10 % faster in 4 bits.
+_MAX_TOKENS, _MAX_TOKENS_OF_EXPERTS = 288, 576
 _LOOK_S = 0.005
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -78,7 +79,8 @@ class Runtime:
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest job, whole panels of them."""
-        return min(MAX_TOKENS, -(-self.plan.context // LANES) * LANES)
+        most = _MAX_TOKENS if self.model.spec.architecture.feed_forward.experts is None else _MAX_TOKENS_OF_EXPERTS
+        return min(most, -(-self.plan.context // LANES) * LANES)
 
     def _launch(self, say: Say) -> None:
         """Make the board, start the workers and the team."""

@@ -91,7 +91,6 @@ class Progress:
 class Ready:
     """The worker serves the board."""
 
-    bytes_resident: int  # of weights
     slots: int  # for groups, in all
     ledger: dict[str, int]  # bytes: of device memory by purpose (GPU); of memory by NUMA node, "node0" (CPU)
 

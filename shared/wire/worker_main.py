@@ -120,7 +120,7 @@ def _serve(
         while not service.ready():
             channel.receive(_PROGRESS_S)
             channel.send(Progress(*service.progress()))
-        channel.send(Ready(service.progress()[1], *service.capacity()))
+        channel.send(Ready(*service.capacity()))
         while not isinstance(message := channel.receive(_HEARTBEAT_S), Shutdown):
             if not service.ready():
                 raise WorkerError("a thread ended too early")

@@ -32,7 +32,7 @@ class Workers:
     """Stands in for the supervisor: records what it is asked for, and reports what the test tells it to."""
 
     def __init__(self, slots: Mapping[str, int]) -> None:
-        self.readies = {name: Ready(0, count, {}) for name, count in slots.items()}
+        self.readies = {name: Ready(count, {}) for name, count in slots.items()}
         self.asked: list[tuple[str, int, list[list[int]]]] = []  # worker, batch, places
         self.pending: list[News] = []
         self.restarted: list[str] = []
@@ -200,7 +200,7 @@ class Bench:
         self.boundary()
 
     def rejoin(self, slots: int = 20) -> None:
-        self.workers.pending.append(WorkerRejoined("gpu0", Ready(0, slots, {})))
+        self.workers.pending.append(WorkerRejoined("gpu0", Ready(slots, {})))
         self.slots["gpu0"] = slots
         self.boundary()
 

@@ -99,7 +99,7 @@ def test_everything_at_one_boundary(bench: Bench) -> None:
     """During one long job the worker came back, copied, and died again."""
     filled = bench.fill()
     bench.lose()
-    bench.workers.pending.append(WorkerRejoined("gpu0", Ready(0, 20, {})))
+    bench.workers.pending.append(WorkerRejoined("gpu0", Ready(20, {})))
     bench.workers.die()
     bench.boundary()
     assert bench.present[GPU] == 0

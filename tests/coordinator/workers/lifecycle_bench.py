@@ -27,7 +27,7 @@ from warmfront.shared.wire.messages import (
 NAMES = ("cpu0", "gpu0")
 ASSIGNMENTS = {name: Assignment(index, "m", "", [index], "all", b"", 0, 1.0, 0) for index, name in enumerate(NAMES)}
 HELLOS = {name: Hello("token", name, 100, "cpu", 1 << 30, PROTOCOL) for name in NAMES}
-READY = Ready(10, 2, {"slots": 8})
+READY = Ready(2, {"slots": 8})
 REPORT = LoadReport(1, [2], [3], [4], [])
 
 

@@ -56,7 +56,7 @@ def test_a_whole_life() -> None:
     assert machine.hear("cpu0", Progress(0, 100)) == [ReportProgress(0, 100)]
     assert machine.hear("gpu0", Progress(5, 50)) == [ReportProgress(5, 150)]
     assert machine.hear("cpu0", Progress(60, 100)) == [ReportProgress(65, 150)]
-    readies = {"cpu0": Ready(111, 4, {}), "gpu0": Ready(0, 5, {"slots": 222})}
+    readies = {"cpu0": Ready(4, {}), "gpu0": Ready(5, {"slots": 222})}
     assert machine.hear("cpu0", readies["cpu0"]) == []
     assert machine.hear("gpu0", Heartbeat()) == []
     assert machine.phase() is Phase.LOADING

@@ -29,7 +29,7 @@ channel.send(Hello(channel.token, sys.argv[1], os.getpid(), "cpu", 1, PROTOCOL))
 GOOD = f"""{HELLO}
 assignment = channel.receive(20)
 channel.send(Progress(assignment.index, 7))
-channel.send(Ready(7, 3, {{}}))
+channel.send(Ready(3, {{}}))
 while not isinstance(message := channel.receive(1), Shutdown):
     if isinstance(message, ReportRequest):
         channel.send(LoadReport(assignment.index, [1], [2], [3], []))
@@ -158,7 +158,7 @@ def test_last_words_say_more_than_an_exit_code(bench: Bench) -> None:
 
 def test_a_worker_that_talks_nonsense(bench: Bench) -> None:
     supervisor = bench.start(
-        cpu0=f"{HELLO}\nchannel.send(Ready(1, 0, {{}}))\ntime.sleep(60)", cpu1="import time; time.sleep(60)"
+        cpu0=f"{HELLO}\nchannel.send(Ready(0, {{}}))\ntime.sleep(60)", cpu1="import time; time.sleep(60)"
     )
     assert error_of(supervisor, ProtocolError) == "worker cpu0 sent Ready while starting: not expected there"
 
@@ -172,7 +172,7 @@ def test_a_worker_that_does_not_leave_is_made_to(bench: Bench, ready: bool, deaf
     """A worker that is not ready is terminated at once, a ready one after a second; one that ignores that is killed."""
     code = (
         f"import os, signal, time\n{DEAF if deaf else ''}\n{HELLO}\nchannel.receive(20)\n"
-        f"{'channel.send(Ready(7, 3, {}))' if ready else ''}\n"
+        f"{'channel.send(Ready(3, {}))' if ready else ''}\n"
         "new = os.environ['FOLDER'] + '/new'\n"
         "with open(new, 'w') as file: file.write(str(os.getpid()))\n"
         "os.rename(new, os.environ['FOLDER'] + '/started')\ntime.sleep(60)"  # there as a whole or not at all
@@ -227,7 +227,7 @@ def kill(supervisor: Supervisor, name: str) -> None:
 def test_moves_are_delivered_in_order(bench: Bench) -> None:
     supervisor = bench.start(cpu0=GOOD, cpu1=GOOD)
     wait_for(supervisor.ready)
-    assert supervisor.readies == {"cpu0": Ready(7, 3, {}), "cpu1": Ready(7, 3, {})}
+    assert supervisor.readies == {"cpu0": Ready(3, {}), "cpu1": Ready(3, {})}
     for batch in range(20):
         supervisor.move(f"cpu{batch % 2}", Move(batch, bytes(12 * batch)))
     news = next_news(supervisor, 20)
@@ -254,7 +254,7 @@ def test_an_optional_worker_that_is_killed_is_started_again_when_asked_for(bench
         assert supervisor.reports().keys() == {"cpu0"}
         assert supervisor.news(0.2) == []
         supervisor.restart("gpu1")
-        assert next_news(supervisor) == [WorkerRejoined("gpu1", Ready(7, 3, {}))]
+        assert next_news(supervisor) == [WorkerRejoined("gpu1", Ready(3, {}))]
         assert supervisor.hellos["gpu1"].pid != first
         assert supervisor.reports().keys() == {"cpu0", "gpu1"}
         supervisor.move("gpu1", Move(2, b"123"))
@@ -276,7 +276,7 @@ def test_a_restarted_worker_without_a_plan_is_lost_again(bench: Bench) -> None:
     assert str(lost.error) == "worker gpu1: it does not fit"
     bench.refusal = None
     supervisor.restart("gpu1")
-    assert next_news(supervisor) == [WorkerRejoined("gpu1", Ready(7, 3, {}))]
+    assert next_news(supervisor) == [WorkerRejoined("gpu1", Ready(3, {}))]
     supervisor.check()
 
 

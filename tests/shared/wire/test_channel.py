@@ -148,7 +148,7 @@ def test_what_a_forgotten_process_sends_is_a_strangers(coordinator: CoordinatorC
 
 def strangers(token: str) -> dict[str, bytes]:
     return {
-        "no hello": encode(Ready(1, 0, {})),
+        "no hello": encode(Ready(0, {})),
         "wrong token": encode(hello("0" * 32)),
         "no token": encode(hello("")),
         "token that is not UTF-8": encode(hello("\udcff")),

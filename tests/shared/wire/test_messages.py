@@ -29,7 +29,7 @@ MESSAGES: list[Message] = [
     Hello("00ff", "cpu0", 4711, "cpu", 1 << 40, 1),
     Assignment(2, "/models/größe.warm", "1f", [0, 2, 5], "exact", bytes(range(256)), 3, 1.5, 1 << 40, 1, False, 100),
     Progress(0, 1 << 63),
-    Ready(12345, 7, {"slots": 1 << 33, "größe": 0}),
+    Ready(7, {"slots": 1 << 33, "größe": 0}),
     LoadReport(3, [1, 2], [-3, 4], [], [1, 2, 3, 4]),
     ReportRequest(),
     Move(1 << 40, bytes(range(24))),
@@ -55,7 +55,7 @@ def test_exact_bytes() -> None:
         + slow
         + b"\x00\xff\xc3\x64\xa4relu\xc4\x01\x05"
     )
-    assert encode(Ready(5, 6, {"a": 7})) == b"\x94\xa5Ready\x05\x06\x81\xa1a\x07"
+    assert encode(Ready(6, {"a": 7})) == b"\x93\xa5Ready\x06\x81\xa1a\x07"
     assert encode(Move(3, b"\x01\x02")) == b"\x93\xa4Move\x03\xc4\x02\x01\x02"
     assert encode(Moved(3, 255)) == b"\x93\xa5Moved\x03\xcc\xff"
 
