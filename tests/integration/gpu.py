@@ -12,11 +12,16 @@ from warmfront.gpu_worker.host import HostDevice
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 
+# Tokens of the longest job of a dense model, and of a mixture of experts.
+DENSE, MIXTURE = 288, 576
 
-def budget_for(slots: int, *, hidden: int, ffn: int, context: int = 512, kind: Kind = Kind.F32) -> int:
+
+def budget_for(
+    slots: int, *, hidden: int, ffn: int, context: int = 512, kind: Kind = Kind.F32, longest: int = DENSE
+) -> int:
     """Bytes of device memory for so many groups of one weight type, with all else that the worker puts there."""
     layout = BundleLayout(hidden=hidden, ffn=ffn, gate_kind=kind, down_kind=kind)
-    return sum(HostDevice().ledger(layout, slots, min(288, -(-context // 16) * 16)).values())
+    return sum(HostDevice().ledger(layout, slots, min(longest, -(-context // 16) * 16)).values())
 
 
 class Restless:

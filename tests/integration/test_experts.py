@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.integration.command import needs_two_cores
-from tests.integration.gpu import Restless, budget_for, watch
+from tests.integration.gpu import MIXTURE, Restless, budget_for, watch
 from tests.integration.reference import all_logits, llama_from_folder, model_from_packed
 from warmfront.coordinator.cli.report import as_text
 from warmfront.coordinator.engine.engine import Engine
@@ -84,7 +84,7 @@ def test_who_computes_what_changes_no_bit(
 ) -> None:
     groups = GROUPS[case[0]]
     if "gpu" in overrides:
-        overrides = overrides | {"vram_budget": budget_for(groups, hidden=64, ffn=groups * GROUP)}
+        overrides = overrides | {"vram_budget": budget_for(groups, hidden=64, ffn=groups * GROUP, longest=MIXTURE)}
     with Engine.load(str(folder), dtype="f32", verify=True, **overrides) as engine:
         if "gpu" in overrides:
             watch(engine, Restless(), monkeypatch)
@@ -97,7 +97,7 @@ def test_who_computes_what_changes_no_bit(
 
 
 def test_without_its_gpu_worker_the_answer_is_the_same(folder: Path, case: tuple[str, str], answer: Floats) -> None:
-    budget = budget_for(30, hidden=64, ffn=GROUPS[case[0]] * GROUP)
+    budget = budget_for(30, hidden=64, ffn=GROUPS[case[0]] * GROUP, longest=MIXTURE)
     with Engine.load(str(folder), dtype="f32", verify=True, gpu="host", vram_budget=budget) as engine:
         os.kill(engine.session.runtime.supervisor._processes["gpu0"].pid, signal.SIGKILL)
         np.testing.assert_array_equal(one_by_one(engine), answer)

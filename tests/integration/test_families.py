@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.family_gguf import write_family_gguf
 from tests.family_models import MODELS
 from tests.integration.command import needs_two_cores
-from tests.integration.gpu import Restless, budget_for, watch
+from tests.integration.gpu import DENSE, MIXTURE, Restless, budget_for, watch
 from tests.integration.reference import all_logits, choices, llama_from_folder, model_from_packed
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.models.open import open_source
@@ -133,7 +133,8 @@ NEURONS = {
 def some_memory(name: str) -> int:
     """Of an emulated GPU for a few groups of each layer."""
     neurons = NEURONS.get(name, 96)
-    return budget_for(neurons // 24, hidden=128 if name == "stablelm" else 64, ffn=neurons)
+    longest = MIXTURE if name in NEURONS else DENSE
+    return budget_for(neurons // 24, hidden=128 if name == "stablelm" else 64, ffn=neurons, longest=longest)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "opt behind", "falcon new", "glm4 moe"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.coordinator.models.hf.folders import changed
 from tests.integration.command import needs_two_cores
-from tests.integration.gpu import Restless, budget_for, watch
+from tests.integration.gpu import MIXTURE, Restless, budget_for, watch
 from tests.integration.reference import choices, llama_from_folder
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import UsageError
@@ -83,7 +83,7 @@ def experts_forward(
         {"selector": "exact"},
         {"selector": "all"},
         pytest.param({"workers": 2}, marks=needs_two_cores),
-        {"gpu": "host", "vram_budget": budget_for(4, hidden=64, ffn=15 * 32)},
+        {"gpu": "host", "vram_budget": budget_for(4, hidden=64, ffn=15 * 32, longest=MIXTURE)},
     ],
     ids=["predicted", "torch", "exact", "all", "two workers", "gpu with moves"],
 )
