@@ -120,6 +120,18 @@ def test_what_is_computed_and_counted(folder: Path, case: tuple[str, str]) -> No
         assert worker.neurons == gates if case[1] != "relu" else 0.2 * gates < worker.neurons < 0.7 * gates
 
 
+def test_a_mixture_of_layers_without_experts_alone(tiny_family: Make) -> None:
+    """No expert is chosen, and the lines of `--stats` do not count any."""
+    folder = tiny_family("glm4 moe", first_k_dense_replace=4)
+    with Engine.load(str(folder), dtype="f32") as engine:
+        ours, theirs = np.stack(list(engine.forced_logits(PROMPT, 60))), all_logits(llama_from_folder(folder), PROMPT)
+        assert np.abs(ours - theirs[59:]).max() < 1e-3 * np.abs(theirs).max()
+        uses = engine.statistics.expert_uses()
+        assert uses is not None
+        assert not uses.any()
+        assert "experts" not in as_text(engine)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "q8", "q4"])
 def test_each_weight_type(folder: Path, dtype: str) -> None:
     """Decoded tokens within what float16 keys and 15 bits of an input allow; a prompt's inputs have 8 bits."""
