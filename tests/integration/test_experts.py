@@ -130,6 +130,7 @@ def test_a_mixture_of_layers_without_experts_alone(tiny_family: Make) -> None:
         uses = engine.statistics.expert_uses()
         assert uses is not None
         assert not uses.any()
+        assert "100.0% of the neurons computed" in as_text(engine)
         assert "experts" not in as_text(engine)
 
 
