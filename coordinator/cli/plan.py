@@ -16,7 +16,7 @@ from warmfront.coordinator.placement.expected_load import expected_bytes, firing
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.placement.plan_file import write_plan
 from warmfront.coordinator.placement.solver import DeviceCosts, Floats, Mask, layer_ns, solve, solve_exact
-from warmfront.shared.model.branches import bounds_of
+from warmfront.shared.model.branches import bounds_of, groups_of, has_experts
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.spec import ModelSpec
 
@@ -98,8 +98,11 @@ def make_plan(inputs: PlanInputs, exact: bool) -> tuple[Mask, dict[str, Any]]:
 def figures_of(inputs: PlanInputs, gpu: Mask) -> dict[str, Any]:
     """The share of the groups `gpu` in all neurons and all firing, and the time of a token with and without them."""
     layout, firing, load, costs = inputs.layout, inputs.firing, inputs.load, inputs.costs
+    # Of layers without experts some groups have no weights.
+    weighty = [np.arange(layout.groups) < groups_of(inputs.spec, layer) for layer in range(len(gpu))]
+    neurons = neurons_of(layout) * np.array(weighty)
     shares = {
-        "neurons": (gpu @ neurons_of(layout), np.full(len(gpu), layout.ffn)),
+        "neurons": (np.sum(neurons, axis=1, where=gpu), neurons.sum(1)),
         "firing": (np.sum(firing, axis=1, where=gpu), firing.sum(1)),
     }
     spent = {
@@ -132,6 +135,7 @@ def experts_of(spec: ModelSpec, gpu: Mask) -> dict[str, Any]:
     experts, bounds = spec.architecture.feed_forward.experts, bounds_of(spec)
     if experts is None:
         return {}
+    gpu = gpu[[layer for layer in range(len(gpu)) if has_experts(spec, layer)]]
     before = np.zeros((len(gpu), gpu.shape[1] + 1), np.int64)
     np.cumsum(gpu, axis=1, out=before[:, 1:])
     held, sizes = before[:, bounds[1:]] - before[:, bounds[:-1]], np.diff(bounds)

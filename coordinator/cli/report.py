@@ -80,7 +80,8 @@ def as_text(engine: Engine) -> str:
             f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
         )
     uses = engine.statistics.expert_uses()
-    if uses is not None:
+    # None are chosen where no layer has experts, as a file may say.
+    if uses is not None and uses.any():
         busiest = max(1, uses.shape[1] // 10)
         shares = [np.sort(layer)[-busiest:].sum() / layer.sum() for layer in uses if layer.any()]
         lines.append(

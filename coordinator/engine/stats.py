@@ -163,7 +163,9 @@ class Statistics:
 
     def active_fraction(self, workers: Sequence[WorkerStats]) -> float | None:
         """Share of all neurons that were computed, over all single-token jobs; None if there were none."""
-        total = workers[0].jobs * self._session.model.layout.groups * GROUP
+        model = self._session.model
+        # Of layers without experts some groups have no weights; the jobs are the same number of each layer.
+        total = workers[0].jobs * sum(model.groups) * GROUP / model.spec.layers
         return sum(worker.neurons for worker in workers) / total if total else None
 
     def coordinator_bytes(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.family_gguf import write_family_gguf
 from tests.integration.command import needs_two_cores
 from tests.integration.gpu import MIXTURE, Restless, budget_for, watch
 from tests.integration.reference import all_logits, llama_from_folder, model_from_packed
@@ -120,6 +121,19 @@ def test_what_is_computed_and_counted(folder: Path, case: tuple[str, str]) -> No
         assert worker.neurons == gates if case[1] != "relu" else 0.2 * gates < worker.neurons < 0.7 * gates
 
 
+def test_a_mixture_of_layers_without_experts_alone(tiny_family: Make) -> None:
+    """No expert is chosen, and the lines of `--stats` do not count any."""
+    folder = tiny_family("glm4 moe", first_k_dense_replace=4)
+    with Engine.load(str(folder), dtype="f32") as engine:
+        ours, theirs = np.stack(list(engine.forced_logits(PROMPT, 60))), all_logits(llama_from_folder(folder), PROMPT)
+        assert np.abs(ours - theirs[59:]).max() < 1e-3 * np.abs(theirs).max()
+        uses = engine.statistics.expert_uses()
+        assert uses is not None
+        assert not uses.any()
+        assert "100.0% of the neurons computed" in as_text(engine)
+        assert "experts" not in as_text(engine)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "q8", "q4"])
 def test_each_weight_type(folder: Path, dtype: str) -> None:
     """Decoded tokens within what float16 keys and 15 bits of an input allow; a prompt's inputs have 8 bits."""
@@ -164,3 +178,19 @@ def test_folders_that_are_refused(tiny_family: Make, tmp_path: Path, change: dic
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message):
         open_source(folder)
+
+
+def test_layers_that_guess_are_not_all_behind_the_last(tiny_family: Make, tmp_path: Path) -> None:
+    """Of four layers and one that guesses a file claims two and one: nothing is left out in silence."""
+    folder = shutil.copytree(tiny_family("glm4 moe"), tmp_path / "model")
+    whole = write_family_gguf(folder, tmp_path / "whole.gguf").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match=r"model\.layers\.3\..* does not belong to the glm4_moe model of 2 layers"):
+        open_source(folder)
+    key = b"glm4moe.block_count" + (4).to_bytes(4, "little")
+    shorter = whole.replace(key + (5).to_bytes(4, "little"), key + (3).to_bytes(4, "little"))
+    assert shorter != whole
+    (tmp_path / "shorter.gguf").write_bytes(shorter)
+    with pytest.raises(ModelError, match=r"tensor blk\.[34]\..* "):
+        open_source(tmp_path / "shorter.gguf")

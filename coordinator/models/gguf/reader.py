@@ -103,10 +103,11 @@ class GgufSource:
         drafts = keys.count("nextn_predict_layers", 0, low=0)
         if not drafts:
             return tensors
-        last = keys.count("block_count") - drafts
+        blocks = keys.count("block_count")
+        guessing = range(blocks - drafts, blocks)
         layers = {name: int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
         self.notes.append(f"{drafts} layers that guess further tokens are left out")
-        return {name: tensor for name, tensor in tensors.items() if layers.get(name, -1) < last}
+        return {name: tensor for name, tensor in tensors.items() if layers.get(name) not in guessing}
 
     def _named(self, tensors: Mapping[str, StoredTensor[Type]], architecture: str) -> dict[str, StoredTensor[Type]]:
         """The tensors by the names of `tensors.py`; raises ModelError for one that the family does not have."""

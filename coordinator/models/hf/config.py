@@ -31,6 +31,7 @@ __all__ = [
     "qwen3",
     "rotary",
     "stablelm",
+    "windowed",
 ]
 
 _YARN = rope.YarnKeys("rope_theta", "factor", "beta_fast", "beta_slow")
@@ -75,13 +76,13 @@ def mistral(config: Fields, name: str) -> ModelSpec:
 
 def qwen2(config: Fields, name: str) -> ModelSpec:
     """A Llama with biases of q, k and v, of which the last layers may have a window."""
-    spec = _late_windows(config, llama(config, name))
+    spec = windowed(config, llama(config, name), _late)
     return described(spec, attention={"biases": ("q", "k", "v")})
 
 
 def qwen3(config: Fields, name: str) -> ModelSpec:
     """A Llama with norms of q and k, of which the last layers may have a window."""
-    return described(_late_windows(config, llama(config, name)), attention={"qk_norm": "head"})
+    return described(windowed(config, llama(config, name), _late), attention={"qk_norm": "head"})
 
 
 def olmo2(config: Fields, name: str) -> ModelSpec:
@@ -191,12 +192,18 @@ def _all(_layer: int) -> bool:
     return True
 
 
-def _late_windows(config: Fields, spec: ModelSpec) -> ModelSpec:
+def _late(layer: int, first: int) -> bool:
+    return layer >= first
+
+
+def windowed(config: Fields, spec: ModelSpec, usual: Callable[[int, int], bool]) -> ModelSpec:
+    """A Qwen with its windows, if it uses any: in the layers that the file names, or in those for which `usual` says so
+    of the layer and `max_window_layers`."""
     if not config.flag("use_sliding_window", False):
         return spec
-    first = config.count("max_window_layers", 0, low=0)
-    local = local_layers(config, spec, lambda layer: layer >= first)
-    return described(spec, attention={"windows": layer_windows(spec, config.count("sliding_window", 0), local)})
+    bound = config.count("max_window_layers", 28, low=0)
+    local = local_layers(config, spec, lambda layer: usual(layer, bound))
+    return described(spec, attention={"windows": layer_windows(spec, config.count("sliding_window", 4096), local)})
 
 
 def local_layers(config: Fields, spec: ModelSpec, usual: Callable[[int], bool]) -> Callable[[int], bool]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from warmfront.coordinator.models.described import chosen_layers, described, for_layers, layer_windows
 from warmfront.coordinator.models.fields import Fields
-from warmfront.coordinator.models.hf.config import llama, local_layers, mistral, qwen2, qwen3, rotary
+from warmfront.coordinator.models.hf.config import llama, local_layers, mistral, qwen2, qwen3, rotary, windowed
 from warmfront.shared.errors import ModelError
 from warmfront.shared.model.architecture import Experts, Positions
 from warmfront.shared.model.spec import ModelSpec
@@ -36,8 +36,8 @@ def olmoe(config: Fields, name: str) -> ModelSpec:
 
 
 def qwen2_moe(config: Fields, name: str) -> ModelSpec:
-    """A Qwen 2 with experts, and one with a gate that all tokens use."""
-    spec = qwen2(config, name)
+    """A Qwen 2 with experts, and one with a gate that all tokens use; windows in every other of the first layers."""
+    spec = windowed(config, qwen2(config, name), lambda layer, end: layer % 2 == 0 and layer < end)
     if not config.flag("qkv_bias", True):
         spec = described(spec, attention={"biases": ()})
     shared = config.count("shared_expert_intermediate_size")
@@ -45,8 +45,8 @@ def qwen2_moe(config: Fields, name: str) -> ModelSpec:
 
 
 def qwen3_moe(config: Fields, name: str) -> ModelSpec:
-    """A Qwen 3 with experts."""
-    return _qwen_experts(config, qwen3(config, name))
+    """A Qwen 3 with experts; windows are in all layers."""
+    return _qwen_experts(config, windowed(config, qwen3(config, name), lambda _layer, _bound: True))
 
 
 def _qwen_experts(config: Fields, spec: ModelSpec, **more: Any) -> ModelSpec:

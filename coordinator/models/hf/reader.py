@@ -125,7 +125,8 @@ class HfSource:
         if not self._drafts:
             return stored
         layers = {name: int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-        kept = {name: tensor for name, tensor in stored.items() if layers.get(name, -1) < self.spec.layers}
+        drafts = range(self.spec.layers, self.spec.layers + self._drafts)
+        kept = {name: tensor for name, tensor in stored.items() if layers.get(name) not in drafts}
         if len(kept) < len(stored):
             self.notes.append(f"{self._drafts} layers that guess further tokens are left out")
         return kept

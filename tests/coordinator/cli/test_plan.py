@@ -25,7 +25,8 @@ FIRING = np.array([[20.0, 4.0, 2.0, 1.0], [8.0, 8.0, 0.5, 0.0]])
 def inputs(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
     ledger = {"slots": slots * LAYOUT.group_bytes + 5, "activations": 700, "partials": 30}
     load = load_of(LAYOUT, "lowrank", FIRING)
-    return PlanInputs(LAYOUT, FIRING, load, costs or DeviceCosts(100, 0.5, 0, 0.001), 10**6, ledger, SPEC)
+    costs, spec = costs or DeviceCosts(100, 0.5, 0, 0.001), changed(SPEC, "ffn", LAYOUT.ffn)
+    return PlanInputs(LAYOUT, FIRING, load, costs, 10**6, ledger, spec)
 
 
 def test_neurons_without_padding() -> None:
@@ -114,6 +115,18 @@ def test_experts_of_a_plan(shared: int, gated: bool) -> None:
     figures = make_plan(inputs(3), exact=False)[1] | {"experts": found}
     lines = list(render({"model": "m", "selector": "all", "device": "host"} | figures, 80))
     assert any(line.startswith("  3 of 6 experts whole, 2 in part") for line in lines)
+
+
+def test_layers_without_experts_of_a_plan() -> None:
+    """They have no experts, and fewer groups with weights than the others."""
+    experts = Experts(number=2, active=1, dense_layers=(0,), dense=64)
+    spec = changed(changed(SPEC, "architecture.feed_forward.experts", experts), "ffn", 52)
+    gpu = np.array([[1, 1, 0, 0], [1, 0, 1, 1]], bool)
+    assert experts_of(spec, gpu)["experts"] == {"whole": 1, "part": 1, "of": 2, "shared": None}
+    layout = BundleLayout(hidden=64, ffn=128, gate_kind=Kind.F32, down_kind=Kind.F32)
+    figures = figures_of(inputs(3)._replace(layout=layout, spec=spec), gpu)
+    assert [layer["neurons"] for layer in figures["layers"]] == [1, 0.75]
+    assert figures["neurons"] == pytest.approx(160 / 192)
 
 
 @pytest.mark.parametrize("width", [1, 40, 60, 80, 93, 250])

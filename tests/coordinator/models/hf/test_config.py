@@ -155,3 +155,17 @@ def test_the_whole_architecture(tiny_llama: Make, options: dict[str, Any], chang
     rotary = Rotary(frequencies=found.positions.rotary[0].frequencies)
     assert found.positions == Positions(rotary=(rotary,))
     assert rotary.frequencies == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2 moe", "qwen3 moe"])
+@pytest.mark.parametrize("bound", [2, None])
+def test_windows_of_a_qwen(tiny_family: Make, tmp_path: Path, name: str, bound: int | None) -> None:
+    """Where the file does not name the layers, as those from before transformers 5 do not."""
+    fields = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": bound}
+    folder = edited(tiny_family(name), tmp_path / "model", layer_types=None, **fields)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    # A Qwen3-MoE has one mask for all layers.
+    types = getattr(config, "layer_types", ["sliding_attention"] * config.num_hidden_layers)
+    theirs = tuple(24 * (kind == "sliding_attention") for kind in types)
+    windows = open_source(folder).spec.architecture.attention.windows
+    assert (windows or (0,) * config.num_hidden_layers) == theirs
