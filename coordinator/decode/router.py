@@ -124,7 +124,8 @@ def choose_experts(router: Router, scores: Floats, correction: Floats, weights: 
                 best = i
         weights[1 + best] = 1
         chosen += values[best]
-    factor = router.scale / chosen if router.normalised else router.scale
+    # Sigmoids may all be 0, which is no reason for 0 / 0; as transformers has it.
+    factor = router.scale / (chosen + 1e-20) if router.normalised else router.scale
     for i in range(count):
         # Those of the others stay 0, whatever the factor is.
         if weights[1 + i] != 0:

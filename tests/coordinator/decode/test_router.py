@@ -72,6 +72,16 @@ def test_as_many_as_are_active_whatever_the_scores(score: float) -> None:
     assert (got[5:] == 0).all()
 
 
+@pytest.mark.parametrize("score", [-30.0, -50.0, -100.0, -1e4])
+def test_low_sigmoids_are_scaled_as_in_transformers(score: float) -> None:
+    """Those of a GLM-4.5 add up to more than 0, in whatever precision."""
+    values = torch.full((4,), score, dtype=torch.float64).sigmoid()
+    expected = values / (values.sum() + 1e-20)
+    got = weights(router(scoring="sigmoid", normalised=True), np.full(21, score))
+    np.testing.assert_allclose(got[1:5], expected, rtol=1e-6)
+    assert not got[5:].any()
+
+
 def test_the_gate_of_the_shared_expert_is_a_sigmoid_of_the_last_score() -> None:
     made = router(shared=40, shared_gate=True)
     got, scores = np.zeros(23, np.float32), RNG.normal(size=32).astype(np.float32)
