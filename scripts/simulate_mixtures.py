@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--flat", action="store_true", help="all experts are chosen equally often")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args()
+    if options.tokens < 1:
+        parser.error("--tokens must be 1 or more")
     cards, models = options.cards.split(","), options.models.split(";")
     for name, known in [*((card, CARDS) for card in cards), *((model, MODELS) for model in models)]:
         if name not in known:

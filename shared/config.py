@@ -178,6 +178,8 @@ class EngineConfig:
         for option, wish in (("--vram-budget", self.vram_budget), ("--plan", self.plan)):
             if wish is not None and self.gpu == "none":
                 raise UsageError(f"{option} with --gpu none: leave one of the two out")
+        if self.plan is not None and self.policy == "by-layer":
+            raise UsageError("--plan with --policy by-layer, which begins with whole layers: leave one of the two out")
         parse_slow(self.slow)
         if self.spins is not None and not 0 <= self.spins <= 1_000_000:
             raise UsageError(f"{self.spins} rounds of spinning: pass --spins 0 to 1000000")

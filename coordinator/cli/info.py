@@ -12,6 +12,7 @@ from warmfront.coordinator.models.source import Source
 from warmfront.coordinator.packing.packer import PackingPlan
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.model.branches import parts_of
+from warmfront.shared.model.spec import ModelSpec
 
 __all__ = ["describe", "render"]
 
@@ -35,6 +36,7 @@ def describe(
         "layers": spec.layers,
         "hidden": spec.hidden,
         "ffn": spec.ffn,
+        "experts": _experts(spec),
         "heads": attention.heads,
         "kv_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
@@ -55,6 +57,34 @@ def describe(
         "chat": source.tokenizer is not None and bool(source.tokenizer.chat_templates),
         "notes": source.notes + ([source.tokenizer.note] if source.tokenizer and source.tokenizer.note else []),
     }
+
+
+def _experts(spec: ModelSpec) -> dict[str, Any] | None:
+    """Of a mixture how many experts a layer has and a token uses, their neurons, and those of the others."""
+    experts = spec.architecture.feed_forward.experts
+    if experts is None:
+        return None
+    return {
+        "number": experts.number,
+        "used": experts.active,
+        "neurons": spec.ffn,
+        "shared_neurons": experts.shared,
+        "dense_layers": list(experts.dense_layers),
+        "dense_neurons": experts.dense,
+    }
+
+
+def _neurons(facts: dict[str, Any]) -> str:
+    """What a layer's feed-forward is, for people."""
+    experts = facts["experts"]
+    if experts is None:
+        return f"{facts['ffn']} neurons"
+    parts = [f"{experts['number']} experts of {experts['neurons']} neurons, {experts['used']} used"]
+    if experts["shared_neurons"]:
+        parts.append(f"{experts['shared_neurons']} neurons for all tokens")
+    if experts["dense_layers"]:
+        parts.append(f"{len(experts['dense_layers'])} of the layers {experts['dense_neurons']} neurons instead")
+    return "; ".join(parts)
 
 
 def _predictor(source: Source) -> dict[str, Any] | None:
@@ -83,7 +113,7 @@ def render(facts: dict[str, Any]) -> str:
     sparse = "zero for most neurons: sparse selectors apply" if facts["sparse"] else "never zero: selector all only"
     lines = [
         f"{facts['model']} ({facts['architecture']})",
-        f"  layers         {facts['layers']} x (hidden {facts['hidden']}, {facts['ffn']} neurons)",
+        f"  layers         {facts['layers']} x (hidden {facts['hidden']}, {_neurons(facts)})",
         f"  attention      {facts['heads']} heads of {facts['head_dim']}, {facts['kv_heads']} for keys and values",
         f"  vocabulary     {facts['vocab']}",
         f"  context        {facts['context']} tokens",

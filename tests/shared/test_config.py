@@ -141,6 +141,7 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
         ({"gpu": "cuda:0 "}, "no GPU 'cuda:0 '"),
         ({"gpu": "none", "vram_budget": 0}, "--vram-budget with --gpu none"),
         ({"gpu": "none", "plan": "a.plan"}, "--plan with --gpu none"),
+        ({"policy": "by-layer", "plan": "a.plan"}, "--plan with --policy by-layer"),
         ({"spins": -1}, "-1 rounds of spinning: pass --spins 0 to 1000000"),
         ({"spins": 10**7}, "10000000 rounds of spinning"),
         ({"policy": "best"}, f"no policy 'best': use one of {', '.join(POLICIES)}"),

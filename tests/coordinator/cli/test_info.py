@@ -50,3 +50,17 @@ def test_without_predictors(tiny_gguf: Make) -> None:
     facts = describe(str(tiny_gguf()), EngineConfig(), print, print)
     assert facts["predictor"] is None
     assert "predictor" not in render(facts)
+
+
+def test_experts(tiny_family: Make) -> None:
+    facts = describe(str(tiny_family("glm4 moe")), EngineConfig(), print, print)
+    assert facts["experts"] == {
+        "number": 12,
+        "used": 3,
+        "neurons": 40,
+        "shared_neurons": 40,
+        "dense_layers": [0, 1],
+        "dense_neurons": 96,
+    }
+    said = "12 experts of 40 neurons, 3 used; 40 neurons for all tokens; 2 of the layers 96 neurons instead"
+    assert said in render(facts)
