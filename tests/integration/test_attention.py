@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.integration.command import assert_refused, prepack, run
+from tests.integration.gpu import budget_for
 from tests.integration.reference import all_logits, choices, llama_from_folder
 from warmfront.coordinator import Engine
 
@@ -20,7 +21,7 @@ TOKENS = 24
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"gpu": "host", "vram_budget": 900_000, "selector": "exact"}],
+    [{}, {"gpu": "host", "vram_budget": budget_for(13, hidden=64, ffn=400), "selector": "exact"}],
     ids=["cpu workers", "emulated gpu worker"],
 )
 def test_tokens_and_logits_are_those_of_transformers(

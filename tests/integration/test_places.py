@@ -17,6 +17,7 @@ import pytest
 
 from tests.integration.command import MARK, WARMFRONT, Outcome, assert_refused, marked, prepack, run, what_it_does
 from warmfront.coordinator.hardware.fetching import choices_file
+from warmfront.shared.kernels.version import digest
 from warmfront.shared.paths import cache_root
 
 IDS = ["--prompt-ids", "40,41", "-n", "4"]
@@ -121,10 +122,9 @@ def test_no_home_at_all(tmp_path: Path) -> None:
 def test_a_damaged_kernel_is_compiled_anew_by_a_worker(model: Path, answer: str, tmp_path: Path) -> None:
     """The copy of a cache in which a worker's kernel lost its end, as after a power cut."""
     (tmp_path / "warmfront").mkdir()
-    newest = max((cache_root() / "kernels").iterdir(), key=lambda folder: folder.stat().st_mtime)
-    kernels = tmp_path / "warmfront/kernels" / newest.name
+    kernels = tmp_path / "warmfront/kernels" / digest()
     kernels.parent.mkdir()
-    shutil.copytree(newest, kernels)
+    shutil.copytree(cache_root() / "kernels" / digest(), kernels)
     kernels.chmod(0o700)
     (tmp_path / "warmfront/models").symlink_to(cache_root() / "models")
     shutil.copy(choices_file(), tmp_path / "warmfront")
