@@ -1,8 +1,8 @@
 """The CPU worker's compiled loop: wait on the board, compute the owned neurons of a layer, publish.
 
-One resident thread per core runs `serve`. The neurons that the board's owner table, and with a predicting selector its
-mask, give this worker are split over the threads, evenly but for whole groups (by `exact` twice: all gates, then the
-open neurons); each thread adds into sums of its own; after a barrier each adds up a slice of all sums, and the last to
+One resident thread per core runs `serve`. The neurons that the board's owner table, and with some selectors its mask,
+give this worker are split over the threads, evenly but for whole groups (by `exact` twice: all gates, then the open
+neurons); each thread adds into sums of its own; after a barrier each adds up a slice of all sums, and the last to
 finish publishes. The sums are exact: they do not depend on the number of threads, nor on who owns what.
 
 Of a batch, the neurons that any of its tokens wants are shared out together (`feed_forward/ffn.py`). With experts
@@ -61,9 +61,10 @@ class Worker(NamedTuple):
     # Index on the board.
     me: int
     threads: int
-    # The selector's way: `exact`; or neurons are predicted; to `skip` what does not fire once its gate or up is known.
+    # The selector's way: all gates first; or the neurons of the mask; to `skip` what does not fire once its gate or up
+    # is known.
     exact: bool
-    predicted: bool
+    masked: bool
     skip: bool
     # Emulation: a job is made to take so many times as long as it does.
     slow: float
@@ -92,7 +93,7 @@ class Worker(NamedTuple):
     words: Any
     bits: Any
     wanted: Any
-    # int32 [threads, neurons of a layer]: neurons to compute; 0, 1, 2, ... where nothing is predicted.
+    # int32 [threads, neurons of a layer]: neurons to compute; 0, 1, 2, ... where there is no mask.
     listed: Any
     # float32 [threads, BATCH * neurons of a layer], int32 [threads, neurons of a layer]: gates of the neurons that fire
     # for any token, and whose they are; int64 [threads, 16]: how many.
@@ -147,7 +148,7 @@ def _owned_groups(w: Worker, rank: int, layer: int, tokens: int, decode: bool) -
     for token in range(tokens):
         words = w.words[rank, token]
         for i in range(count):
-            words[i] = w.mask[token, layer, ids[i]] if w.predicted else np.uint32(0xFFFFFFFF)
+            words[i] = w.mask[token, layer, ids[i]] if w.masked else np.uint32(0xFFFFFFFF)
             if branches[i] > 0 and w.routing[token, branches[i]] == 0:
                 words[i] = 0
             wanted[i] |= words[i]
@@ -214,7 +215,7 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
         counts[_GATES] = counts[_NEURONS] = done * GROUP
         return True
     listed = w.listed[rank]
-    count = list_masked(w.wanted[rank], groups, listed) if w.predicted else groups * GROUP
+    count = list_masked(w.wanted[rank], groups, listed) if w.masked else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[_GATES] = high - low

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
-from warmfront.shared.config import PREDICTING
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
@@ -25,6 +24,7 @@ from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH
 from warmfront.shared.model.store import run_of
+from warmfront.shared.selector import Work, selector_of
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.handoff import HANDOFF_SPINS, LINE, Barrier
 from warmfront.shared.wire.messages import Assignment, LoadReport
@@ -44,6 +44,7 @@ class CpuWorker:
         self._board = board
         self._model = open_assigned(plan)
         sizes, layout, spec = board.sizes, self._model.layout, self._model.spec
+        selector = selector_of(plan.selector)
         threads = len(plan.cpus)
         home = np.frombuffer(plan.home, np.uint8).reshape(sizes.layers, sizes.groups) == plan.index
         self._places = np.argwhere(home)
@@ -60,17 +61,17 @@ class CpuWorker:
         self._worker = Worker(
             me=plan.index,
             threads=threads,
-            exact=plan.selector == "exact",
-            predicted=plan.selector in PREDICTING,
-            skip=plan.selector in PREDICTING and spec.sparse,
+            exact=selector.work is Work.GATES,
+            masked=selector.masked,
+            skip=selector.skips(spec.sparse),
             slow=plan.slowdown,
             bundles=bundles_at(
                 address(self._weights),
                 layout,
                 spec.architecture.feed_forward,
-                plan.selector == "all",
+                selector.work is Work.DENSE,
                 as_distances(plan.distances),
-                plan.selector == "exact",
+                selector.work is Work.GATES,
             ),
             gate_bytes=layout.gate_bytes,
             rest_bytes=layout.rest_bytes,

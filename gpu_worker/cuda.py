@@ -34,6 +34,7 @@ from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES, whole_panels
+from warmfront.shared.selector import Work
 
 __all__ = ["CudaDevice"]
 
@@ -80,7 +81,7 @@ class CudaDevice:
         }
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, work: Work = Work.MASK
     ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)

@@ -18,6 +18,7 @@ from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import BundleLayout
+from warmfront.shared.selector import Work
 
 __all__ = [
     "STAGING_BYTES",
@@ -63,11 +64,11 @@ class Device(Protocol):
         """What `reserve` would allocate for `slots` slots, in bytes by purpose."""
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, work: Work = Work.MASK
     ) -> None:
         """Allocate what `ledger` says.
 
-        `selector`: with `all` and `exact` there will be no masks: a device may lay groups out for that.
+        `work`: without masks a device may lay groups out for what it will be asked.
 
         Raises ResourceError if it does not fit.
         """

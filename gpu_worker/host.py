@@ -22,6 +22,7 @@ from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.panels import LANES
+from warmfront.shared.selector import Work
 
 __all__ = ["HostDevice"]
 
@@ -49,7 +50,7 @@ class HostDevice:
         }
 
     def reserve(
-        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, selector: str = ""
+        self, layout: BundleLayout, feed_forward: FeedForward, slots: int, max_tokens: int, work: Work = Work.MASK
     ) -> None:
         plan = self.ledger(layout, slots, max_tokens)
         ensure_fits(self, plan, slots)
@@ -65,8 +66,8 @@ class HostDevice:
                 address(self._memory["slots"]),
                 layout,
                 feed_forward,
-                whole=selector == "all",
-                apart=selector == "exact",
+                whole=work is Work.DENSE,
+                apart=work is Work.GATES,
             ),
             gates=partials[listed_bytes : 2 * listed_bytes].view(np.float32),
             quantised_at=quantised_at,

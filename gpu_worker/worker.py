@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.gpu_worker.device import Device, Ints, slots_within
-from warmfront.shared.config import PREDICTING
 from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import pin, take_short_turns
 from warmfront.shared.model.branches import bounds_of
 from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.store import run_of
+from warmfront.shared.selector import selector_of
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, QUIT, Board
 from warmfront.shared.wire.handoff import DONE, HANDOFF_SPINS, announce, await_sequence
 from warmfront.shared.wire.messages import Assignment, LoadReport
@@ -58,8 +58,8 @@ class GpuWorker:
         self._slots = 0
         self._owned: list[_Owned | None] = [None] * layers
         self._bounds = bounds_of(self._model.spec)
-        self._predicted = plan.selector in PREDICTING
-        self._sparse = plan.selector == "exact" or (self._predicted and self._model.spec.sparse)
+        self._selector = selector_of(plan.selector)
+        self._sparse = self._selector.skips(self._model.spec.sparse)
         self._error: BaseException | None = None
         self._serving = threading.Event()
         self._thread = threading.Thread(target=self._live, name="wf-gpu", daemon=True)
@@ -80,7 +80,7 @@ class GpuWorker:
         max_slots = sizes.layers * sizes.groups
         self._slots = slots_within(self._device, layout, self._plan.vram_budget, sizes.max_tokens, max_slots)
         feed_forward = self._model.spec.architecture.feed_forward
-        self._device.reserve(layout, feed_forward, self._slots, sizes.max_tokens, self._plan.selector)
+        self._device.reserve(layout, feed_forward, self._slots, sizes.max_tokens, self._selector.work)
         self._device.pin(self._board.mapping)
 
     def _serve(self) -> None:
@@ -137,7 +137,7 @@ class GpuWorker:
             if weight == 0:
                 continue
             inverse = board.inverse[token : token + 1] * weight
-            mask = board.mask[token, layer, groups] if self._predicted else None
+            mask = board.mask[token, layer, groups] if self._selector.masked else None
             computed = np.zeros(len(groups), np.uint32)
             part = out if len(owned.branches) == 1 else np.empty_like(out)
             neurons += self._device.execute(slots, x, inverse, self._sparse, part, mask, computed)[0]
@@ -146,7 +146,7 @@ class GpuWorker:
             requested[groups] = 0xFFFFFFFF if mask is None else mask
             board.computed[token, layer, groups] = computed
         gates = int(np.bitwise_count(requested).sum())
-        if board.descriptor[COMPARE_SELECTION] != 0 and self._predicted:
+        if board.descriptor[COMPARE_SELECTION] != 0 and self._selector.masked:
             inverse = board.inverse[token : token + 1]
             fired, _ = self._device.execute(owned.slots, x, inverse, True, np.empty_like(out))
             self._compared += (1, gates, fired, neurons)

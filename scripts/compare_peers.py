@@ -51,8 +51,8 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
 from warmfront.coordinator.models.find import find_model
-from warmfront.shared.config import SELECTORS
 from warmfront.shared.errors import WarmfrontError
+from warmfront.shared.selector import SELECTORS
 
 LLAMA_CPP, IK_LLAMA_CPP, POWERINFER = "llama.cpp", "ik_llama.cpp", "powerinfer"
 PROGRAMS = {

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, get_args
 
 from warmfront.shared.errors import UsageError
+from warmfront.shared.selector import wished_selector
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,8 +23,6 @@ __all__ = [
     "GPU_PATTERN",
     "KV_TYPES",
     "POLICIES",
-    "PREDICTING",
-    "SELECTORS",
     "SPECULATIONS",
     "THREADING",
     "EngineConfig",
@@ -41,9 +40,6 @@ _ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 # Of the keys and values in the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8")
-SELECTORS = ("auto", "all", "exact", "lowrank", "lowbit")
-# Selectors that guess the neurons before the workers are asked.
-PREDICTING = frozenset({"lowrank", "lowbit"})
 # How tokens are guessed that are computed before they are known to come.
 SPECULATIONS = ("ngram", "off")
 # How groups move between the workers; the names of coordinator/balancing/policies.py.
@@ -159,8 +155,7 @@ class EngineConfig:
             raise UsageError(
                 f"no activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}, T being a number such as 0.01"
             )
-        if self.selector not in SELECTORS:
-            raise UsageError(f"no selector {self.selector!r}: use one of {', '.join(SELECTORS)}")
+        wished_selector(self.selector)
         if self.kv not in KV_TYPES:
             raise UsageError(f"no type {self.kv!r} of keys and values: use one of {', '.join(KV_TYPES)}")
         if self.bits not in BITS:

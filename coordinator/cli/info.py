@@ -45,7 +45,7 @@ def describe(
         "activation": spec.activation,
         "sparse": spec.sparse,
         "predictor": _predictor(source),
-        "selectors": selectors_for(spec),
+        "selectors": [selector.name for selector in selectors_for(spec)],
         "dtypes": {
             "attention": "/".join(sorted(kinds)),
             "gate, up": plan.layout.gate_kind.name.lower(),

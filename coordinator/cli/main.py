@@ -35,10 +35,11 @@ from warmfront.coordinator.cli.options import (
 from warmfront.coordinator.cli.prompt import read_template
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
 from warmfront.coordinator.extras import require
-from warmfront.shared.config import SELECTORS, EngineConfig
+from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
 from warmfront.shared.machine.process import ensure_address_space, ensure_files, hold_interrupts, open_standard_files
+from warmfront.shared.selector import SELECTORS
 
 __all__ = ["cli", "main"]
 

@@ -12,13 +12,13 @@ from warmfront.shared.config import (
     DTYPES,
     KV_TYPES,
     POLICIES,
-    SELECTORS,
     SPECULATIONS,
     EngineConfig,
     Sampling,
     parse_size,
 )
 from warmfront.shared.errors import UsageError
+from warmfront.shared.selector import SELECTORS
 
 __all__ = [
     "Names",

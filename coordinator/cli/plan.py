@@ -58,7 +58,7 @@ def plan(
         inputs = plan_inputs(engine, say)
         name = engine.model.spec.name
         path = out or Path(re.sub(r"[^\w.-]+", "-", name) + ".plan.json")
-        facts = {"model": name, "selector": engine.plan.selector, "device": engine.statistics.workers()[-1].device}
+        facts = {"model": name, "selector": engine.plan.selector.name, "device": engine.statistics.workers()[-1].device}
         gpu, figures = make_plan(inputs, exact)
         figures = facts | figures
         write_plan(path, engine.model, inputs.budget, gpu, figures)

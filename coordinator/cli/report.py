@@ -8,6 +8,7 @@ import numpy as np
 
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Token, WorkerStats
+from warmfront.shared.selector import ALL, EXACT, Source
 
 __all__ = ["as_object", "as_text", "fault_of", "rates"]
 
@@ -30,7 +31,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "selection": selection._asdict() if selection is not None else None,
         "expert_uses": uses.tolist() if uses is not None else None,
         "workers": [asdict(worker) for worker in workers],
-        "selector": engine.plan.selector,
+        "selector": engine.plan.selector.name,
         "dtype": engine.plan.config.dtype,
         "activation": engine.model.spec.activation,
         "model": model,
@@ -49,9 +50,12 @@ def _logprob(engine: Engine, token: int, logprob: float | None) -> dict[str, Any
 
 def fault_of(engine: Engine) -> str | None:
     """What makes the answers worthless, if it can be seen: predictors that have chosen nothing at all."""
-    if engine.plan.selector != "lowrank" or engine.statistics.active_fraction(engine.statistics.workers()) != 0:
+    if (
+        Source.LOWRANK not in engine.plan.selector.sources
+        or engine.statistics.active_fraction(engine.statistics.workers()) != 0
+    ):
         return None
-    other = "exact" if engine.model.spec.sparse else "all"
+    other = EXACT if engine.model.spec.sparse else ALL
     return f"the predictors of {engine.model.spec.name} chose no neuron for any token: pass --selector {other}"
 
 

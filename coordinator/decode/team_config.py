@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from warmfront.shared.kernels.fetching import Distances, usual_distances
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.selector import Selector
 
 __all__ = ["TeamConfig"]
 
@@ -19,8 +20,7 @@ class TeamConfig:
     context: int
     # Weight type of its keys and values.
     cache_kind: Kind
-    # One of `config.SELECTORS`.
-    selector: str
+    selector: Selector
     # Predict a layer's neurons while the one before is computed.
     look_ahead: bool = False
     # Threads: how far ahead rows are fetched.

@@ -31,7 +31,6 @@ from warmfront.coordinator.decode.row_split import RowSplit
 from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
 from warmfront.coordinator.selectors.lowbit import Lowbit
-from warmfront.shared.config import PREDICTING
 from warmfront.shared.errors import WarmfrontError, WorkerError
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.fetching import CACHED_TILES
@@ -149,7 +148,7 @@ class ThreadTeam:
             table=np.array(tables, np.int64),
             pairs=np.array([positions.rotary[t].dim // 2 if t >= 0 else 0 for t in tables], np.int64),
             windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
-            predicts=self._config.selector in PREDICTING,
+            predicts=self._config.selector.predicts,
             look_ahead=self._config.look_ahead,
             router=router_of(spec),
             groups=self._model.layout.groups,

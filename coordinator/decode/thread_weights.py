@@ -14,6 +14,7 @@ from warmfront.shared.machine.memory import address, anonymous, collapse
 from warmfront.shared.machine.numa import bind, pages_by_node
 from warmfront.shared.model.formats import row_cols
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Selector, Source
 
 __all__ = ["ThreadWeights"]
 
@@ -27,13 +28,13 @@ class ThreadWeights:
         self,
         model: PackedModel,
         lowbit: Lowbit | None,
-        selector: str,
+        selector: Selector,
         cores: CorePlan,
         cuts: npt.NDArray[np.int64],
     ) -> None:
         """All tensors but bundles and unused predictors; pages are bound by the present `cuts` (see `RowSplit`)."""
         self._spec, self._cuts, self._threads = model.spec, cuts.copy(), len(cuts) - 1
-        idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
+        idle = (".ffn",) if Source.LOWRANK in selector.sources else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
         apart = ("tokenizer", "profile", "places", "largest")
         # The file that each tensor is read from.
         self.files = {n: model for n in model.entries if not n.endswith(idle) and n not in apart}

@@ -19,6 +19,7 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_cols, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Selector, Source
 
 __all__ = ["TorchNetwork", "device_bytes"]
 
@@ -63,8 +64,8 @@ def _dtype(kind: Kind | None) -> torch.dtype:
     return _DTYPES.get(kind, torch.float16) if kind is not None else torch.float32
 
 
-def _tensors(model: PackedModel, selector: str) -> list[str]:
-    idle = (".ffn",) if selector == "lowrank" else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
+def _tensors(model: PackedModel, selector: Selector) -> list[str]:
+    idle = (".ffn",) if Source.LOWRANK in selector.sources else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
     apart = ("tokenizer", "profile", "places", "largest")
     return [name for name in model.entries if not name.endswith(idle) and name not in apart]
 
@@ -81,7 +82,7 @@ def _cols(model: PackedModel, name: str) -> int:
     return row_cols(entry.kind, entry.shape[1])
 
 
-def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: str) -> int:
+def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: Selector) -> int:
     """Bytes that a `TorchNetwork` takes on its device for weights and KV cache; torch itself needs more."""
     total = int(np.prod(_cache_shape(model.spec, context))) * _dtype(cache_kind).itemsize
     for name in _tensors(model, selector):
@@ -95,7 +96,7 @@ def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: s
 class TorchNetwork:
     """Embedding, attention, predictors and head, as steps between those of the workers; call `load` first."""
 
-    def __init__(self, model: PackedModel, device: str, context: int, cache_kind: Kind, selector: str) -> None:
+    def __init__(self, model: PackedModel, device: str, context: int, cache_kind: Kind, selector: Selector) -> None:
         self._model, self._device, self._selector = model, torch.device(device), selector
         self._context, self._cache_kind = context, cache_kind
         self._predictor = model.spec.predictor or Predictor()

@@ -29,6 +29,7 @@ from warmfront.shared.machine.memory import address
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.panels import LANES, whole_panels
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Source
 from warmfront.shared.wire.board import LAYER, QUIT, Board
 from warmfront.shared.wire.handoff import ABORTED, DONE, HANDOFF_SPINS, LATE, announce, await_sequence
 
@@ -42,7 +43,7 @@ class TorchTeam:
         """See `ThreadTeam`."""
         self._model, self._board, self._dead = model, board, dead
         self._device, self._threads = config.device, len(config.cores.coordinator)
-        self._predicts, self._look_ahead = config.selector == "lowrank", config.look_ahead
+        self._predicts, self._look_ahead = Source.LOWRANK in config.selector.sources, config.look_ahead
         self.clean = self._context = config.context
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros((1, model.spec.vocab), np.float32)

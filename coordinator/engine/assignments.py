@@ -47,7 +47,7 @@ def make_assignments(
             model=os.fspath(model.path),
             neuron_order=model.order,
             cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
-            selector=plan.selector,
+            selector=plan.selector.name,
             home=home.tobytes(),
             spare_slots=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
             slowdown=slow.get(name, 1.0),

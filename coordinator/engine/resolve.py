@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from warmfront.coordinator.engine.devices import against_attention, against_neurons
 from warmfront.coordinator.hardware.settings import tuned
-from warmfront.shared.config import PREDICTING, EngineConfig, parse_slow
+from warmfront.shared.config import EngineConfig, parse_slow
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.core_plan import CorePlan, plan_cores
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import ALL, EXACT, LOWBIT, LOWRANK, Selector, Source, wished_selector
 
 __all__ = ["DEFAULT_CONTEXT", "Devices", "RunPlan", "resolve", "resolve_devices", "selectors_for"]
 
@@ -42,7 +43,7 @@ class RunPlan:
     config: EngineConfig  # as the user gave it, with what `warmfront tune` found
     gpu: str | None
     attention: str
-    selector: str  # never "auto"
+    selector: Selector
     look_ahead: bool  # neurons are predicted while the layer before is computed
     context: int  # tokens that the KV cache holds, prompt and answer together
     cache_kind: Kind  # of its keys and values
@@ -53,11 +54,6 @@ class RunPlan:
     def worker_names(self) -> list[str]:
         """Of the worker processes, in the order of the board."""
         return [f"cpu{index}" for index in range(len(self.cores.workers))] + ["gpu0"] * (self.gpu is not None)
-
-    @property
-    def predicts(self) -> bool:
-        """Whether the coordinator tells the workers which neurons to compute."""
-        return self.selector in PREDICTING
 
 
 def resolve_devices(config: EngineConfig, say: Say) -> Devices:
@@ -84,11 +80,12 @@ def resolve_devices(config: EngineConfig, say: Say) -> Devices:
 
 def _resolve_attention(config: EngineConfig, gpu: str | None, say: Say) -> str:
     """`auto` goes with the GPU worker to its CUDA device, unless the selector needs the compiled pass."""
-    wish = config.attention
-    if config.selector == "lowbit" and wish not in ("auto", "cpu"):
-        raise UsageError(f"--attention {wish}, but --selector lowbit predicts on the CPU: pass --attention cpu")
+    wish, selector = config.attention, wished_selector(config.selector)
+    compiled = selector is not None and Source.LOWBIT in selector.sources
+    if compiled and wish not in ("auto", "cpu"):
+        raise UsageError(f"--attention {wish}, but --selector {selector} predicts on the CPU: pass --attention cpu")
     if wish == "auto":
-        if gpu is None or not gpu.startswith("cuda") or config.selector == "lowbit":
+        if gpu is None or not gpu.startswith("cuda") or compiled:
             return "cpu"
         against = against_attention(int(gpu.partition(":")[2]), say)
         if against:
@@ -130,7 +127,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         gpu=devices.gpu,
         attention=devices.attention,
         selector=selector,
-        look_ahead=config.look_ahead or (selector == "lowrank" and _looks_ahead(model.spec)),
+        look_ahead=config.look_ahead or (Source.LOWRANK in selector.sources and _looks_ahead(model.spec)),
         context=_resolve_context(config, model.spec),
         cache_kind=_resolve_cache(config, devices, model),
         speculates=_resolve_speculation(config, devices.attention, say),
@@ -157,26 +154,27 @@ def _plan_cores(config: EngineConfig) -> CorePlan:
     return replace(plan, workers=tuple(worker._replace(memory=None) for worker in plan.workers))
 
 
-def selectors_for(spec: ModelSpec) -> list[str]:
+def selectors_for(spec: ModelSpec) -> list[Selector]:
     """The selectors that a model can be run with, the one of `auto` first."""
-    predicting = ["lowrank"] if spec.predictor is not None else []
-    sparse = ["exact"] * spec.sparse + ["lowbit"] * spec.profiled
-    return [*predicting, *sparse, "all"]
+    predicting = [LOWRANK] if spec.predictor is not None else []
+    sparse = [EXACT] * spec.sparse + [LOWBIT] * spec.profiled
+    return [*predicting, *sparse, ALL]
 
 
-def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> str:
+def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
-    wish, able = config.selector, selectors_for(spec)
-    chosen = able[0] if wish == "auto" else wish
-    if config.look_ahead and chosen not in PREDICTING:
+    able = selectors_for(spec)
+    chosen = wished_selector(config.selector) or able[0]
+    if config.look_ahead and not chosen.predicts:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
         )
     if config.look_ahead and spec.architecture.feed_forward.experts is not None:
         raise UsageError(f"--look-ahead, but which experts {spec.name} uses is not known ahead: leave it out")
     if chosen not in able:
-        lack = "has no predictors" if wish == "lowrank" else spec.why_unprofiled
-        raise UsageError(f"--selector {wish}, but {spec.name} {lack}: use --selector {' or '.join(able)}")
+        lack = "has no predictors" if Source.LOWRANK in chosen.sources else spec.why_unprofiled
+        others = " or ".join(map(str, able))
+        raise UsageError(f"--selector {chosen}, but {spec.name} {lack}: use --selector {others}")
     return chosen
 
 

@@ -33,6 +33,7 @@ from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.branches import bounds_of, branches_of
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Source
 from warmfront.shared.wire.board import Board, BoardSizes
 from warmfront.shared.wire.messages import Assignment, Hello
 
@@ -149,7 +150,7 @@ class Runtime:
 
         if cache_is_cold(serve_team):
             say(compiling_note())
-        if plan.selector == "lowbit":
+        if Source.LOWBIT in plan.selector.sources:
             self.lowbit = open_lowbit(model, config.bits, config.recall, say)
             self._closing.callback(self.lowbit.file.close)
         return ThreadTeam(model, self.board, self._dead, team_config, self.lowbit)
@@ -189,7 +190,7 @@ class Runtime:
             bounds=bounds_of(self.model.spec),
             home=self._home,
             names=names,
-            predicted=self.plan.predicts or self.board.sizes.branches > 1,
+            predicted=self.plan.selector.masked or self.board.sizes.branches > 1,
             # A single worker shares with nobody.
             policy=make_policy(self.plan.config.policy if len(names) > 1 else "static", expected, layout.group_bytes),
             supervisor=self.supervisor,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.engine.session import Session
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.selector import Source
 from warmfront.shared.wire.messages import LoadReport
 
 __all__ = ["Selection", "Statistics", "Stats", "Token", "WorkerStats"]
@@ -143,7 +144,7 @@ class Statistics:
         """How the selected neurons compare with those that fire; None if nothing was predicted and compared."""
         compared = np.array([report.compared for report in self.reports().values()])
         model = self._session.model
-        if not self._runtime.plan.predicts or not model.spec.sparse or not compared[0, 0]:
+        if not self._runtime.plan.selector.masked or not model.spec.sparse or not compared[0, 0]:
             return None
         neurons = int(compared[0, 0]) * model.layout.groups * GROUP
         selected, fired, hit = (int(column) for column in compared[:, 1:].sum(0))
@@ -174,7 +175,8 @@ class Statistics:
         if self._runtime.lowbit is not None:
             entries |= self._runtime.lowbit.file.entries
         roles = {name: name.rpartition(".")[2] for name in entries if name.startswith("layers.")}
-        predicting = {"lowrank": ("fc1", "fc2"), "lowbit": ("lowbit",)}.get(self._runtime.plan.selector, ())
+        parts = {Source.LOWRANK: ("fc1", "fc2"), Source.LOWBIT: ("lowbit",)}
+        predicting = {role for source in self._runtime.plan.selector.sources for role in parts[source]}
         return {
             "attention": sum(entries[name].nbytes for name, role in roles.items() if role in ("q", "k", "v", "o")),
             "predictor": sum(entries[name].nbytes for name, role in roles.items() if role in predicting),

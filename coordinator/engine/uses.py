@@ -11,20 +11,22 @@ from warmfront.shared.kernels.fetching import (
     Use,
 )
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Source, Work
 
 __all__ = ["uses_of"]
+
+_NEURONS = {Work.DENSE: [BUNDLES], Work.GATES: [GATE_ROWS, SCATTERED], Work.MASK: [SCATTERED]}
 
 
 def uses_of(model: PackedModel, plan: RunPlan) -> list[Use]:
     """What decoding reads, as `plan` runs `model`."""
-    neurons = {"all": [BUNDLES], "exact": [GATE_ROWS, SCATTERED]}.get(plan.selector, [SCATTERED])
-    uses = {Use(access, int(model.layout.gate_kind)) for access in neurons}
+    uses = {Use(access, int(model.layout.gate_kind)) for access in _NEURONS[plan.selector.work]}
     if plan.attention == "cpu":
         roles = {"q", "k", "v", "o", "head" if "head" in model.entries else "embed"}
         uses.add(Use(CACHED_TILES, int(plan.cache_kind)))
-        if plan.selector == "lowrank":
+        if Source.LOWRANK in plan.selector.sources:
             roles |= {"fc1", "fc2"}
-        if plan.selector == "lowbit":
+        if Source.LOWBIT in plan.selector.sources:
             uses.add(Use(LOWBIT_ROWS, plan.config.bits))
         for name, entry in model.entries.items():
             if name.rpartition(".")[2] in roles and entry.kind is not None:

@@ -52,7 +52,7 @@ def measure(
                     samples[context].append(_sample(engine, bandwidth, context, tokens))
             for context, several in samples.items():
                 rows.append(
-                    {"selector": engine.plan.selector, "context": context} | _row(engine, context, tokens, several)
+                    {"selector": engine.plan.selector.name, "context": context} | _row(engine, context, tokens, several)
                 )
             settings = {
                 "model": model,

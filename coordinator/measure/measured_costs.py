@@ -57,7 +57,7 @@ def key_of(engine: "Engine") -> CostsKey:
     threads = (*(len(worker.cpus) for worker in cores.workers), len(cores.gpu))
     return CostsKey(
         engine.model.path.stem,
-        engine.plan.selector,
+        engine.plan.selector.name,
         tuple(worker.device for worker in engine.statistics.workers()),
         threads,
     )

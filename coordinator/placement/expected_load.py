@@ -4,11 +4,11 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.profile.counts import Profile
-from warmfront.shared.config import PREDICTING
 from warmfront.shared.model.branches import bounds_of, groups_of, has_experts
 from warmfront.shared.model.bundle import GROUP, BundleLayout
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Selector, Work
 
 __all__ = ["expected_bytes", "firing_of", "load_of", "neurons_of"]
 
@@ -40,18 +40,18 @@ def _use(spec: ModelSpec) -> Floats:
     return use
 
 
-def load_of(layout: BundleLayout, selector: str, firing: Floats) -> Floats:
+def load_of(layout: BundleLayout, selector: Selector, firing: Floats) -> Floats:
     """Bytes that computing each group reads per token, float64 [layers, groups], if `firing` of its neurons fire.
 
     A predictor is taken to select the neurons that fire and no others.
     """
     gate, rest = layout.gate_bytes, layout.rest_bytes
-    if selector in PREDICTING:
+    if selector.work is Work.MASK:
         return firing * (gate + rest)
-    return GROUP * gate + (firing if selector == "exact" else np.full_like(firing, GROUP)) * rest
+    return GROUP * gate + (firing if selector.work is Work.GATES else np.full_like(firing, GROUP)) * rest
 
 
-def expected_bytes(model: PackedModel, selector: str) -> Floats:
+def expected_bytes(model: PackedModel, selector: Selector) -> Floats:
     """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
     use = _use(model.spec)
     return load_of(model.layout, selector, firing_of(model) / np.where(use > 0, use, 1)) * use

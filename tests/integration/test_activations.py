@@ -51,8 +51,8 @@ def test_other_activations(tiny_llama: Make, name: str, overrides: dict[str, Any
     model = with_formula(llama_from_folder(folder), FORMULAS[name])
     with Engine.load(str(folder), dtype="f32", activation=name, verify=True, **overrides) as engine:
         assert engine.model.spec.activation == name
-        assert engine.plan.selector == overrides["selector"]
-        if engine.plan.selector == "lowbit":  # misses neurons on purpose
+        assert engine.plan.selector.name == overrides["selector"]
+        if engine.plan.selector.name == "lowbit":  # misses neurons on purpose
             ours = np.stack(list(engine.forced_logits(LONG[:40], 20)))
             theirs = all_logits(model, LONG[:40])[19:]
             assert np.abs(ours - theirs).max() < 2e-2 * np.abs(theirs).max()

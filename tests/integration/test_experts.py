@@ -54,7 +54,7 @@ def folder(tiny_family: Make, case: tuple[str, str]) -> Path:
 def answer(folder: Path, case: tuple[str, str]) -> Floats:
     """The logits of one worker, after the prompt and after each token of `BATCHES`, one by one."""
     with Engine.load(str(folder), dtype="f32", verify=True) as engine:
-        assert engine.plan.selector == ("exact" if case[1] == "relu" else "all")
+        assert engine.plan.selector.name == ("exact" if case[1] == "relu" else "all")
         return one_by_one(engine)
 
 

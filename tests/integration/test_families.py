@@ -206,7 +206,7 @@ def test_with_relu_on_two_workers_and_a_gpu(tiny_family: Make, name: str, monkey
     folder = tiny_family(name, seed=1, hidden_act="relu", hidden_activation="relu")
     where = {"workers": 2, "gpu": "host", "vram_budget": some_memory(name)}
     with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
-        assert engine.plan.selector == "exact"
+        assert engine.plan.selector.name == "exact"
         watch(engine, Restless(), monkeypatch)
         assert_says_the_same(engine, llama_from_folder(folder))
         assert engine.statistics.workers()[-1].neurons > 0
@@ -238,7 +238,7 @@ def test_predicted_with_a_gpu(tiny_family: Make, tmp_path: Path, name: str) -> N
     folder = with_exact_predictors(plain, tmp_path / "model")
     where = {"gpu": "host", "vram_budget": some_memory(name), "policy": "static"}
     with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
-        assert engine.plan.selector == "lowrank"
+        assert engine.plan.selector.name == "lowrank"
         assert_says_the_same(engine, llama_from_folder(plain))
         active = engine.statistics.active_fraction(engine.statistics.workers())
         assert active is not None

@@ -136,7 +136,7 @@ def weights_of(folder: Path) -> dict[str, Any]:
 def check(path: Path, reference: Reference, selector: str, **overrides: Any) -> None:
     with Engine.load(str(path), dtype="f32", verify=True, **overrides) as engine:
         assert engine.model.spec.activation == reference.activation
-        assert engine.plan.selector == selector
+        assert engine.plan.selector.name == selector
         assert engine.decode_ids(PROMPT, NEW - 1) == reference.answer(PROMPT, NEW)[: NEW - 1]
 
 

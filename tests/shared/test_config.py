@@ -10,7 +10,6 @@ from warmfront.shared.config import (
     ACTIVATIONS,
     DTYPES,
     POLICIES,
-    SELECTORS,
     EngineConfig,
     Sampling,
     parse_size,
@@ -18,6 +17,7 @@ from warmfront.shared.config import (
     whole_number,
 )
 from warmfront.shared.errors import UsageError
+from warmfront.shared.selector import SELECTORS
 
 
 @pytest.mark.parametrize(

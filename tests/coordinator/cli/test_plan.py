@@ -16,6 +16,7 @@ from warmfront.shared.model.architecture import Experts
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import LOWRANK, selector_of
 
 # Rows of 64 float32: 256 bytes; 3 whole groups and 8 neurons of a fourth.
 LAYOUT = BundleLayout(hidden=64, ffn=104, gate_kind=Kind.F32, down_kind=Kind.F32)
@@ -24,7 +25,7 @@ FIRING = np.array([[20.0, 4.0, 2.0, 1.0], [8.0, 8.0, 0.5, 0.0]])
 
 def inputs(slots: int, costs: DeviceCosts | None = None) -> PlanInputs:
     ledger = {"slots": slots * LAYOUT.group_bytes + 5, "activations": 700, "partials": 30}
-    load = load_of(LAYOUT, "lowrank", FIRING)
+    load = load_of(LAYOUT, LOWRANK, FIRING)
     costs, spec = costs or DeviceCosts(100, 0.5, 0, 0.001), changed(SPEC, "ffn", LAYOUT.ffn)
     return PlanInputs(LAYOUT, FIRING, load, costs, 10**6, ledger, spec)
 
@@ -43,7 +44,7 @@ def test_neurons_without_padding() -> None:
     ],
 )
 def test_load_by_selector(selector: str, rows: Any) -> None:
-    np.testing.assert_allclose(load_of(LAYOUT, selector, FIRING), 256 * rows)
+    np.testing.assert_allclose(load_of(LAYOUT, selector_of(selector), FIRING), 256 * rows)
 
 
 def test_without_a_profile_every_neuron_fires(

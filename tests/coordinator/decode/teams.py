@@ -19,6 +19,7 @@ from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.model.branches import branches_of
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import ALL
 from warmfront.shared.wire.board import QUIT, Board, BoardSizes
 from warmfront.shared.wire.handoff import DONE, announce, await_sequence
 
@@ -92,7 +93,7 @@ def team_config(model: PackedModel, **options: Any) -> TeamConfig:
     """One thread, on cpu 0, with the KV cache that the engine would choose."""
     kind = Kind.F32 if model.entries["embed"].kind == Kind.F32 else Kind.F16
     plan = CorePlan((WorkerCores(0, (0,)),))
-    return TeamConfig(**({"cores": plan, "context": CONTEXT, "cache_kind": kind, "selector": "all"} | options))
+    return TeamConfig(**({"cores": plan, "context": CONTEXT, "cache_kind": kind, "selector": ALL} | options))
 
 
 def opened(model: PackedModel, workers: Workers, kind: str, **options: Any) -> Any:

@@ -10,12 +10,13 @@ from tests.coordinator.decode.teams import JOBS, Workers, opened, packed, with_p
 from warmfront.shared.kernels.fetching import Distances, no_fetching
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import LOWRANK
 from warmfront.shared.wire.handoff import DONE
 
 
 def logits(model: PackedModel, cached: Kind, distances: Distances) -> bytes:
     workers, position, said = Workers(model), 0, b""
-    options = {"selector": "lowrank", "cache_kind": cached, "distances": distances}
+    options = {"selector": LOWRANK, "cache_kind": cached, "distances": distances}
     team = opened(model, workers, "compiled", **options)
     for tokens in JOBS:
         assert team.run(tokens, position, True) == DONE

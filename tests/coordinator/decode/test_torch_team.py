@@ -22,6 +22,7 @@ from warmfront.shared.kernels.gemm import in_pairs
 from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.formats import Kind, pack, unpack
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import ALL, LOWRANK, Selector
 from warmfront.shared.wire.handoff import DONE
 
 LLAMA3 = {
@@ -36,7 +37,7 @@ MakeLlama = Callable[..., Path]
 
 
 def assert_equal(
-    model: PackedModel, tolerance: float, selector: str = "all", look_ahead: bool = False, device: str = "cpu"
+    model: PackedModel, tolerance: float, selector: Selector = ALL, look_ahead: bool = False, device: str = "cpu"
 ) -> list[np.ndarray]:
     """Returns the masks of the single tokens."""
     options = {"selector": selector, "look_ahead": look_ahead}
@@ -178,7 +179,7 @@ def test_narrower_keys_and_values(tiny_llama: MakeLlama, head_dim: int, kind: Ki
 def test_predictors(tiny_llama: MakeLlama, tmp_path: Path, metadata: dict[str, str], look_ahead: bool) -> None:
     folder = with_predictors(tiny_llama(hidden_act="relu", intermediate_size=200), tmp_path / "made", **metadata)
     with packed(folder) as model:
-        masks = np.array(assert_equal(model, 2e-5, "lowrank", look_ahead))
+        masks = np.array(assert_equal(model, 2e-5, LOWRANK, look_ahead))
     share = np.bitwise_count(masks).sum() / (len(masks) * 200)
     assert 0.1 < share < 0.9
     assert not (masks[:, -1] >> 8).any(), "what is padding was predicted"
@@ -189,7 +190,7 @@ def test_predictors_beside_attention(tiny_family: Callable[..., Path], tmp_path:
     shape = {"ffn_hidden_size": 200, "intermediate_size": 200, "num_hidden_layers": 2}
     folder = with_predictors(tiny_family("falcon new", **shape), tmp_path / "made")
     with packed(folder) as model:
-        first = np.array(assert_equal(model, 2e-5, "lowrank"))[::2]
+        first = np.array(assert_equal(model, 2e-5, LOWRANK))[::2]
         embed = model.floats("embed").reshape(-1, 64)
     fc1, fc2 = (load_file(folder / "predictor.safetensors")[f"layers.0.{part}.weight"] for part in ("fc1", "fc2"))
     expected = np.maximum(embed[[job[0] for job in JOBS if len(job) == 1]] @ fc1.T, 0) @ fc2.T > 0
@@ -206,7 +207,7 @@ def test_a_real_card(tiny_llama: MakeLlama, tmp_path: Path, dtype: str, toleranc
         assert_equal(model, tolerance, device="cuda:0")
     folder = with_predictors(tiny_llama(hidden_act="relu", intermediate_size=200), tmp_path / "made")
     with packed(folder) as model:
-        assert_equal(model, 1e-4, "lowrank", device="cuda:0")
+        assert_equal(model, 1e-4, LOWRANK, device="cuda:0")
 
 
 def test_times_and_inputs_of_a_job(tiny_llama: MakeLlama) -> None:

@@ -1,0 +1,106 @@
+"""Which neurons are computed for a decoded token, in three parts; names of selectors are read here and nowhere else.
+
+    name      criterion: it counts if    source of the mask      work
+    all       it is there                none                    every neuron whole
+    exact     its gate (and up) fires    none                    all gates, then the rest of those that fire
+    lowrank   the same                   each token, by fc1, fc2 the neurons of the mask
+    lowbit    the same                   each token, by copies   the neurons of the mask
+
+A mask is on the board (`shared/wire/board.py`); workers do not know where it comes from.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from warmfront.shared.errors import UsageError
+
+__all__ = [
+    "ALL",
+    "EXACT",
+    "LOWBIT",
+    "LOWRANK",
+    "SELECTORS",
+    "Criterion",
+    "Selector",
+    "Source",
+    "Work",
+    "selector_of",
+    "wished_selector",
+]
+
+
+class Criterion(Enum):
+    """When a neuron counts."""
+
+    EVERY = auto()
+    # Its gate, or its up where there is no gate, and with dReLU both: see `activation.fires`.
+    FIRES = auto()
+
+
+class Source(Enum):
+    """Who says which neurons are computed, if somebody does before the workers are asked."""
+
+    # For each token: the model's low-rank predictors.
+    LOWRANK = auto()
+    # For each token: copies of the gates of a few bits.
+    LOWBIT = auto()
+
+
+class Work(Enum):
+    """What a worker does with a group of neurons that it owns."""
+
+    # Computes all of each.
+    DENSE = auto()
+    # Computes all gates, then the rest of the neurons that fire.
+    GATES = auto()
+    # Computes those of the mask on the board.
+    MASK = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """How the neurons of decoded tokens are chosen; a prompt's are all computed."""
+
+    name: str
+    criterion: Criterion
+    sources: frozenset[Source]
+    work: Work
+
+    @property
+    def masked(self) -> bool:
+        """Whether the workers read a mask on the board."""
+        return self.work is Work.MASK
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the coordinator writes the mask anew for each token."""
+        return not self.sources.isdisjoint((Source.LOWRANK, Source.LOWBIT))
+
+    def skips(self, sparse: bool) -> bool:
+        """Whether the rest of a neuron that does not fire is left out, in a model that is `sparse` or not."""
+        return sparse and self.criterion is not Criterion.EVERY
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ALL = Selector("all", Criterion.EVERY, frozenset(), Work.DENSE)
+EXACT = Selector("exact", Criterion.FIRES, frozenset(), Work.GATES)
+LOWRANK = Selector("lowrank", Criterion.FIRES, frozenset({Source.LOWRANK}), Work.MASK)
+LOWBIT = Selector("lowbit", Criterion.FIRES, frozenset({Source.LOWBIT}), Work.MASK)
+_NAMED = {selector.name: selector for selector in (ALL, EXACT, LOWRANK, LOWBIT)}
+_AUTO = "auto"
+# What a user can wish for.
+SELECTORS = (_AUTO, *_NAMED)
+
+
+def selector_of(name: str) -> Selector:
+    """The selector of that name. Raises UsageError if there is none."""
+    if name not in _NAMED:
+        raise UsageError(f"no selector {name!r}: use one of {', '.join(SELECTORS)}")
+    return _NAMED[name]
+
+
+def wished_selector(name: str) -> Selector | None:
+    """The same for a user's wish, which may leave it to the model: None."""
+    return None if name == _AUTO else selector_of(name)
