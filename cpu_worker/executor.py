@@ -16,6 +16,7 @@ import numpy as np
 from numba import carray
 
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, longs_at, pause
+from warmfront.shared.kernels.by_address.kernels import call_at
 from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.feed_forward.branches import branch_end, listed_end, users_groups, uses_branch, weighed
 from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors
@@ -45,7 +46,23 @@ from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
 from warmfront.shared.wire.handoff import DONE, Barrier, announce, await_sequence, barrier
 
-__all__ = ["BUSY_NS", "BYTES", "COMPARED", "FIRED", "HIT", "JOBS", "NEURONS", "SELECTED", "Worker", "serve"]
+__all__ = [
+    "BUSY_NS",
+    "BYTES",
+    "COMPARED",
+    "FIRED",
+    "HIT",
+    "JOBS",
+    "NEURONS",
+    "SELECTED",
+    "Worker",
+    "decode_gates",
+    "decode_listed",
+    "decode_tiles",
+    "prefill_dense",
+    "prefill_routed",
+    "serve",
+]
 
 # Columns of Worker.load. The last four are of jobs that compared the selection: jobs, neurons selected, neurons that
 # fire, neurons that are both.
@@ -61,9 +78,7 @@ class Worker(NamedTuple):
     # Index on the board.
     me: int
     threads: int
-    # The selector's way: all gates first; or the neurons of the mask; to `skip` what does not fire once its gate or up
-    # is known.
-    exact: bool
+    # Only the neurons of the mask; to `skip` what does not fire once its gate or up is known.
     masked: bool
     skip: bool
     # Emulation: a job is made to take so many times as long as it does.
@@ -161,12 +176,22 @@ def _owned_groups(w: Worker, rank: int, layer: int, tokens: int, decode: bool) -
 
 
 @inlined
-def _sparse(w: Worker, rank: int, groups: int, batch: Batch) -> bool:
-    """A batch by `exact`; returns whether it was not aborted.
+def _batch(w: Worker, rank: int, tokens: int) -> Batch:
+    """The batch of the job: this thread's copy of its inputs, quantised, and its sums."""
+    hidden = w.bundles.hidden
+    quantised_at, row = quantise_batch(w.x_at, address_of(w.quantised[rank]), hidden, tokens)
+    sums_at, scratch_at = address_of(w.sums[rank]), address_of(w.scratch[rank])
+    return Batch(tokens, w.x_at, quantised_at, row, w.inverse_at, sums_at, scratch_at)
+
+
+@kernel
+def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A batch by `exact`.
 
     The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
     """
     b, slots, branches, words = w.bundles, w.owned[rank], w.branches[rank], w.words[rank]
+    batch = _batch(w, rank, tokens)
     low, high = share(groups, 1, rank, rank + 1, w.threads)
     users = 0
     for token in range(batch.tokens):
@@ -174,8 +199,9 @@ def _sparse(w: Worker, rank: int, groups: int, batch: Batch) -> bool:
             users += words[token, i] != 0
     w.counts[rank, _GATES] = users * GROUP
     w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, words, w.gates[rank], w.opened[rank])
-    if barrier(w.barrier) != DONE:
-        return False
+    result = barrier(w.barrier)
+    if result != DONE:
+        return result
     total = 0
     for other in range(w.threads):
         total += w.opened_count[other, 0]
@@ -192,29 +218,30 @@ def _sparse(w: Worker, rank: int, groups: int, batch: Batch) -> bool:
             start = last
         first += count
     w.counts[rank, _NEURONS] = done
-    return True
+    return DONE
 
 
-@inlined
-def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
-    """This thread's part of a batch into its sums; returns whether it was not aborted."""
-    slots, branches, counts, hidden = w.owned[rank], w.branches[rank], w.counts[rank], w.bundles.hidden
-    quantised_at, row = quantise_batch(w.x_at, address_of(w.quantised[rank]), hidden, tokens)
-    sums_at, scratch_at = address_of(w.sums[rank]), address_of(w.scratch[rank])
-    batch = Batch(tokens, w.x_at, quantised_at, row, w.inverse_at, sums_at, scratch_at)
-    if w.exact:
-        return _sparse(w, rank, groups, batch)
-    if w.bundles.tiled:
-        low, high = share(groups, 1, rank, rank + 1, w.threads)
-        done = 0
-        while low < high:
-            end = branch_end(branches, low, high)
-            own = weighed(batch, w.routing, branches[low], w.factors[rank])
-            done += users_groups(w.bundles, slots, low, end, own, w.words[rank], w.bits[rank])
-            low = end
-        counts[_GATES] = counts[_NEURONS] = done * GROUP
-        return True
-    listed = w.listed[rank]
+@kernel
+def decode_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A batch whose tokens want all neurons of the groups, in tiles."""
+    slots, branches, counts = w.owned[rank], w.branches[rank], w.counts[rank]
+    batch = _batch(w, rank, tokens)
+    low, high = share(groups, 1, rank, rank + 1, w.threads)
+    done = 0
+    while low < high:
+        end = branch_end(branches, low, high)
+        own = weighed(batch, w.routing, branches[low], w.factors[rank])
+        done += users_groups(w.bundles, slots, low, end, own, w.words[rank], w.bits[rank])
+        low = end
+    counts[_GATES] = counts[_NEURONS] = done * GROUP
+    return DONE
+
+
+@kernel
+def decode_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A batch whose tokens want the neurons of the mask, or all in bundles."""
+    slots, branches, counts, listed = w.owned[rank], w.branches[rank], w.counts[rank], w.listed[rank]
+    batch = _batch(w, rank, tokens)
     count = list_masked(w.wanted[rank], groups, listed) if w.masked else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
@@ -231,27 +258,33 @@ def _decode(w: Worker, rank: int, groups: int, tokens: int) -> bool:
         every = np.full((1, groups), 0xFFFFFFFF, np.uint32)
         opened = open_gates(w.bundles, slots, low, high, batch, every, w.gates[rank], w.opened[rank])
         counts[_FIRED] = open_ups(w.bundles, slots, w.opened[rank], opened, batch)
-    return True
+    return DONE
 
 
 @inlined
-def _compute(w: Worker, rank: int, layer: int, groups: int, tokens: int, decode: bool) -> bool:
-    """This thread's part of the job into its sums; returns whether it was not aborted."""
-    if decode:
-        return _decode(w, rank, groups, tokens)
-    vectors = Vectors(w.x_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
-    slots, ids, firing = w.owned[rank], w.ids[rank], w.firing[layer]
-    if len(w.bounds) == 2:
-        low, high = share(groups, 1, rank, rank + 1, w.threads)
-        dense_groups(w.bundles, slots, low, high, vectors, tokens, ids, firing)
-    else:
-        job = Routed(tokens, w.routing, w.branches[rank], buffers_of(w.routed, rank))
-        list_users(w.routing, tokens, job.buffers)
-        low = cut_by_tokens(job, groups, rank, w.threads)
-        high = cut_by_tokens(job, groups, rank + 1, w.threads)
-        routed_groups(w.bundles, slots, low, high, vectors, job, ids, firing)
+def _vectors(w: Worker, rank: int) -> Vectors:
+    return Vectors(w.x_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+
+
+@kernel
+def prefill_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A prompt's tokens, which all use all groups."""
+    low, high = share(groups, 1, rank, rank + 1, w.threads)
+    dense_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), tokens, w.ids[rank], w.firing[layer])
     w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
-    return True
+    return DONE
+
+
+@kernel
+def prefill_routed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A prompt's tokens, of which each uses some experts."""
+    job = Routed(tokens, w.routing, w.branches[rank], buffers_of(w.routed, rank))
+    list_users(w.routing, tokens, job.buffers)
+    low = cut_by_tokens(job, groups, rank, w.threads)
+    high = cut_by_tokens(job, groups, rank + 1, w.threads)
+    routed_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), job, w.ids[rank], w.firing[layer])
+    w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
+    return DONE
 
 
 @inlined
@@ -310,8 +343,12 @@ def _publish(w: Worker, rank: int, layer: int, groups: int, decoded: int, size: 
 
 
 @kernel
-def serve(rank: int, w: Worker) -> None:
-    """The resident loop of thread `rank`; returns when told to quit or when the board is aborted."""
+def serve(rank: int, w: Worker, decode_at: int, prefill_at: int) -> None:
+    """The resident loop of thread `rank`; returns when told to quit or when the board is aborted.
+
+    `decode_at` and `prefill_at`: the kernels that compute a batch and a prompt's tokens, compiled apart: each adds this
+    thread's part to its sums, and returns DONE or ABORTED.
+    """
     sums = w.sums[rank]
     sequence = 0
     while True:
@@ -327,7 +364,7 @@ def serve(rank: int, w: Worker) -> None:
         size = (tokens if decode else panels_of(tokens) * lanes) * w.bundles.hidden
         sums[:size] = 0
         groups = _owned_groups(w, rank, layer, tokens, decode)
-        if not _compute(w, rank, layer, groups, tokens, decode):
+        if call_at(decode_at if decode else prefill_at, w, rank, layer, groups, tokens) != DONE:
             return
         if barrier(w.barrier) != DONE:
             return

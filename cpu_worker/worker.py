@@ -5,11 +5,27 @@ A thread writes the memory that it will mostly read, so that pages lie near its 
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
+from warmfront.cpu_worker.executor import (
+    BUSY_NS,
+    BYTES,
+    COMPARED,
+    JOBS,
+    NEURONS,
+    Worker,
+    decode_gates,
+    decode_listed,
+    decode_tiles,
+    prefill_dense,
+    prefill_routed,
+    serve,
+)
+from warmfront.shared.kernels.by_address.kernels import entry_of
+from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
@@ -58,60 +74,61 @@ class CpuWorker:
         lines_at, quit_at = address(self._lines), address(board.quit[plan.index])
         neurons = sizes.groups * GROUP
         scratch = max(batch_scratch_bytes(sizes.hidden), scratch_bytes(sizes.hidden, sizes.groups, sizes.max_tokens))
-        self._worker = Worker(
-            me=plan.index,
-            threads=threads,
-            exact=selector.work is Work.GATES,
-            masked=selector.masked,
-            skip=selector.skips(spec.sparse),
-            slow=plan.slowdown,
-            bundles=bundles_at(
-                address(self._weights),
-                layout,
-                spec.architecture.feed_forward,
-                selector.work is Work.DENSE,
-                as_distances(plan.distances),
-                selector.work is Work.GATES,
-            ),
-            gate_bytes=layout.gate_bytes,
-            rest_bytes=layout.rest_bytes,
-            bounds=bounds_of(spec),
-            slot=board.slot[plan.index],
-            owner=board.owner,
-            mask=board.mask,
-            routing=board.routing,
-            requested=board.requested[plan.index],
-            computed=board.computed,
-            firing=board.firing,
-            owned=zeros((threads, sizes.groups), np.int32),
-            ids=zeros((threads, sizes.groups), np.int32),
-            branches=zeros((threads, sizes.groups), np.int32),
-            factors=zeros((threads, BATCH), np.float32),
-            routed=routed_buffers(threads, sizes.hidden, sizes.branches, sizes.max_tokens),
-            words=zeros((threads, BATCH, sizes.groups), np.uint32),
-            bits=zeros((threads, BATCH, sizes.groups), np.uint32),
-            wanted=zeros((threads, sizes.groups), np.uint32),
-            listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
-            gates=zeros((threads, BATCH * neurons), np.float32),
-            opened=zeros((threads, neurons), np.int32),
-            opened_count=zeros((threads, 16), np.int64),
-            counts=zeros((threads, 16), np.int64),
-            quantised=zeros((threads, BATCH * quantised_bytes(sizes.hidden)), np.uint8),
-            sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.int64),
-            scratch=zeros((threads, scratch), np.uint8),
-            started=np.zeros(1, np.int64),
-            load=self._load,
-            job_at=address(board.job),
-            quit_at=quit_at,
-            descriptor=board.descriptor,
-            x_at=address(board.x),
-            inverse_at=address(board.inverse),
-            y_at=address(board.y[plan.index]),
-            done_at=address(board.done[plan.index]),
-            record=board.record[plan.index],
-            barrier=Barrier(lines_at, threads, plan.spins, quit_at),
-            arrivals_at=lines_at + 2 * LINE,
-            job_spins=HANDOFF_SPINS,
+        self._worker = by_address(
+            Worker(
+                me=plan.index,
+                threads=threads,
+                masked=selector.masked,
+                skip=selector.skips(spec.sparse),
+                slow=plan.slowdown,
+                bundles=bundles_at(
+                    address(self._weights),
+                    layout,
+                    spec.architecture.feed_forward,
+                    selector.work is Work.DENSE,
+                    as_distances(plan.distances),
+                    selector.work is Work.GATES,
+                ),
+                gate_bytes=layout.gate_bytes,
+                rest_bytes=layout.rest_bytes,
+                bounds=bounds_of(spec),
+                slot=board.slot[plan.index],
+                owner=board.owner,
+                mask=board.mask,
+                routing=board.routing,
+                requested=board.requested[plan.index],
+                computed=board.computed,
+                firing=board.firing,
+                owned=zeros((threads, sizes.groups), np.int32),
+                ids=zeros((threads, sizes.groups), np.int32),
+                branches=zeros((threads, sizes.groups), np.int32),
+                factors=zeros((threads, BATCH), np.float32),
+                routed=routed_buffers(threads, sizes.hidden, sizes.branches, sizes.max_tokens),
+                words=zeros((threads, BATCH, sizes.groups), np.uint32),
+                bits=zeros((threads, BATCH, sizes.groups), np.uint32),
+                wanted=zeros((threads, sizes.groups), np.uint32),
+                listed=np.tile(np.arange(neurons, dtype=np.int32), (threads, 1)),
+                gates=zeros((threads, BATCH * neurons), np.float32),
+                opened=zeros((threads, neurons), np.int32),
+                opened_count=zeros((threads, 16), np.int64),
+                counts=zeros((threads, 16), np.int64),
+                quantised=zeros((threads, BATCH * quantised_bytes(sizes.hidden)), np.uint8),
+                sums=zeros((threads, sizes.max_tokens * sizes.hidden), np.int64),
+                scratch=zeros((threads, scratch), np.uint8),
+                started=np.zeros(1, np.int64),
+                load=self._load,
+                job_at=address(board.job),
+                quit_at=quit_at,
+                descriptor=board.descriptor,
+                x_at=address(board.x),
+                inverse_at=address(board.inverse),
+                y_at=address(board.y[plan.index]),
+                done_at=address(board.done[plan.index]),
+                record=board.record[plan.index],
+                barrier=Barrier(lines_at, threads, plan.spins, quit_at),
+                arrivals_at=lines_at + 2 * LINE,
+                job_spins=HANDOFF_SPINS,
+            )
         )
         self._loaded = [0] * threads
         self._errors: list[BaseException] = []
@@ -126,11 +143,19 @@ class CpuWorker:
                 pin([self._plan.cpus[rank]])
             take_short_turns()
             self._fill(rank)
-            compile_for(serve, rank, self._worker)
+            decode_at, prefill_at = (entry_of(part, self._worker, 0, 0, 0, 0) for part in self._parts())
+            compile_for(serve, rank, self._worker, decode_at, prefill_at)
             self._serving[rank].set()
-            serve(rank, self._worker)
+            serve(rank, self._worker, decode_at, prefill_at)
         except BaseException as error:
             self._errors.append(error)
+
+    def _parts(self) -> tuple[Any, Any]:
+        """The kernels of a batch and of a prompt's tokens, by selector and model."""
+        decode = decode_tiles if self._worker.bundles.tiled else decode_listed
+        if selector_of(self._plan.selector).work is Work.GATES:
+            decode = decode_gates
+        return decode, prefill_dense if len(self._worker.bounds) == 2 else prefill_routed
 
     def _bind(self, node: int) -> None:
         """Bind the weights to `node`: what it cannot hold is refused, and there are only as many spare slots as fit."""

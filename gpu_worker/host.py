@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
+from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
@@ -61,17 +62,19 @@ class HostDevice:
         listed_bytes = 4 * layout.groups * GROUP
         self._listed = partials[:listed_bytes].view(np.int32)
         quantised_at = address(partials) + 2 * listed_bytes
-        self._work = HostWorkspace(
-            bundles=bundles_at(
-                address(self._memory["slots"]),
-                layout,
-                feed_forward,
-                whole=work is Work.DENSE,
-                apart=work is Work.GATES,
-            ),
-            gates=partials[listed_bytes : 2 * listed_bytes].view(np.float32),
-            quantised_at=quantised_at,
-            scratch_at=quantised_at + quantised_bytes(layout.hidden),
+        self._work = by_address(
+            HostWorkspace(
+                bundles=bundles_at(
+                    address(self._memory["slots"]),
+                    layout,
+                    feed_forward,
+                    whole=work is Work.DENSE,
+                    apart=work is Work.GATES,
+                ),
+                gates=partials[listed_bytes : 2 * listed_bytes].view(np.float32),
+                quantised_at=quantised_at,
+                scratch_at=quantised_at + quantised_bytes(layout.hidden),
+            )
         )
         # What stands for a mask of everything, for bits that nobody asked for, and for a profile that is not made.
         self._all_ones, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)

@@ -1,4 +1,4 @@
-"""Positions, KV cache and causal attention of the compiled pass.
+"""KV cache and causal attention of the compiled pass.
 
 The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. A batch: dots
 with the keys, exponentials and sums of the values, some thousand positions at a time; the positions are split into
@@ -26,14 +26,15 @@ from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, sh
 from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
 from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
 from warmfront.shared.kernels.fp16 import from_half, to_half
-from warmfront.shared.kernels.gemm import Gathered, Panels, multiply_columns, pack_panels
+from warmfront.shared.kernels.gemm import Gathered, Panels, multiply_columns, pack_panels, panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import share
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.kv_layout import SPAN, TILE
 from warmfront.shared.model.panels import LANES
+from warmfront.shared.wire.handoff import DONE, barrier
 
-__all__ = ["attend_batch", "attend_panels", "cache_panels", "join", "rotate"]
+__all__ = ["attend_batch", "attend_panels", "join"]
 
 _F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
@@ -51,32 +52,6 @@ def _tile_at(cache: Cache, part: int, head: int, layer: int, position: int) -> i
     span = ((head * cache.spans + position // SPAN) * cache.layers + layer) * (SPAN // TILE)
     offset = (span + position % SPAN // TILE) * cache.tile_bytes
     return (cache.values_at if part else cache.keys_at) + offset
-
-
-@inlined
-def rotate(net: Network, st: State, layer: int, first: int, low: int, high: int, lanes: int) -> None:
-    """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
-    pairs, table = net.pairs[layer], net.table[layer]
-    if pairs == 0:
-        return
-    cosines, sines = net.rotary[table, 0], net.rotary[table, 1]
-    rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
-    for panel in range((tokens + lanes - 1) // lanes):
-        position = st.job[POSITION] + panel * lanes
-        count = min(lanes, tokens - panel * lanes)
-        pair = (low - first) % net.head_dim // 2
-        for row in range(low, high, 2):
-            # No views: counting their references would take longer than the arithmetic.
-            even = (panel * rows + row) * lanes
-            odd = even + lanes
-            if pair < pairs:
-                for lane in range(count):
-                    cos, sin = cosines[position + lane, pair], sines[position + lane, pair]
-                    a, b = st.qkv[even + lane], st.qkv[odd + lane]
-                    st.qkv[even + lane], st.qkv[odd + lane] = a * cos - b * sin, b * cos + a * sin
-            pair += 1
-            if 2 * pair == net.head_dim:
-                pair = 0
 
 
 @kernel
@@ -168,10 +143,12 @@ def _cache_head(net: Network, st: State, layer: int, head: int, panel: int, lane
 
 
 @inlined
-def cache_panels(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
-    """Write the keys and values of several tokens into the cache: this thread's (key-value head, panel) pairs."""
+def _cache_panels(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> int:
+    """Write the keys and values of several tokens into the cache: this thread's (key-value head, panel) pairs; then
+    wait for the others. Returns DONE or ABORTED."""
     for task in range(rank, net.kv_heads * panels, st.threads):
         _cache_head(net, st, layer, task % net.kv_heads, task // net.kv_heads, lanes)
+    return barrier(st.barrier)
 
 
 @kernel
@@ -222,16 +199,20 @@ def _tile(cache: Cache, run: _Run, i: int) -> Tile:
     return Tile(cache.kind, at, run.numbers, then - at)
 
 
-@inlined
-def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
+@kernel
+def attend_batch(net: Network, st: State, layer: int, rank: int) -> int:
     """Causal attention of a batch, token by token: this thread's (key-value head, chunk of the positions) pairs.
 
     It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`. A
     chunk is read by one token after the other, so that it comes from memory once if it fits the cache. Of a token that
     comes alone, whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile.
     Positions of the tiles at both ends that a token does not see have no weight, so the sums do not depend on what is
-    there.
+    there. Returns DONE or ABORTED.
     """
+    if st.job[TOKENS] > 1:
+        result = _cache_panels(net, st, layer, rank, st.job[TOKENS], 1)
+        if result != DONE:
+            return result
     cache, head_dim, group, tokens = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[TOKENS]
     padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
     queries, mixed = np.zeros((group, padded), np.float32), np.empty((group, padded), np.float32)
@@ -291,6 +272,7 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> None:
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
                 st.partial[token, chunk, at + i] = mixed[head, i]
+    return barrier(st.barrier)
 
 
 @inlined
@@ -327,13 +309,17 @@ def _hide(own: Floats, start: int, count: int, position: int, window: int) -> No
                 own[p * LANES + lane] = _UNSEEN
 
 
-@inlined
-def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -> None:
+@kernel
+def attend_panels(net: Network, st: State, layer: int, rank: int) -> int:
     """Causal attention of several tokens: this thread's (key-value head, panels) pairs, as matrix products.
 
     The query heads that share a key-value head are the panels of one product, of as many panels of tokens as it takes
-    at a time.
+    at a time. Returns DONE or ABORTED.
     """
+    panels = panels_of(st.job[TOKENS])
+    result = _cache_panels(net, st, layer, rank, panels, LANES)
+    if result != DONE:
+        return result
     cache, head_dim, group, window = st.cache, net.head_dim, net.heads // net.kv_heads, net.windows[layer]
     padded = (head_dim + BLOCK - 1) // BLOCK * BLOCK
     rows, until = (net.heads + 2 * net.kv_heads) * head_dim, st.job[POSITION] + st.job[TOKENS]
@@ -390,3 +376,4 @@ def attend_panels(net: Network, st: State, layer: int, rank: int, panels: int) -
             for i in range(head_dim):
                 for lane in range(LANES):
                     target[i * LANES + lane] = source[i * LANES + lane] / state[column, 1, lane]
+    return barrier(st.barrier)

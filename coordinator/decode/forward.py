@@ -3,7 +3,8 @@
 A team of threads runs `forward` together, each with its own `rank`, with barriers where one needs what
 another wrote. Per layer:
 
-    norm -> q, k, v rows (split)   RoPE at once; experts that the layer's input tells | barrier
+    norm -> q, k, v rows (split)   RoPE at once                                       | barrier
+    experts that the layer's input tells: as below
     several tokens: k and v into the cache (split by head)                            | barrier
     attention (split by head); one token: k and v into the cache by whoever reads them | barrier
     output projection rows (split)                                                    | barrier
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.attention import attend_batch, attend_panels, cache_panels, join, rotate
+from warmfront.coordinator.decode.attention import join
 from warmfront.coordinator.decode.linear import (
     Input,
     Matrix,
@@ -58,16 +59,17 @@ from warmfront.coordinator.decode.network import (
     Handoff,
     K,
     Network,
+    Parts,
     Q,
     State,
     V,
 )
-from warmfront.coordinator.decode.norms import add_block, last_norm, layer_norm, normalise, normalise_heads
-from warmfront.coordinator.decode.predictor import predict
-from warmfront.coordinator.decode.router import add_down_biases, note_experts, route, score_experts
+from warmfront.coordinator.decode.norms import add_block, last_norm, layer_norm, normalise, rotate
+from warmfront.coordinator.decode.router import add_down_biases
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import soft_cap
 from warmfront.shared.kernels.atomics import address_of, clock_ns, fetch_add, load_acquire, longs_at
+from warmfront.shared.kernels.by_address.kernels import call_at
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import panels_of
@@ -274,7 +276,13 @@ def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, la
 
 
 @inlined
-def forward(rank: int, net: Network, st: State) -> int:
+def _run_part(at: int, net: Network, st: State, layer: int, rank: int) -> int:
+    result: int = call_at(at, net, st, layer, rank)
+    return result
+
+
+@inlined
+def forward(rank: int, net: Network, st: State, parts: Parts) -> int:
     """Run the job in `st.job` as thread `rank` of the team; returns DONE, ABORTED, LATE or LOST."""
     hidden, q_rows, kv_rows = net.hidden, net.heads * net.head_dim, net.kv_heads * net.head_dim
     tokens = st.job[TOKENS]
@@ -295,31 +303,20 @@ def forward(rank: int, net: Network, st: State) -> int:
         _project(net, st, layer, Q, 0, q_rows, rank, normed)
         _project(net, st, layer, K, q_rows, kv_rows, rank, normed)
         _project(net, st, layer, V, q_rows + kv_rows, kv_rows, rank, normed)
-        if net.router.early:
-            score_experts(net, st, layer, rank, x, panels, lanes)
         _count(st.busy, rank, since)
         result = barrier(st.barrier)
         if result != DONE:
             return result
         if net.router.early:
-            # All have had the workers' answers to the layer before: its routing is not read any more.
-            note_experts(net, st, layer, rank, lanes)
+            result = _run_part(parts.route, net, st, layer, rank)
+            if result != DONE:
+                return result
         if net.qk_norm:
-            normalise_heads(net, st, layer, rank, panels, lanes)
-            result = barrier(st.barrier)
+            result = _run_part(parts.normalise_heads, net, st, layer, rank)
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _QKV)
-        if tokens > 1:
-            cache_panels(net, st, layer, rank, panels, lanes)
-            result = barrier(st.barrier)
-            if result != DONE:
-                return result
-        if decode:
-            attend_batch(net, st, layer, rank)
-        else:
-            attend_panels(net, st, layer, rank, panels)
-        result = barrier(st.barrier)
+        result = _run_part(parts.attend_batch if decode else parts.attend_panels, net, st, layer, rank)
         if result != DONE:
             return result
         _note(st.times, layer, rank, _ATTENTION)
@@ -342,11 +339,11 @@ def forward(rank: int, net: Network, st: State) -> int:
         normalise(layer_norm(net, layer, FFN_NORM), hidden, x, h, panels, lanes)
         _note(st.times, layer, rank, _OUTPUT)
         if net.router.experts > 0 and not net.router.early:
-            result = route(net, st, layer, rank, panels, lanes)
+            result = _run_part(parts.route, net, st, layer, rank)
             if result != DONE:
                 return result
         if net.predicts and decode and (layer == 0 or not net.look_ahead):
-            result = predict(net, st, layer, rank)
+            result = _run_part(parts.predict, net, st, layer, rank)
             if result != DONE:
                 return result
         _note(st.times, layer, rank, _PREDICTOR)
@@ -358,7 +355,7 @@ def forward(rank: int, net: Network, st: State) -> int:
                     st.captured[layer, i] = h[i]
         _note(st.times, layer, rank, _POST)
         if net.look_ahead and decode and layer + 1 < net.layers:
-            result = predict(net, st, layer + 1, rank)
+            result = _run_part(parts.predict, net, st, layer + 1, rank)
             if result != DONE:
                 return result
         if net.parallel:
@@ -374,7 +371,7 @@ def forward(rank: int, net: Network, st: State) -> int:
 
 
 @kernel
-def serve_team(rank: int, net: Network, st: State) -> None:
+def serve_team(rank: int, net: Network, st: State, parts: Parts) -> None:
     """The resident loop of one thread: wait for a job of the engine, run it, report; a job of 0 tokens ends it."""
     handoff, sequence = st.handoff, 0
     while True:
@@ -386,7 +383,7 @@ def serve_team(rank: int, net: Network, st: State) -> None:
                 handoff.descriptor[LAYER] = QUIT
                 announce(handoff.job_at, st.job[SEQUENCE] + 1)
             return
-        result = forward(rank, net, st)
+        result = forward(rank, net, st, parts)
         st.status[rank] = result
         if fetch_add(handoff.finished_at + LINE, 1) + 1 == st.threads * sequence:
             announce(handoff.finished_at, sequence)

@@ -40,6 +40,7 @@ __all__ = [
     "Handoff",
     "K",
     "Network",
+    "Parts",
     "Q",
     "Router",
     "State",
@@ -83,6 +84,22 @@ LOST = 3
 WORKER_PATIENCE_NS = 120_000_000_000
 # Columns of State.times: when the team's first thread was done with each part of a layer.
 STEPS = ("start", "qkv", "attention", "output", "predictor", "post", "merge")
+
+
+class Parts(NamedTuple):
+    """Addresses of the parts of the pass that are compiled apart (`shared/kernels/by_address/`), 0 if the run has none.
+
+    Each takes (net, st, layer, rank), all of the team take part, and it returns DONE or ABORTED.
+    """
+
+    # Attention of a batch of decoded tokens, and of a prompt's.
+    attend_batch: int
+    attend_panels: int
+    normalise_heads: int
+    # The choice of experts.
+    route: int
+    # The guess of neurons.
+    predict: int
 
 
 class Router(NamedTuple):
@@ -179,7 +196,7 @@ class Network(NamedTuple):
     ranks: Any
     # float32 [layers, neurons]: scores above them select the neuron.
     thresholds: Any
-    # Bytes of a row of a low-bit copy; 0: prediction is low-rank.
+    # Bytes of a row of a low-bit copy.
     lowbit_stride: int
 
 

@@ -1,4 +1,4 @@
-"""Norms of the compiled pass: of the residual, of a block's output, of the heads of queries and keys."""
+"""Norms of the compiled pass: of the residual, of a block's output, of queries and keys, which are rotated here too."""
 
 from typing import Any, NamedTuple
 
@@ -6,15 +6,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from warmfront.coordinator.decode.attention import rotate
 from warmfront.coordinator.decode.linear import add_bias
-from warmfront.coordinator.decode.network import BIAS, K_NORM, Q_NORM, Network, State
+from warmfront.coordinator.decode.network import BIAS, DECODE, K_NORM, POSITION, Q_NORM, TOKENS, Network, State
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.panels import LANES
+from warmfront.shared.wire.handoff import barrier
 
-__all__ = ["Norm", "add_block", "last_norm", "layer_norm", "normalise", "normalise_heads"]
+__all__ = ["Norm", "add_block", "last_norm", "layer_norm", "normalise", "normalise_heads", "rotate"]
 
 Floats = npt.NDArray[np.float32]
 _RMS, _LAYER = range(len(NORMS))
@@ -104,9 +104,40 @@ def add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, pa
         normalise(norm, net.hidden, x, x, panels, lanes)
 
 
+@inlined
+def rotate(net: Network, st: State, layer: int, first: int, low: int, high: int, lanes: int) -> None:
+    """RoPE on rows low..high of q or k, which begin at row `first` of the joint q, k, v vector."""
+    pairs, table = net.pairs[layer], net.table[layer]
+    if pairs == 0:
+        return
+    cosines, sines = net.rotary[table, 0], net.rotary[table, 1]
+    rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
+    for panel in range((tokens + lanes - 1) // lanes):
+        position = st.job[POSITION] + panel * lanes
+        count = min(lanes, tokens - panel * lanes)
+        pair = (low - first) % net.head_dim // 2
+        for row in range(low, high, 2):
+            # No views: counting their references would take longer than the arithmetic.
+            even = (panel * rows + row) * lanes
+            odd = even + lanes
+            if pair < pairs:
+                for lane in range(count):
+                    cos, sin = cosines[position + lane, pair], sines[position + lane, pair]
+                    a, b = st.qkv[even + lane], st.qkv[odd + lane]
+                    st.qkv[even + lane], st.qkv[odd + lane] = a * cos - b * sin, b * cos + a * sin
+            pair += 1
+            if 2 * pair == net.head_dim:
+                pair = 0
+
+
 @kernel
-def normalise_heads(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
-    """Norm the queries and keys of a layer and rotate them: this thread's vectors, which are heads or all heads."""
+def normalise_heads(net: Network, st: State, layer: int, rank: int) -> int:
+    """Norm the queries and keys of a layer and rotate them: this thread's vectors, which are heads or all heads.
+
+    Returns DONE or ABORTED.
+    """
+    lanes = 1 if st.job[DECODE] != 0 else LANES
+    panels = (st.job[TOKENS] + lanes - 1) // lanes
     rows = (net.heads + 2 * net.kv_heads) * net.head_dim
     widths = (net.heads * net.head_dim, net.kv_heads * net.head_dim)
     first, task = 0, 0
@@ -123,3 +154,4 @@ def normalise_heads(net: Network, st: State, layer: int, rank: int, panels: int,
                 rotate(net, st, layer, first, low, low + size, lanes)
             task += 1
         first += width
+    return barrier(st.barrier)

@@ -21,7 +21,7 @@ from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.feed_forward.branches import uses_branch
 from warmfront.shared.kernels.fetching import LOWBIT_ROWS, MATRIX_ROWS
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.lowbit import lowbit_dot
 from warmfront.shared.kernels.multi_rows import ROWS, dot_rows
 from warmfront.shared.kernels.rows import prefetch, row_stride
@@ -29,7 +29,7 @@ from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.wire.handoff import DONE, barrier
 
-__all__ = ["predict"]
+__all__ = ["predict_lowbit", "predict_lowrank"]
 
 
 @kernel
@@ -42,13 +42,16 @@ def _word(scores: Any, thresholds: Any) -> Any:
     return word
 
 
-@inlined
-def _lowrank(net: Network, st: State, layer: int, rank: int, input_at: int) -> int:
-    """The first matrix, split over the team; then this thread's groups of the second; of each predictor that is used.
+@kernel
+def predict_lowrank(net: Network, st: State, layer: int, rank: int) -> int:
+    """Write the mask of each token's neurons on the board.
 
+    The first matrix, split over the team; then this thread's groups of the second; of each predictor that is used.
     A row of the second matrix is short, hundreds of weights: 16 are multiplied at once, with the input in registers.
-    Returns DONE or ABORTED.
+    Ahead of its layer it takes the input of the one before, which is much like its own: a layer adds little to the
+    residual (Deja Vu). Returns DONE or ABORTED.
     """
+    input_at = address_of(st.h[rank]) if net.normed else address_of(st.x[rank])
     router, routing = net.router, st.handoff.routing
     inner, kind, tokens = net.ranks[layer], net.kinds[layer, FC1], st.job[TOKENS]
     low, high = portion(st.cuts, inner, 8, rank)
@@ -75,7 +78,7 @@ def _lowrank(net: Network, st: State, layer: int, rank: int, input_at: int) -> i
             low, high = portion(st.cuts, end - start, 1, rank)
             inner_at = address_of(st.inner) + number * tokens * inner * 4
             _fire(net, st, second, layer, branch, (start + low, start + high), rank, inner_at)
-    return DONE
+    return barrier(st.barrier)
 
 
 @kernel
@@ -106,10 +109,11 @@ def _fire(
                 st.handoff.mask[token, layer, group] = word
 
 
-@inlined
-def _lowbit(net: Network, st: State, layer: int, rank: int, input_at: int) -> None:
+@kernel
+def predict_lowbit(net: Network, st: State, layer: int, rank: int) -> int:
+    """The same by the copies of the gates. Returns DONE or ABORTED."""
     bits, at, tokens = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT], st.job[TOKENS]
-    q_at, q_row = quantise_batch(input_at, address_of(st.packed[rank]), net.hidden, tokens)
+    q_at, q_row = quantise_batch(address_of(st.h[rank]), address_of(st.packed[rank]), net.hidden, tokens)
     stride, ahead = net.lowbit_stride, net.ahead[LOWBIT_ROWS, bits]
     scores = st.scores[rank]
     low, high = portion(st.cuts, net.groups, 1, rank)
@@ -122,20 +126,4 @@ def _lowbit(net: Network, st: State, layer: int, rank: int, input_at: int) -> No
                 scores[i] = lowbit_dot(bits, row_at, q_at + token * q_row, net.hidden)
             word = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
             st.handoff.mask[token, layer, group] = word
-
-
-@kernel
-def predict(net: Network, st: State, layer: int, rank: int) -> int:
-    """Write the mask of each token's neurons on the board; all of the team take part. Returns DONE or ABORTED.
-
-    Ahead of its layer it takes the input of the one before, which is much like its own: a layer adds little to the
-    residual (Deja Vu).
-    """
-    normed_at = address_of(st.h[rank])
-    if net.lowbit_stride > 0:
-        _lowbit(net, st, layer, rank, normed_at)
-    else:
-        result = _lowrank(net, st, layer, rank, normed_at if net.normed else address_of(st.x[rank]))
-        if result != DONE:
-            return result
     return barrier(st.barrier)

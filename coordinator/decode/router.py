@@ -25,20 +25,19 @@ from warmfront.coordinator.decode.network import (
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.model.architecture import SCORINGS
 from warmfront.shared.model.branches import bounds_of, dense_branches, router_rows
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.wire.handoff import DONE, barrier
 
 __all__ = [
     "add_down_biases",
     "choose_experts",
-    "note_experts",
     "route",
     "router_of",
-    "score_experts",
     "use_dense",
     "write_mask",
 ]
@@ -151,8 +150,8 @@ def write_mask(router: Router, weights: Floats, words: Any, uses: Any) -> None:
         words[router.bounds[branch] : router.bounds[branch + 1]] = word
 
 
-@kernel
-def score_experts(net: Network, st: State, layer: int, rank: int, values: Floats, panels: int, lanes: int) -> None:
+@inlined
+def _score_experts(net: Network, st: State, layer: int, rank: int, values: Floats, panels: int, lanes: int) -> None:
     """This thread's share of the scores of x [panels, hidden, lanes], `values`, in a layer with a router."""
     if net.weights[layer, ROUTER] == 0:
         return
@@ -164,8 +163,8 @@ def score_experts(net: Network, st: State, layer: int, rank: int, values: Floats
     linear(matrix, low, high, x, address_of(st.expert_scores), rows, address_of(st.scratch[rank]))
 
 
-@kernel
-def note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> None:
+@inlined
+def _note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> None:
     """Write the weights of this thread's tokens' branches on the board, of decoded tokens the mask too, by the scores.
 
     A single token is the first thread's, which posts the job too.
@@ -187,13 +186,18 @@ def note_experts(net: Network, st: State, layer: int, rank: int, lanes: int) -> 
 
 
 @kernel
-def route(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> int:
-    """Both steps for the feed-forward's inputs; all the team takes part. Returns DONE or ABORTED."""
-    score_experts(net, st, layer, rank, st.h[rank], panels, lanes)
+def route(net: Network, st: State, layer: int, rank: int) -> int:
+    """Both for the feed-forward's inputs, or early for the layer's; all the team takes part. Returns DONE or ABORTED.
+
+    Once all have come to the barrier, nobody reads the routing of the layer before any more.
+    """
+    lanes = 1 if st.job[DECODE] != 0 else LANES
+    values = st.x[rank] if net.router.early else st.h[rank]
+    _score_experts(net, st, layer, rank, values, (st.job[TOKENS] + lanes - 1) // lanes, lanes)
     result = barrier(st.barrier)
     if result != DONE:
         return result
-    note_experts(net, st, layer, rank, lanes)
+    _note_experts(net, st, layer, rank, lanes)
     # A single token is the first thread's, which posts the job too; but all ask its experts' predictors.
     return barrier(st.barrier) if st.job[TOKENS] > 1 or net.predicts else DONE
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.decode.attention import attend_batch, attend_panels
 from warmfront.coordinator.decode.footprint import chunks_of, scratch_shapes
 from warmfront.coordinator.decode.forward import serve_team
 from warmfront.coordinator.decode.kv_cache import KvCache
@@ -24,14 +25,19 @@ from warmfront.coordinator.decode.network import (
     WANT_LOGITS,
     Handoff,
     Network,
+    Parts,
     State,
 )
-from warmfront.coordinator.decode.router import router_of
+from warmfront.coordinator.decode.norms import normalise_heads
+from warmfront.coordinator.decode.predictor import predict_lowbit, predict_lowrank
+from warmfront.coordinator.decode.router import route, router_of
 from warmfront.coordinator.decode.row_split import RowSplit
 from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
 from warmfront.coordinator.selectors.lowbit import Lowbit
 from warmfront.shared.errors import WarmfrontError, WorkerError
+from warmfront.shared.kernels.by_address.kernels import entry_of
+from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.byte_dot import quantised_bytes
 from warmfront.shared.kernels.fetching import CACHED_TILES
 from warmfront.shared.kernels.jit import compile_for
@@ -112,54 +118,56 @@ class ThreadTeam:
         architecture, attention, positions = spec.architecture, spec.architecture.attention, spec.architecture.positions
         tables = [positions.table_of(layer) for layer in range(spec.layers)]
         head = "head" if "head" in at else "embed"
-        return Network(
-            layers=spec.layers,
-            hidden=spec.hidden,
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            head_dim=attention.head_dim,
-            vocab=spec.vocab,
-            norm_kind=NORMS.index(architecture.norm.kind),
-            norm_eps=np.float32(architecture.norm.epsilon),
-            parallel=architecture.residual == "parallel",
-            norms_sum=architecture.norm.placement == "sum",
-            qk_norm=attention.qk_norm is not None,
-            whole_qk_norm=attention.qk_norm == "whole",
-            score_scale=np.float32(attention.score_scale),
-            score_cap=np.float32(attention.soft_cap or 0),
-            embedding_scale=np.float32(architecture.embedding_scale),
-            residual_scale=np.float32(architecture.residual_scale),
-            logit_scale=np.float32(architecture.logit_scale),
-            logit_cap=np.float32(architecture.logit_cap or 0),
-            weights=weights,
-            kinds=kinds,
-            ahead=self._config.distances,
-            embed=at["embed"],
-            embed_kind=int(self._model.entries["embed"].kind or 0),
-            learned=at.get("positions", 0),
-            learned_kind=int(self._model.entries["positions"].kind or 0) if "positions" in at else 0,
-            learned_rows=self._model.entries["positions"].shape[0] if "positions" in at else 0,
-            learned_offset=positions.learned_offset or 0,
-            head=at[head],
-            head_kind=int(self._model.entries[head].kind or 0),
-            norm=at.get("norm", 0),
-            norm_bias=at.get("norm.bias", 0),
-            rotary=positions.tables(self._config.context),
-            table=np.array(tables, np.int64),
-            pairs=np.array([positions.rotary[t].dim // 2 if t >= 0 else 0 for t in tables], np.int64),
-            windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
-            predicts=self._config.selector.predicts,
-            look_ahead=self._config.look_ahead,
-            router=router_of(spec),
-            groups=self._model.layout.groups,
-            reach=self._model.reach,
-            degree=architecture.feed_forward.degree,
-            biased=int(bool(architecture.feed_forward.neuron_biases)),
-            normed=predictor.input == "normed",
-            rectified=predictor.activation == "relu",
-            ranks=ranks,
-            thresholds=thresholds,
-            lowbit_stride=lowbit_bytes(lowbit.bits, spec.hidden) if lowbit is not None else 0,
+        return by_address(
+            Network(
+                layers=spec.layers,
+                hidden=spec.hidden,
+                heads=attention.heads,
+                kv_heads=attention.kv_heads,
+                head_dim=attention.head_dim,
+                vocab=spec.vocab,
+                norm_kind=NORMS.index(architecture.norm.kind),
+                norm_eps=np.float32(architecture.norm.epsilon),
+                parallel=architecture.residual == "parallel",
+                norms_sum=architecture.norm.placement == "sum",
+                qk_norm=attention.qk_norm is not None,
+                whole_qk_norm=attention.qk_norm == "whole",
+                score_scale=np.float32(attention.score_scale),
+                score_cap=np.float32(attention.soft_cap or 0),
+                embedding_scale=np.float32(architecture.embedding_scale),
+                residual_scale=np.float32(architecture.residual_scale),
+                logit_scale=np.float32(architecture.logit_scale),
+                logit_cap=np.float32(architecture.logit_cap or 0),
+                weights=weights,
+                kinds=kinds,
+                ahead=self._config.distances,
+                embed=at["embed"],
+                embed_kind=int(self._model.entries["embed"].kind or 0),
+                learned=at.get("positions", 0),
+                learned_kind=int(self._model.entries["positions"].kind or 0) if "positions" in at else 0,
+                learned_rows=self._model.entries["positions"].shape[0] if "positions" in at else 0,
+                learned_offset=positions.learned_offset or 0,
+                head=at[head],
+                head_kind=int(self._model.entries[head].kind or 0),
+                norm=at.get("norm", 0),
+                norm_bias=at.get("norm.bias", 0),
+                rotary=positions.tables(self._config.context),
+                table=np.array(tables, np.int64),
+                pairs=np.array([positions.rotary[t].dim // 2 if t >= 0 else 0 for t in tables], np.int64),
+                windows=np.array(attention.windows or (0,) * spec.layers, np.int64),
+                predicts=self._config.selector.predicts,
+                look_ahead=self._config.look_ahead,
+                router=router_of(spec),
+                groups=self._model.layout.groups,
+                reach=self._model.reach,
+                degree=architecture.feed_forward.degree,
+                biased=int(bool(architecture.feed_forward.neuron_biases)),
+                normed=predictor.input == "normed",
+                rectified=predictor.activation == "relu",
+                ranks=ranks,
+                thresholds=thresholds,
+                lowbit_stride=lowbit_bytes(lowbit.bits, spec.hidden) if lowbit is not None else 0,
+            )
         )
 
     def _prepare(self) -> State:
@@ -171,25 +179,41 @@ class ThreadTeam:
         packed = max(BATCH * quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
         captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
         barrier_at = address(self._lines) + 3 * LINE
-        return State(
-            threads=threads,
-            cuts=self._rows.cuts,
-            busy=self._rows.busy,
-            barrier=Barrier(barrier_at, threads, self._config.cores.spins, address(board.abort)),
-            handoff=self._handoff(),
-            job=np.zeros(16, np.int64),
-            tokens=np.zeros(max_tokens, np.int64),
-            status=np.zeros(threads, np.int64),
-            chunks=chunks_of(spec, threads),
-            **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
-            packed=zeros((threads, packed), np.uint8),
-            logits=self.logits,
-            inner=zeros(BATCH * inner * predictors_of(spec), np.float32),
-            captured=zeros(captured, np.float32),
-            times=np.zeros((spec.layers, len(STEPS)), np.int64),
-            spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
-            uses=zeros((threads, spec.layers, board.sizes.branches), np.int64),
-            cache=self._cache.layout,
+        return by_address(
+            State(
+                threads=threads,
+                cuts=self._rows.cuts,
+                busy=self._rows.busy,
+                barrier=Barrier(barrier_at, threads, self._config.cores.spins, address(board.abort)),
+                handoff=self._handoff(),
+                job=np.zeros(16, np.int64),
+                tokens=np.zeros(max_tokens, np.int64),
+                status=np.zeros(threads, np.int64),
+                chunks=chunks_of(spec, threads),
+                **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
+                packed=zeros((threads, packed), np.uint8),
+                logits=self.logits,
+                inner=zeros(BATCH * inner * predictors_of(spec), np.float32),
+                captured=zeros(captured, np.float32),
+                times=np.zeros((spec.layers, len(STEPS)), np.int64),
+                spans=np.zeros((spec.layers, len(board.done), 2), np.int64),
+                uses=zeros((threads, spec.layers, board.sizes.branches), np.int64),
+                cache=self._cache.layout,
+            )
+        )
+
+    def _parts(self) -> Parts:
+        """The parts of the pass that this run has, compiled."""
+        network, predict = self._network, predict_lowrank if self._lowbit is None else predict_lowbit
+        uses = {
+            attend_batch: True,
+            attend_panels: True,
+            normalise_heads: network.qk_norm,
+            route: network.router.experts > 0,
+            predict: network.predicts,
+        }
+        return by_address(
+            Parts(*(entry_of(part, network, self._state, 0, 0) if used else 0 for part, used in uses.items()))
         )
 
     def _handoff(self) -> Handoff:
@@ -229,9 +253,10 @@ class ThreadTeam:
             take_short_turns()
             set_name(f"wf-team{rank}")
             self._weights.fill(rank)
-            compile_for(serve_team, rank, self._network, self._state)
+            parts = self._parts()
+            compile_for(serve_team, rank, self._network, self._state, parts)
             self._serving[rank].set()
-            serve_team(rank, self._network, self._state)
+            serve_team(rank, self._network, self._state, parts)
         except BaseException as error:
             self._fail(error)
 

@@ -11,8 +11,8 @@ back to folders beside the source, and runs what it finds there. So the project 
 What is missing or damaged is compiled anew and replaced; where nothing can be kept, kernels are compiled in memory.
 The oldest folders are removed when a new one is made.
 
-What costs most to compile is tuples of arrays, hundreds of fields each, so none is copied (`_NoCopies`), and no wrapper
-is made that nobody calls.
+What costs most to compile is tuples of arrays, hundreds of fields each, and kernels that are compiled once more into
+those that call them: what is in `by_address/` spares both.
 """
 
 import contextlib
@@ -24,20 +24,14 @@ import pickle
 import shutil
 import stat
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from numba.core import ir
-from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
-from numba.core.compiler_machinery import FunctionPass, register_pass
-from numba.core.ir_utils import build_definitions, replace_vars
-from numba.core.postproc import PostProcessor
+from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.types.misc import unliteral
-from numba.core.untyped_passes import InlineInlinables
 
 from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.files import make_folder
@@ -183,60 +177,11 @@ def compile_for(function: Any, *arguments: object) -> None:
     function.compile(tuple(numba.typeof(argument) for argument in arguments))
 
 
-@register_pass(mutates_CFG=False, analysis_only=False)
-class _NoCopies(FunctionPass):  # type: ignore[misc]
-    """Let inlined code use the parameters of the kernel themselves.
-
-    numba passes an argument to inlined code in a copy, and makes another wherever the bytecode loads it. LLVM then
-    has to find out, field by field, that they are all the same, and numba counts a reference to each array: that took
-    a third of the time to compile the pass through all layers.
-    """
-
-    _name = "warmfront_no_copies"
-
-    def __init__(self) -> None:
-        FunctionPass.__init__(self)
-
-    def run_pass(self, state: Any) -> bool:
-        """Put a parameter in the place of each variable that is assigned once, from the parameter or another copy."""
-        blocks = state.func_ir.blocks
-        assigned = [each for block in blocks.values() for each in block.find_insts(ir.Assign)]
-        times = Counter(each.target.name for each in assigned)
-        once = {each.target.name: each for each in assigned if times[each.target.name] == 1}
-
-        def parameter(name: str) -> ir.Var | None:
-            while name in once and isinstance(once[name].value, ir.Var):
-                name = once[name].value.name
-            return once[name].target if name in once and isinstance(once[name].value, ir.Arg) else None
-
-        copies = {
-            name: original
-            for name, each in once.items()
-            if isinstance(each.value, ir.Var) and (original := parameter(name)) is not None
-        }
-        for block in blocks.values():
-            block.body = [s for s in block.body if not (isinstance(s, ir.Assign) and s.target.name in copies)]
-        replace_vars(blocks, copies)
-        state.func_ir._definitions = build_definitions(blocks)
-        PostProcessor(state.func_ir).run()
-        return bool(copies)
-
-
-class _Compiler(CompilerBase):  # type: ignore[misc]
-    """numba's own, with `_NoCopies` once everything is inlined."""
-
-    def define_pipelines(self) -> list[Any]:
-        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        passes.add_pass_after(_NoCopies, InlineInlinables)
-        passes.finalize()
-        return [passes]
-
-
 def inlined(function: F) -> F:
     """Compile `function` into its callers, at each call, not by itself.
 
-    A kernel is optimised anew within each kernel that calls it, and again within that one's callers; and each call
-    passes arguments field by field, hundreds for a tuple of arrays. So what has one caller is inlined.
+    A kernel is optimised anew within each kernel that calls it, and again within that one's callers. So what has one
+    caller is inlined.
     """
     piece: F = numba.njit(inline="always")(function)
     return piece
@@ -246,9 +191,7 @@ def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if numba.config.DISABLE_JIT:
         raise UsageError("numba is told to compile nothing, which warmfront cannot do without: unset NUMBA_DISABLE_JIT")
-    compiled: Any = numba.njit(
-        nogil=True, fastmath=_FASTMATH, error_model="numpy", no_cfunc_wrapper=True, pipeline_class=_Compiler
-    )(function)
+    compiled: Any = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", no_cfunc_wrapper=True)(function)
     compiled._cache = _Cache(function)
     resolve, compile_now = compiled.get_call_template, compiled.compile
     # Else numba would compile it anew for each constant that a caller passes.

@@ -8,6 +8,7 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import Activation, activation_of
 from warmfront.shared.kernels.atomics import bytes_at, floats_at
+from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.feed_forward.down_rows import TOGETHER
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles, interleave_down
 from warmfront.shared.kernels.fetching import ANNOUNCED, BUNDLES, GATE_ROWS, SCATTERED, Distances, usual_distances
@@ -95,28 +96,30 @@ def bundles_at(
     tiled = whole and all(bool(down_in_tiles(kind)) for kind in (layout.gate_kind, layout.down_kind))
     distance = int(table[BUNDLES if whole else SCATTERED, kind])
     neurons = -(-distance // layout.bundle_bytes)
-    return Bundles(
-        at=at,
-        bundle_bytes=layout.bundle_bytes - layout.gate_row_bytes * apart,
-        group_bytes=layout.group_bytes,
-        tail_offset=layout.tail_offset,
-        rows=2 if layout.gated else 1,
-        row_bytes=layout.gate_row_bytes,
-        gate_bias=layout.gate_bias_offset,
-        up_bias=layout.up_bias_offset,
-        down_offset=layout.down_offset,
-        gate_kind=int(layout.gate_kind),
-        down_kind=int(layout.down_kind),
-        hidden=layout.hidden,
-        activation=activation_of(feed_forward),
-        tiled=tiled,
-        apart=apart,
-        first=(GROUP - 1) * layout.gate_row_bytes * apart,
-        ahead=distance if tiled else neurons,
-        # So many are read side by side: the next one is being read already.
-        down_ahead=max(neurons, TOGETHER) if neurons else 0,
-        gates_ahead=int(table[GATE_ROWS, kind]),
-        announced=0 if whole else int(table[ANNOUNCED, kind]),
+    return by_address(
+        Bundles(
+            at=at,
+            bundle_bytes=layout.bundle_bytes - layout.gate_row_bytes * apart,
+            group_bytes=layout.group_bytes,
+            tail_offset=layout.tail_offset,
+            rows=2 if layout.gated else 1,
+            row_bytes=layout.gate_row_bytes,
+            gate_bias=layout.gate_bias_offset,
+            up_bias=layout.up_bias_offset,
+            down_offset=layout.down_offset,
+            gate_kind=int(layout.gate_kind),
+            down_kind=int(layout.down_kind),
+            hidden=layout.hidden,
+            activation=activation_of(feed_forward),
+            tiled=tiled,
+            apart=apart,
+            first=(GROUP - 1) * layout.gate_row_bytes * apart,
+            ahead=distance if tiled else neurons,
+            # So many are read side by side: the next one is being read already.
+            down_ahead=max(neurons, TOGETHER) if neurons else 0,
+            gates_ahead=int(table[GATE_ROWS, kind]),
+            announced=0 if whole else int(table[ANNOUNCED, kind]),
+        )
     )
 
 
