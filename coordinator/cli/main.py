@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from warmfront.coordinator.cli.cache import cache
-from warmfront.coordinator.cli.measuring import bench, tune
+from warmfront.coordinator.cli.measuring import bench, evaluate, tune
 from warmfront.coordinator.cli.options import (
     activation_option,
     chat_template_option,
@@ -246,7 +246,7 @@ def topology(measure: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
-for command in (cache, bench, tune):
+for command in (cache, bench, evaluate, tune):
     cli.add_command(command)
 
 
