@@ -50,7 +50,7 @@ LAYERS = {
             "balancing",
             "decode",
         ],
-        "measure": ["hardware", "placement", "decode", "engine"],
+        "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
         "cli": ["extras", "hardware", "models", "text", "packing", "profile", "placement", "engine", "measure"],
     },
 }

@@ -207,6 +207,10 @@ class Ownership:
         uses = board.uses[token] if len(self._bounds) > 2 else self._uses
         return Used(asked, board.computed[token], uses, self._bounds, layout.gate_bytes, layout.rest_bytes)
 
+    def asked(self) -> npt.NDArray[np.uint32]:
+        """What was asked for, for the last single token: [layers, groups], bit i = neuron i of the group."""
+        return self._used(0).asked.copy()
+
     def fired(self) -> npt.NDArray[np.uint32]:
         """What the last single token fired: [layers, groups], bit i = neuron i of the group."""
         used = self._used(0)

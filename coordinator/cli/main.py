@@ -1,33 +1,29 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `pull`,
-`models`, `cache`.
+"""The command line: `warmfront generate`, `chat`, `profile`, `plan`, `topology`, `info`, `pull`, `models`; `cache` and
+what measures a model are in modules of their own.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. The exit code is 2 for a wrong request,
 1 for a failure at run time, 130 after Ctrl-C; an error is one line. Here are the declarations; what a command does is
-in the module of its name, or in `measure`. Those are imported when the command runs: the help must come at once.
+in the module of its name, which is imported when the command runs: the help must come at once.
 """
 
 import json
 import os
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from warmfront.coordinator.cli.cache import cache
+from warmfront.coordinator.cli.measuring import bench, evaluate, tune
 from warmfront.coordinator.cli.options import (
-    Names,
-    Numbers,
     activation_option,
     chat_template_option,
     dtype_option,
     engine_options,
     load_options,
     prompt_options,
-    run_options,
     sampling_options,
     selector_option,
     split_options,
@@ -39,14 +35,12 @@ from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
 from warmfront.shared.machine.process import ensure_address_space, ensure_files, hold_interrupts, open_standard_files
-from warmfront.shared.selector import SELECTORS
 
 __all__ = ["cli", "main"]
 
 DEFAULT_NEW_TOKENS = 128
 FILES = 48  # that this process has open at once, without those of the workers
 ADDRESS_SPACE_MB = 1000  # of Python, numba and numpy before a model is loaded
-_WIDE = 1000  # columns where stdout is not a terminal
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
@@ -106,35 +100,6 @@ def chat(
         bars.close()
         use_template(engine, template)
         converse(engine, sampling, stop, system=system, max_new_tokens=max_new_tokens, stats=stats)
-
-
-@cli.command()
-@click.argument("model", default="smollm2-135m")
-@click.option(
-    "--selectors", type=Names(SELECTORS), default="auto", show_default=True, help="Such as lowrank,exact,all."
-)
-@click.option("--contexts", type=Numbers(), default="16,512", show_default=True, help="Tokens of the prompts.")
-@click.option("-n", "--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to decode.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@run_options
-def bench(model: str, selectors: list[str], contexts: list[int], tokens: int, rounds: int, **overrides: Any) -> None:
-    """Measure the prefill and decode speed of MODEL.
-
-    Against what memory bandwidth allows; the last line is JSON.
-    """
-    EngineConfig(**overrides)
-    if min(contexts) < 2:
-        raise UsageError(f"a prompt of {min(contexts)} tokens: give 2 or more")
-
-    with hold_interrupts():
-        from warmfront.coordinator.measure.bench import measure, render
-
-    with Bars() as bars:
-        result = measure(model, overrides, selectors, contexts, tokens, rounds, say, bars.show)
-        bars.close()
-    for line in render(result, shutil.get_terminal_size((_WIDE, 0)).columns):
-        click.echo(line)
-    click.echo(json.dumps(result))
 
 
 @cli.command()
@@ -267,59 +232,6 @@ def models(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("model", default="smollm2-135m")
-@dtype_option
-@activation_option
-@selector_option
-@click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
-@click.option("--kernels", is_flag=True, help="Instead, without MODEL: how far ahead to fetch rows of weights here.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def tune(model: str, exhaustive: bool, kernels: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
-    """Find the threads that decode MODEL fastest on this machine.
-
-    Workers, threads and spins, which are kept for later runs; Ctrl-C keeps the best so far.
-    """
-    if kernels:
-        _tune_kernels(as_json)
-        return
-    EngineConfig(**overrides)
-    if plot:
-        check_writable(plot)
-        require("matplotlib", "--plot")
-
-    with hold_interrupts():
-        from warmfront.coordinator.measure.tune import draw, render, tune
-
-    with Bars() as bars:
-        result = tune(
-            model,
-            overrides | {"tuning": False},
-            exhaustive,
-            say=say,
-            progress=bars.show,
-            remaining=partial(bars.last, "tuning"),
-        )
-    if plot:
-        draw(result, plot)
-    click.echo(json.dumps(result) if as_json else "\n".join(render(result)))
-    if result["interrupted"]:
-        raise click.Abort
-
-
-def _tune_kernels(as_json: bool) -> None:
-    context = click.get_current_context()
-    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    if others := set(given) - {"kernels", "as_json"}:
-        raise UsageError(f"--kernels measures this machine for every model: leave {min(others)} out")
-    with hold_interrupts():
-        from warmfront.coordinator.cli.kernels import describe, render
-
-    facts = describe(say)
-    click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
-
-
-@cli.command()
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the memory's read bandwidth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def topology(measure: bool, as_json: bool) -> None:
@@ -334,7 +246,8 @@ def topology(measure: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
-cli.add_command(cache)
+for command in (cache, bench, evaluate, tune):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The options that several commands share, and the types of their values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from warmfront.shared.errors import UsageError
 from warmfront.shared.selector import SELECTORS
 
 __all__ = [
-    "Names",
     "Numbers",
     "Size",
+    "Sizes",
     "activation_option",
     "chat_template_option",
     "dtype_option",
@@ -40,9 +40,8 @@ _ENGINE, _SAMPLING = EngineConfig(), Sampling()
 if TYPE_CHECKING:
     _SizeType = click.ParamType[int]
     _NumbersType = click.ParamType[list[int]]
-    _NamesType = click.ParamType[list[str]]
 else:  # cannot be subscripted before click 8.4
-    _SizeType = _NumbersType = _NamesType = click.ParamType
+    _SizeType = _NumbersType = click.ParamType
 
 
 class Size(_SizeType):
@@ -69,19 +68,13 @@ class Numbers(_NumbersType):
             self.fail(f"{value!r} is not a list of numbers: write it like 1,2,3", param, ctx)
 
 
-class Names(_NamesType):
-    """One or more of the given names: a,b,c."""
+class Sizes(_NumbersType):
+    """512MB,2G."""
 
-    name = "names"
+    name = "sizes"
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        chosen = str(value).split(",")
-        if wrong := [name for name in chosen if name not in self._names]:
-            self.fail(f"{wrong[0]!r} is not one of {', '.join(self._names)}", param, ctx)
-        return chosen
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        return [Size().convert(part, param, ctx) for part in str(value).split(",")]
 
 
 def split_options(options: dict[str, Any]) -> tuple[str, dict[str, Any], Sampling, tuple[str, ...]]:

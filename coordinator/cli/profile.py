@@ -98,7 +98,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8 (byte {error.start}): give text in that encoding") from error
         if not texts[-1].strip():
-            raise UsageError(f"{file} is empty: give some text to count on")
+            raise UsageError(f"{file} is empty: give a file with some text")
     return texts
 
 

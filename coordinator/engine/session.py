@@ -115,6 +115,19 @@ class Session:
         logits: Floats = self.verify(turn, [token])[0]
         return logits
 
+    def watched_step(self, turn: int, token: int) -> tuple[Floats, Floats]:
+        """As `step`, and what the feed-forward layers got for the token, after their norm: float32 [layers, hidden]."""
+        self._decoded += 1
+        self._run(turn, [token], want_logits=True, decode=True, capture=True)
+        return self.runtime.logits[0], self.runtime.captured(1)[:, 0]
+
+    def selected(self) -> npt.NDArray[np.uint32]:
+        """The neurons that the selector chose for the last single token: [layers, groups], bit i = neuron i.
+
+        Where nothing is predicted, those that were computed whole.
+        """
+        return self.runtime.ownership.asked() if self.plan.selector.masked else self.runtime.ownership.fired()
+
     def verify(self, turn: int, tokens: list[int]) -> Floats:
         """Logits, float32 [len(tokens), vocab], after each of up to `runtime.batch` tokens; valid until the next job.
 

@@ -16,6 +16,7 @@ from typing import Any
 from warmfront.coordinator.decode.footprint import attended_bytes
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.hardware.bandwidth import Bandwidth
+from warmfront.coordinator.measure.selector_wishes import overrides_of
 from warmfront.shared.errors import UsageError
 
 __all__ = ["measure", "render"]
@@ -34,11 +35,11 @@ def measure(
     say: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """The object that is printed: settings, and a row for each selector and context."""
+    """The object that is printed: settings, and a row for each of `selectors` (`selector_wishes.py`) and context."""
     rows: list[dict[str, Any]] = []
     for selector in selectors:
-        wish = overrides | {"selector": selector, "context": max(contexts) + tokens + 1}
-        with Engine.load(model, say=say, progress=progress, **wish) as engine:
+        options = overrides | overrides_of(selector) | {"context": max(contexts) + tokens + 1}
+        with Engine.load(model, say=say, progress=progress, **options) as engine:
             if max(contexts) + tokens >= engine.plan.context:
                 raise UsageError(
                     f"a context of {max(contexts)} and {tokens} tokens: the model has {engine.plan.context}"
@@ -51,9 +52,8 @@ def measure(
                 for context in contexts:
                     samples[context].append(_sample(engine, bandwidth, context, tokens))
             for context, several in samples.items():
-                rows.append(
-                    {"selector": engine.plan.selector.name, "context": context} | _row(engine, context, tokens, several)
-                )
+                label = engine.plan.selector.name if selector == "auto" else selector
+                rows.append({"selector": label, "context": context} | _row(engine, context, tokens, several))
             settings = {
                 "model": model,
                 "name": engine.model.spec.name,

@@ -13,7 +13,7 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["calibrate", "masses_and_scores"]
+__all__ = ["calibrate", "masses", "masses_and_scores"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -42,7 +42,9 @@ def _biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
 
 
 def _magnitudes(feed_forward: FeedForward, gates: Floats, ups: Floats) -> Floats:
-    """|h| of neurons with these gates and ups, in a model whose activation is sparse."""
+    """|h| of neurons with these gates and ups."""
+    if not feed_forward.sparse:
+        return np.asarray(np.abs(_dense_activation(feed_forward, gates) * ups), np.float32)
     fires = gates > feed_forward.closed
     if feed_forward.activation == "drelu":
         fires &= ups > 0
@@ -50,17 +52,35 @@ def _magnitudes(feed_forward: FeedForward, gates: Floats, ups: Floats) -> Floats
     return np.asarray(np.abs(opened * ups) * (opened if feed_forward.activation == "relu2" else 1), np.float32)
 
 
-def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:
-    """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||; what its copy
-    scores; and by how much the gate is above that score."""
+def _dense_activation(feed_forward: FeedForward, gates: Floats) -> Floats:
+    """An activation that is never exactly zero, of a model that does not cut its gates."""
+    if feed_forward.activation == "silu":
+        # Below -88 the exponential is infinite, and the quotient the zero that it should be.
+        with np.errstate(over="ignore"):
+            return np.asarray(gates / (1 + np.exp(-gates)), np.float32)
+    if feed_forward.activation == "gelu_tanh":
+        return np.asarray(gates / 2 * (1 + np.tanh(0.7978845608 * (gates + 0.044715 * gates**3))), np.float32)
+    from torch import from_numpy
+    from torch.special import erf
+
+    return np.asarray(gates / 2 * (1 + erf(from_numpy(gates / np.float32(2**0.5))).numpy()), np.float32)
+
+
+def masses(model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
+    """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||, and its gate."""
     groups = groups_of(model, layer)
     layout = model.layout
     gates = x @ rows_of(model, groups, 0).T + _biases(model, groups, layout.gate_bias_offset)
     ups = np.ones_like(gates)
     if layout.gated:
         ups = x @ rows_of(model, groups, layout.up_offset).T + _biases(model, groups, layout.up_bias_offset)
-    mass = _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups)
-    packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
+    return _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups), gates
+
+
+def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:
+    """As `masses`, but of each gate what the neuron's copy scores, and by how much the gate is above that score."""
+    mass, gates = masses(model, layer, x)
+    packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(mass.shape[1], -1)
     scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T
     return mass, scores, gates - scores
 
