@@ -1,5 +1,5 @@
-"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `plan`, `tune`, `topology`, `info`, `pull`,
-`models`, `cache`.
+"""The command line: `warmfront generate`, `chat`, `bench`, `profile`, `train-predictor`, `plan`, `tune`, `topology`,
+`info`, `pull`, `models`, `cache`.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. The exit code is 2 for a wrong request,
 1 for a failure at run time, 130 after Ctrl-C; an error is one line. Here are the declarations; what a command does is
@@ -26,6 +26,7 @@ from warmfront.coordinator.cli.options import (
     dtype_option,
     engine_options,
     load_options,
+    predictor_option,
     prompt_options,
     run_options,
     sampling_options,
@@ -34,6 +35,7 @@ from warmfront.coordinator.cli.options import (
 )
 from warmfront.coordinator.cli.prompt import read_template
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
+from warmfront.coordinator.cli.training.command import train_predictor
 from warmfront.coordinator.extras import require
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
@@ -271,6 +273,7 @@ def models(as_json: bool) -> None:
 @dtype_option
 @activation_option
 @selector_option
+@predictor_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
 @click.option("--kernels", is_flag=True, help="Instead, without MODEL: how far ahead to fetch rows of weights here.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
@@ -335,6 +338,7 @@ def topology(measure: bool, as_json: bool) -> None:
 
 
 cli.add_command(cache)
+cli.add_command(train_predictor)
 
 
 def main() -> None:

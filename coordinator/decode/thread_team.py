@@ -177,7 +177,7 @@ class ThreadTeam:
         shapes = scratch_shapes(spec, threads, max_tokens)
         widest, inner = shapes["h"][1] // max_tokens, int(self._network.ranks.max())
         packed = max(BATCH * quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
-        captured = (spec.layers, max_tokens * spec.hidden) if self._lowbit is not None else (0, 0)
+        captured = (spec.layers, max_tokens * spec.hidden) if self._config.captures else (0, 0)
         barrier_at = address(self._lines) + 3 * LINE
         return by_address(
             State(

@@ -1,7 +1,7 @@
 """What is in the cache, and what of it may be removed.
 
-    models/       packed models by name, weight type and content; beside each the files made from it: copies of its
-                  gates, their thresholds, an interrupted count
+    models/       packed models by name, weight type and content; beside each what was made from it: copies of its
+                  gates, their thresholds, predictors, an interrupted count or training
     downloads/    models that were fetched by name
     kernels/      compiled code, a folder for each version
     profiles/     profiles of the user's own texts  } the user's work: removed only when it is named
@@ -202,8 +202,10 @@ def tidy() -> None:
 
 def remove(item: Item) -> bool:
     """Remove the item; False if another process is writing it. Raises ResourceError if it cannot be removed."""
-    # Packing and reordering lock the packed file's name, a count that of its profile (`profile/counting.py`).
-    if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in (".safetensors", ".profile")):
+    # Packing and reordering lock the packed file's name, a count that of its profile (`profile/counting.py`), training
+    # one of its own (`cli/training/`).
+    locks = (".safetensors", ".profile", ".training")
+    if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in locks):
         return False
     for path in item.paths:
         try:
