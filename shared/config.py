@@ -109,6 +109,8 @@ class EngineConfig:
     selector: str = "auto"
     bits: int = 2
     recall: float = 0.995
+    # For lowrank: a file of `warmfront train-predictor` instead of the model's own predictors.
+    predictor: str | None = None
     # CPU worker processes, one for each NUMA node; compute threads in all, one for each core; threads of the
     # coordinator's team, as many as the workers'.
     workers: int | None = None

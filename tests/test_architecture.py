@@ -35,6 +35,7 @@ LAYERS = {
         "packing": ["models"],
         "profile": ["packing"],
         "selectors": ["packing"],
+        "training": ["packing", "selectors"],
         "placement": ["extras", "profile"],
         "balancing": ["workers"],
         "decode": ["selectors"],
@@ -51,7 +52,18 @@ LAYERS = {
             "decode",
         ],
         "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
-        "cli": ["extras", "hardware", "models", "text", "packing", "profile", "placement", "engine", "measure"],
+        "cli": [
+            "extras",
+            "hardware",
+            "models",
+            "text",
+            "packing",
+            "profile",
+            "training",
+            "placement",
+            "engine",
+            "measure",
+        ],
     },
 }
 # Libraries that a package must not import.

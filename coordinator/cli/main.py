@@ -1,5 +1,5 @@
-"""The command line: `warmfront generate`, `chat`, `profile`, `plan`, `topology`, `info`, `pull`, `models`; `cache` and
-what measures a model are in modules of their own.
+"""The command line: `warmfront generate`, `chat`, `profile`, `plan`, `topology`, `info`, `pull`, `models`; `cache`,
+what measures a model and `train-predictor` are in modules of their own.
 
 Text goes to stdout as it is made; progress, notes and statistics go to stderr. The exit code is 2 for a wrong request,
 1 for a failure at run time, 130 after Ctrl-C; an error is one line. Here are the declarations; what a command does is
@@ -30,6 +30,7 @@ from warmfront.coordinator.cli.options import (
 )
 from warmfront.coordinator.cli.prompt import read_template
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
+from warmfront.coordinator.cli.training.command import train_predictor
 from warmfront.coordinator.extras import require
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
@@ -246,7 +247,7 @@ def topology(measure: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
-for command in (cache, bench, evaluate, tune):
+for command in (cache, bench, evaluate, train_predictor, tune):
     cli.add_command(command)
 
 

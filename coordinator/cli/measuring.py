@@ -18,6 +18,7 @@ from warmfront.coordinator.cli.options import (
     Sizes,
     activation_option,
     dtype_option,
+    predictor_option,
     run_options,
     selector_option,
 )
@@ -177,6 +178,7 @@ def evaluate(
 @dtype_option
 @activation_option
 @selector_option
+@predictor_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
 @click.option("--kernels", is_flag=True, help="Instead, without MODEL: how far ahead to fetch rows of weights here.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")

@@ -29,6 +29,7 @@ __all__ = [
     "dtype_option",
     "engine_options",
     "load_options",
+    "predictor_option",
     "prompt_options",
     "run_options",
     "sampling_options",
@@ -112,9 +113,15 @@ activation_option = click.option(
     show_default=True,
     help=f"Of the feed-forward layers: {', '.join(ACTIVATIONS)}; auto: what the model was trained with.",
 )
+predictor_option = click.option(
+    "--predictor",
+    type=click.Path(dir_okay=False),
+    help="Selector lowrank: a file of `warmfront train-predictor` instead of the model's own predictors.",
+)
 load_options = _together(
     dtype_option,
     activation_option,
+    predictor_option,
     click.option(
         "--bits",
         type=click.Choice([str(bits) for bits in BITS]),

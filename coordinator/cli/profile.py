@@ -28,7 +28,7 @@ from warmfront.shared.errors import ResourceError, UsageError
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["Partial", "profile", "read_texts", "render"]
+__all__ = ["Partial", "encoded", "profile", "read_texts", "render"]
 
 _SAVE_EVERY_S = 5.0
 Say = Callable[[str], None]
@@ -68,7 +68,7 @@ def _profile(
     path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
     config = settled(path, config, say, progress)
     with opened(path, config) as packed:
-        ids = _encoded(packed, [text for _, text in texts], tokens, say)
+        ids = encoded(packed, [text for _, text in texts], tokens, say)
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
         partial = Partial.open(packed, jobs, [name for (name, _), some in zip(texts, ids, strict=True) if some])
         before = packed.order
@@ -102,7 +102,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def _encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: Say) -> list[list[int]]:
+def encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: Say) -> list[list[int]]:
     """Token ids of the texts, `limit` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
     if not spec.profiled:

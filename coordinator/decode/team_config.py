@@ -29,5 +29,7 @@ class TeamConfig:
     pinned: bool = True
     # Threads: rows move between them as the load of their cores shifts.
     balances: bool = True
+    # Threads: the feed-forward inputs may be asked for.
+    captures: bool = False
     # Torch: the device as torch calls it; "cpu" emulates one by the threads.
     device: str = "cpu"

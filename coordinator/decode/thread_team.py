@@ -177,8 +177,8 @@ class ThreadTeam:
         shapes = scratch_shapes(spec, threads, max_tokens)
         widest, inner = shapes["h"][1] // max_tokens, int(self._network.ranks.max())
         packed = max(BATCH * quantised_bytes(max(widest, inner)), 2 * max_tokens * widest)
-        # All of a prompt for calibration, and one token for evaluation.
-        captured = (spec.layers, (max_tokens if self._lowbit is not None else 1) * spec.hidden)
+        # All of a prompt for calibration and training, and one token for evaluation.
+        captured = (spec.layers, (max_tokens if self._config.captures else 1) * spec.hidden)
         barrier_at = address(self._lines) + 3 * LINE
         return by_address(
             State(

@@ -15,6 +15,7 @@ from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devic
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.packing.predictor_file import attach_predictor
 from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
@@ -43,12 +44,12 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
     path = ensure_packed(find_model(name, say, progress), config.dtype, say, partial(progress, "packing"))
     config = settled(path, config, say, progress)
-    model = opened(path, config)
+    model = _predicted(opened(path, config), config, say)
     try:
         plan = resolve(config, devices, model, say)
         if ensure_profiled(model, partial(_profile_sample, model, config, say, progress), say, progress):
             model.close()
-            model = opened(path, config)
+            model = _predicted(opened(path, config), config, say)
         session = Session(model, plan)
         if session.tokenizer.note:
             say(session.tokenizer.note)
@@ -56,6 +57,17 @@ def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress:
         model.close()
         raise
     return _started(session, say, progress)
+
+
+def _predicted(model: PackedModel, config: EngineConfig, say: Say) -> PackedModel:
+    """`model` with the predictor of `config`, if that names one."""
+    if config.predictor is not None:
+        try:
+            attach_predictor(model, Path(config.predictor), config.dtype, say)
+        except BaseException:
+            model.close()
+            raise
+    return model
 
 
 def settled(path: Path, config: EngineConfig, say: Say, progress: Progress) -> EngineConfig:

@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 class Runtime:
     """Made empty, then `start`ed once, then `run` one job at a time; `close` ends it at any point.
 
-    `profiles`: the board notes which neurons the tokens of a prefill job fire.
+    `profiles`: the board notes which neurons the tokens of a prefill job fire, and their inputs can be captured.
     """
 
     def __init__(self, model: PackedModel, plan: RunPlan, *, profiles: bool = False) -> None:
@@ -135,6 +135,7 @@ class Runtime:
             distances=self._distances,
             pinned=config.pin,
             balances=config.policy == "balance",
+            captures=self.profiles or Source.LOWBIT in plan.selector.sources,
             device="cpu" if plan.attention == "host" else plan.attention,
         )
         if plan.attention != "cpu":

@@ -43,7 +43,7 @@ def _close_dropped(closing: contextlib.ExitStack, owner: int) -> None:
 class Session:
     """Owns `model` and what runs it; made empty, then `start`ed once. `close` ends it at any point.
 
-    `profiles`: `firing` can be asked for; such a session notes nothing in a trace.
+    `profiles`: `firing` and `feed_forward_inputs` can be asked for; such a session notes nothing in a trace.
     """
 
     def __init__(self, model: PackedModel, plan: RunPlan, *, profiles: bool = False) -> None:
@@ -174,10 +174,11 @@ class Session:
     def feed_forward_inputs(self, ids: Sequence[int]) -> Floats:
         """What the feed-forward layers get, after their norm, for each token: float32 [layers, len(ids), hidden].
 
-        Only with the selector lowbit. What exceeds the context is computed as a text of its own.
+        Only with the selector lowbit, or of a session that profiles. What exceeds the context is computed as a text of
+        its own.
         """
         self.check_open()
-        if self.runtime.lowbit is None:
+        if self.runtime.lowbit is None and not self.runtime.profiles:
             raise UsageError(
                 "the feed-forward inputs are kept for the selector lowbit only: load with selector='lowbit'"
             )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from warmfront.shared.files import locked, make_folder, write_whole
 
-__all__ = ["load_arrays", "save_arrays"]
+__all__ = ["Arrays", "load_arrays", "save_arrays"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -1,7 +1,7 @@
 """What is in the cache, and what of it may be removed.
 
     models/       packed models by name, weight type and content; beside each what was made from it: copies of its
-                  gates, their thresholds, an interrupted count or evaluation
+                  gates, their thresholds, predictors, an interrupted count, training or evaluation
     downloads/    models that were fetched by name
     kernels/      compiled code, a folder for each version
     profiles/     profiles of the user's own texts  } the user's work: removed only when it is named
@@ -202,10 +202,10 @@ def tidy() -> None:
 
 def remove(item: Item) -> bool:
     """Remove the item; False if another process is writing it. Raises ResourceError if it cannot be removed."""
-    # Packing and reordering lock the packed file's name, a count that of its profile (`profile/counting.py`), an
-    # evaluation that of its folder.
-    suffixes = (".safetensors", ".profile", ".eval")
-    if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in suffixes):
+    # Packing and reordering lock the packed file's name, a count that of its profile (`profile/counting.py`), training
+    # one of its own (`cli/training/`), an evaluation that of its folder.
+    locks = (".safetensors", ".profile", ".training", ".eval")
+    if any(is_locked(path.with_suffix(suffix)) for path in item.paths for suffix in locks):
         return False
     for path in item.paths:
         try:

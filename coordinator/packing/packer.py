@@ -41,7 +41,7 @@ from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
 
-__all__ = ["PackingPlan", "ensure_packed", "mended"]
+__all__ = ["PackingPlan", "ensure_packed", "mended", "predictor_kind", "predictor_rows"]
 
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
@@ -152,8 +152,7 @@ class PackingPlan:
                 rank = padded(source.tensor(f"{prefix}fc1").shape[0])
                 for part, rows in (("fc1", rank * predictors_of(spec)), ("fc2", self.layout.groups * GROUP)):
                     name, tensor = f"layers.{i}.{part}", source.tensor(f"{prefix}{part}")
-                    # With four bits a predictor misses neurons that fire.
-                    self.kinds[name] = Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
+                    self.kinds[name] = predictor_kind(tensor, dtype)
                     self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], padded(tensor.shape[1]))))
                     if part in spec.predictor.biases:
                         self.shapes[f"{name}.bias"] = ("F32", (rows,))
@@ -213,20 +212,16 @@ class PackingPlan:
     def _predictors(self, name: str) -> Bytes:
         """The packed rows of a matrix of a layer's predictors, one predictor behind the other, each from a whole group.
 
-        Raises ModelError for one of zeros, with which nothing would fire.
+        Raises ModelError for one of zeros.
         """
-        (layer, _, part), kind, pieces = name.rpartition("."), self.kinds[name], list[Bytes]()
-        for branch in parts_of(self.source.spec, int(layer.split(".")[1])):
-            tensor = self.source.tensor(f"{layer}.{branch.prefix}{part}")
-            rows = tensor.packed(kind)
-            if largest(rows, kind, padded(tensor.shape[1])) == 0:
-                which = f"{layer}.{branch.prefix}{part}"
-                raise ModelError(
-                    f"{self.source.spec.name}: the predictor's {which} holds only zeros, it would choose no neuron; "
-                    "use the model without its predictors"
-                )
-            pieces.append(_with_rows(rows, padded(len(rows))))
-        return np.concatenate(pieces)
+        (layer, _, part), spec = name.rpartition("."), self.source.spec
+        names = (f"{layer}.{branch.prefix}{part}" for branch in parts_of(spec, int(layer.split(".")[1])))
+        return np.concatenate(
+            [
+                predictor_rows(self.source.tensor(each), self.kinds[name], f"{spec.name}: the predictor's {each}")
+                for each in names
+            ]
+        )
 
     def _router(self, name: str) -> Bytes:
         scores = [name, f"{name.removesuffix('router')}shared_router"]
@@ -280,6 +275,22 @@ class PackingPlan:
                 len(out), -1
             )
         return most
+
+
+def predictor_kind(tensor: SourceTensor, dtype: str) -> Kind:
+    """The weight type of a predictor's matrix: with four bits it would miss neurons that fire."""
+    return Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
+
+
+def predictor_rows(tensor: SourceTensor, kind: Kind, label: str) -> Bytes:
+    """The packed rows of a predictor's matrix, and zero rows up to a whole group.
+
+    Raises ModelError, with `label`, for one of zeros, with which nothing would fire.
+    """
+    rows = tensor.packed(kind)
+    if largest(rows, kind, padded(tensor.shape[1])) == 0:
+        raise ModelError(f"{label} holds only zeros, it would choose no neuron; use the model without its predictors")
+    return _with_rows(rows, padded(len(rows)))
 
 
 def _kind(tensor: SourceTensor, dtype: str) -> Kind:

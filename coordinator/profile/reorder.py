@@ -43,8 +43,8 @@ def reorder(
 
     `published`: int64 [layers, ffn], the original model's neuron that is to come to each place, in place of that order.
 
-    Returns whether the order changed: then files made for the old one (`lowbit.py`) are removed. Raises ResourceError
-    when there is no room, or when another process was faster.
+    Returns whether the order changed: then files made for the old one (`lowbit.py`, `predictor_file.py`) are removed.
+    Raises ResourceError when there is no room, or when another process was faster.
     """
     with _rewriting(path, order, say) as (fd, model):
         permutation = _permutation(model, profile.counts if published is None else _as_counts(model, published))
@@ -54,7 +54,8 @@ def reorder(
         _write(fd, model, permutation, profile.reordered(permutation), order, progress)
     if changed:
         for file in path.parent.iterdir():
-            if file.name.startswith(f"{path.stem}-lowbit") and order not in file.name:
+            made = file.name.startswith((f"{path.stem}-lowbit", f"{path.stem}-predictor"))
+            if made and order not in file.name:
                 file.unlink(missing_ok=True)
     return changed
 

@@ -13,13 +13,13 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["calibrate", "masses", "masses_and_scores"]
+__all__ = ["calibrate", "down_norms", "masses", "masses_and_scores", "neuron_biases"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
+def down_norms(model: PackedModel, groups: Bytes) -> Floats:
     """float32 [groups * 32]: the length of each neuron's down row."""
     layout = model.layout
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
@@ -33,7 +33,7 @@ def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
     return np.asarray(np.linalg.norm(q * scale[:, None] + minimum[:, None], axis=2).reshape(-1), np.float32)
 
 
-def _biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
+def neuron_biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
     """float32 [groups * 32]: the bias at `offset` of each neuron's bundle; offset 0: none."""
     bundles = groups[:, : model.layout.tail_offset].reshape(-1, model.layout.bundle_bytes)
     if offset == 0:
@@ -70,11 +70,11 @@ def masses(model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
     """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||, and its gate."""
     groups = groups_of(model, layer)
     layout = model.layout
-    gates = x @ rows_of(model, groups, 0).T + _biases(model, groups, layout.gate_bias_offset)
+    gates = x @ rows_of(model, groups, 0).T + neuron_biases(model, groups, layout.gate_bias_offset)
     ups = np.ones_like(gates)
     if layout.gated:
-        ups = x @ rows_of(model, groups, layout.up_offset).T + _biases(model, groups, layout.up_bias_offset)
-    return _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups), gates
+        ups = x @ rows_of(model, groups, layout.up_offset).T + neuron_biases(model, groups, layout.up_bias_offset)
+    return _magnitudes(model.spec.architecture.feed_forward, gates, ups) * down_norms(model, groups), gates
 
 
 def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:

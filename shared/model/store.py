@@ -44,7 +44,7 @@ import contextlib
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
@@ -77,6 +77,8 @@ __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 FORMAT = "warmfront-11"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
+# How the names of predictors' tensors end.
+_PREDICTING = (".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class PackedModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._predictor: PackedModel | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # another process found it damaged, or was told to remove it
@@ -171,6 +174,13 @@ class PackedModel:
     def activate(self, name: str) -> None:
         """Compute with that activation instead of the file's, before anything else; UsageError if it cannot be."""
         self.spec = self.spec.activated(name)
+
+    def attach(self, predictor: "PackedModel") -> None:
+        """Predict by the tensors of another file, which is closed with this one, instead of by its own."""
+        self.spec = replace(self.spec, predictor=predictor.spec.predictor)
+        own = {name: entry for name, entry in self.entries.items() if not name.endswith(_PREDICTING)}
+        self.entries = own | predictor.entries
+        self._predictor = predictor
 
     def _header(self) -> tuple[dict[str, Any], bytes, int]:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
@@ -242,6 +252,9 @@ class PackedModel:
 
     def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Fill `out` (contiguous bytes) from byte `start` of tensor `name`; whole pieces of it are checked."""
+        if self._predictor is not None and name in self._predictor.entries:
+            self._predictor.read_into(name, out, start)
+            return
         entry, data = self.entries[name], out.reshape(-1)
         view, offset = data.data, entry.offset + start
         while view:
@@ -307,6 +320,8 @@ class PackedModel:
 
     def close(self) -> None:
         """Close the file."""
+        if self._predictor is not None:
+            self._predictor.close()
         os.close(self._fd)
 
     def __enter__(self) -> "PackedModel":

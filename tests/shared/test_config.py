@@ -79,6 +79,7 @@ def test_defaults_leave_everything_open() -> None:
         "selector": "auto",
         "bits": 2,
         "recall": 0.995,
+        "predictor": None,
         "workers": None,
         "threads": None,
         "coordinator_threads": None,

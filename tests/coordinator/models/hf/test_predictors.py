@@ -78,7 +78,8 @@ def test_predictor_settings_are_optional(tiny_llama: Make, tmp_path: Path) -> No
         ({}, {"layers.0.fc1.weight": ()}, r"tensor layers.0.fc1.weight has shape \(\)"),
         ({}, {"layers.1.fc2.weight": (7, 96)}, r"tensor layers.1.fc2.weight has shape \(7, 96\) instead of \(96, 7\)"),
         ({}, {"layers.2.fc1.weight": (7, 64)}, "tensor layers.2.fc1.weight is unknown"),
-        ({}, {"layers.0.fc1.bias": (40,)}, "tensor layers.0.fc1.bias is unknown"),
+        ({}, {"layers.0.fc1.bias": (40,)}, "tensor layers.1.fc1.bias is missing"),
+        ({}, {"layers.1.fc2.bias": (96,)}, "tensor layers.1.fc2.bias is unknown"),
         ({}, {"layers.0.fc1": (40, 64)}, "tensor layers.0.fc1 is unknown"),
     ],
 )

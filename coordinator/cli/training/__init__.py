@@ -1,0 +1,1 @@
+"""`warmfront train-predictor`: its declaration, and what it does."""
