@@ -120,7 +120,7 @@ def test_decoding_with_it(made: Path, trained: tuple[Path, dict[str, Any]], over
     """The neurons are in an order of their own by then, and `auto` takes the predictor."""
     ids = np.random.default_rng(8).integers(259, 512, 70).tolist()
     with Engine.load(str(made), predictor=str(trained[0]), measure=True, **overrides) as engine:
-        assert engine.plan.selector == "lowrank"
+        assert engine.plan.selector.name == "lowrank"
         assert engine.model.order
         rows = np.array(list(engine.forced_logits(ids, 5)))
         selection = engine.statistics.selection()
