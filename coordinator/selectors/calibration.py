@@ -13,13 +13,13 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["calibrate", "masses_and_scores"]
+__all__ = ["calibrate", "down_norms", "masses_and_scores"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def _down_norms(model: PackedModel, groups: Bytes) -> Floats:
+def down_norms(model: PackedModel, groups: Bytes) -> Floats:
     """float32 [groups * 32]: the length of each neuron's down row."""
     layout = model.layout
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
@@ -59,7 +59,7 @@ def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats)
     ups = np.ones_like(gates)
     if layout.gated:
         ups = x @ rows_of(model, groups, layout.up_offset).T + _biases(model, groups, layout.up_bias_offset)
-    mass = _magnitudes(model.spec.architecture.feed_forward, gates, ups) * _down_norms(model, groups)
+    mass = _magnitudes(model.spec.architecture.feed_forward, gates, ups) * down_norms(model, groups)
     packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(len(groups) * GROUP, -1)
     scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T
     return mass, scores, gates - scores
