@@ -32,6 +32,7 @@ from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.notes import NO_NOTES, Notes
 from warmfront.shared.kernels.prefill.routed_groups import (
     Routed,
     RoutedBuffers,
@@ -96,7 +97,9 @@ class Worker(NamedTuple):
     routing: Any
     requested: Any
     computed: Any
-    firing: Any
+    # Notes of the first layer, and bytes from one layer's table to the next.
+    notes: Notes
+    notes_step: int
     # Of the owned groups, int32 [threads, groups]: slots, numbers, branches.
     owned: Any
     ids: Any
@@ -270,7 +273,8 @@ def _vectors(w: Worker, rank: int) -> Vectors:
 def prefill_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A prompt's tokens, which all use all groups."""
     low, high = share(groups, 1, rank, rank + 1, w.threads)
-    dense_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), tokens, w.ids[rank], w.firing[layer])
+    notes = Notes(w.notes.by, w.notes.at + layer * w.notes_step, w.notes.width)
+    dense_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), tokens, w.ids[rank], notes)
     w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
     return DONE
 
@@ -282,7 +286,7 @@ def prefill_routed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -
     list_users(w.routing, tokens, job.buffers)
     low = cut_by_tokens(job, groups, rank, w.threads)
     high = cut_by_tokens(job, groups, rank + 1, w.threads)
-    routed_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), job, w.ids[rank], w.firing[layer])
+    routed_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), job, w.ids[rank], NO_NOTES)
     w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
     return DONE
 

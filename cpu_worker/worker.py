@@ -32,6 +32,7 @@ from warmfront.shared.kernels.feed_forward.ffn import batch_scratch_bytes
 from warmfront.shared.kernels.fetching import as_distances
 from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.kernels.prefill.dense_groups import scratch_bytes
+from warmfront.shared.kernels.prefill.notes import Notes, noting
 from warmfront.shared.kernels.prefill.routed_groups import routed_buffers
 from warmfront.shared.machine.memory import address, anonymous, collapse, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, free_on, pages_by_node
@@ -98,7 +99,8 @@ class CpuWorker:
                 routing=board.routing,
                 requested=board.requested[plan.index],
                 computed=board.computed,
-                firing=board.firing,
+                notes=Notes(noting(sizes.noted), address(board.noted), sizes.noted_shape[-1]),
+                notes_step=board.noted.strides[0],
                 owned=zeros((threads, sizes.groups), np.int32),
                 ids=zeros((threads, sizes.groups), np.int32),
                 branches=zeros((threads, sizes.groups), np.int32),

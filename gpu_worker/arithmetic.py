@@ -23,6 +23,7 @@ from warmfront.shared.kernels.feed_forward.ffn import (
 from warmfront.shared.kernels.feed_forward.neuron_lists import list_masked
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.notes import NO_NOTES
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import LANES
 
@@ -83,9 +84,9 @@ def add_masked(
 
 
 @kernel
-def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens, firing: Any) -> None:
-    """All neurons for several tokens in panels, as matrix products; `firing`: empty."""
+def add_whole(work: HostWorkspace, slots: Ints, tokens: Tokens) -> None:
+    """All neurons for several tokens in panels, as matrix products."""
     tokens.out[:] = 0
     x_at, inverse_at, out_at = address_of(tokens.x), address_of(tokens.inverse), address_of(tokens.out)
     vectors = Vectors(x_at, inverse_at, out_at, work.scratch_at)
-    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x) * LANES, slots, firing)
+    dense_groups(work.bundles, slots, 0, len(slots), vectors, len(tokens.x) * LANES, slots, NO_NOTES)

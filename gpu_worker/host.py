@@ -76,14 +76,13 @@ class HostDevice:
                 scratch_at=quantised_at + quantised_bytes(layout.hidden),
             )
         )
-        # What stands for a mask of everything, for bits that nobody asked for, and for a profile that is not made.
+        # What stands for a mask of everything, and for bits that nobody asked for.
         self._all_ones, self._ignored = np.full((2, layout.groups), 0xFFFFFFFF, np.uint32)
-        self._no_firing = np.zeros((0, GROUP, 0), np.uint16)
         words, none, inverse = self._all_ones, np.zeros(0, np.int32), np.zeros(LANES, np.float32)
         row, panel = (1, layout.hidden), (1, layout.hidden, LANES)
         one, many = (Tokens(np.zeros(s, np.float32), inverse, np.zeros(s, np.int64)) for s in (row, panel))
         compile_for(add_masked, self._work, none, self._listed, one, True, words, words)
-        compile_for(add_whole, self._work, none, many, self._no_firing)
+        compile_for(add_whole, self._work, none, many)
 
     def allocated(self) -> Ledger:
         return {purpose: buffer.nbytes for purpose, buffer in self._memory.items()}
@@ -126,7 +125,7 @@ class HostDevice:
 
     def execute_many(self, slots: Ints, x: Floats, inverse: Floats, tokens: int, out: Longs) -> tuple[int, int]:
         started = time.perf_counter_ns()
-        add_whole(self._work, slots, Tokens(x, inverse, out), self._no_firing)
+        add_whole(self._work, slots, Tokens(x, inverse, out))
         return len(slots) * GROUP * tokens, time.perf_counter_ns() - started
 
     def close(self) -> None:

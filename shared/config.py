@@ -19,9 +19,11 @@ __all__ = [
     "ACTIVATIONS",
     "ATTENTION_PATTERN",
     "BITS",
+    "CORE_SCORES",
     "DTYPES",
     "GPU_PATTERN",
     "KV_TYPES",
+    "MIN_REFRESH",
     "POLICIES",
     "SPECULATIONS",
     "THREADING",
@@ -37,6 +39,9 @@ BITS = (1, 2, 4)
 # Of the feed-forward layers, as `FeedForward.activation_name` has it.
 ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu:T", "swiglu_oai:T")
 _ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.\d+)?([eE]-?\d+)?"))
+# How tokens score the neurons of a core, and the fewest of them between two choices.
+CORE_SCORES = ("norm", "positive")
+MIN_REFRESH = 8
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
 # Of the keys and values in the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8")
@@ -111,6 +116,12 @@ class EngineConfig:
     recall: float = 0.995
     # For lowrank: a file of `warmfront train-predictor` instead of the model's own predictors.
     predictor: str | None = None
+    # For core: the share of a layer's neurons that it keeps; how tokens score neurons; after how many tokens of an
+    # answer it is chosen again, 0: never; and what it may lose, in nats of KL divergence, before all is computed.
+    keep: float = 0.4
+    core_score: str = "norm"
+    refresh: int = 0
+    max_drift: float | None = None
     # CPU worker processes, one for each NUMA node; compute threads in all, one for each core; threads of the
     # coordinator's team, as many as the workers'.
     workers: int | None = None
@@ -164,6 +175,16 @@ class EngineConfig:
             raise UsageError(f"low-bit copies of {self.bits} bits: use 1, 2 or 4")
         if not 0.5 <= self.recall < 1:
             raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"a core that keeps {self.keep} of the neurons: it must be above 0, up to 1")
+        if self.core_score not in CORE_SCORES:
+            raise UsageError(f"no score {self.core_score!r}: use one of {', '.join(CORE_SCORES)}")
+        if self.refresh != 0 and self.refresh < MIN_REFRESH:
+            raise UsageError(
+                f"a core refreshed every {self.refresh} tokens: pass --refresh {MIN_REFRESH} or more, or 0"
+            )
+        if self.max_drift is not None and not 0 <= self.max_drift < float("inf"):
+            raise UsageError(f"a drift of {self.max_drift}: it must be 0 or more nats")
         if not GPU_PATTERN.fullmatch(self.gpu):
             raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
         if not ATTENTION_PATTERN.fullmatch(self.attention):

@@ -5,6 +5,8 @@
     exact     its gate (and up) fires    none                    all gates, then the rest of those that fire
     lowrank   the same                   each token, by fc1, fc2 the neurons of the mask
     lowbit    the same                   each token, by copies   the neurons of the mask
+    core      its text uses it most      each text               the neurons of the mask
+    core|...  either                     both                    the neurons of either mask
 
 A mask is on the board (`shared/wire/board.py`); workers do not know where it comes from.
 """
@@ -16,6 +18,9 @@ from warmfront.shared.errors import UsageError
 
 __all__ = [
     "ALL",
+    "CORE",
+    "CORE_LOWBIT",
+    "CORE_LOWRANK",
     "EXACT",
     "LOWBIT",
     "LOWRANK",
@@ -35,6 +40,8 @@ class Criterion(Enum):
     EVERY = auto()
     # Its gate, or its up where there is no gate, and with dReLU both: see `activation.fires`.
     FIRES = auto()
+    # It is one of those that the text's tokens have used most: see `coordinator/selectors/core.py`.
+    LARGEST = auto()
 
 
 class Source(Enum):
@@ -44,6 +51,8 @@ class Source(Enum):
     LOWRANK = auto()
     # For each token: copies of the gates of a few bits.
     LOWBIT = auto()
+    # For each text: its core.
+    CORE = auto()
 
 
 class Work(Enum):
@@ -88,7 +97,16 @@ ALL = Selector("all", Criterion.EVERY, frozenset(), Work.DENSE)
 EXACT = Selector("exact", Criterion.FIRES, frozenset(), Work.GATES)
 LOWRANK = Selector("lowrank", Criterion.FIRES, frozenset({Source.LOWRANK}), Work.MASK)
 LOWBIT = Selector("lowbit", Criterion.FIRES, frozenset({Source.LOWBIT}), Work.MASK)
-_NAMED = {selector.name: selector for selector in (ALL, EXACT, LOWRANK, LOWBIT)}
+CORE = Selector("core", Criterion.LARGEST, frozenset({Source.CORE}), Work.MASK)
+
+
+def _union(first: Selector, second: Selector) -> Selector:
+    """The neurons of either."""
+    return Selector(f"{first}|{second}", first.criterion, first.sources | second.sources, Work.MASK)
+
+
+CORE_LOWRANK, CORE_LOWBIT = _union(CORE, LOWRANK), _union(CORE, LOWBIT)
+_NAMED = {each.name: each for each in (ALL, EXACT, LOWRANK, LOWBIT, CORE, CORE_LOWRANK, CORE_LOWBIT)}
 _AUTO = "auto"
 # What a user can wish for.
 SELECTORS = (_AUTO, *_NAMED)

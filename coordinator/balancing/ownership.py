@@ -146,6 +146,12 @@ class Ownership:
         """Who computes each group now."""
         return self._board.owner.copy()
 
+    def holds(self, owner: Table) -> Bools:
+        """Of which groups the worker in `owner` [layers, groups] has a complete copy."""
+        layers, groups = np.indices(owner.shape)
+        held: Bools = self.resident[owner, layers, groups]
+        return held
+
     def hand_over(self, owner: Table) -> None:
         """Between two jobs: who computes each group from now on; uint8 [layers, groups] of workers that hold it."""
         self._board.owner[:] = owner

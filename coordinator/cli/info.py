@@ -110,7 +110,11 @@ def _part(name: str) -> str:
 def render(facts: dict[str, Any]) -> str:
     """The object of `describe` as lines for people."""
     total = sum(facts["bytes"].values())
-    sparse = "zero for most neurons: sparse selectors apply" if facts["sparse"] else "never zero: selector all only"
+    sparse = (
+        "zero for most neurons: sparse selectors apply"
+        if facts["sparse"]
+        else "never zero: selectors all and core only"
+    )
     lines = [
         f"{facts['model']} ({facts['architecture']})",
         f"  layers         {facts['layers']} x (hidden {facts['hidden']}, {_neurons(facts)})",

@@ -9,6 +9,7 @@ import click
 from warmfront.shared.config import (
     ACTIVATIONS,
     BITS,
+    CORE_SCORES,
     DTYPES,
     KV_TYPES,
     POLICIES,
@@ -133,6 +134,18 @@ load_options = _together(
     click.option(
         "--recall", type=float, default=_ENGINE.recall, show_default=True, help="Selector lowbit: recall by mass."
     ),
+    click.option("--keep", type=float, default=_ENGINE.keep, show_default=True, help="Selector core: share it keeps."),
+    click.option(
+        "--core-score",
+        type=click.Choice(CORE_SCORES),
+        default=_ENGINE.core_score,
+        show_default=True,
+        help="Selector core: how the tokens of a text score its neurons.",
+    ),
+    click.option(
+        "--refresh", type=int, default=_ENGINE.refresh, help="Selector core: chosen again every so many tokens."
+    ),
+    click.option("--max-drift", type=float, help="Selector core: what it may lose, in nats, before all is computed."),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),

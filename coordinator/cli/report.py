@@ -16,7 +16,7 @@ __all__ = ["as_object", "as_text", "fault_of", "rates"]
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
     workers, stats, selection = engine.statistics.workers(), engine.stats, engine.statistics.selection()
-    uses = engine.statistics.expert_uses()
+    uses, core = engine.statistics.expert_uses(), engine.statistics.core()
     facts = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
@@ -29,6 +29,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "accepted": stats.accepted,
         "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
+        "core": core._asdict() if core is not None else None,
         "expert_uses": uses.tolist() if uses is not None else None,
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.plan.selector.name,
@@ -83,6 +84,11 @@ def as_text(engine: Engine) -> str:
             f"{selection.fired:.1%} of the neurons fired, {selection.selected:.1%} were predicted · "
             f"recall {selection.recall:.1%} · precision {selection.precision:.1%} (sampled)"
         )
+    core = engine.statistics.core()
+    if core is not None:
+        alike = "" if core.overlap is None else f" · its halves {core.overlap:.0%} alike"
+        drift = "" if core.drift is None else f" · {core.drift:.4f} nats lost"
+        lines.append(f"core chosen {core.chosen} times, given up {core.given_up} times{alike}{drift}")
     uses = engine.statistics.expert_uses()
     # None are chosen where no layer has experts, as a file may say.
     if uses is not None and uses.any():

@@ -82,6 +82,7 @@ class ThreadTeam:
         self._network = self._describe()
         self._state = self._prepare()
         self._sequence = 0
+        self._predicted: npt.NDArray[np.float32] | None = None  # the thresholds, once neurons are selected beside them
         self._errors: list[BaseException] = []
         self._serving = [threading.Event() for _ in cpus]
         self._threads = [threading.Thread(target=self._live, args=(i,), daemon=True) for i in range(len(cpus))]
@@ -326,6 +327,16 @@ class ThreadTeam:
             self._fail(WorkerError("a worker did not answer for two minutes"))
         self.check()
         return int(self._state.status[0]) if result == DONE else int(result)
+
+    def admit(self, words: npt.NDArray[np.uint32] | None) -> None:
+        """Select these neurons, uint32 [layers, groups], whatever is predicted; None: all."""
+        thresholds = self._network.thresholds
+        if self._predicted is None:
+            self._predicted = thresholds.copy()
+        thresholds[:] = -np.inf
+        if words is not None:
+            admitted = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(bool)
+            np.copyto(thresholds, self._predicted, where=~admitted)
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Of the last job, ns on the monotonic clock: the first thread's steps [layers, STEPS], and when each worker

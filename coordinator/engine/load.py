@@ -23,6 +23,7 @@ from warmfront.coordinator.text.sampling import Sampler
 from warmfront.shared.config import THREADING, EngineConfig, Sampling
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Source
 
 __all__ = ["load", "open_for_profiling", "opened", "settled"]
 
@@ -103,6 +104,9 @@ def _started(session: Session, say: Say, progress: Progress) -> Session:
     try:
         session.start(say, progress)
         _calibrate(session, say)
+        if Source.CORE in session.plan.selector.sources:
+            session.open_core(say)
+            _measure_core(session, say)
         session.serve()
     except BaseException:
         session.close()
@@ -134,6 +138,13 @@ def _calibrate(session: Session, say: Say) -> None:
     calibrate(lowbit, session.model, session.feed_forward_inputs(sample_ids(session)))
     lowbit.save(say)
     session.reset()
+
+
+def _measure_core(session: Session, say: Say) -> None:
+    """Find the layers that have no core, if they are not known."""
+    if session.core is not None and session.core.whole is None and session.plan.context > 1:
+        say("measuring what each layer loses by its core (first use only)")
+        session.measure_core(sample_ids(session))
 
 
 def sample_ids(session: Session) -> list[int]:

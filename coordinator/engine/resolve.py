@@ -20,7 +20,18 @@ from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.selector import ALL, EXACT, LOWBIT, LOWRANK, Selector, Source, wished_selector
+from warmfront.shared.selector import (
+    ALL,
+    CORE,
+    CORE_LOWBIT,
+    CORE_LOWRANK,
+    EXACT,
+    LOWBIT,
+    LOWRANK,
+    Selector,
+    Source,
+    wished_selector,
+)
 
 __all__ = ["DEFAULT_CONTEXT", "Devices", "RunPlan", "resolve", "resolve_devices", "selectors_for"]
 
@@ -81,7 +92,8 @@ def resolve_devices(config: EngineConfig, say: Say) -> Devices:
 def _resolve_attention(config: EngineConfig, gpu: str | None, say: Say) -> str:
     """`auto` goes with the GPU worker to its CUDA device, unless the selector needs the compiled pass."""
     wish, selector = config.attention, wished_selector(config.selector)
-    compiled = selector is not None and Source.LOWBIT in selector.sources
+    # Torch predicts by the low-rank predictors alone.
+    compiled = selector is not None and selector.predicts and selector.sources != {Source.LOWRANK}
     if compiled and wish not in ("auto", "cpu"):
         raise UsageError(f"--attention {wish}, but --selector {selector} predicts on the CPU: pass --attention cpu")
     if wish == "auto":
@@ -130,7 +142,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         look_ahead=config.look_ahead or (Source.LOWRANK in selector.sources and _looks_ahead(model.spec)),
         context=_resolve_context(config, model.spec),
         cache_kind=_resolve_cache(config, devices, model),
-        speculates=_resolve_speculation(config, devices.attention, say),
+        speculates=_resolve_speculation(config, selector, devices.attention, say),
         cores=cores.with_emulated_gpu() if devices.gpu == "host" else cores,
     )
     names = plan.worker_names
@@ -158,7 +170,11 @@ def selectors_for(spec: ModelSpec) -> list[Selector]:
     """The selectors that a model can be run with, the one of `auto` first."""
     predicting = [LOWRANK] if spec.predictor is not None else []
     sparse = [EXACT] * spec.sparse + [LOWBIT] * spec.profiled
-    return [*predicting, *sparse, ALL]
+    able = [*predicting, *sparse, ALL]
+    if spec.architecture.feed_forward.experts is not None:
+        return able
+    unions = [CORE_LOWRANK] * (LOWRANK in able) + [CORE_LOWBIT] * (LOWBIT in able)
+    return [*able, CORE, *unions]
 
 
 def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
@@ -172,7 +188,11 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
     if config.look_ahead and spec.architecture.feed_forward.experts is not None:
         raise UsageError(f"--look-ahead, but which experts {spec.name} uses is not known ahead: leave it out")
     if chosen not in able:
-        lack = "has no predictors" if Source.LOWRANK in chosen.sources else spec.why_unprofiled
+        lack = spec.why_unprofiled
+        if Source.LOWRANK in chosen.sources and spec.predictor is None:
+            lack = "has no predictors"
+        elif Source.CORE in chosen.sources and spec.architecture.feed_forward.experts is not None:
+            lack = "is a mixture of experts"
         others = " or ".join(map(str, able))
         raise UsageError(f"--selector {chosen}, but {spec.name} {lack}: use --selector {others}")
     return chosen
@@ -183,8 +203,13 @@ def _looks_ahead(spec: ModelSpec) -> bool:
     return spec.predictor is not None and spec.predictor.look_ahead
 
 
-def _resolve_speculation(config: EngineConfig, attention: str, say: Say) -> bool:
+def _resolve_speculation(config: EngineConfig, selector: Selector, attention: str, say: Say) -> bool:
     """As wished, but only the compiled pass computes batches."""
+    if config.speculate != "off" and Source.CORE in selector.sources:
+        raise UsageError(
+            f"--speculate {config.speculate}, but the neurons of --selector {selector} may change within a batch: "
+            "leave one of the two out"
+        )
     if config.speculate == "off" or attention == "cpu":
         return config.speculate != "off"
     if config.attention != "auto":

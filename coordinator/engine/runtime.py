@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,11 @@ from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.branches import bounds_of, branches_of
+from warmfront.shared.model.noted import Noted
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import Source
-from warmfront.shared.wire.board import Board, BoardSizes
+from warmfront.shared.wire.board import ALL_NEURONS, Board, BoardSizes
 from warmfront.shared.wire.messages import Assignment, Hello
 
 if TYPE_CHECKING:
@@ -78,6 +79,13 @@ class Runtime:
         self._open_ownership(say, partial(progress, "filling the GPU"))
 
     @property
+    def _noted(self) -> Noted:
+        """What the CPU workers note of a prompt's neurons."""
+        if self.profiles:
+            return Noted.FIRING
+        return Noted.MAGNITUDES if Source.CORE in self.plan.selector.sources else Noted.NOTHING
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of the longest job, whole panels of them."""
         most = _MAX_TOKENS if self.model.spec.architecture.feed_forward.experts is None else _MAX_TOKENS_OF_EXPERTS
@@ -101,12 +109,14 @@ class Runtime:
             groups=layout.groups,
             hidden=spec.hidden,
             max_tokens=self.max_tokens,
-            profiles=int(self.profiles),
+            noted=self._noted,
             branches=len(branches_of(spec)),
         )
         fd = create_shared("warmfront-board", sizes.total)
         self._closing.callback(os.close, fd)
         self.board = Board.create(map_shared(fd), sizes)
+        if plan.selector.masked and not plan.selector.predicts:
+            self.board.mask[:] = ALL_NEURONS
         self._dead = np.zeros(len(names), np.int64)
         self._attention_bytes = self._bytes_on_gpu()
         self.supervisor = Supervisor(
@@ -245,23 +255,39 @@ class Runtime:
         decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
+        noted: bool = False,
     ) -> None:
         """One job of `tokens` at position `at`, with the moves of neurons before and after it; see `ThreadTeam.run`.
 
-        Of a batch only the first token is taken for one of the text: see `observe`.
+        Of a batch only the first token is taken for one of the text: see `observe`. `noted`: the CPU workers compute
+        all of it, for a GPU notes nothing.
         Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
         """
         self.team.check()
         self.supervisor.check()
         self.ownership.boundary()
+        owners = self.ownership.owners()
+        if noted:
+            self.ownership.hand_over(self.ownership.home)
         options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
         while (result := self.team.run(tokens, at, want_logits, **options)) != 0:
             if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
+        if noted:
+            # A worker that was lost meanwhile holds nothing any more.
+            self.ownership.hand_over(np.where(self.ownership.holds(owners), owners, self.ownership.home))
         if decode or len(tokens) == 1:
             self.observe(0)
             if self.plan.config.verify:
                 self.ownership.verify(len(tokens))
+
+    def select(self, words: npt.NDArray[np.uint32] | None) -> None:
+        """From now on decoded tokens compute these neurons, uint32 [layers, groups], beside those that are predicted;
+        None: all."""
+        if self.plan.selector.predicts:
+            cast("ThreadTeam", self.team).admit(words)  # torch predicts without a core
+        else:
+            self.board.mask[:] = ALL_NEURONS if words is None else words
 
     def observe(self, token: int) -> None:
         """That many of the last batch is a token of the text: the balancer learns what it fired."""

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
+
+if TYPE_CHECKING:
+    from warmfront.coordinator.engine.text_core import TextCore
 
 __all__ = ["Session"]
 
@@ -57,6 +60,7 @@ class Session:
         # Of the last batch: tokens behind those that are not of the text yet, and how many have become so.
         self._guesses: list[int] = []
         self._accepted = 0
+        self.core: TextCore | None = None  # of texts, with selectors that have one
         self._trace = Trace(Path(plan.config.trace)) if plan.config.trace is not None else None
         self._closing = contextlib.ExitStack()
         self._closing.callback(model.close)
@@ -66,6 +70,13 @@ class Session:
     def start(self, say: Callable[[str], None], progress: Callable[[str, int, int], None]) -> None:
         """Start the workers and the team and wait until they have loaded."""
         self.runtime.start(say, progress)
+
+    def open_core(self, say: Callable[[str], None]) -> None:
+        """From now on texts have cores."""
+        with hold_interrupts():
+            from warmfront.coordinator.engine.text_core import TextCore
+
+        self.core = TextCore(self.runtime, say)
 
     def serve(self) -> None:
         """From now on the jobs are a user's: they are traced and compared."""
@@ -96,12 +107,27 @@ class Session:
         The rest was in the cache.
         """
         known = self._known(ids)
+        if self.core is not None:
+            # What scores the neurons is the same whatever was in the cache.
+            self.core.begin()
+            known = min(known, len(ids) - self.core.unread(len(ids)))
         self.forget(known)
-        while len(self._cached) < len(ids):
-            at = len(self._cached)
-            chunk = ids[at : at + self.runtime.max_tokens]
-            self._run(turn, chunk, want_logits=at + len(chunk) == len(ids))
-        return self.runtime.logits[0], len(ids) - known
+        self._read(turn, ids, want_logits=True)
+        logits = self.runtime.logits[0]
+        if self.core is not None:
+            logits = logits.copy()
+            self._choose_core()
+        return logits, len(ids) - known
+
+    def _read(self, turn: int, ids: list[int], want_logits: bool) -> None:
+        """Compute what of `ids` is not in the cache, the last tokens in a job that scores the neurons."""
+        last = len(ids) - self.core.unread(len(ids)) if self.core is not None else len(ids)
+        while (at := len(self._cached)) < len(ids):
+            end = min(at + self.runtime.max_tokens, last if at < last else len(ids))
+            scores = self.core is not None and at >= last
+            self._run(turn, ids[at:end], want_logits=want_logits and end == len(ids), noted=scores)
+            if scores and self.core is not None:
+                self.core.learn(end - at, end)
 
     def _known(self, ids: Sequence[int]) -> int:
         """How many of `ids` a prefill need not compute: the cache holds them, finite."""
@@ -135,6 +161,8 @@ class Session:
         are accepted. The logits are the same bit for bit as if the tokens came one by one; only those after the first
         if a key or value is not finite.
         """
+        if self.core is not None and len(self._cached) >= self.core.due:
+            self._choose_again(turn)
         at = len(self._cached)
         compare = self._serving and self.plan.config.measure and len(tokens) == 1 and self._decoded >= self._compare_at
         if compare:
@@ -147,6 +175,28 @@ class Session:
             tokens = tokens[:1]
             self._run(turn, tokens, want_logits=True, decode=True)
         return self.runtime.logits[: len(tokens)]
+
+    def _choose_again(self, turn: int) -> None:
+        """Read the last tokens of the text again, and choose its core by them too."""
+        assert self.core is not None
+        text = self._cached.copy()
+        self.forget(len(text) - self.core.unread(len(text)))
+        self._read(turn, text, want_logits=False)
+        self._choose_core()
+
+    def measure_core(self, ids: list[int]) -> None:
+        """Find out from `ids`, as many as fit, which layers lose so much by a core that they are computed whole."""
+        assert self.core is not None
+        with self.text() as turn:
+            self.prefill(turn, ids[: min(self.core.window, self.plan.context)])
+            with hold_interrupts():
+                self.core.measure_layers(self._cached)
+            self.forget(0)
+
+    def _choose_core(self) -> None:
+        with self._lock, hold_interrupts():
+            assert self.core is not None
+            self.core.choose(self._cached)
 
     def accept(self, turn: int) -> None:
         """The next guess of the last `verify` is the text's next token: its logits count, and the cache holds it."""
@@ -213,6 +263,7 @@ class Session:
         decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
+        noted: bool = False,
     ) -> None:
         """Run `tokens` behind what the cache holds, for the text that began with `turn`."""
         self.check_open()
@@ -227,7 +278,7 @@ class Session:
             self.check_ids(tokens)
             if self._guesses:
                 self.runtime.forget(at)
-            options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
+            options = {"decode": decode, "compare_selection": compare_selection, "capture": capture, "noted": noted}
             self.runtime.run(tokens, at, want_logits, **options)
             if self._trace is not None and self._serving:
                 self._trace.note(at, len(tokens), *self.runtime.times())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,9 @@ import numpy.typing as npt
 from warmfront.coordinator.engine.session import Session
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.selector import Source
+
+if TYPE_CHECKING:
+    from warmfront.coordinator.engine.text_core import CoreFacts
 from warmfront.shared.wire.messages import LoadReport
 
 __all__ = ["Selection", "Statistics", "Stats", "Token", "WorkerStats"]
@@ -150,6 +153,11 @@ class Statistics:
         selected, fired, hit = (int(column) for column in compared[:, 1:].sum(0))
         return Selection(fired / neurons, selected / neurons, hit / max(fired, 1), hit / max(selected, 1))
 
+    def core(self) -> "CoreFacts | None":
+        """What became of the cores of this session's texts; None without a selector that has them."""
+        self._session.check_open()
+        return self._session.core.facts if self._session.core is not None else None
+
     def expert_uses(self) -> npt.NDArray[np.int64] | None:
         """How many tokens each expert was chosen for since the model was loaded, those of prompts too: int64 [layers,
         experts], zeros in layers without experts; None for a model without."""
@@ -175,7 +183,7 @@ class Statistics:
         if self._runtime.lowbit is not None:
             entries |= self._runtime.lowbit.file.entries
         roles = {name: name.rpartition(".")[2] for name in entries if name.startswith("layers.")}
-        parts = {Source.LOWRANK: ("fc1", "fc2"), Source.LOWBIT: ("lowbit",)}
+        parts = {Source.LOWRANK: ("fc1", "fc2"), Source.LOWBIT: ("lowbit",), Source.CORE: ()}
         predicting = {role for source in self._runtime.plan.selector.sources for role in parts[source]}
         return {
             "attention": sum(entries[name].nbytes for name, role in roles.items() if role in ("q", "k", "v", "o")),

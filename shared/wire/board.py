@@ -2,7 +2,7 @@
 
     byte 0      ┌────────────────────────────────────────────────────────────────┐
                 │ header      magic "WARMFRNT", version, workers, layers,        │
-                │             groups, hidden, max_tokens, profiles, branches:    │
+                │             groups, hidden, max_tokens, noted, branches:       │
                 │             one int64 each                                     │
     128         ├────────────────────────────────────────────────────────────────┤
                 │ abort       a word: not 0 = every wait ends at once            │
@@ -26,8 +26,8 @@
                 │ uses        uint8 [16, layers, branches]: 1 where a token of   │
                 │             the last batch uses the branch; padded             │
                 ├────────────────────────────────────────────────────────────────┤
-                │ firing      if profiles: uint16 [layers, groups, 32, panels]:  │
-                │             bit t = token t of the panel fires the neuron      │
+                │ noted       uint16: what is noted of a prompt's neurons, if    │
+                │             anything (`shared/model/noted.py`)                 │
                 ├────────────────────────────────────────────────────────────────┤
                 │ x           float32 [panels, hidden, lanes]: the input, room   │
                 │             for max_tokens tokens; padded to 128               │
@@ -57,7 +57,7 @@ Lanes: 1 for a batch of decoded tokens, 16 for a prompt's in panels (`shared/mod
 batch, each token by its own; panels are computed densely. With experts it is only for the coordinator, what the router
 has chosen, as are the uses, and `computed` counts where it has bits. If the selection is to be compared, which only a
 single token can ask for, the workers compute the gates that were not selected, too, and count what the selection missed
-(`messages.LoadReport`). A board that `profiles` notes which neurons the tokens of panels fire.
+(`messages.LoadReport`). Notes are made of the tokens of panels.
 """
 
 import dataclasses
@@ -70,9 +70,11 @@ import numpy.typing as npt
 from warmfront.shared.errors import ProtocolError
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.noted import Noted
 from warmfront.shared.model.panels import BATCH, LANES
 
 __all__ = [
+    "ALL_NEURONS",
     "ANNOUNCED_NS",
     "COMPARE_SELECTION",
     "JOB_LANES",
@@ -84,11 +86,13 @@ __all__ = [
 ]
 
 MAGIC = b"WARMFRNT"
-VERSION = 8
+VERSION = 9
 LINE = 128
 ABORT_AT, JOB_AT, DESCRIPTOR_AT, OWNER_AT = 128, 256, 384, 512
 # Words of the descriptor.
 LAYER, JOB_TOKENS, JOB_LANES, COMPARE_SELECTION, ANNOUNCED_NS = range(5)
+# A word of a mask: the whole group.
+ALL_NEURONS = 0xFFFFFFFF
 # The layer of a job that tells the workers to quit their loop.
 QUIT = -1
 
@@ -108,8 +112,8 @@ class BoardSizes:
     hidden: int
     # Tokens of the longest job, a multiple of 16.
     max_tokens: int
-    # 1: which neurons several tokens fire is noted; else 0.
-    profiles: int = 0
+    # One of `Noted`.
+    noted: int = Noted.NOTHING
     # Of a layer's feed-forward: see `shared/model/branches.py`.
     branches: int = 1
 
@@ -134,19 +138,24 @@ class BoardSizes:
         return self.mask_at + 2 * self.masks_bytes
 
     @property
-    def firing_at(self) -> int:
-        """Offset of firing."""
+    def noted_at(self) -> int:
+        """Offset of the notes."""
         return self.uses_at + _padded(BATCH * self.layers * self.branches)
 
     @property
-    def firing_shape(self) -> tuple[int, int, int, int]:
-        """[layers, groups, neurons, panels]; no groups if the board does not profile."""
-        return self.layers, self.groups * self.profiles, GROUP, self.max_tokens // LANES
+    def noted_shape(self) -> tuple[int, ...]:
+        """Of the notes; [layers, 0] if there are none."""
+        shapes = {
+            Noted.NOTHING: (0,),
+            Noted.FIRING: (self.groups, GROUP, self.max_tokens // LANES),
+            Noted.MAGNITUDES: (self.max_tokens, self.groups * GROUP),
+        }
+        return self.layers, *shapes[Noted(self.noted)]
 
     @property
     def x_at(self) -> int:
         """Offset of x."""
-        return self.firing_at + _padded(2 * math.prod(self.firing_shape))
+        return self.noted_at + _padded(2 * math.prod(self.noted_shape))
 
     @property
     def inverse_at(self) -> int:
@@ -191,8 +200,8 @@ class Board:
         self.computed = self._masks(sizes.mask_at + sizes.masks_bytes)
         uses = mapping[sizes.uses_at : sizes.uses_at + BATCH * sizes.layers * sizes.branches]
         self.uses = uses.reshape(BATCH, sizes.layers, sizes.branches)
-        firing = mapping[sizes.firing_at : sizes.firing_at + 2 * math.prod(sizes.firing_shape)]
-        self.firing = firing.view(np.uint16).reshape(sizes.firing_shape)
+        noted = mapping[sizes.noted_at : sizes.noted_at + 2 * math.prod(sizes.noted_shape)]
+        self.noted = noted.view(np.uint16).reshape(sizes.noted_shape)
         vector = sizes.hidden * sizes.max_tokens
         self.x = mapping[sizes.x_at : sizes.x_at + 4 * vector].view(np.float32)
         self.inverse = mapping[sizes.inverse_at : sizes.inverse_at + 4 * sizes.max_tokens].view(np.float32)
@@ -226,11 +235,18 @@ class Board:
         return cls(mapping, sizes)
 
     def fires(self, tokens: int) -> npt.NDArray[np.bool_]:
-        """Which neurons each token of the last job fires, if the board profiles: bool [layers, tokens, neurons]."""
-        layers, groups, neurons, panels = self.firing.shape
-        bits = np.unpackbits(self.firing.view(np.uint8), bitorder="little").astype(bool)
+        """Which neurons each token of the last job fires, if that is noted: bool [layers, tokens, neurons]."""
+        layers, groups, neurons, panels = self.noted.shape
+        bits = np.unpackbits(self.noted.view(np.uint8), bitorder="little").astype(bool)
         bits = bits.reshape(layers, groups * neurons, panels * LANES)[:, :, :tokens]
         return np.ascontiguousarray(bits.swapaxes(1, 2))
+
+    def magnitudes(self, layer: int, tokens: int) -> npt.NDArray[np.float32]:
+        """How large each neuron's factor is for each token of the last job, if that is noted: [tokens, neurons].
+
+        Each is within 1/256 of its value.
+        """
+        return (self.noted[layer, :tokens].astype(np.uint32) << 16).view(np.float32)
 
     def end(self) -> None:
         """Have every wait of every process end: nothing more will be computed on this board."""

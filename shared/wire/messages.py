@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def test_info(model: Path) -> None:
     found = json.loads(succeeded(run("info", model, "--json")).out)
     assert (found["layers"], found["hidden"], found["ffn"], found["vocab"]) == (2, 64, 96, 300)
     assert found["sparse"]
-    assert found["selectors"] == ["exact", "lowbit", "all"]
+    assert found["selectors"] == ["exact", "lowbit", "all", "core", "core|lowbit"]
     assert found["bytes"]["feed-forward"] == 2 * 96 * 3 * 64 * 4
     text = succeeded(run("info", model, "--dtype", "q4")).out
     assert "relu" in text

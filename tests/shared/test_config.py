@@ -94,6 +94,10 @@ def test_defaults_leave_everything_open() -> None:
         "plan": None,
         "context": None,
         "kv": "auto",
+        "keep": 0.4,
+        "core_score": "norm",
+        "refresh": 0,
+        "max_drift": None,
         "measure": False,
         "attention": "auto",
         "look_ahead": False,
@@ -119,6 +123,7 @@ def test_defaults_leave_everything_open() -> None:
         {"context": 1},
         {"bits": 1},
         {"recall": 0.5},
+        {"keep": 1.0, "core_score": "positive", "refresh": 8, "max_drift": 0.0},
     ],
 )
 def test_what_can_be_meant(wish: dict[str, Any]) -> None:
@@ -134,7 +139,11 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
             ({"activation": name}, f"no activation '{name}': use one of auto, silu, relu, ")
             for name in ("", "swish", "fatrelu", "fatrelu:", "fatrelu:T", "fatrelu:nan", "relu:0.1")
         ),
-        ({"selector": "some"}, "no selector 'some': use one of auto, all, exact, lowrank, lowbit"),
+        ({"selector": "some"}, "no selector 'some': use one of auto, all, exact, lowrank, lowbit, core, "),
+        ({"keep": 0.0}, "a core that keeps 0.0 of the neurons: it must be above 0, up to 1"),
+        ({"core_score": "sum"}, "no score 'sum': use one of norm, positive"),
+        ({"refresh": 7}, "a core chosen every 7 tokens: pass --refresh 8 or more, or 0"),
+        ({"max_drift": -0.1}, "a drift of -0.1: it must be 0 or more nats"),
         ({"bits": 3}, "low-bit copies of 3 bits: use 1, 2 or 4"),
         ({"recall": 1.0}, "a recall of 1.0: it must be at least 0.5 and below 1"),
         ({"gpu": "cuda"}, "no GPU 'cuda': use auto, none, host or cuda:N"),

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 from warmfront.shared.errors import UsageError
-from warmfront.shared.selector import ALL, EXACT, LOWBIT, LOWRANK, SELECTORS, Selector, selector_of, wished_selector
+from warmfront.shared.selector import (
+    ALL,
+    CORE,
+    CORE_LOWBIT,
+    CORE_LOWRANK,
+    EXACT,
+    LOWBIT,
+    LOWRANK,
+    SELECTORS,
+    Selector,
+    Source,
+    selector_of,
+    wished_selector,
+)
 
 ROOT = Path(__file__).parents[2]
 NAMES = set(SELECTORS) - {"auto"}
@@ -30,12 +43,25 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(
     ("selector", "masked", "predicts", "skips"),
-    [(ALL, False, False, False), (EXACT, False, False, True), (LOWRANK, True, True, True), (LOWBIT, True, True, True)],
+    [
+        (ALL, False, False, False),
+        (EXACT, False, False, True),
+        (LOWRANK, True, True, True),
+        (LOWBIT, True, True, True),
+        (CORE, True, False, True),
+        (CORE_LOWRANK, True, True, True),
+        (CORE_LOWBIT, True, True, True),
+    ],
     ids=str,
 )
 def test_parts(selector: Selector, masked: bool, predicts: bool, skips: bool) -> None:
     assert (selector.masked, selector.predicts, selector.skips(sparse=True)) == (masked, predicts, skips)
     assert not selector.skips(sparse=False)
+
+
+def test_unions() -> None:
+    assert selector_of("core|lowbit") is CORE_LOWBIT
+    assert {Source.CORE, Source.LOWBIT} == CORE_LOWBIT.sources
 
 
 def comparisons(tree: ast.AST) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """Whole groups of neurons for several tokens: small matrix products, then the down rows of some groups together."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from warmfront.shared.kernels.prefill.down_bytes import (
 )
 from warmfront.shared.kernels.prefill.group_sums import Columns, Factors, add_columns
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens, packed_words
+from warmfront.shared.kernels.prefill.notes import Notes, note_group
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.tiles import in_tiles
 from warmfront.shared.model.bundle import GROUP
@@ -116,19 +117,6 @@ def end_job(b: Bundles, vectors: Vectors, work: Work) -> None:
     """Add what has come together to the job's sums."""
     if down_in_bytes(b.down_kind):
         add_strips(work.strips, work.tokens // LANES, b.hidden, vectors.sums)
-
-
-@kernel
-def _note_firing(factor_at: int, panels: int, ids: Ints, firing: Any) -> None:
-    """Which factors [panels, 32, 16] are not 0, into `firing` uint16 [groups, 32, panels] at group `ids[0]`."""
-    factors = carray(floats_at(factor_at), (panels, GROUP, LANES))
-    for panel in range(panels):
-        for neuron in range(GROUP):
-            bits = 0
-            for lane in range(LANES):
-                if factors[panel, neuron, lane] != 0:
-                    bits |= 1 << lane
-            firing[ids[0], neuron, panel] = bits
 
 
 @kernel
@@ -227,12 +215,8 @@ def _add_bytes(b: Bundles, slots: Ints, some: Chosen, work: Work, blocks_at: int
 
 
 @kernel
-def add_groups(b: Bundles, slots: Ints, low: int, high: int, some: Chosen, work: Work, ids: Ints, firing: Any) -> None:
-    """Add the outputs of slots low..high for some tokens of a job.
-
-    `firing`: uint16 [groups, 32, panels], where it notes, at the groups `ids` of the slots, which tokens fire which
-    neurons; if it is empty, nothing.
-    """
+def add_groups(b: Bundles, slots: Ints, low: int, high: int, some: Chosen, work: Work, ids: Ints, notes: Notes) -> None:
+    """Add the outputs of slots low..high for some tokens of a job; `ids`: their groups' numbers, for the notes."""
     panels = panels_of(some.tokens)
     # Those of neurons without a gate stay so.
     ups = carray(floats_at(work.ups), (panels * GROUP * LANES,))
@@ -244,8 +228,8 @@ def add_groups(b: Bundles, slots: Ints, low: int, high: int, some: Chosen, work:
         for i in range(len(batch)):
             own = work.factors + i * size
             _factors(b, group_at(b, batch, i), some, work, own)
-            if firing.size > 0:
-                _note_firing(own, panels, ids[start + i : start + i + 1], firing)
+            if notes.by != 0:
+                note_group(notes, own, panels, ids[start + i])
             _keep(b.down_kind, own, some.inverse, panels, blocks_at + i * panels * PANEL_BLOCK)
         if down_in_bytes(b.down_kind):
             _add_bytes(b, batch, some, work, blocks_at)
@@ -262,9 +246,9 @@ def all_tokens(b: Bundles, vectors: Vectors, work: Work, tokens: int) -> Chosen:
 
 @kernel
 def dense_groups(
-    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, tokens: int, ids: Ints, firing: Any
+    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, tokens: int, ids: Ints, notes: Notes
 ) -> None:
-    """Add the outputs of slots low..high for so many tokens; `ids`, `firing`: as in `add_groups`."""
+    """Add the outputs of slots low..high for so many tokens; `ids`, `notes`: as in `add_groups`."""
     work = begin_job(b, vectors, tokens)
-    add_groups(b, slots, low, high, all_tokens(b, vectors, work, tokens), work, ids, firing)
+    add_groups(b, slots, low, high, all_tokens(b, vectors, work, tokens), work, ids, notes)
     end_job(b, vectors, work)

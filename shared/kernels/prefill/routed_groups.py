@@ -18,6 +18,7 @@ from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import Chosen, add_groups, all_tokens, begin_job, end_job
 from warmfront.shared.kernels.prefill.matrix import packed_words
+from warmfront.shared.kernels.prefill.notes import Notes
 from warmfront.shared.machine.memory import zeros
 from warmfront.shared.model.panels import LANES
 
@@ -140,9 +141,9 @@ def _scatter(buffers: RoutedBuffers, branch: int, hidden: int, sums_at: int, tok
 
 @kernel
 def routed_groups(
-    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, job: Routed, ids: Ints, firing: Any
+    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, job: Routed, ids: Ints, notes: Notes
 ) -> None:
-    """Add the outputs of slots low..high, each for the tokens that use its branch; `ids`, `firing`: empty."""
+    """Add the outputs of slots low..high, each for the tokens that use its branch; without notes."""
     buffers, in_strips = job.buffers, down_in_bytes(b.down_kind)
     work = begin_job(b, vectors, job.tokens)
     start = low
@@ -150,7 +151,7 @@ def routed_groups(
         branch, end = job.branches[start], branch_end(job.branches, start, high)
         count = buffers.counts[branch]
         if branch == 0:
-            add_groups(b, slots, start, end, all_tokens(b, vectors, work, job.tokens), work, ids, firing)
+            add_groups(b, slots, start, end, all_tokens(b, vectors, work, job.tokens), work, ids, notes)
         elif count > 0:
             _gather(job, branch, work.x, packed_words(b.gate_kind, b.hidden), vectors.inverse)
             x_at, factors_at, sums_at = address_of(buffers.x), address_of(buffers.factors), work.strips
@@ -158,7 +159,7 @@ def routed_groups(
                 buffers.sums[: panels_of(count) * LANES * b.hidden] = 0
                 sums_at = address_of(buffers.sums)
             users = Chosen(count, address_of(buffers.users[branch]), x_at, factors_at, sums_at)
-            add_groups(b, slots, start, end, users, work, ids, firing)
+            add_groups(b, slots, start, end, users, work, ids, notes)
             if not in_strips:
                 _scatter(buffers, branch, b.hidden, vectors.sums, job.tokens)
         start = end

@@ -10,7 +10,6 @@ from tests.activations import NAMES, SPARSE, described
 from tests.shared.kernels.feed_forward.test_ffn import (
     HIDDEN,
     KINDS,
-    NO_FIRING,
     NO_IDS,
     SLOTS,
     Input,
@@ -24,6 +23,7 @@ from warmfront.shared.kernels.feed_forward.bundles import bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import Selection, listed_neurons, open_gates, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.notes import NO_NOTES
 from warmfront.shared.model.formats import Kind
 
 PARTITIONS = 20
@@ -173,7 +173,7 @@ def several_tokens(slots: Slots, activation: str, x: np.ndarray, seed: int) -> b
         shares = cuts(rng, len(ids))
         for low, high in pairwise(shares):
             parts.append(Panels(slots, x, 0, activation))
-            dense_groups(bundles, ids, low, high, parts[-1].vectors, parts[0].tokens, NO_IDS, NO_FIRING)
+            dense_groups(bundles, ids, low, high, parts[-1].vectors, parts[0].tokens, NO_IDS, NO_NOTES)
     return added(parts)
 
 
@@ -190,10 +190,10 @@ def test_more_groups_than_a_batch() -> None:
     bundles = bundles_at(slots.at, slots.layout, described("relu"))
     ids = np.random.default_rng(6).integers(0, SLOTS, 150).astype(np.int32)
     whole = Panels(slots, x, groups=len(ids))
-    dense_groups(bundles, ids, 0, len(ids), whole.vectors, whole.tokens, NO_IDS, NO_FIRING)
+    dense_groups(bundles, ids, 0, len(ids), whole.vectors, whole.tokens, NO_IDS, NO_NOTES)
     parts = []
     for slot in ids:
         parts.append(Panels(slots, x))
-        dense_groups(bundles, np.array([slot]), 0, 1, parts[-1].vectors, whole.tokens, NO_IDS, NO_FIRING)
+        dense_groups(bundles, np.array([slot]), 0, 1, parts[-1].vectors, whole.tokens, NO_IDS, NO_NOTES)
     assert whole.bits() == added(parts)
     assert whole.sums.shape == (32, HIDDEN)

@@ -10,12 +10,13 @@ import pytest
 
 from warmfront.shared.errors import ProtocolError
 from warmfront.shared.machine.memory import address, create_shared, map_shared
+from warmfront.shared.model.noted import Noted
 from warmfront.shared.wire.board import Board, BoardSizes
 
 # 15 owners, and 15 words of a table, are padded to 128 bytes; 16 times 15 words of masks, and the firing of one panel,
 # 15 * 32 * 2, both 960 bytes, to 1024; the uses, 16 * 9 bytes, to 256; x is 4 * 32 * 16 = 2048 bytes, y twice as much;
 # inverse, 4 * 16 bytes, is padded to 128, and routing, three times as many, to 256.
-SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, profiles=1, branches=3)
+SIZES = BoardSizes(workers=2, layers=3, groups=5, hidden=32, max_tokens=16, noted=Noted.FIRING, branches=3)
 X_AT = 512 + 128 + 1024 + 1024 + 256 + 1024
 INVERSE_AT = X_AT + 2048
 WORKER_BYTES = 128 + 128 + 128 + 128 + 1024 + 4096
@@ -38,8 +39,9 @@ def test_sizes_by_hand() -> None:
     assert BoardSizes(1, 13, 10, 32, 16).x_at == 512 + 256 + 2 * 16 * 520 + 256
     assert BoardSizes(1, 13, 10, 32, 16).words_bytes == 640
     assert BoardSizes(1, 1, 33, 32, 16).x_at == 512 + 128 + 2 * 17 * 128 + 128
-    # Three panels of two groups: 2 * 32 * 3 * 2 bytes.
-    assert BoardSizes(1, 1, 2, 32, 48, 1).x_at == 512 + 128 + 2 * 128 + 128 + 384
+    # Three panels of two groups: 2 * 32 * 3 * 2 bytes; 48 tokens of them: 48 * 64 * 2.
+    assert BoardSizes(1, 1, 2, 32, 48, Noted.FIRING).x_at == 512 + 128 + 2 * 128 + 128 + 384
+    assert BoardSizes(1, 1, 2, 32, 48, Noted.MAGNITUDES).x_at == 512 + 128 + 2 * 128 + 128 + 6144
 
 
 def test_every_byte() -> None:
@@ -54,7 +56,7 @@ def test_every_byte() -> None:
     board.mask[:] = np.arange(240).reshape(16, 3, 5) + 0xFFFFFF00
     board.computed[:] = np.arange(240).reshape(16, 3, 5) + 0xEEEEEE00
     board.uses[:] = np.arange(144).reshape(16, 3, 3)
-    board.firing[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
+    board.noted[:] = np.arange(480).reshape(3, 5, 32, 1) + 0xF000
     board.x[:] = x
     board.inverse[:] = inverse
     board.routing[:] = np.arange(48).reshape(16, 3) / 64
@@ -66,7 +68,7 @@ def test_every_byte() -> None:
         board.requested[index][:] = np.arange(240).reshape(16, 3, 5) + 0xDDDDDD00 + 256 * index
         board.y[index][:] = y + index
     parts = [
-        (0, b"WARMFRNT" + struct.pack("=8q", 8, 2, 3, 5, 32, 16, 1, 3)),
+        (0, b"WARMFRNT" + struct.pack("=8q", 9, 2, 3, 5, 32, 16, 1, 3)),
         (128, struct.pack("=q", 11)),
         (256, struct.pack("=2q", 21, 22)),
         (384, struct.pack("=5q", -1, 32, 33, 34, 35)),
@@ -96,7 +98,7 @@ def test_every_byte() -> None:
 
 def test_a_board_that_does_not_profile_has_no_room_for_it() -> None:
     board = board_of(BoardSizes(2, 3, 5, 32, 16))
-    assert board.firing.size == 0
+    assert board.noted.size == 0
     board.x[:] = 1.0
     assert not board.computed.any()
     assert board.mapping[2816:2820].view(np.float32)[0] == 1.0
@@ -117,12 +119,13 @@ def test_words_that_different_threads_write_lie_on_lines_of_their_own() -> None:
     lines = [address(field) for field in words]
     assert all(at % 128 == 0 for at in lines)
     assert len(set(lines)) == len(lines)
-    tables = (board.owner, board.mask, board.computed, board.firing, *board.slot, *board.requested)
+    tables = (board.owner, board.mask, board.computed, board.noted, *board.slot, *board.requested)
     assert all(address(field) % 128 == 0 for field in (*tables, board.x, board.inverse, board.routing, *board.y))
 
 
 OTHER = """
 import dataclasses, sys
+from warmfront.shared.model.noted import Noted
 from warmfront.shared.wire.board import Board
 from warmfront.shared.machine.memory import map_shared
 board = Board.attach(map_shared(int(sys.argv[1])))
@@ -194,7 +197,7 @@ def test_what_is_no_board(mapping: np.ndarray) -> None:
 def test_another_version() -> None:
     board = board_of()
     board.mapping[8:16].view(np.int64)[:] = 2
-    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 8"):
+    with pytest.raises(ProtocolError, match=f"board of version 2 and {TOTAL} bytes: this is version 9"):
         Board.attach(board.mapping)
 
 

@@ -23,9 +23,11 @@ from warmfront.shared.kernels.feed_forward.ffn import (
 )
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups, scratch_bytes
+from warmfront.shared.kernels.prefill.notes import NO_NOTES, Notes, noting
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.bundle import BundleLayout
 from warmfront.shared.model.formats import Kind, join_nibbles, pack, unpack
+from warmfront.shared.model.noted import Noted
 
 HIDDEN, SLOTS = 96, 5
 KINDS = [
@@ -298,13 +300,14 @@ def test_a_gate_that_is_nan_is_open() -> None:
     assert listed_neurons(bundles, order, listed, 0, 64, Selection(~computed, True, computed), one.batch) == 64
     assert np.isnan(one.sums).all()
     panel = np.concatenate((inputs(5), x[None]))
-    several, firing = Panels(slots, panel), np.zeros((SLOTS, 32, 1), np.uint16)
-    dense_groups(bundles, order, 0, 2, several.vectors, several.tokens, order, firing)
+    several, bits = Panels(slots, panel), np.zeros((SLOTS, 32, 1), np.uint16)
+    notes = Notes(noting(Noted.FIRING), address(bits), 1)
+    dense_groups(bundles, order, 0, 2, several.vectors, several.tokens, order, notes)
     assert np.isnan(several.sums[5]).all()
-    assert (firing[:2] & 1 << 5).all()
+    assert (bits[:2] & 1 << 5).all()
     # The tokens beside it are as ever.
     alone = Panels(slots, np.concatenate((panel[:5], np.zeros((1, HIDDEN), np.float32))))
-    dense_groups(bundles, order, 0, 2, alone.vectors, alone.tokens, order, firing)
+    dense_groups(bundles, order, 0, 2, alone.vectors, alone.tokens, order, notes)
     assert np.isfinite(alone.sums).all()
     np.testing.assert_array_equal(several.sums[:5], alone.sums[:5])
 
@@ -325,7 +328,7 @@ def panels_of(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(-1, 16, HIDDEN).transpose(0, 2, 1))
 
 
-NO_IDS, NO_FIRING = np.zeros(0, np.int32), np.zeros((0, 32, 0), np.uint16)
+NO_IDS = np.zeros(0, np.int32)
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -338,7 +341,7 @@ def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
         for low, high in ((0, len(order)), (len(order) - 1, len(order)), (0, 0)):
             several = Panels(slots, x, 0.5, activation)
             ids = np.array(order, np.int32)
-            dense_groups(bundles, ids, low, high, several.vectors, several.tokens, NO_IDS, NO_FIRING)
+            dense_groups(bundles, ids, low, high, several.vectors, several.tokens, NO_IDS, NO_NOTES)
             expected = np.zeros((several.count * 16, HIDDEN))
             if low < high:
                 expected[:tokens] = slots.expect(activation, slots.neurons(order[low:high]), x)
@@ -348,36 +351,6 @@ def test_dense_groups(gate: Kind, down: Kind, activation: str) -> None:
             assert_close(several.sums, expected + 0.5, 2e-5 if exact else rounding)
 
 
-@pytest.mark.parametrize("activation", SPARSE)
-@pytest.mark.parametrize(("gate", "down"), KINDS)
-def test_dense_groups_note_which_tokens_fire_which_neurons(gate: Kind, down: Kind, activation: str) -> None:
-    """By the number of the group on the board, not of the slot; what is not asked for stays."""
-    slots, groups = slots_of(gate, down), 9
-    bundles = bundles_at(slots.at, slots.layout, described(activation))
-    told = 0
-    for tokens, order in zip((2, 16, 37, 70), ORDERS, strict=True):
-        x = inputs(tokens)
-        several = Panels(slots, x, 0, activation)
-        ids = np.random.default_rng(tokens).permutation(groups)[: len(order)].astype(np.int32)
-        low, high = (0, len(order)) if tokens != 37 else (len(order) - 1, len(order))
-        noted = np.full((groups, 32, several.count), 0xAAAA, np.uint16)
-        dense_groups(bundles, np.array(order, np.int32), low, high, several.vectors, several.tokens, ids, noted)
-        for slot, group in zip(order[low:high], ids[low:high].tolist(), strict=True):
-            exact, ups = slots.gates_and_ups(np.arange(32 * slot, 32 * slot + 32), x)
-            bits = np.unpackbits(noted[group].view(np.uint8), axis=1, bitorder="little").astype(bool)
-            # bfloat16 products leave a gate, or an up, at the border to chance.
-            slack = (1e-5 if gate == Kind.F32 else BFLOAT) * np.abs(exact).max()
-            clear = np.abs(exact - (THRESHOLD if ":" in activation else 0)) > slack
-            if activation == "drelu":
-                clear &= np.abs(ups) > slack
-            assert (firing(activation, exact, ups) == bits[:, :tokens].T)[clear].all()
-            assert not bits[:, tokens:].any(), "tokens that are not there fire nothing"
-            told += int(clear.sum())
-        others = np.setdiff1d(np.arange(groups), ids[low:high])
-        assert (noted[others] == 0xAAAA).all()
-    assert told > (0.8 if activation == "drelu" else 0.9) * 32 * (2 * 5 + 16 * 3 + 37 + 70 * 2)
-
-
 def test_results_repeat_to_the_bit() -> None:
     slots, x = slots_of(Kind.Q4, Kind.Q4), inputs(16)
     bundles = bundles_at(slots.at, slots.layout, described("silu"))
@@ -385,7 +358,7 @@ def test_results_repeat_to_the_bit() -> None:
     for _ in range(3):
         one, many = Input(slots, x[0]), Panels(slots, x)
         run_listed(bundles, ids, range(SLOTS * 32), one)
-        dense_groups(bundles, ids, 0, SLOTS, many.vectors, many.tokens, NO_IDS, NO_FIRING)
+        dense_groups(bundles, ids, 0, SLOTS, many.vectors, many.tokens, NO_IDS, NO_NOTES)
         results.add((one.bits(), many.bits()))
     assert len(results) == 1
 

@@ -11,7 +11,6 @@ from tests.shared.kernels.feed_forward.test_ffn import (
     BFLOAT,
     EVERY,
     KINDS,
-    NO_FIRING,
     NO_IDS,
     QUANTISED,
     SLOTS,
@@ -29,6 +28,7 @@ from tests.shared.kernels.feed_forward.test_whole_groups import tiled
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at
 from warmfront.shared.kernels.feed_forward.ffn import open_gates, open_neurons, open_ups, whole_groups
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.notes import NO_NOTES
 from warmfront.shared.model.formats import Kind
 
 ORDER = np.array([4, 0, 2], np.int32)
@@ -46,7 +46,7 @@ by_kind = pytest.mark.parametrize(("gate", "down"), KINDS)
 
 def dense(bundles: object, slots: Slots, x: np.ndarray, activation: str) -> Panels:
     several = Panels(slots, x, 0.5, activation)
-    dense_groups(bundles, ORDER, 0, len(ORDER), several.vectors, several.tokens, NO_IDS, NO_FIRING)
+    dense_groups(bundles, ORDER, 0, len(ORDER), several.vectors, several.tokens, NO_IDS, NO_NOTES)
     return several
 
 

@@ -10,7 +10,6 @@ from tests.shared.kernels.feed_forward.test_ffn import (
     BFLOAT,
     HIDDEN,
     KINDS,
-    NO_FIRING,
     NO_IDS,
     QUANTISED,
     SLOTS,
@@ -24,6 +23,7 @@ from warmfront.shared.kernels.feed_forward.bundles import Bundles, bundles_at, t
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_tiles
 from warmfront.shared.kernels.feed_forward.ffn import whole_groups
 from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.notes import NO_NOTES
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.formats import Kind
 
@@ -69,8 +69,8 @@ def test_several_tokens(gate: Kind, down: Kind) -> None:
     for order in ORDERS:
         several, same = Panels(slots, x, 0, "silu"), Panels(slots, x, 0, "silu")
         ids = np.array(order, np.int32)
-        dense_groups(bundles, ids, 0, len(ids), several.vectors, several.tokens, NO_IDS, NO_FIRING)
-        dense_groups(rows, ids, 0, len(ids), same.vectors, same.tokens, NO_IDS, NO_FIRING)
+        dense_groups(bundles, ids, 0, len(ids), several.vectors, several.tokens, NO_IDS, NO_NOTES)
+        dense_groups(rows, ids, 0, len(ids), same.vectors, same.tokens, NO_IDS, NO_NOTES)
         assert several.bits() == same.bits()
         expected = slots.expect("silu", slots.neurons(order), x)
         assert several.sums.shape == (32, HIDDEN)
