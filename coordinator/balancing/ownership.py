@@ -148,9 +148,7 @@ class Ownership:
 
     def holds(self, owner: Table) -> Bools:
         """Of which groups the worker in `owner` [layers, groups] has a complete copy."""
-        layers, groups = np.indices(owner.shape)
-        held: Bools = self.resident[owner, layers, groups]
-        return held
+        return np.asarray(np.take_along_axis(self.resident, owner[None].astype(np.intp), 0)[0])
 
     def hand_over(self, owner: Table) -> None:
         """Between two jobs: who computes each group from now on; uint8 [layers, groups] of workers that hold it."""
@@ -220,8 +218,7 @@ class Ownership:
     def fired(self) -> npt.NDArray[np.uint32]:
         """What the last single token fired: [layers, groups], bit i = neuron i of the group."""
         used = self._used(0)
-        fired: npt.NDArray[np.uint32] = used.computed & used.asked
-        return fired
+        return np.asarray(used.computed & used.asked)
 
     def verify(self, tokens: int = 1) -> None:
         """Raise WorkerError unless every selected neuron of the last batch was asked of exactly one worker."""
