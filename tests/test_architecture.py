@@ -51,6 +51,7 @@ LAYERS = {
             "balancing",
             "decode",
         ],
+        "harness": ["text", "engine"],
         "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
         "cli": [
             "extras",

@@ -106,7 +106,16 @@ class Session:
 
         The rest was in the cache.
         """
-        known = self._known(ids)
+        return self._fill(turn, ids, len(ids) - 1)
+
+    def hold(self, turn: int, ids: list[int]) -> None:
+        """Have the cache hold `ids`, none or more, and nothing behind them; those that it lacks are computed."""
+        self._fill(turn, ids, len(ids))
+
+    def _fill(self, turn: int, ids: list[int], most: int) -> tuple[Floats, int]:
+        """Compute `ids`, but for `most` at their beginning that the cache holds: the logits after the last that was
+        computed, and how many were."""
+        known = self._known(ids, most)
         if self.core is not None:
             # What scores the neurons is the same whatever was in the cache.
             self.core.begin()
@@ -129,9 +138,9 @@ class Session:
             if scores and self.core is not None:
                 self.core.learn(end - at, end)
 
-    def _known(self, ids: Sequence[int]) -> int:
-        """How many of `ids` a prefill need not compute: the cache holds them, finite."""
-        most, known = min(len(self._cached), len(ids) - 1, self.runtime.clean), 0
+    def _known(self, ids: Sequence[int], most: int) -> int:
+        """How many of `ids`, at most `most`, need not be computed: the cache holds them, finite."""
+        most, known = min(len(self._cached), most, self.runtime.clean), 0
         while known < most and self._cached[known] == ids[known]:
             known += 1
         return known

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
 # Not needed to run the tests, or not installable without a GPU.
-UNTRIED = {"mypy", "ruff", "cupy-cuda12x", "cupy-cuda13x", "setuptools", "warmfront"}
+UNTRIED = {"accelerate", "lm-eval", "mypy", "ruff", "cupy-cuda12x", "cupy-cuda13x", "setuptools", "warmfront"}
 
 
 def bounds() -> Iterator[tuple[str, str]]:

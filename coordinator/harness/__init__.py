@@ -1,0 +1,1 @@
+"""The engine as a model of lm-eval, EleutherAI's harness; needs the extra `lm-eval`."""
