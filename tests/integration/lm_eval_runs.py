@@ -8,6 +8,7 @@ TASK_FOLDER has the tasks `choice` and `answer`. The JSON has the responses to e
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -49,19 +50,40 @@ def evaluated(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
     return {"said": said, "accuracy": found["results"]["choice"]["acc,none"]}
 
 
+def requests(*arguments: tuple[str, ...]) -> list[Any]:
+    """As lm-eval makes them."""
+    return [SimpleNamespace(args=each) for each in arguments]
+
+
+def prompts_of(lm: WarmfrontLM, pairs: list[Any]) -> list[int]:
+    """How many tokens each job has that is more than a decoded token, while `pairs` are scored."""
+    session, sizes = lm.engine.session, list[int]()
+    run = session._run
+
+    def counted(turn: int, tokens: list[int], **options: Any) -> None:
+        sizes.append(len(tokens))
+        run(turn, tokens, **options)
+
+    session._run = counted
+    lm.loglikelihood(pairs)
+    return [size for size in sizes if size > 1]
+
+
 def main(folder: Path, path: Path) -> None:
     """Print the results of both."""
     ours = evaluated("warmfront", folder, model_args=f"pretrained={path},dtype=f32,selector=all")
     hf = reference(path)
     results = {"warmfront": ours, "transformers": evaluated(hf, folder)}
     text = "The keeper rowed across on Sundays. Nobody came in winter."
-    request = [type("Request", (), {"args": (text,)})()]
+    request = requests((text,))
     with_window = WarmfrontLM(str(path), dtype="f32", context=8)
     rolling = {"warmfront": with_window.loglikelihood_rolling(request)}
+    context = "The keeper rowed across"
+    prompts = prompts_of(with_window, requests((context, " on"), ("Other words here", " too"), (context, " in winter")))
     with_window.close()
     hf._max_length = 8
     rolling["transformers"] = hf.loglikelihood_rolling(request)
-    print(json.dumps(results | {"rolling": rolling}))
+    print(json.dumps(results | {"rolling": rolling, "prompts": prompts}))
 
 
 if __name__ == "__main__":

@@ -99,3 +99,7 @@ def test_answers(results: dict[str, Any]) -> None:
 
 def test_rolling_in_windows(results: dict[str, Any]) -> None:
     assert results["rolling"]["warmfront"] == pytest.approx(results["rolling"]["transformers"], abs=1e-3)
+
+
+def test_a_context_is_computed_once_for_all_that_follows(results: dict[str, Any]) -> None:
+    assert len(results["prompts"]) == 2
