@@ -134,7 +134,7 @@ def _calibrate(session: Session, say: Say) -> None:
         from warmfront.coordinator.selectors.calibration import calibrate
 
     say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
-    lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
+    lowbit.select_all()  # until the thresholds are known
     calibrate(lowbit, session.model, session.feed_forward_inputs(sample_ids(session)))
     lowbit.save(say)
     session.reset()
