@@ -134,6 +134,7 @@ load_options = _together(
     click.option(
         "--recall", type=float, help="Selector lowbit: recall by mass [default: 0.995; 0.9 where no gate closes]"
     ),
+    click.option("--max-loss", type=float, help="Selector lowbit: if it loses more nats a token, it gives way."),
     click.option("--keep", type=float, default=_ENGINE.keep, show_default=True, help="Selector core: share it keeps."),
     click.option(
         "--core-score",

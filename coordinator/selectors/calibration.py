@@ -49,8 +49,7 @@ def _products(model: PackedModel, groups: Bytes, x: Floats) -> list[Floats]:
     """What `x` [tokens, hidden] gives of each matrix before down, biases added: [tokens, neurons] each."""
     parts, layout = model.spec.architecture.feed_forward.matrices[:-1], model.layout
     return [
-        x @ rows_of(model, groups, layout.place_of(part)[0]).T
-        + neuron_biases(model, groups, layout.bias_offset(part))
+        x @ rows_of(model, groups, layout.place_of(part)[0]).T + neuron_biases(model, groups, layout.bias_offset(part))
         for part in parts
     ]
 

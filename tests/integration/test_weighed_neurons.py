@@ -17,6 +17,7 @@ from tests.integration.command import assert_refused, prepack, run
 from tests.integration.gpu import budget_for
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator import Engine
+from warmfront.coordinator.engine import load
 from warmfront.coordinator.selectors.calibration import calibrate
 from warmfront.shared.kernels.lowbit import unpack_lowbit
 
@@ -124,6 +125,29 @@ def test_it_is_asked_for(tiny_llama: Make, tiny_family: Make) -> None:
     """`auto` loses nothing; a mixture of experts has no copies."""
     model = tiny_llama()
     with Engine.load(str(model)) as engine:
-        assert engine.plan.selector == "all"
+        assert engine.plan.selector.name == "all"
     outcome = run("generate", "-m", prepack(tiny_family("mixtral")), "--prompt-ids", "3", "--selector", "lowbit")
     assert_refused(outcome, 2, "mixture of experts", "all")
+
+
+def test_it_gives_way_where_it_loses_too_much(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the divergence in float64 of what `forced_logits` gives with it and with all neurons; measured once."""
+    monkeypatch.setattr(load, "sample_ids", lambda _session, *, held_out=False: IDS[:40] if held_out else IDS)
+    model, lines = str(tiny_llama(seed=4)), []
+    how = {"selector": "lowbit", "bits": 1, "recall": 0.6}
+    with Engine.load(model, **how, say=lines.append) as engine:
+        lowbit = engine.session.runtime.lowbit
+        assert lowbit is not None
+        sparse = torch.from_numpy(np.stack(list(engine.forced_logits(IDS[:40], 1)))).double()
+    with Engine.load(model, **how, max_loss=lowbit.loss / 2, say=lines.append) as engine:
+        assert engine.plan.selector.name == "all"
+        dense = torch.from_numpy(np.stack(list(engine.forced_logits(IDS[:40], 1)))).double()
+    loss = torch.nn.functional.kl_div(
+        sparse.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True
+    )
+    assert lowbit.loss == pytest.approx(float(loss), rel=1e-2)
+    assert lowbit.loss > 0.01
+    assert [line.partition(" ")[0] for line in lines[-3:]] == ["calibrating", "it", "the"]
+    with Engine.load(model, **how, max_loss=lowbit.loss * 2, say=lines.append) as engine:
+        assert engine.plan.selector.name == "lowbit"
+    assert_refused(run("generate", "-m", model, "-p", "Hi", "--max-loss", "-1"), 2, "-1.0", "0 or more nats")
