@@ -34,7 +34,7 @@ __all__ = [
     "whole_number",
 ]
 
-# Of the selector lowbit's copies of the gates.
+# Of a weight in the selector lowbit's copies.
 BITS = (1, 2, 4)
 # Of the feed-forward layers, as `FeedForward.activation_name` has it.
 ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "fatrelu:T", "swiglu_oai:T")
@@ -109,11 +109,13 @@ class EngineConfig:
     dtype: str = "auto"
     # Of the feed-forward layers.
     activation: str = "auto"
-    # Which neurons are computed. For lowbit: bits of its copies of the gates, and the recall by mass for which its
+    # Which neurons are computed. For lowbit: bits of a weight in its copies, and the recall by mass for which its
     # thresholds are calibrated.
     selector: str = "auto"
     bits: int = 2
-    recall: float = 0.995
+    recall: float | None = None
+    # What lowbit may lose, in nats of KL divergence a token, before it gives way to a selector that loses nothing.
+    max_loss: float | None = None
     # For lowrank: a file of `warmfront train-predictor` instead of the model's own predictors.
     predictor: str | None = None
     # For core: the share of a layer's neurons that it keeps; how tokens score neurons; after how many tokens of an
@@ -173,8 +175,10 @@ class EngineConfig:
             raise UsageError(f"no type {self.kv!r} of keys and values: use one of {', '.join(KV_TYPES)}")
         if self.bits not in BITS:
             raise UsageError(f"low-bit copies of {self.bits} bits: use 1, 2 or 4")
-        if not 0.5 <= self.recall < 1:
+        if self.recall is not None and not 0.5 <= self.recall < 1:
             raise UsageError(f"a recall of {self.recall}: it must be at least 0.5 and below 1")
+        if self.max_loss is not None and not 0 <= self.max_loss < float("inf"):
+            raise UsageError(f"a loss of {self.max_loss}: it must be 0 or more nats")
         if not 0 < self.keep <= 1:
             raise UsageError(f"a core that keeps {self.keep} of the neurons: it must be above 0, up to 1")
         if self.core_score not in CORE_SCORES:

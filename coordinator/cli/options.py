@@ -129,11 +129,12 @@ load_options = _together(
         default=str(_ENGINE.bits),
         show_default=True,
         callback=lambda _ctx, _param, value: int(value),
-        help="Selector lowbit: bits of the gates' copies.",
+        help="Selector lowbit: bits of a weight in its copies.",
     ),
     click.option(
-        "--recall", type=float, default=_ENGINE.recall, show_default=True, help="Selector lowbit: recall by mass."
+        "--recall", type=float, help="Selector lowbit: recall by mass [default: 0.995; 0.9 where no gate closes]"
     ),
+    click.option("--max-loss", type=float, help="Selector lowbit: if it loses more nats a token, it gives way."),
     click.option("--keep", type=float, default=_ENGINE.keep, show_default=True, help="Selector core: share it keeps."),
     click.option(
         "--core-score",

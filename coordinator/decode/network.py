@@ -194,8 +194,11 @@ class Network(NamedTuple):
     rectified: bool
     # int64 [layers]: rows of their first matrix, of each expert's.
     ranks: Any
-    # float32 [layers, neurons]: scores above them select the neuron.
+    # float32 [layers, 1 + n, neurons]: scores above the first select the neuron; the others, of a low-bit selector that
+    # weighs neurons, are added to the products of their copies.
     thresholds: Any
+    # `activation.Activation`.
+    activation: Any
     # Bytes of a row of a low-bit copy.
     lowbit_stride: int
 

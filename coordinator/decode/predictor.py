@@ -2,8 +2,9 @@
 
     lowrank   fc2 . act(fc1 . x) > threshold, with x the residual before the norm or the normed input (Deja Vu;
               PowerInfer's files): costs r * (hidden + neurons) weights instead of hidden * neurons
-    lowbit    the dot of a low-bit copy of the gate row with the normed input > the layer's threshold, which was
-              calibrated for a given recall (`lowbit.py`); needs no training
+    lowbit    the dot of a low-bit copy of the gate row with the normed input > the neuron's threshold, which was
+              calibrated for a given recall; where no gate is ever closed, |activation(gate) * up| of copies of both
+              (`coordinator/selectors/lowbit.py`); needs no training
 
 The guess is a mask on the board, a word of 32 neurons for each group and token of the batch. With experts each has a
 low-rank predictor of its own; those that are used are asked, once the router has chosen.
@@ -17,6 +18,7 @@ from numba import carray
 from warmfront.coordinator.decode.linear import Matrix, linear, packed_input
 from warmfront.coordinator.decode.network import FC1, FC1_BIAS, FC2, LOWBIT, TOKENS, Network, State
 from warmfront.coordinator.decode.row_split import portion
+from warmfront.shared.kernels.activation import activate_times
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.feed_forward.branches import uses_branch
@@ -105,25 +107,44 @@ def _fire(
                     dot_rows(kind, row_at, stride, inner_at + token * inner * 4, inner, out_at)
         for token in range(tokens):
             if branch == 0 or st.handoff.routing[token, branch] != 0:
-                word = _word(scores[token], net.thresholds[layer, row : row + GROUP])
+                word = _word(scores[token], net.thresholds[layer, 0, row : row + GROUP])
                 st.handoff.mask[token, layer, group] = word
 
 
 @kernel
+def _weigh(net: Network, layer: int, group: int, products: Any) -> None:
+    """Replace a group's first products, of its gates or of both gates and ups, by its neurons' scores."""
+    parts = net.thresholds.shape[1] - 1
+    for part in range(parts):
+        for i in range(GROUP):
+            products[part * GROUP + i] += net.thresholds[layer, 1 + part, group * GROUP + i]
+    if parts == 1:
+        products[GROUP : 2 * GROUP] = 1
+    at = address_of(products)
+    activate_times(net.activation, at, at + GROUP * 4, GROUP)
+    for i in range(GROUP):
+        products[i] = abs(products[i])
+
+
+@kernel
 def predict_lowbit(net: Network, st: State, layer: int, rank: int) -> int:
-    """The same by the copies of the gates. Returns DONE or ABORTED."""
+    """The same by the copies, of gates or of gates and ups. Returns DONE or ABORTED."""
     bits, at, tokens = net.kinds[layer, LOWBIT], net.weights[layer, LOWBIT], st.job[TOKENS]
     q_at, q_row = quantise_batch(address_of(st.h[rank]), address_of(st.packed[rank]), net.hidden, tokens)
     stride, ahead = net.lowbit_stride, net.ahead[LOWBIT_ROWS, bits]
+    weighs = net.thresholds.shape[1] > 1
+    rows = GROUP * max(net.thresholds.shape[1] - 1, 1)
     scores = st.scores[rank]
     low, high = portion(st.cuts, net.groups, 1, rank)
     for group in range(low, high):
         for token in range(tokens):
-            for i in range(GROUP):
-                row_at = at + (group * GROUP + i) * stride
+            for i in range(rows):
+                row_at = at + (group * rows + i) * stride
                 if ahead != 0 and token == 0:
                     prefetch(row_at + ahead, stride, 64)
                 scores[i] = lowbit_dot(bits, row_at, q_at + token * q_row, net.hidden)
-            word = _word(scores, net.thresholds[layer, group * GROUP : (group + 1) * GROUP])
+            if weighs:
+                _weigh(net, layer, group, scores)
+            word = _word(scores, net.thresholds[layer, 0, group * GROUP : (group + 1) * GROUP])
             st.handoff.mask[token, layer, group] = word
     return barrier(st.barrier)

@@ -36,6 +36,7 @@ from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
 from warmfront.coordinator.selectors.lowbit import Lowbit
 from warmfront.shared.errors import WarmfrontError, WorkerError
+from warmfront.shared.kernels.activation import activation_of
 from warmfront.shared.kernels.by_address.kernels import entry_of
 from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.byte_dot import quantised_bytes
@@ -108,7 +109,7 @@ class ThreadTeam:
                     if role == "fc1":
                         ranks[layer] = files[name].entries[name].shape[0] // predictors_of(spec)
         predictor, lowbit = spec.predictor or Predictor(), self._lowbit
-        thresholds = np.full((spec.layers, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
+        thresholds = np.full((spec.layers, 1, self._model.layout.groups * GROUP), predictor.threshold, np.float32)
         for layer in range(spec.layers):
             if (name := f"layers.{layer}.fc2.bias") in at:
                 # logit + bias > threshold
@@ -167,6 +168,7 @@ class ThreadTeam:
                 rectified=predictor.activation == "relu",
                 ranks=ranks,
                 thresholds=thresholds,
+                activation=activation_of(architecture.feed_forward),
                 lowbit_stride=lowbit_bytes(lowbit.bits, spec.hidden) if lowbit is not None else 0,
             )
         )
@@ -330,7 +332,7 @@ class ThreadTeam:
 
     def admit(self, words: npt.NDArray[np.uint32] | None) -> None:
         """Select these neurons, uint32 [layers, groups], whatever is predicted; None: all."""
-        thresholds = self._network.thresholds
+        thresholds = self._network.thresholds[:, 0]
         if self._predicted is None:
             self._predicted = thresholds.copy()
         thresholds[:] = -np.inf

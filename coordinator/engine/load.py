@@ -4,31 +4,41 @@ Each first time is paid once: packing (`packing/packer.py`), the profile (`profi
 the selector lowbit (`selectors/calibration.py`) are kept in the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from warmfront.coordinator.engine.activation_trial import with_activation
-from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices
+from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices, selectors_for
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.packing.packer import ensure_packed, mended
 from warmfront.coordinator.packing.predictor_file import attach_predictor
 from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
 from warmfront.coordinator.profile.counts import Profile
-from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
+from warmfront.coordinator.profile.sample_text import HELD_OUT_TEXT, SAMPLE_TEXT
 from warmfront.coordinator.text.sampling import Sampler
 from warmfront.shared.config import THREADING, EngineConfig, Sampling
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import Source
 
+if TYPE_CHECKING:
+    from warmfront.coordinator.selectors.lowbit import Lowbit
+
 __all__ = ["load", "open_for_profiling", "opened", "settled"]
 
+Floats = npt.NDArray[np.float64]
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+# Tokens by which a selector is judged.
+_JUDGED = 128
 # Texts that a model writes itself, and their tokens.
 _OWN_TEXTS, _OWN_TOKENS = 4, 48
 
@@ -39,7 +49,14 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
     Raises a WarmfrontError; then nothing is left running.
     """
     devices = resolve_devices(config, say)
-    return mended(lambda: _load(name, config, devices, say, progress), say)
+    session = mended(lambda: _load(name, config, devices, say, progress), say)
+    lowbit = session.runtime.lowbit
+    if lowbit is None or config.max_loss is None or lowbit.loss <= config.max_loss:
+        return session
+    session.close()
+    instead = next(able for able in selectors_for(session.model.spec) if not able.predicts)
+    say(f"the selector {session.plan.selector} loses more than --max-loss {config.max_loss:g}: {instead} is used")
+    return load(name, replace(config, selector=instead.name), say, progress)
 
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
@@ -134,8 +151,11 @@ def _calibrate(session: Session, say: Say) -> None:
         from warmfront.coordinator.selectors.calibration import calibrate
 
     say(f"calibrating the selector for a recall of {lowbit.recall:g} (first use only)")
-    lowbit.thresholds[:] = -np.inf  # until they are known, everything is selected
+    lowbit.select_all()  # until the thresholds are known
+    judged = sample_ids(session, held_out=True)[: min(_JUDGED, session.plan.context)]
     calibrate(lowbit, session.model, session.feed_forward_inputs(sample_ids(session)))
+    lowbit.loss = _loss(session, lowbit, judged)
+    say(f"it loses {lowbit.loss:.2g} nats a token (KL divergence from all neurons, over {len(judged)} tokens)")
     lowbit.save(say)
     session.reset()
 
@@ -147,13 +167,43 @@ def _measure_core(session: Session, say: Say) -> None:
         session.measure_core(sample_ids(session))
 
 
-def sample_ids(session: Session) -> list[int]:
-    """Token ids such as the model may meet: the built-in text, or where it has no words for that, its own."""
+def _loss(session: Session, lowbit: "Lowbit", ids: list[int]) -> float:
+    """The mean KL divergence of what the model says, decoding a text, from what it says with all neurons."""
+    thresholds = lowbit.thresholds.copy()
+    lowbit.select_all()
+    dense = [rows.astype(np.float32) for rows in _log_probabilities(session, ids)]
+    lowbit.thresholds[:] = thresholds
+    pairs = zip(np.concatenate(dense), chain.from_iterable(_log_probabilities(session, ids)), strict=True)
+    return float(np.mean([(np.exp(all_) * (all_ - some)).sum() for all_, some in pairs]))
+
+
+def _log_probabilities(session: Session, ids: list[int]) -> Iterator[Floats]:
+    """After each token, as if they came one by one: float64 [some tokens, vocab].
+
+    In batches, whose rows are those of single tokens, and which the workers' statistics leave out.
+    """
+    with session.text() as turn:
+        session.forget(0)
+        at = 0
+        while at < len(ids):
+            logits = session.verify(turn, ids[at : at + session.runtime.batch]).astype(np.float64)
+            for _ in logits[1:]:
+                session.accept(turn)
+            at += len(logits)
+            logits -= logits.max(1, keepdims=True)
+            yield logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def sample_ids(session: Session, *, held_out: bool = False) -> list[int]:
+    """Token ids such as the model may meet: a built-in text, or where it has no words for that, its own.
+
+    `held_out`: of another text, on which nothing was calibrated.
+    """
     if session.tokenizer.present:
-        ids = session.tokenizer.encode(SAMPLE_TEXT)
+        ids = session.tokenizer.encode(HELD_OUT_TEXT if held_out else SAMPLE_TEXT)
         if len(set(ids)) > len(ids) // 4:
             return ids
-    starts = np.random.default_rng(0).integers(session.model.spec.vocab, size=_OWN_TEXTS)
+    starts = np.random.default_rng(int(held_out)).integers(session.model.spec.vocab, size=_OWN_TEXTS)
     return [token for start in starts for token in _own_text(session, int(start))]
 
 

@@ -37,6 +37,8 @@ __all__ = ["DEFAULT_CONTEXT", "Devices", "RunPlan", "resolve", "resolve_devices"
 
 # A KV cache for all that a recent model was trained for would take gigabytes that few prompts need.
 DEFAULT_CONTEXT = 4096
+# By whether neurons are silent: where all have some weight, nearly all of the mass would be nearly all of them.
+_RECALL = {True: 0.995, False: 0.9}
 Say = Callable[[str], None]
 
 
@@ -55,6 +57,7 @@ class RunPlan:
     gpu: str | None
     attention: str
     selector: Selector
+    recall: float  # by mass, of the selector lowbit
     look_ahead: bool  # neurons are predicted while the layer before is computed
     context: int  # tokens that the KV cache holds, prompt and answer together
     cache_kind: Kind  # of its keys and values
@@ -139,6 +142,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         gpu=devices.gpu,
         attention=devices.attention,
         selector=selector,
+        recall=_RECALL[model.spec.sparse] if config.recall is None else config.recall,
         look_ahead=config.look_ahead or (Source.LOWRANK in selector.sources and _looks_ahead(model.spec)),
         context=_resolve_context(config, model.spec),
         cache_kind=_resolve_cache(config, devices, model),
@@ -169,18 +173,18 @@ def _plan_cores(config: EngineConfig) -> CorePlan:
 def selectors_for(spec: ModelSpec) -> list[Selector]:
     """The selectors that a model can be run with, the one of `auto` first."""
     predicting = [LOWRANK] if spec.predictor is not None else []
-    sparse = [EXACT] * spec.sparse + [LOWBIT] * spec.profiled
-    able = [*predicting, *sparse, ALL]
     if spec.architecture.feed_forward.experts is not None:
-        return able
-    unions = [CORE_LOWRANK] * (LOWRANK in able) + [CORE_LOWBIT] * (LOWBIT in able)
-    return [*able, CORE, *unions]
+        return [*predicting, *[EXACT] * spec.sparse, ALL]
+    able = [*predicting, EXACT, LOWBIT, ALL] if spec.sparse else [*predicting, ALL, LOWBIT]
+    return [*able, CORE, *[CORE_LOWRANK] * bool(predicting), CORE_LOWBIT]
 
 
 def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
     able = selectors_for(spec)
     chosen = wished_selector(config.selector) or able[0]
+    if config.max_loss is not None and chosen.predicts and Source.LOWBIT not in chosen.sources:
+        raise UsageError(f"--max-loss, but what {chosen} loses is not measured: add --selector lowbit, or leave it out")
     if config.look_ahead and not chosen.predicts:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"
@@ -191,7 +195,7 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
         lack = spec.why_unprofiled
         if Source.LOWRANK in chosen.sources and spec.predictor is None:
             lack = "has no predictors"
-        elif Source.CORE in chosen.sources and spec.architecture.feed_forward.experts is not None:
+        elif chosen.sources and spec.architecture.feed_forward.experts is not None:
             lack = "is a mixture of experts"
         others = " or ".join(map(str, able))
         raise UsageError(f"--selector {chosen}, but {spec.name} {lack}: use --selector {others}")

@@ -162,7 +162,7 @@ class Runtime:
         if cache_is_cold(serve_team):
             say(compiling_note())
         if Source.LOWBIT in plan.selector.sources:
-            self.lowbit = open_lowbit(model, config.bits, config.recall, say)
+            self.lowbit = open_lowbit(model, config.bits, plan.recall, say)
             self._closing.callback(self.lowbit.file.close)
         return ThreadTeam(model, self.board, self._dead, team_config, self.lowbit)
 

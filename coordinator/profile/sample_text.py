@@ -1,6 +1,6 @@
-"""A few paragraphs of English, code and numbers: what selectors are calibrated on by default."""
+"""A few paragraphs of English, code and numbers: what selectors are calibrated on by default, and then judged by."""
 
-__all__ = ["SAMPLE_TEXT"]
+__all__ = ["HELD_OUT_TEXT", "SAMPLE_TEXT"]
 
 SAMPLE_TEXT = """\
 The lighthouse stood at the end of a long spit of gravel, and for eleven months of the year nobody came to it except the
@@ -32,4 +32,20 @@ postpone the new windows. The chair thanked all members; the next meeting will b
 To make the dough, mix 500 g of flour with 7 g of dry yeast, a spoon of salt and 320 ml of lukewarm water. Knead it for
 ten minutes until it is smooth, cover it and let it rise for an hour. Shape two loaves, let them rest for another twenty
 minutes, then bake them at 230 degrees until the crust is dark and the bottom sounds hollow.
+"""
+
+HELD_OUT_TEXT = """\
+The bridge was closed for repairs in the spring of 1994, and the town found out how much it had depended on it. Children
+who lived on the far bank took the ferry to school; the baker sold half as much bread. When it opened again after eleven
+weeks, somebody had painted a line of small blue fish along the railing, and nobody ever removed them.
+
+class Queue:
+    def __init__(self, items=()):
+        self.items = list(items)
+
+    def push(self, item):
+        self.items.append(item)
+
+Question: How many litres does a tank of 2 m by 1.5 m by 0.8 m hold?
+Answer: Its volume is 2.4 cubic metres, so it holds 2,400 litres.
 """

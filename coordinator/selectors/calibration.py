@@ -1,13 +1,17 @@
 """Calibration of the selector `lowbit`: a threshold for each neuron, from sample text, for a wished recall.
 
-Recall is by mass: the share of sum |h_i| * ||down_i|| over the firing neurons that the selected ones make.
+Recall is by mass: the share of sum |h_i| * ||down_i|| over all neurons that the selected ones make, in each layer.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.selectors.lowbit import Lowbit, groups_of, rows_of
+from warmfront.coordinator.selectors.lowbit import Lowbit, groups_of, parts_of, rows_of
+from warmfront.shared.kernels.activation import activate_times, activation_of
 from warmfront.shared.kernels.lowbit import unpack_lowbit
+from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
@@ -41,62 +45,72 @@ def neuron_biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
     return np.ascontiguousarray(bundles[:, offset : offset + 4]).view(np.float32)[:, 0]
 
 
-def _magnitudes(feed_forward: FeedForward, gates: Floats, ups: Floats) -> Floats:
-    """|h| of neurons with these gates and ups."""
-    if not feed_forward.sparse:
-        return np.asarray(np.abs(_dense_activation(feed_forward, gates) * ups), np.float32)
-    fires = gates > feed_forward.closed
-    if feed_forward.activation == "drelu":
-        fires &= ups > 0
-    opened = np.where(fires, gates, np.float32(0))
-    return np.asarray(np.abs(opened * ups) * (opened if feed_forward.activation == "relu2" else 1), np.float32)
+def _products(model: PackedModel, groups: Bytes, x: Floats) -> list[Floats]:
+    """What `x` [tokens, hidden] gives of each matrix before down, biases added: [tokens, neurons] each."""
+    parts, layout = model.spec.architecture.feed_forward.matrices[:-1], model.layout
+    return [
+        x @ rows_of(model, groups, layout.place_of(part)[0]).T + neuron_biases(model, groups, layout.bias_offset(part))
+        for part in parts
+    ]
 
 
-def _dense_activation(feed_forward: FeedForward, gates: Floats) -> Floats:
-    """An activation that is never exactly zero, of a model that does not cut its gates."""
-    if feed_forward.activation == "silu":
-        # Below -88 the exponential is infinite, and the quotient the zero that it should be.
-        with np.errstate(over="ignore"):
-            return np.asarray(gates / (1 + np.exp(-gates)), np.float32)
-    if feed_forward.activation == "gelu_tanh":
-        return np.asarray(gates / 2 * (1 + np.tanh(0.7978845608 * (gates + 0.044715 * gates**3))), np.float32)
-    from torch import from_numpy
-    from torch.special import erf
+def _copied_products(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> list[Floats]:
+    """The same of the low-bit copies, without biases."""
+    parts = parts_of(model.spec.architecture.feed_forward)
+    packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(model.layout.groups, len(parts), GROUP, -1)
+    neurons = len(packed) * GROUP
+    return [
+        x @ unpack_lowbit(packed[:, part].reshape(neurons, -1), lowbit.bits, x.shape[1]).T for part in range(len(parts))
+    ]
 
-    return np.asarray(gates / 2 * (1 + erf(from_numpy(gates / np.float32(2**0.5))).numpy()), np.float32)
+
+def _magnitudes(feed_forward: FeedForward, products: Sequence[Floats]) -> Floats:
+    """|activation(gate) * up|, or |activation(up)| without a gate, by the kernel that the compiled pass has too."""
+    gates = products[0].copy()
+    ups = np.ascontiguousarray(products[1]) if len(products) > 1 else np.ones_like(gates)
+    activate_times(activation_of(feed_forward), address(gates), address(ups), gates.size)
+    return np.abs(gates, out=gates)
+
+
+def _scores(feed_forward: FeedForward, products: Sequence[Floats], offsets: Sequence[Floats]) -> Floats:
+    """What neurons score by the products of their copies: the gate itself where gates close."""
+    shifted = [product + offset for product, offset in zip(products, offsets, strict=True)]
+    return shifted[0] if feed_forward.sparse else _magnitudes(feed_forward, shifted)
 
 
 def masses(model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
     """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||, and its gate."""
     groups = groups_of(model, layer)
-    layout = model.layout
-    gates = x @ rows_of(model, groups, 0).T + neuron_biases(model, groups, layout.gate_bias_offset)
-    ups = np.ones_like(gates)
-    if layout.gated:
-        ups = x @ rows_of(model, groups, layout.up_offset).T + neuron_biases(model, groups, layout.up_bias_offset)
-    return _magnitudes(model.spec.architecture.feed_forward, gates, ups) * down_norms(model, groups), gates
+    products = _products(model, groups, x)
+    return _magnitudes(model.spec.architecture.feed_forward, products) * down_norms(model, groups), products[0]
 
 
-def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats, Floats]:
-    """As `masses`, but of each gate what the neuron's copy scores, and by how much the gate is above that score."""
-    mass, gates = masses(model, layer, x)
-    packed = lowbit.file.bytes_of(f"layers.{layer}.lowbit").reshape(mass.shape[1], -1)
-    scores = x @ unpack_lowbit(packed, lowbit.bits, x.shape[1]).T
-    return mass, scores, gates - scores
+def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
+    """The same masses, and what every neuron scores, to be compared with `lowbit.thresholds[layer, 0]`."""
+    feed_forward = model.spec.architecture.feed_forward
+    offsets = np.zeros((1, 1), np.float32) if feed_forward.sparse else lowbit.thresholds[layer, 1:]
+    scores = _scores(feed_forward, _copied_products(lowbit, model, layer, x), list(offsets))
+    return masses(model, layer, x)[0], scores
 
 
 def calibrate(lowbit: Lowbit, model: PackedModel, inputs: Floats) -> None:
     """Set the thresholds from `inputs`, float32 [layers, tokens, hidden]: what the feed-forward layers got.
 
-    A neuron's score is off by a constant wherever the input has channels of a constant size, which language models
-    have; so each gets its mean error back, and all of a layer one threshold above that.
+    A copy's product is off by a constant wherever the input has channels of a constant size, which language models
+    have; so each gets its mean error back, and all scores of a layer have one threshold.
     """
+    feed_forward = model.spec.architecture.feed_forward
     for layer, x in enumerate(inputs):
-        mass, scores, errors = masses_and_scores(lowbit, model, layer, x)
-        offsets = errors.mean(0)
-        scores = (scores + offsets).ravel()
+        groups = groups_of(model, layer)
+        products, copied = _products(model, groups, x), _copied_products(lowbit, model, layer, x)
+        offsets = [(product - copy).mean(0) for product, copy in zip(products, copied, strict=False)]
+        scores = _scores(feed_forward, copied, offsets).ravel()
+        mass = (_magnitudes(feed_forward, products) * down_norms(model, groups)).ravel()
         order = np.argsort(-scores)
-        gathered = np.cumsum(mass.ravel()[order], dtype=np.float64)
+        gathered = np.cumsum(mass[order], dtype=np.float64)
         last = int(np.searchsorted(gathered, lowbit.recall * gathered[-1]))
         lowest = np.nextafter(scores[order[min(last, len(order) - 1)]], np.float32(-np.inf))
-        lowbit.thresholds[layer] = lowest - offsets
+        if feed_forward.sparse:
+            lowbit.thresholds[layer, 0] = lowest - offsets[0]
+        else:
+            lowbit.thresholds[layer, 0], lowbit.thresholds[layer, 1:] = lowest, offsets

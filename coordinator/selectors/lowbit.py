@@ -1,10 +1,16 @@
-"""Low-bit copies of the gates, and the thresholds that make them a selector.
+"""Low-bit copies of gates, or of gates and ups, and the thresholds that make them a selector.
 
-The copies lie in a file of their own beside the packed model, made when the selector is first used. The thresholds, one
-for each neuron, are kept beside it, by the recall that they were calibrated for (`calibration.py`).
+    gates that close    a neuron is computed if the product of its gate's copy is above its threshold
+    others              if |activation(gate) * up|, both by their copies, is above its threshold: no gate alone tells
+                        what such a neuron weighs (without a gate, |activation(up)|)
+
+The copies lie in a file of their own beside the packed model, made when the selector is first used: of each group of 32
+neurons the gates, then the ups. The thresholds, one for each neuron, are kept beside it, by the recall that they were
+calibrated for (`calibration.py`).
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +23,20 @@ from warmfront.coordinator.packing.packed_file import Shapes, write_packed
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.files import locked, published
 from warmfront.shared.kernels.lowbit import lowbit_bytes, pack_lowbit
+from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import unpack
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["Lowbit", "groups_of", "open_lowbit", "rows_of"]
+__all__ = ["Lowbit", "groups_of", "open_lowbit", "parts_of", "rows_of"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Lowbit:
-    """A model's copies and thresholds, for one recall."""
+    """A model's copies and thresholds, for one recall, and what they cost."""
 
     # The copies.
     file: PackedModel
@@ -37,68 +44,96 @@ class Lowbit:
     bits: int
     # By mass: see `calibration.py`.
     recall: float
-    # float32 [layers, neurons], NaN until calibrated.
+    # float32 [layers, 1 + n, neurons], NaN until calibrated: the thresholds; where neurons are weighed, also what is
+    # added to the products of the copies of each part: see `parts_of`.
     thresholds: Floats
     # That of the model, on which what a neuron weighs depends.
     activation: str
+    # Nats of KL divergence a token, from what the model says with all neurons, on a text of its own; NaN: not measured.
+    loss: float = math.nan
 
     @property
     def calibrated(self) -> bool:
         """Whether the thresholds are known."""
         return not np.isnan(self.thresholds).any()
 
+    def select_all(self) -> None:
+        """Let every neuron be computed, until thresholds are set."""
+        self.thresholds[:, 0], self.thresholds[:, 1:] = -np.inf, 0
+
     @property
     def _kept(self) -> Path:
         return self.file.path.with_suffix(f".{self.recall:g}-{self.activation}.npz")
 
     def load(self) -> None:
-        """Take the thresholds of an earlier calibration, if there was one."""
-        kept = load_arrays(self._kept).get("thresholds")
-        self.thresholds[:] = kept if kept is not None and kept.shape == self.thresholds.shape else np.nan
+        """Take the thresholds of an earlier calibration, and the loss, if there was one."""
+        kept = load_arrays(self._kept)
+        thresholds, loss = kept.get("thresholds"), kept.get("loss")
+        if thresholds is None or loss is None or thresholds.shape != self.thresholds.shape or loss.shape != ():
+            self.thresholds[:] = np.nan
+        else:
+            self.thresholds[:], self.loss = thresholds, float(loss)
 
     def save(self, say: Callable[[str], None]) -> None:
-        """Keep the thresholds; `say` gets a line where the cache cannot be written."""
+        """Keep both; `say` gets a line where the cache cannot be written."""
         try:
-            save_arrays(self._kept, thresholds=self.thresholds)
+            save_arrays(self._kept, thresholds=self.thresholds, loss=self.loss)
         except OSError as error:
             say(f"cannot keep the thresholds in {self._kept}: {error.strerror}; they are calibrated again next time")
 
 
+def parts_of(feed_forward: FeedForward) -> tuple[str, ...]:
+    """The matrices that are copied: those before down, or gates alone (ups, if there are none) where they close."""
+    return feed_forward.matrices[:1] if feed_forward.sparse else feed_forward.matrices[:-1]
+
+
 def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str], None]) -> Lowbit:
-    """The copies of `model`'s gates, in the order of its neurons, made now if the cache has none."""
+    """The copies of `model`, in the order of its neurons, made now if the cache has none."""
+    feed_forward, layout = model.spec.architecture.feed_forward, model.layout
+    parts = parts_of(feed_forward)
     order = f"-{model.order}" if model.order else ""
-    path = model.path.with_name(f"{model.path.stem}-lowbit{bits}{order}.safetensors")
-    file = _opened(path)
+    path = model.path.with_name(f"{model.path.stem}-lowbit{bits}{'-up' * (len(parts) > 1)}{order}.safetensors")
+    shape = (layout.groups * len(parts) * GROUP, lowbit_bytes(bits, layout.hidden))
+    file = _opened(path, shape)
     if file is None:
         try:
             with locked(path, say):
-                if (file := _opened(path)) is None:
-                    say(f"making {bits}-bit copies of the gates")
-                    _write(path, model, bits)
+                if (file := _opened(path, shape)) is None:
+                    say(f"making {bits}-bit copies of the {' and '.join(f'{part}s' for part in parts)}")
+                    _write(path, model, bits, parts, shape)
                     file = PackedModel(path)
         except OSError as error:
             raise ResourceError(f"cannot write {bits}-bit copies to {path.parent}: {error.strerror}") from error
-    thresholds = np.empty((model.spec.layers, model.layout.groups * GROUP), np.float32)
+    numbers = 1 if feed_forward.sparse else 1 + len(parts)
+    thresholds = np.empty((model.spec.layers, numbers, layout.groups * GROUP), np.float32)
     lowbit = Lowbit(file, bits, recall, thresholds, model.spec.activation)
     lowbit.load()
     return lowbit
 
 
-def _opened(path: Path) -> PackedModel | None:
+def _opened(path: Path, shape: tuple[int, int]) -> PackedModel | None:
     """None if it has to be made."""
     with contextlib.suppress(ModelError):
-        return PackedModel(path)
+        file = PackedModel(path)
+        if all(entry.shape == shape for entry in file.entries.values()):
+            return file
+        file.close()
     return None
 
 
-def _write(path: Path, model: PackedModel, bits: int) -> None:
+def _write(path: Path, model: PackedModel, bits: int, parts: tuple[str, ...], shape: tuple[int, int]) -> None:
     layout, layers = model.layout, range(model.spec.layers)
-    shape = (layout.groups * GROUP, lowbit_bytes(bits, layout.hidden))
     shapes: Shapes = {f"layers.{i}.lowbit": ("U8", shape) for i in layers}
     kinds = {"gate": int(layout.gate_kind), "down": int(layout.down_kind)}
-    copies = (pack_lowbit(rows_of(model, groups_of(model, i), 0), bits) for i in layers)
     with published(path) as fd:
-        write_packed(fd, model.spec, kinds, {}, shapes, copies)
+        write_packed(fd, model.spec, kinds, {}, shapes, (_copied(model, i, bits, parts) for i in layers))
+
+
+def _copied(model: PackedModel, layer: int, bits: int, parts: tuple[str, ...]) -> Bytes:
+    """uint8 [groups, parts, 32, bytes of a copy] of a layer."""
+    groups = groups_of(model, layer)
+    rows = (rows_of(model, groups, model.layout.place_of(part)[0]) for part in parts)
+    return np.stack([pack_lowbit(some, bits).reshape(len(groups), GROUP, -1) for some in rows], axis=1)
 
 
 def groups_of(model: PackedModel, layer: int) -> Bytes:

@@ -19,11 +19,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(folder: Path, recall: float = 0.995, neurons: int = 64) -> Lowbit:
     file: Any = SimpleNamespace(path=folder / "m-auto-00-lowbit2-ab.safetensors")
-    return Lowbit(file, 2, recall, np.full((2, neurons), np.nan, np.float32), "relu")
+    return Lowbit(file, 2, recall, np.full((2, 1, neurons), np.nan, np.float32), "relu")
 
 
 def test_thresholds_are_kept_by_recall(tmp_path: Path) -> None:
-    thresholds = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    thresholds = np.random.default_rng(0).normal(size=(2, 1, 64)).astype(np.float32)
     first = made(tmp_path)
     first.thresholds[:] = thresholds
     first.save(pytest.fail)
