@@ -193,6 +193,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         if None not in masses:
             layers.plot(masses, ":", color=colour, label="recall by mass")
     losses.set(xlabel="tok/s", ylabel="KL to the dense model, nats a token", title=f"{result['name']}")
+    losses.margins(0.12)
     losses.set_xlim(left=0)
     layers.set(xlabel="layer", title=f"shares of the neurons, {result['tokens']:,} tokens", ylim=(0, 1.05))
     if layers.lines:
