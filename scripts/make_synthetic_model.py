@@ -16,7 +16,8 @@ What makes the model behave like a sparse one:
   follow a power law: their mean is `--active`, and a fifth of the neurons, at random places, makes 80 % of the firing.
 - The head's row of a word is the embedding of the word before it on a random cycle through the words, so greedy text
   follows the cycle with wide margins. Bytes and special tokens look like words to the layers, but have no row in the
-  head: text has words only.
+  head: text has words only. A lower `--logit` than the usual one makes margins narrow, so that errors can be measured
+  by the perplexity of text that the model writes at temperature 1.
 - With `--topics T`, word w belongs to topic (w - 259) % T, its embedding leans to the topic's direction, which every P
   sees, and cycles stay within topics: which neurons are hot depends on the topic.
 
@@ -119,6 +120,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
     parser.add_argument("--rank", type=int, default=63, help="of the gate matrices")
     parser.add_argument("--active", type=float, default=0.10, help="share of the neurons that a token fires")
     parser.add_argument("--topics", type=int, default=1)
+    parser.add_argument("--logit", type=float, default=20.0, help="of the next word; about 10: errors change the text")
     parser.add_argument("--experts", type=int, default=0, help="of a layer; 0: it is no mixture")
     parser.add_argument("--used", type=int, default=0, help="experts that a token uses")
     parser.add_argument("--expert-activation", choices=("silu", "relu"), default="silu", help="relu: --active fire")

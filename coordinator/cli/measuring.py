@@ -37,7 +37,10 @@ _WIDE = 1000  # columns where stdout is not a terminal
 @click.command()
 @click.argument("model", default="smollm2-135m")
 @click.option(
-    "--selectors", default="auto", show_default=True, help="Such as all,exact,lowbit:0.98: lowbit with that recall."
+    "--selectors",
+    default="auto",
+    show_default=True,
+    help="Such as all,lowbit:0.98,core:0.4: lowbit of that recall, core of that share.",
 )
 @click.option("--contexts", type=Numbers(), default="16,512", show_default=True, help="Tokens of the prompts.")
 @click.option("-n", "--tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to decode.")
@@ -124,7 +127,7 @@ def _sweep(
     "selectors",
     default="auto",
     show_default=True,
-    help="Such as exact,lowbit:0.98: lowbit with that recall.",
+    help="Such as exact,lowbit:0.98,core:0.4: lowbit of that recall, core of that share.",
 )
 @click.option("--forced-from", type=click.IntRange(1), default=64, show_default=True, help="Tokens that are prefilled.")
 @click.option("--ctx", "context", type=click.IntRange(1), help="Tokens of a piece of text.  [default: 512]")

@@ -152,9 +152,8 @@ class Session:
 
     def watched_step(self, turn: int, token: int) -> tuple[Floats, Floats]:
         """As `step`, and what the feed-forward layers got for the token, after their norm: float32 [layers, hidden]."""
-        self._decoded += 1
-        self._run(turn, [token], want_logits=True, decode=True, capture=True)
-        return self.runtime.logits[0], self.runtime.captured(1)[:, 0]
+        logits = self.verify(turn, [token], capture=True)[0]
+        return logits, self.runtime.captured(1)[:, 0]
 
     def selected(self) -> npt.NDArray[np.uint32]:
         """The neurons that the selector chose for the last single token: [layers, groups], bit i = neuron i.
@@ -163,8 +162,9 @@ class Session:
         """
         return self.runtime.ownership.asked() if self.plan.selector.masked else self.runtime.ownership.fired()
 
-    def verify(self, turn: int, tokens: list[int]) -> Floats:
+    def verify(self, turn: int, tokens: list[int], *, capture: bool = False) -> Floats:
         """Logits, float32 [len(tokens), vocab], after each of up to `runtime.batch` tokens; valid until the next job.
+        `capture`: of a single token the feed-forward inputs are kept.
 
         The first is the text's next token, the others are a guess of what follows: of the text they are only once they
         are accepted. The logits are the same bit for bit as if the tokens came one by one; only those after the first
@@ -177,7 +177,7 @@ class Session:
         if compare:
             self._compare_at = self._decoded + _COMPARE_EVERY
         self._decoded += 1
-        self._run(turn, tokens, want_logits=True, decode=True, compare_selection=compare)
+        self._run(turn, tokens, want_logits=True, decode=True, compare_selection=compare, capture=capture)
         if len(tokens) > 1 and at <= self.runtime.clean < at + len(tokens):
             # The tokens share tiles of the cache, where 0 times infinity is NaN.
             self.forget(at)

@@ -95,7 +95,7 @@ def _perplexity(loss: float) -> float | None:
 
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
-    return round(value, 6) if math.isfinite(value) else None
+    return round(value, 6) + 0.0 if math.isfinite(value) else None  # no -0.0 either
 
 
 def as_object(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -174,25 +174,28 @@ def render(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write a picture, SVG if `path` ends so, else PNG: perplexity over the share kept, and both shares by layer."""
+    """Write a picture, SVG if `path` ends so, else PNG: the divergence from the dense model over tok/s, and the shares
+    of neurons by layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, layers = figure.subplots(1, 2)
     for number, row in enumerate(result["rows"]):
         colour = f"C{number}"
-        if row["perplexity"] is not None:
-            losses.plot(row["kept"], row["perplexity"], "o", color=colour)
-            losses.annotate(row["selector"], (row["kept"], row["perplexity"]), (5, 4), textcoords="offset points")
+        if row["divergence"] is not None:
+            at = row["decode_tps"], row["divergence"]
+            losses.plot(*at, "o", color=colour)
+            losses.annotate(row["selector"], at, (5, 4), textcoords="offset points", fontsize="small")
         if row["selector"] == DENSE:
             continue
-        shares = [layer["kept"] for layer in row["layers"]]
-        layers.plot(shares, color=colour, label=f"{row['selector']}, kept")
+        layers.plot([layer["kept"] for layer in row["layers"]], color=colour, label=f"{row['selector']}, kept")
         masses = [layer["recall_by_mass"] for layer in row["layers"]]
         if None not in masses:
             layers.plot(masses, ":", color=colour, label="recall by mass")
-    losses.set(xlabel="neurons kept", ylabel="perplexity", title=f"{result['name']}, {result['dtype']}", xlim=(0, 1.1))
-    layers.set(xlabel="layer", title=f"by layer, {result['tokens']:,} tokens", ylim=(0, 1.05))
+    losses.set(xlabel="tok/s", ylabel="KL to the dense model, nats a token", title=f"{result['name']}")
+    losses.margins(0.12)
+    losses.set_xlim(left=0)
+    layers.set(xlabel="layer", title=f"shares of the neurons, {result['tokens']:,} tokens", ylim=(0, 1.05))
     if layers.lines:
-        layers.legend(fontsize="small")
+        layers.legend(fontsize="x-small", ncols=2)
     write_picture(figure, path)

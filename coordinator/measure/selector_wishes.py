@@ -1,6 +1,5 @@
-"""Selectors as `eval` and `bench` take them: a name, and after a colon the number that says how much it computes.
-
-exact    lowbit    lowbit:0.98
+"""Selectors as `eval` and `bench` take them: a name, and after a colon the number that says how much it computes, such
+as exact, lowbit:0.98 (of that recall), core:0.4 or core|lowbit:0.4 (a core of that share of the neurons).
 """
 
 from typing import Any
@@ -11,7 +10,7 @@ from warmfront.shared.errors import UsageError
 __all__ = ["overrides_of"]
 
 # The field of EngineConfig that the number is for.
-_NUMBERS = {"lowbit": "recall"}
+_NUMBERS = {"lowbit": "recall", "core": "keep", "core|lowbit": "keep", "core|lowrank": "keep"}
 
 
 def overrides_of(wish: str) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def overrides_of(wish: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"selector": name}
     if colon:
         if name not in _NUMBERS:
-            raise UsageError(f"{wish!r}: a number is for {' and '.join(_NUMBERS)} only, such as lowbit:0.98")
+            raise UsageError(f"{wish!r}: a number is for {', '.join(_NUMBERS)} only, such as lowbit:0.98")
         try:
             fields[_NUMBERS[name]] = float(number)
         except ValueError:

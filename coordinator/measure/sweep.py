@@ -57,13 +57,16 @@ def sweep(
     options = {point: _options(overrides, point, context + tokens + 1) for point in points}
     samples: dict[_Point, list[_Sample]] = {point: [] for point in points}
     facts: dict[str, Any] = {}
+    prompt: list[int] = []
     for turn in range(rounds):
         # The order turns, so that none always runs behind the same.
         start = turn % len(points)
         for point in points[start:] + points[:start]:
             with Engine.load(model, say=say if not turn else _quiet, progress=progress, **options[point]) as engine:
                 say(f"round {turn + 1} of {rounds}: {_name(point)}")
-                samples[point].append(_sample(engine, context, tokens))
+                # The same for all: a model without words for the sample text writes its own, as the selector has it.
+                prompt = prompt or _prompt(engine, context, tokens)
+                samples[point].append(_sample(engine, prompt, tokens))
                 facts = {"name": engine.model.spec.name, "dtype": engine.plan.config.dtype}
                 facts["threads"] = len(engine.plan.cores.coordinator)
     rows = [_row(point, several) for point, several in samples.items()]
@@ -89,11 +92,14 @@ def _name(point: _Point) -> str:
     return f"{point.selector}, {'no GPU' if point.budget == 0 else f'{point.budget / 1e6:.0f} MB on the GPU'}"
 
 
-def _sample(engine: Engine, context: int, tokens: int) -> _Sample:
+def _prompt(engine: Engine, context: int, tokens: int) -> list[int]:
     if context + tokens >= engine.plan.context:
         raise UsageError(f"a context of {context} and {tokens} tokens: the model has {engine.plan.context}")
     ids = sample_ids(engine.session)
-    prompt = (ids * (1 + context // len(ids)))[:context]
+    return (ids * (1 + context // len(ids)))[:context]
+
+
+def _sample(engine: Engine, prompt: list[int], tokens: int) -> _Sample:
     engine.decode_ids(prompt, _WARM)
     engine.reset()
     engine.decode_ids(prompt, tokens)

@@ -23,7 +23,8 @@ HOT, HOT_SHARE, PEAK = 0.21, 0.8, 0.95
 @dataclass(frozen=True)
 class Shape:
     """Sizes of the model: channels, layers, neurons of a layer or of an expert, heads, tokens, rank of the gate
-    matrices, topics; experts of a layer (0: there are none), how many of them a token uses, and their activation."""
+    matrices, topics; experts of a layer (0: there are none), how many of them a token uses, and their activation; the
+    logit of the next word on the cycle, others having about 0."""
 
     hidden: int
     layers: int
@@ -37,6 +38,7 @@ class Shape:
     experts: int = 0
     used: int = 0
     expert_activation: str = "silu"
+    logit: float = 20.0
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +69,8 @@ class Shape:
             return "--expert-activation needs --experts"
         if self.experts and not 1 <= self.used <= self.experts:
             return "--used must be from 1 to --experts"
+        if not 0 < self.logit <= 100:
+            return "--logit must be above 0, up to 100"
         if self.vocab < FIRST_WORD + 2 * self.topics:
             return f"--vocab must be at least {FIRST_WORD + 2 * self.topics}: special tokens, bytes, 2 words a topic"
         return None

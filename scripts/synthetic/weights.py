@@ -14,7 +14,6 @@ from synthetic.shape import FIRST_WORD, NORM_EPS, ROPE_BASE, Shape
 __all__ = ["Maker"]
 
 ATTENTION_SHARPNESS = 1.5  # standard deviation of queries and keys: attention picks out a few tokens
-TRUE_LOGIT = 20.0  # of the next word on the cycle
 SAMPLES, SAMPLE_LENGTH = 16, 64
 
 # Keys of the random streams, one of each kind for a layer: no tensor's numbers depend on the shape of another.
@@ -114,7 +113,7 @@ class Maker:
         before = torch.zeros(shape.vocab, dtype=torch.int64)
         for cycle in self._cycles:
             before[torch.from_numpy(cycle)] = torch.from_numpy(np.roll(cycle, 1))
-        head = values[before].mul_(TRUE_LOGIT / shape.hidden)
+        head = values[before].mul_(shape.logit / shape.hidden)
         del values
         head[:FIRST_WORD] = 0.0
         yield "head", self._round(head)
