@@ -79,6 +79,7 @@ def test_pieces() -> None:
 def test_wishes() -> None:
     assert overrides_of("exact") == {"selector": "exact"}
     assert overrides_of("lowbit:0.9") == {"selector": "lowbit", "recall": 0.9}
+    assert overrides_of("core|lowbit:0.3") == {"selector": "core|lowbit", "keep": 0.3}
 
 
 @pytest.mark.parametrize(
