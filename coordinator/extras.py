@@ -1,4 +1,4 @@
-"""Packages that only `warmfront plan` uses, and not without being asked: scipy, matplotlib."""
+"""Packages that only some commands use, and not without being asked: scipy, matplotlib, scikit-learn."""
 
 import sys
 from importlib.util import find_spec
@@ -8,7 +8,10 @@ from warmfront.shared.errors import UsageError
 __all__ = ["require"]
 
 
-def require(package: str, what: str) -> None:
-    """Raise UsageError that says how to install `package`, if `what` cannot do without and it is missing."""
-    if find_spec(package) is None:
+def require(package: str, what: str, module: str = "") -> None:
+    """Raise UsageError that says how to install `package`, if `what` cannot do without and it is missing.
+
+    `module`: the name by which it is imported, if that is another one.
+    """
+    if find_spec(module or package) is None:
         raise UsageError(f"{what} needs {package}: run {sys.executable} -m pip install {package}")

@@ -146,6 +146,36 @@ def profile(
 
 
 @cli.command()
+@click.argument("model")
+@click.option(
+    "--text",
+    "places",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A file of text in UTF-8, or a folder of .txt and .md files; may be repeated.",
+)
+@load_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def cluster(model: str, places: tuple[Path, ...], as_json: bool, **overrides: Any) -> None:
+    """Find kinds of text by the neurons that they use.
+
+    For the selector core: a prompt that is too short to tell its neurons is given those of the kind it is nearest to.
+    """
+    EngineConfig(**overrides)
+    require("scikit-learn", "warmfront cluster", "sklearn")
+
+    with hold_interrupts():
+        from warmfront.coordinator.cli.profile import read_texts
+        from warmfront.coordinator.measure.clustering import cluster_texts, render, texts_in
+
+    texts = read_texts(texts_in(places))
+    with Bars() as bars:
+        facts = cluster_texts(model, texts, overrides, say, bars.show)
+    click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command()
 @click.argument("model", default="smollm2-135m")
 @selector_option
 @load_options

@@ -29,7 +29,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "accepted": stats.accepted,
         "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
-        "core": core._asdict() if core is not None else None,
+        "cores": core._asdict() if core is not None else None,
         "expert_uses": uses.tolist() if uses is not None else None,
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.plan.selector.name,

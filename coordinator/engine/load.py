@@ -162,7 +162,7 @@ def _calibrate(session: Session, say: Say) -> None:
 
 def _measure_core(session: Session, say: Say) -> None:
     """Find the layers that have no core, if they are not known."""
-    if session.core is not None and session.core.whole is None and session.plan.context > 1:
+    if session.core is not None and session.core.whole is None and session.plan.context >= 16:
         say("measuring what each layer loses by its core (first use only)")
         session.measure_core(sample_ids(session))
 

@@ -12,7 +12,9 @@ from warmfront.shared.errors import ResourceError
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.machine.numa import UNBOUND, bindable, ensure_free
 from warmfront.shared.machine.topology import read_topology
+from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Source
 
 __all__ = ["check_memory", "check_nodes"]
 
@@ -25,6 +27,8 @@ def check_memory(model: PackedModel, plan: RunPlan, max_tokens: int) -> None:
         scratch = scratch_bytes(spec, len(plan.cores.coordinator), max_tokens)
         cache = cache_bytes(spec, plan.cache_kind, plan.context)
         needs[f"a context of {plan.context} tokens"] = cache + scratch
+    if Source.CORE in plan.selector.sources:
+        needs["what a prompt's neurons are"] = 2 * spec.layers * max_tokens * layout.groups * GROUP
     if plan.gpu == "host":
         slots = spec.layers * layout.groups * layout.group_bytes
         budget = plan.config.vram_budget

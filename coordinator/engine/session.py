@@ -170,8 +170,7 @@ class Session:
         are accepted. The logits are the same bit for bit as if the tokens came one by one; only those after the first
         if a key or value is not finite.
         """
-        if self.core is not None and len(self._cached) >= self.core.due:
-            self._choose_again(turn)
+        self._keep_core(turn)
         at = len(self._cached)
         compare = self._serving and self.plan.config.measure and len(tokens) == 1 and self._decoded >= self._compare_at
         if compare:
@@ -185,19 +184,34 @@ class Session:
             self._run(turn, tokens, want_logits=True, decode=True)
         return self.runtime.logits[: len(tokens)]
 
-    def _choose_again(self, turn: int) -> None:
-        """Read the last tokens of the text again, and choose its core by them too."""
-        assert self.core is not None
+    def _keep_core(self, turn: int) -> None:
+        """Where it is time for that, read the last tokens of the text again, and choose its core by them too."""
+        if self.core is None or len(self._cached) < self.core.due:
+            return
         text = self._cached.copy()
         self.forget(len(text) - self.core.unread(len(text)))
         self._read(turn, text, want_logits=False)
         self._choose_core()
 
-    def measure_core(self, ids: list[int]) -> None:
-        """Find out from `ids`, as many as fit, which layers lose so much by a core that they are computed whole."""
+    def core_scores(self, ids: list[int]) -> npt.NDArray[np.float64]:
+        """What the tokens of a text of its own, one job at most, give the neurons: float64 [layers, neurons]."""
         assert self.core is not None
         with self.text() as turn:
-            self.prefill(turn, ids[: min(self.core.window, self.plan.context)])
+            self.core.begin()
+            self.forget(0)
+            self._read(turn, ids, want_logits=False)
+            return self.core.scores.copy()
+
+    def measure_core(self, ids: list[int]) -> None:
+        """Find out from `ids`, as many as fit, which layers lose so much by a core that they are computed whole.
+
+        Measured with tokens behind those that tell the core: of their own neurons a core has more than of later ones.
+        """
+        assert self.core is not None
+        most = min(self.core.window, self.plan.context, len(ids))
+        with self.text() as turn:
+            self.prefill(turn, ids[: most - most // 8])
+            self._run(turn, ids[most - most // 8 : most])
             with hold_interrupts():
                 self.core.measure_layers(self._cached)
             self.forget(0)

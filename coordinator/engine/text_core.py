@@ -1,8 +1,9 @@
 """The core of the text under way (`selectors/core.py`): when it is chosen, when it is chosen anew, when it is given up.
 
     behind a prompt        its last tokens (as many as a job takes) score the neurons; the core is the prompt's
-    a short prompt         everything is computed until the text is long enough to tell, and then the text is read again
-    one that changes       whose halves have different cores: the same, until a whole job's tokens tell
+    a prompt that does not tell, for it is short or its halves have different cores
+                           the core of the kind of text to which it is nearest, if `warmfront cluster` has found kinds;
+                           else everything is computed until the text is long enough, and then it is read again
     every `refresh` tokens the tokens since are read again as a prompt, computed whole, and score; older tokens count
                            for less as new ones come. What they had left in the KV cache is replaced by what is exact
     some layers            lose far more by their core than others (of SmolLM2 the first): they are computed whole
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.engine.runtime import Runtime
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.selectors.clusters import load_clusters
 from warmfront.coordinator.selectors.core import bits_of, divergence, kept_norms, largest, overlap
 from warmfront.coordinator.selectors.core_scores import add_norm_scores, add_positive_scores
 from warmfront.shared.model.bundle import GROUP
@@ -66,6 +68,7 @@ class TextCore:
         self._norms: Floats = kept_norms(self._model, say) if self._by_norm else np.zeros((0, 0), np.float32)
         shape = self._model.spec.layers, self._model.layout.groups * GROUP
         self.scores: npt.NDArray[np.float64] = np.zeros(shape)
+        self._clusters = load_clusters(self._model, config.core_score, shape)
         # Tokens that the scores are of; the position behind the last one; where the core is to be chosen again.
         self._tokens = self._end = 0
         self.due = _NEVER
@@ -157,17 +160,19 @@ class TextCore:
     def choose(self, text: list[int]) -> None:
         """Decide what is computed behind `text`, all of which is in the cache."""
         every = self._end + (self._refresh or _NEVER)
+        scores, self.due = self.scores, every
         if not self._settled:
-            self._runtime.select(None)
             self.due = min(every, self._end + max(_AGAIN, _LEAST_TOKENS - self._tokens))
-            return
-        core = self._largest(self.scores)
+            if self._clusters is None or not self._tokens:
+                self._runtime.select(None)
+                return
+            scores = self._clusters.nearest(scores, self._model.layout.ffn)
+        core = self._largest(scores)
         drift = None
         if self._max_drift is not None and len(text) > 1:
             drift = self._drift(core, text)
         lost = drift is not None and drift > self._max_drift  # type: ignore[operator]
         self._runtime.select(None if lost else bits_of(core))
-        self.due = every
         chosen, given_up = self.facts.chosen + (not lost), self.facts.given_up + lost
         self.facts = CoreFacts(chosen, given_up, self._overlap, drift)
 

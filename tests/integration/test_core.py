@@ -15,6 +15,10 @@ import torch
 from tests.integration.command import assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator import Engine
+from warmfront.coordinator.cli.profile import read_texts
+from warmfront.coordinator.measure.clustering import cluster_texts, texts_in
+from warmfront.coordinator.selectors.clusters import load_clusters
+from warmfront.coordinator.selectors.core import largest
 from warmfront.coordinator.selectors.lowbit import groups_of, rows_of
 
 SHAPE = {"num_hidden_layers": 3, "intermediate_size": 200, "max_position_embeddings": 512}
@@ -196,21 +200,40 @@ def test_a_core_that_loses_too_much_is_given_up(tiny_llama: Any) -> None:
     assert drifts[0.0] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=0.02)
 
 
-@pytest.mark.parametrize("other", ["lowbit"])
-def test_unions_compute_the_neurons_of_both(tiny_llama: Any, other: str) -> None:
+def test_unions_compute_the_neurons_of_both(tiny_llama: Any) -> None:
     folder = tiny_llama(hidden_act="relu", **SHAPE)
-    ids, prompt = text(304), 300
-    seen = {}
-    for selector in ("core", other, f"core|{other}"):
-        options = {"keep": KEEP, "recall": 0.9} if other == "lowbit" else {"keep": KEEP}
-        with Engine.load(str(folder), selector=selector, dtype="f32", **options) as engine:
+    ids, prompt, seen = text(304), 300, {}
+    for selector in ("core", "lowbit", "core|lowbit"):
+        with Engine.load(str(folder), selector=selector, dtype="f32", keep=KEEP, recall=0.9) as engine:
             list(engine.forced_logits(ids, prompt))
             seen[selector] = engine.session.runtime.board.mask[0].copy()
-    both = seen["core"] | seen[other]
+    both = seen["core"] | seen["lowbit"]
     # Of one layer: what enters the others depends on what was computed before.
-    assert (seen[f"core|{other}"][0] == both[0]).all()
-    assert (seen["core"] & ~seen[f"core|{other}"] == 0).all()
+    assert (seen["core|lowbit"][0] == both[0]).all()
+    assert (seen["core"] & ~seen["core|lowbit"] == 0).all()
     assert both[0].tolist() != seen["core"][0].tolist()
+
+
+def test_a_short_prompt_gets_the_core_of_its_kind(tiny_llama: Any, tmp_path: Path) -> None:
+    """Kinds of text are found by `warmfront cluster`; a prompt that has no core of its own takes that of its kind."""
+    folder = tiny_llama(**SHAPE, seed=3)
+    for name, words in (("a.txt", "0123456789 "), ("b.md", "zyxwvu tsr")):
+        (tmp_path / name).write_text("".join(np.random.default_rng(1).choice(list(words), 900)), encoding="utf-8")
+    texts = read_texts(texts_in([tmp_path]))
+    facts = cluster_texts(str(folder), texts, {"dtype": "f32"}, print, lambda _what, _done, _total: None)
+    assert sum(facts["clusters"]) == facts["pieces"] >= 2
+    assert Path(facts["file"]).exists()
+    with Engine.load(str(folder), selector="core", dtype="f32", keep=KEEP) as engine:
+        clusters = load_clusters(engine.model, "norm", (3, engine.model.layout.groups * 32))
+        assert clusters is not None
+        next(engine.forced_logits(text(40), 40))
+        assert engine.session.core is not None
+        assert engine.session.core.facts.chosen == 1
+        core = core_of(engine, llama_from_folder(folder))
+        kinds = [largest(each.astype(np.float64), KEEP, 200)[:, :200] for each in clusters.scores]
+        whole = engine.session.core.whole
+        assert whole is not None
+        assert any((core[~whole] == kind[~whole]).all() for kind in kinds)
 
 
 @pytest.mark.parametrize(

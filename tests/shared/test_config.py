@@ -143,7 +143,7 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
         ({"selector": "some"}, "no selector 'some': use one of auto, all, exact, lowrank, lowbit, core, "),
         ({"keep": 0.0}, "a core that keeps 0.0 of the neurons: it must be above 0, up to 1"),
         ({"core_score": "sum"}, "no score 'sum': use one of norm, positive"),
-        ({"refresh": 7}, "a core chosen every 7 tokens: pass --refresh 8 or more, or 0"),
+        ({"refresh": 7}, "a core refreshed every 7 tokens: pass --refresh 8 or more, or 0"),
         ({"max_drift": -0.1}, "a drift of -0.1: it must be 0 or more nats"),
         ({"bits": 3}, "low-bit copies of 3 bits: use 1, 2 or 4"),
         ({"recall": 1.0}, "a recall of 1.0: it must be at least 0.5 and below 1"),
