@@ -114,16 +114,15 @@ class EngineConfig:
     selector: str = "auto"
     bits: int = 2
     recall: float | None = None
-    # What lowbit may lose, in nats of KL divergence a token, before it gives way to a selector that loses nothing.
+    # What lowbit or a core may lose, in nats of KL divergence a token, before it gives way to what loses nothing.
     max_loss: float | None = None
     # For lowrank: a file of `warmfront train-predictor` instead of the model's own predictors.
     predictor: str | None = None
-    # For core: the share of a layer's neurons that it keeps; how tokens score neurons; after how many tokens of an
-    # answer it is chosen again, 0: never; and what it may lose, in nats of KL divergence, before all is computed.
+    # For core: the share of a layer's neurons that it keeps; how tokens score neurons; and after how many tokens of an
+    # answer it is chosen again, 0: never.
     keep: float = 0.4
     core_score: str = "norm"
     refresh: int = 0
-    max_drift: float | None = None
     # CPU worker processes, one for each NUMA node; compute threads in all, one for each core; threads of the
     # coordinator's team, as many as the workers'.
     workers: int | None = None
@@ -187,8 +186,6 @@ class EngineConfig:
             raise UsageError(
                 f"a core refreshed every {self.refresh} tokens: pass --refresh {MIN_REFRESH} or more, or 0"
             )
-        if self.max_drift is not None and not 0 <= self.max_drift < float("inf"):
-            raise UsageError(f"a drift of {self.max_drift}: it must be 0 or more nats")
         if not GPU_PATTERN.fullmatch(self.gpu):
             raise UsageError(f"no GPU {self.gpu!r}: use auto, none, host or cuda:N")
         if not ATTENTION_PATTERN.fullmatch(self.attention):

@@ -134,7 +134,7 @@ load_options = _together(
     click.option(
         "--recall", type=float, help="Selector lowbit: recall by mass [default: 0.995; 0.9 where no gate closes]"
     ),
-    click.option("--max-loss", type=float, help="Selector lowbit: if it loses more nats a token, it gives way."),
+    click.option("--max-loss", type=float, help="Selectors lowbit, core: losing more nats a token, they give way."),
     click.option("--keep", type=float, default=_ENGINE.keep, show_default=True, help="Selector core: share it keeps."),
     click.option(
         "--core-score",
@@ -146,7 +146,6 @@ load_options = _together(
     click.option(
         "--refresh", type=int, default=_ENGINE.refresh, help="Selector core: chosen again every so many tokens."
     ),
-    click.option("--max-drift", type=float, help="Selector core: what it may lose, in nats, before all is computed."),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),

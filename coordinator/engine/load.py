@@ -51,7 +51,8 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
     devices = resolve_devices(config, say)
     session = mended(lambda: _load(name, config, devices, say, progress), say)
     lowbit = session.runtime.lowbit
-    if lowbit is None or config.max_loss is None or lowbit.loss <= config.max_loss:
+    # A core watches over itself (`text_core.py`).
+    if lowbit is None or session.core is not None or config.max_loss is None or lowbit.loss <= config.max_loss:
         return session
     session.close()
     instead = next(able for able in selectors_for(session.model.spec) if not able.predicts)

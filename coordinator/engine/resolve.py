@@ -183,8 +183,10 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
     """`lowrank` if the model has predictors, else `exact` where it is lossless, else `all`."""
     able = selectors_for(spec)
     chosen = wished_selector(config.selector) or able[0]
-    if config.max_loss is not None and chosen.predicts and Source.LOWBIT not in chosen.sources:
-        raise UsageError(f"--max-loss, but what {chosen} loses is not measured: add --selector lowbit, or leave it out")
+    if config.max_loss is not None and chosen.sources == {Source.LOWRANK}:
+        raise UsageError(
+            f"--max-loss, but what {chosen} loses is not measured: use {LOWBIT} or {CORE}, or leave it out"
+        )
     if config.look_ahead and not chosen.predicts:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"

@@ -7,7 +7,7 @@
     every `refresh` tokens the tokens since are read again as a prompt, computed whole, and score; older tokens count
                            for less as new ones come. What they had left in the KV cache is replaced by what is exact
     some layers            lose far more by their core than others (of SmolLM2 the first): they are computed whole
-    with `max_drift`       the last tokens are computed with the core and whole: if the distributions differ by more,
+    with `max_loss`        the last tokens are computed with the core and whole: if the distributions differ by more,
                            everything is computed until the core is chosen the next time
 
 All of this follows from the text alone, so that the same prompt gives the same answer.
@@ -63,7 +63,7 @@ class TextCore:
 
     def __init__(self, runtime: Runtime, say: Callable[[str], None]) -> None:
         self._runtime, self._model, config = runtime, runtime.model, runtime.plan.config
-        self._keep, self._refresh, self._max_drift = config.keep, config.refresh, config.max_drift
+        self._keep, self._refresh, self._max_loss = config.keep, config.refresh, config.max_loss
         self._by_norm = config.core_score == "norm"
         self._norms: Floats = kept_norms(self._model, say) if self._by_norm else np.zeros((0, 0), np.float32)
         shape = self._model.spec.layers, self._model.layout.groups * GROUP
@@ -169,9 +169,9 @@ class TextCore:
             scores = self._clusters.nearest(scores, self._model.layout.ffn)
         core = self._largest(scores)
         drift = None
-        if self._max_drift is not None and len(text) > 1:
+        if self._max_loss is not None and len(text) > 1:
             drift = self._drift(core, text)
-        lost = drift is not None and drift > self._max_drift  # type: ignore[operator]
+        lost = drift is not None and drift > self._max_loss  # type: ignore[operator]
         self._runtime.select(None if lost else bits_of(core))
         chosen, given_up = self.facts.chosen + (not lost), self.facts.given_up + lost
         self.facts = CoreFacts(chosen, given_up, self._overlap, drift)

@@ -187,7 +187,7 @@ def test_a_core_that_loses_too_much_is_given_up(tiny_llama: Any) -> None:
     expected = all_logits(reference, ids)[prompt - 1 :]
     drifts = {}
     for limit in (0.0, 50.0):
-        with Engine.load(str(folder), selector="core", dtype="f32", keep=KEEP, max_drift=limit) as engine:
+        with Engine.load(str(folder), selector="core", dtype="f32", keep=KEEP, max_loss=limit) as engine:
             got = np.array(list(engine.forced_logits(ids, prompt)))
             assert engine.session.core is not None
             core, facts = core_of(engine, reference), engine.session.core.facts

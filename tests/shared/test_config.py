@@ -98,7 +98,6 @@ def test_defaults_leave_everything_open() -> None:
         "keep": 0.4,
         "core_score": "norm",
         "refresh": 0,
-        "max_drift": None,
         "measure": False,
         "attention": "auto",
         "look_ahead": False,
@@ -124,7 +123,7 @@ def test_defaults_leave_everything_open() -> None:
         {"context": 1},
         {"bits": 1},
         {"recall": 0.5},
-        {"keep": 1.0, "core_score": "positive", "refresh": 8, "max_drift": 0.0},
+        {"keep": 1.0, "core_score": "positive", "refresh": 8, "max_loss": 0.0},
     ],
 )
 def test_what_can_be_meant(wish: dict[str, Any]) -> None:
@@ -144,7 +143,6 @@ def test_what_can_be_meant(wish: dict[str, Any]) -> None:
         ({"keep": 0.0}, "a core that keeps 0.0 of the neurons: it must be above 0, up to 1"),
         ({"core_score": "sum"}, "no score 'sum': use one of norm, positive"),
         ({"refresh": 7}, "a core refreshed every 7 tokens: pass --refresh 8 or more, or 0"),
-        ({"max_drift": -0.1}, "a drift of -0.1: it must be 0 or more nats"),
         ({"bits": 3}, "low-bit copies of 3 bits: use 1, 2 or 4"),
         ({"recall": 1.0}, "a recall of 1.0: it must be at least 0.5 and below 1"),
         ({"max_loss": -0.1}, "a loss of -0.1: it must be 0 or more nats"),
