@@ -1,5 +1,5 @@
-"""Policies to compare with: `static` and `by-layer`, and two that others published, `lru` (SparseFlow) and `ema`
-(SparkInfer, Kairox), the latter as published and mended.
+"""Policies to compare with: `static` and `by-layer`, and what others published: `lru` (SparseFlow), `ema` (SparkInfer,
+Kairox), as published and mended, and `core` (CoreInfer).
 
 They do not look at the balance: what is in a slot is computed there. A copy that is replaced is given up when the copy
 into its slot begins.
@@ -18,7 +18,7 @@ from warmfront.coordinator.balancing.interface import (
     make_rebalance,
 )
 
-__all__ = ["ByLayer", "Ema", "EmaPublished", "Lru", "Static"]
+__all__ = ["ByLayer", "Core", "Ema", "EmaPublished", "Lru", "Static"]
 
 
 class Static:
@@ -135,6 +135,45 @@ class EmaPublished(Ema):
 
     def _rounded(self, swaps: Floats) -> Floats:
         return np.floor(swaps)
+
+
+class Core:
+    """CoreInfer's: behind a prompt the GPU takes the text's core, the groups with the most of its neurons.
+
+    It keeps that until another core is chosen. What the slots do not hold of it is computed at home.
+    """
+
+    name = "core"
+    interval = stride = 1
+
+    def __init__(self, long_run: Floats, group_bytes: int) -> None:
+        # Between groups with as many neurons of the core; below 1, so that these go first.
+        self._activity = long_run / (long_run.max() + 1)
+        self._asked = np.zeros(0, np.uint32)
+        self._rank: Ints = np.zeros(long_run.shape, np.int64)  # [L, G]: 0 for the group that is wanted most
+
+    def observe(self, used: Used) -> None:
+        """Rank the groups anew if the core is another."""
+        if not np.array_equal(used.asked, self._asked):
+            self._asked = used.asked.copy()
+            wanted = np.bitwise_count(used.asked) + self._activity
+            self._rank.flat[np.argsort(-wanted, axis=None, kind="stable")] = np.arange(wanted.size)
+
+    def decide(self, state: BalancerState) -> Rebalance:
+        """Copy what is wanted most into free slots and those of groups that are not."""
+        owner, caches = _on_caches(state), np.flatnonzero(~state.is_home)
+        held = _cached(state.resident | state.in_flight, state)
+        wanted = self._rank < held.sum() + state.free_slots[caches].sum()
+        places = np.argwhere(wanted & ~held.any(0))
+        incoming = places[np.argsort(self._rank[tuple(places.T)])][: state.copy_budget]
+        moves, drops, start = [], [], 0
+        for worker in caches.tolist():
+            old, free = np.argwhere(state.resident[worker] & ~wanted), int(state.free_slots[worker])
+            chosen = incoming[start : start + free + len(old)]
+            start += len(chosen)
+            moves.append(_rows(worker, chosen))
+            drops.append(_rows(worker, old[: max(0, len(chosen) - free)]))
+        return make_rebalance(owner, state.home, drops, moves)
 
 
 def _cached(copies: Bools, state: BalancerState) -> Bools:

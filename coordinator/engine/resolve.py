@@ -187,6 +187,8 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
         raise UsageError(
             f"--max-loss, but what {chosen} loses is not measured: use {LOWBIT} or {CORE}, or leave it out"
         )
+    if config.policy == "core" and Source.CORE not in chosen.sources:
+        raise UsageError(f"--policy core, but the selector is {chosen}: add --selector {CORE}, or leave it out")
     if config.look_ahead and not chosen.predicts:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"

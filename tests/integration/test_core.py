@@ -20,6 +20,7 @@ from warmfront.coordinator.measure.clustering import cluster_texts, texts_in
 from warmfront.coordinator.selectors.clusters import load_clusters
 from warmfront.coordinator.selectors.core import largest
 from warmfront.coordinator.selectors.lowbit import groups_of, rows_of
+from warmfront.shared.errors import UsageError
 
 SHAPE = {"num_hidden_layers": 3, "intermediate_size": 200, "max_position_embeddings": 512}
 KEEP = 0.3
@@ -137,6 +138,23 @@ def test_scores_core_and_logits(tiny_llama: Any, activation: str, overrides: dic
     logits = masked_logits(reference, ids, core, prompt)[prompt - 1 :]
     assert np.abs(got - logits).max() < 1e-3 * np.abs(logits).max()
     assert 0 < computed <= core.sum() * (len(ids) - prompt) + (32 - 200 % 32) * len(core) * (len(ids) - prompt)
+
+
+def test_the_gpu_takes_the_groups_of_the_core(tiny_llama: Any) -> None:
+    folder = tiny_llama(**SHAPE)
+    gpu = {"gpu": "host", "vram_budget": 1_000_000, "policy": "core"}
+    with Engine.load(str(folder), selector="core", dtype="f32", keep=KEEP, verify=True, **gpu) as engine:
+        list(engine.forced_logits(text(330), 300))
+        runtime = engine.session.runtime
+        counts, held = np.bitwise_count(runtime.board.mask[0]), runtime.ownership.resident[1]
+        np.testing.assert_array_equal(runtime.ownership.owners() == 1, held)
+    assert 0 < held.sum() < held.size
+    np.testing.assert_array_equal(np.sort(counts[held]), np.sort(counts, axis=None)[-held.sum() :])
+
+
+def test_a_policy_for_cores_needs_one(tiny_llama: Any) -> None:
+    with pytest.raises(UsageError, match="--policy core, but the selector is all: add --selector core"):
+        Engine.load(str(tiny_llama(**SHAPE)), policy="core")
 
 
 def test_a_short_prompt_is_computed_whole_until_the_text_tells(tiny_llama: Any) -> None:

@@ -68,3 +68,20 @@ def test_by_layer_is_another_beginning_of_static() -> None:
     decision = policy_for("by-layer", world).decide(world.state())
     np.testing.assert_array_equal(decision.owner, world.owner)
     assert decision.drops.shape == decision.moves.shape == (0, 3)
+
+
+def test_core_takes_the_groups_with_the_most_neurons_of_a_core_and_keeps_them_until_it_is_another() -> None:
+    world = World(skewed(), 1, 20)
+    world.noisy, world.budget = False, 8
+    policy = policy_for("core", world)
+    for seed in (1, 2):
+        world.rates = skewed(seed)
+        world.run(policy, 12)
+        counts = np.rint(32 * world.rates).astype(int)
+        held = counts[world.resident[1]]
+        assert world.resident[1].sum() == 20
+        np.testing.assert_array_equal(np.sort(held), np.sort(counts, axis=None)[-20:])
+        np.testing.assert_array_equal(world.owner == 1, world.resident[1])
+        moves = world.moves
+        world.run(policy, 5)
+        assert world.moves == moves
