@@ -84,7 +84,8 @@ def test_bundles_take_their_distances_from_the_table() -> None:
     scattered, whole = (bundles_at(0, layout, RELU, whole, table) for whole in (False, True))
     assert (scattered.ahead, scattered.down_ahead, scattered.gates_ahead, scattered.announced) == (2, 4, 2048, 4)
     assert (whole.ahead, whole.gates_ahead, whole.announced) == (1, 2048, 0)
-    assert bundles_at(0, layout, RELU, False, no_fetching())[-4:] == (0, 0, 0, 0)
+    none = bundles_at(0, layout, RELU, False, no_fetching())
+    assert (none.ahead, none.down_ahead, none.gates_ahead, none.announced) == (0, 0, 0, 0)
     tiled = bundles_at(0, BundleLayout(hidden=512, ffn=32, gate_kind=Kind.Q8, down_kind=Kind.Q8), RELU, True, table)
     assert tiled.ahead == (99 if tiled.tiled else 1)
 
