@@ -309,7 +309,7 @@ def bad(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         ("missing", ["missing", "No such file"]),
         ("folder", ["folder", "directory"]),
         ("latin", ["latin", "not UTF-8", "byte 1"]),
-        ("empty", ["empty", "give some text"]),
+        ("empty", ["empty", "give a file with some text"]),
     ],
 )
 def test_texts_that_are_none(bad: Callable[[str], Path], texts: list[Path], what: str, words: list[str]) -> None:
