@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.arrays import load_arrays
+from warmfront.coordinator.packing.beside import beside, keep
 from warmfront.coordinator.selectors.calibration import down_norms
 from warmfront.coordinator.selectors.lowbit import groups_of
 from warmfront.shared.model.bundle import GROUP
@@ -29,25 +30,21 @@ Bools = npt.NDArray[np.bool_]
 
 def kept_norms(model: PackedModel, say: Callable[[str], None]) -> Floats:
     """The lengths of all down rows, float32 [layers, neurons]: computed once, then kept beside the packed model."""
-    order = f"-{model.order}" if model.order else ""
-    path = model.path.with_name(f"{model.path.stem}-down{order}.npz")
+    path = beside(model, "down", ".npz")
     shape = model.spec.layers, model.layout.groups * GROUP
     kept = load_arrays(path).get("norms")
     if kept is not None and kept.shape == shape and kept.dtype == np.float32:
         return kept
     say("measuring the down rows (first use only)")
     norms = np.array([down_norms(model, groups_of(model, layer)) for layer in range(model.spec.layers)], np.float32)
-    try:
-        save_arrays(path, norms=norms)
-    except OSError as error:
-        say(f"cannot keep the lengths in {path}: {error.strerror}; they are measured again next time")
+    keep(path, "the lengths of the down rows", say, norms=norms)
     return norms
 
 
-def largest(scores: Reals, keep: float, neurons: int) -> Bools:
+def largest(scores: Reals, share: float, neurons: int) -> Bools:
     """The core, bool like `scores` [layers, all]: in each layer that share of its `neurons`, those with the highest
     scores; of equal ones the first. What is behind them is padding."""
-    count = min(neurons, max(1, round(keep * neurons)))
+    count = min(neurons, max(1, round(share * neurons)))
     order = np.argsort(-scores[:, :neurons], axis=1, kind="stable")
     core = np.zeros(scores.shape, bool)
     np.put_along_axis(core, order[:, :count], True, axis=1)

@@ -225,6 +225,8 @@ def test_unions_compute_the_neurons_of_both(tiny_llama: Any) -> None:
         with Engine.load(str(folder), selector=selector, dtype="f32", keep=KEEP, recall=0.9) as engine:
             list(engine.forced_logits(ids, prompt))
             seen[selector] = engine.session.runtime.board.mask[0].copy()
+            losses = list(engine.model.path.parent.glob(f"{engine.model.path.stem}-core-*.npz"))
+    assert len(losses) == 2, "what a union's layers lose is less"
     both = seen["core"] | seen["lowbit"]
     # Of one layer: what enters the others depends on what was computed before.
     assert (seen["core|lowbit"][0] == both[0]).all()
