@@ -27,8 +27,9 @@ from warmfront.coordinator.engine.runtime import Runtime
 from warmfront.coordinator.packing.arrays import load_arrays
 from warmfront.coordinator.packing.beside import beside, keep
 from warmfront.coordinator.selectors.clusters import load_clusters
-from warmfront.coordinator.selectors.core import bits_of, divergence, kept_norms, largest, overlap
+from warmfront.coordinator.selectors.core import bits_of, kept_norms, largest, overlap
 from warmfront.coordinator.selectors.core_scores import add_norm_scores, add_positive_scores
+from warmfront.coordinator.selectors.divergence import divergence
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH
 from warmfront.shared.wire.board import ALL_NEURONS
@@ -169,10 +170,10 @@ class TextCore:
                 return
             scores = self._clusters.nearest(scores, self._model.layout.ffn)
         core = self._largest(scores)
-        drift = None
+        drift, lost = None, False
         if self._max_loss is not None and len(text) > 1:
             drift = self._drift(core, text)
-        lost = drift is not None and drift > self._max_loss  # type: ignore[operator]
+            lost = not drift <= self._max_loss  # NaN is no little loss
         self._runtime.select(None if lost else bits_of(core))
         chosen, given_up = self.facts.chosen + (not lost), self.facts.given_up + lost
         self.facts = CoreFacts(chosen, given_up, self._overlap, drift)

@@ -21,7 +21,7 @@ from warmfront.coordinator.selectors.lowbit import groups_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["bits_of", "divergence", "kept_norms", "largest", "overlap"]
+__all__ = ["bits_of", "kept_norms", "largest", "overlap"]
 
 Floats = npt.NDArray[np.float32]
 Reals = npt.NDArray[np.float64]
@@ -63,17 +63,3 @@ def bits_of(core: Bools) -> npt.NDArray[np.uint32]:
     """The words of a core [layers, neurons] on the board: uint32 [layers, groups], bit i = neuron i."""
     packed = np.packbits(core.reshape(len(core), -1, GROUP), axis=2, bitorder="little")
     return np.ascontiguousarray(packed).view("<u4")[:, :, 0]
-
-
-def divergence(reference: Floats, other: Floats) -> float:
-    """How far the distributions of logits [tokens, vocab] are from those of `reference`: KL in nats, mean over tokens.
-
-    The perplexity of text that follows `reference` is higher by the factor exp of this.
-    """
-    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (reference, other))
-    return float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
-
-
-def _log_softmax(logits: Reals) -> Reals:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
