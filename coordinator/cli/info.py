@@ -110,11 +110,7 @@ def _part(name: str) -> str:
 def render(facts: dict[str, Any]) -> str:
     """The object of `describe` as lines for people."""
     total = sum(facts["bytes"].values())
-    sparse = (
-        "zero for most neurons: sparse selectors apply"
-        if facts["sparse"]
-        else "never zero: selectors all and core only"
-    )
+    sparse = "zero for most neurons" if facts["sparse"] else "never zero"
     lines = [
         f"{facts['model']} ({facts['architecture']})",
         f"  layers         {facts['layers']} x (hidden {facts['hidden']}, {_neurons(facts)})",
@@ -122,6 +118,7 @@ def render(facts: dict[str, Any]) -> str:
         f"  vocabulary     {facts['vocab']}",
         f"  context        {facts['context']} tokens",
         f"  activation     {facts['activation']}, {sparse}",
+        f"  selectors      {', '.join(facts['selectors'])}",
         f"  chat template  {'yes' if facts['chat'] else 'no'}",
         "  weights        " + ", ".join(f"{part} {kind}" for part, kind in facts["dtypes"].items()),
     ]

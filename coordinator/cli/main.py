@@ -23,6 +23,7 @@ from warmfront.coordinator.cli.options import (
     dtype_option,
     engine_options,
     load_options,
+    plot_option,
     prompt_options,
     sampling_options,
     selector_option,
@@ -181,7 +182,7 @@ def cluster(model: str, places: tuple[Path, ...], as_json: bool, **overrides: An
 @load_options
 @click.option("--exact", is_flag=True, help="Solve for the optimum too; may take two minutes.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME.plan.json]")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the plan too, as a PNG.")
+@plot_option("Draw the plan too")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: bool, **overrides: Any) -> None:
     """Choose the neurons of MODEL that a GPU begins with.
@@ -193,12 +194,9 @@ def plan(model: str, exact: bool, out: Path | None, plot: Path | None, as_json: 
     if overrides["vram_budget"] is None:
         raise UsageError("a plan for how much GPU memory? pass --vram-budget, such as 6GB")
     EngineConfig(**overrides)
-    for path in (out or Path("plan.json"), *([plot] if plot else [])):
-        check_writable(path)
+    check_writable(out or Path("plan.json"))
     if exact:
         require("scipy", "--exact")
-    if plot:
-        require("matplotlib", "--plot")
 
     with hold_interrupts():
         from warmfront.coordinator.cli.plan import draw, plan, render

@@ -18,15 +18,14 @@ from warmfront.coordinator.cli.options import (
     Sizes,
     activation_option,
     dtype_option,
+    plot_option,
     predictor_option,
     run_options,
     selector_option,
 )
 from warmfront.coordinator.cli.terminal import Bars, say
-from warmfront.coordinator.extras import require
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
-from warmfront.shared.files import check_writable
 from warmfront.shared.machine.process import hold_interrupts
 
 __all__ = ["bench", "evaluate", "tune"]
@@ -49,7 +48,7 @@ _WIDE = 1000  # columns where stdout is not a terminal
 @click.option(
     "--vram-budgets", "budgets", type=Sizes(), help="With --sweep: limits of the GPU's memory: 0 (none),500MB,2GB."
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="With --sweep: a PNG, or FILE.svg.")
+@plot_option("With --sweep: draw it too")
 @run_options
 def bench(
     model: str,
@@ -96,10 +95,6 @@ def _sweep(
     rounds: int,
     plot: Path | None,
 ) -> None:
-    if plot:
-        check_writable(plot)
-        require("matplotlib", "--plot")
-
     with hold_interrupts():
         from warmfront.coordinator.measure.sweep import draw, render, sweep
 
@@ -133,7 +128,7 @@ def _sweep(
 @click.option("--ctx", "context", type=click.IntRange(1), help="Tokens of a piece of text.  [default: 512]")
 @click.option("--tokens", type=click.IntRange(1), help="Read the first N tokens only.  [default: all]")
 @run_options
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it too, as a PNG, or FILE.svg.")
+@plot_option("Draw it too")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def evaluate(
     model: str,
@@ -152,9 +147,6 @@ def evaluate(
     your own. An evaluation that was interrupted goes on with the same command.
     """
     EngineConfig(**overrides)
-    if plot:
-        check_writable(plot)
-        require("matplotlib", "--plot")
 
     with hold_interrupts():
         from warmfront.coordinator.cli.profile import read_texts
@@ -184,7 +176,7 @@ def evaluate(
 @predictor_option
 @click.option("--exhaustive", is_flag=True, help="Measure every setting to the end instead of dropping the slow ones.")
 @click.option("--kernels", is_flag=True, help="Instead, without MODEL: how far ahead to fetch rows of weights here.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw tok/s by workers, as a PNG.")
+@plot_option("Draw tok/s by workers")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tune(model: str, exhaustive: bool, kernels: bool, plot: Path | None, as_json: bool, **overrides: Any) -> None:
     """Find the threads that decode MODEL fastest on this machine.
@@ -195,9 +187,6 @@ def tune(model: str, exhaustive: bool, kernels: bool, plot: Path | None, as_json
         _tune_kernels(as_json)
         return
     EngineConfig(**overrides)
-    if plot:
-        check_writable(plot)
-        require("matplotlib", "--plot")
 
     with hold_interrupts():
         from warmfront.coordinator.measure.tune import draw, render, tune

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from warmfront.coordinator.extras import require
 from warmfront.shared.config import (
     ACTIVATIONS,
     BITS,
@@ -19,6 +20,7 @@ from warmfront.shared.config import (
     parse_size,
 )
 from warmfront.shared.errors import UsageError
+from warmfront.shared.files import check_writable
 from warmfront.shared.selector import SELECTORS
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "dtype_option",
     "engine_options",
     "load_options",
+    "plot_option",
     "predictor_option",
     "prompt_options",
     "run_options",
@@ -85,6 +88,20 @@ def split_options(options: dict[str, Any]) -> tuple[str, dict[str, Any], Samplin
     model, stop = overrides.pop("model"), overrides.pop("stop")
     sampling = Sampling(**{name: overrides.pop(name) for name in Sampling.__dataclass_fields__})
     return model, overrides, sampling, stop
+
+
+def _drawable(_context: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    """What a picture needs is asked for before minutes of measuring."""
+    if path is not None:
+        check_writable(path)
+        require("matplotlib", "--plot")
+    return path
+
+
+def plot_option(what: str) -> Callable[[Any], Any]:
+    """`--plot FILE`, whose help says `what` is drawn."""
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--plot", type=kind, callback=_drawable, help=f"{what}, as a PNG, or FILE.svg.")
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -144,7 +161,11 @@ load_options = _together(
         help="Selector core: how the tokens of a text score its neurons.",
     ),
     click.option(
-        "--refresh", type=int, default=_ENGINE.refresh, help="Selector core: chosen again every so many tokens."
+        "--refresh",
+        type=int,
+        default=_ENGINE.refresh,
+        show_default=True,
+        help="Selector core: chosen again every so many tokens; 0: never.",
     ),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),

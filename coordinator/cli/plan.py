@@ -12,6 +12,7 @@ import numpy as np
 
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.measure.measured_costs import key_of, load_costs, measure_costs, save_costs
+from warmfront.coordinator.measure.picture import write_picture
 from warmfront.coordinator.placement.expected_load import expected_bytes, firing_of, neurons_of
 from warmfront.coordinator.placement.homes import first_groups
 from warmfront.coordinator.placement.plan_file import write_plan
@@ -209,7 +210,7 @@ def _bar(share: float, width: int) -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Write a PNG: the shares on the GPU by layer, and the predicted time of each layer."""
+    """Write a picture (`picture.py`): the shares on the GPU by layer, and the predicted time of each layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -228,4 +229,4 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend()
     figure.suptitle(f"{figures['model']}: {figures['vram_budget'] / 1e6:,.0f} MB of GPU memory")
-    figure.savefig(path, format="png")
+    write_picture(figure, path)

@@ -7,7 +7,6 @@ the selector lowbit (`selectors/calibration.py`) are kept in the cache.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from warmfront.coordinator.packing.predictor_file import attach_predictor
 from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.sample_text import HELD_OUT_TEXT, SAMPLE_TEXT
+from warmfront.coordinator.selectors.divergence import divergence
 from warmfront.coordinator.text.sampling import Sampler
 from warmfront.shared.config import THREADING, EngineConfig, Sampling
 from warmfront.shared.machine.process import hold_interrupts
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "open_for_profiling", "opened", "settled"]
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 # Tokens by which a selector is judged.
@@ -57,7 +57,8 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
     session.close()
     instead = next(able for able in selectors_for(session.model.spec) if not able.predicts)
     say(f"the selector {session.plan.selector} loses more than --max-loss {config.max_loss:g}: {instead} is used")
-    return load(name, replace(config, selector=instead.name), say, progress)
+    # Nothing is predicted any more, ahead or not.
+    return load(name, replace(config, selector=instead.name, look_ahead=False), say, progress)
 
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
@@ -169,17 +170,16 @@ def _measure_core(session: Session, say: Say) -> None:
 
 
 def _loss(session: Session, lowbit: "Lowbit", ids: list[int]) -> float:
-    """The mean KL divergence of what the model says, decoding a text, from what it says with all neurons."""
+    """How far what the model says, decoding a text, is from what it says with all neurons: nats a token."""
     thresholds = lowbit.thresholds.copy()
     lowbit.select_all()
-    dense = [rows.astype(np.float32) for rows in _log_probabilities(session, ids)]
+    dense = [*_logits(session, ids)]
     lowbit.thresholds[:] = thresholds
-    pairs = zip(np.concatenate(dense), chain.from_iterable(_log_probabilities(session, ids)), strict=True)
-    return float(np.mean([(np.exp(all_) * (all_ - some)).sum() for all_, some in pairs]))
+    return float(np.mean([divergence(*pair) for pair in zip(dense, _logits(session, ids), strict=True)]))
 
 
-def _log_probabilities(session: Session, ids: list[int]) -> Iterator[Floats]:
-    """After each token, as if they came one by one: float64 [some tokens, vocab].
+def _logits(session: Session, ids: list[int]) -> Iterator[Floats]:
+    """After each token, as if they came one by one: float32 [vocab].
 
     In batches, whose rows are those of single tokens, and which the workers' statistics leave out.
     """
@@ -187,12 +187,11 @@ def _log_probabilities(session: Session, ids: list[int]) -> Iterator[Floats]:
         session.forget(0)
         at = 0
         while at < len(ids):
-            logits = session.verify(turn, ids[at : at + session.runtime.batch]).astype(np.float64)
+            logits = session.verify(turn, ids[at : at + session.runtime.batch]).copy()
             for _ in logits[1:]:
                 session.accept(turn)
             at += len(logits)
-            logits -= logits.max(1, keepdims=True)
-            yield logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            yield from logits
 
 
 def sample_ids(session: Session, *, held_out: bool = False) -> list[int]:

@@ -187,7 +187,8 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
         raise UsageError(
             f"--max-loss, but what {chosen} loses is not measured: use {LOWBIT} or {CORE}, or leave it out"
         )
-    if config.policy == "core" and Source.CORE not in chosen.sources:
+    # Of a union each token asks for other neurons: there is nothing to keep on a GPU.
+    if config.policy == "core" and chosen.sources != {Source.CORE}:
         raise UsageError(f"--policy core, but the selector is {chosen}: add --selector {CORE}, or leave it out")
     if config.look_ahead and not chosen.predicts:
         raise UsageError(

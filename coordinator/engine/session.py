@@ -186,12 +186,16 @@ class Session:
 
     def _keep_core(self, turn: int) -> None:
         """Where it is time for that, read the last tokens of the text again, and choose its core by them too."""
-        if self.core is None or len(self._cached) < self.core.due:
+        if self.core is None:
             return
-        text = self._cached.copy()
-        self.forget(len(text) - self.core.unread(len(text)))
-        self._read(turn, text, want_logits=False)
-        self._choose_core()
+        # A text that is over must not make the one under way forget its last tokens.
+        with self.going_on(turn):
+            if len(self._cached) < self.core.due:
+                return
+            text = self._cached.copy()
+            self.forget(len(text) - self.core.unread(len(text)))
+            self._read(turn, text, want_logits=False)
+            self._choose_core()
 
     def core_scores(self, ids: list[int]) -> npt.NDArray[np.float64]:
         """What the tokens of a text of its own, one job at most, give the neurons: float64 [layers, neurons]."""

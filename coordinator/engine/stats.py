@@ -10,10 +10,10 @@ import numpy.typing as npt
 from warmfront.coordinator.engine.session import Session
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.selector import Source
+from warmfront.shared.wire.messages import LoadReport
 
 if TYPE_CHECKING:
     from warmfront.coordinator.engine.text_core import CoreFacts
-from warmfront.shared.wire.messages import LoadReport
 
 __all__ = ["Selection", "Statistics", "Stats", "Token", "WorkerStats"]
 

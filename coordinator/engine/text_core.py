@@ -13,6 +13,8 @@
 All of this follows from the text alone, so that the same prompt gives the same answer.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.engine.runtime import Runtime
-from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.arrays import load_arrays
+from warmfront.coordinator.packing.beside import beside, keep
 from warmfront.coordinator.selectors.clusters import load_clusters
-from warmfront.coordinator.selectors.core import bits_of, divergence, kept_norms, largest, overlap
+from warmfront.coordinator.selectors.core import bits_of, kept_norms, largest, overlap
 from warmfront.coordinator.selectors.core_scores import add_norm_scores, add_positive_scores
+from warmfront.coordinator.selectors.divergence import divergence
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH
 from warmfront.shared.wire.board import ALL_NEURONS
@@ -133,10 +137,11 @@ class TextCore:
 
     @property
     def _kept(self) -> Path:
-        """Where the layers' losses are kept."""
-        order, config = self._model.order, self._runtime.plan.config
-        what = f"core-{config.core_score}-{self._keep:g}-{self._model.spec.activation}"
-        return self._model.path.with_name(f"{self._model.path.stem}-{what}{f'-{order}' * bool(order)}.npz")
+        """Where the layers' losses are kept, by all that they depend on: a predictor makes up for a part of them."""
+        model, plan = self._model, self._runtime.plan
+        predictors = [plan.config.bits, plan.recall, model.predictor.path.name if model.predictor is not None else ""]
+        facts = [plan.selector.name, plan.config.core_score, self._keep, model.spec.activation, *predictors]
+        return beside(model, f"core-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}", ".npz")
 
     def measure_layers(self, text: list[int]) -> None:
         """Find out, behind the prompt `text`, what each layer loses by its core, and which are to be computed whole."""
@@ -149,10 +154,7 @@ class TextCore:
             losses[layer] = divergence(reference, self._logits(words, text))
         self._leave_out(losses)
         self.facts = CoreFacts(0, 0, None, None)
-        try:
-            save_arrays(self._kept, losses=losses)
-        except OSError as error:
-            self._say(f"cannot keep what layers lose in {self._kept}: {error.strerror}; it is measured again next time")
+        keep(self._kept, "the losses of the layers", self._say, losses=losses)
 
     def _leave_out(self, losses: npt.NDArray[np.float64]) -> None:
         self.whole = losses > max(_LEAST_LOSS, _OUTLIER * float(np.median(losses)))
@@ -168,10 +170,10 @@ class TextCore:
                 return
             scores = self._clusters.nearest(scores, self._model.layout.ffn)
         core = self._largest(scores)
-        drift = None
+        drift, lost = None, False
         if self._max_loss is not None and len(text) > 1:
             drift = self._drift(core, text)
-        lost = drift is not None and drift > self._max_loss  # type: ignore[operator]
+            lost = not drift <= self._max_loss  # NaN is no little loss
         self._runtime.select(None if lost else bits_of(core))
         chosen, given_up = self.facts.chosen + (not lost), self.facts.given_up + lost
         self.facts = CoreFacts(chosen, given_up, self._overlap, drift)

@@ -174,8 +174,8 @@ def render(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write a picture, SVG if `path` ends so, else PNG: the divergence from the dense model over tok/s, and the shares
-    of neurons by layer."""
+    """Write a picture (`picture.py`): the divergence from the dense model over tok/s, and the shares of neurons by
+    layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

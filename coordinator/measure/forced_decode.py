@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.selectors.calibration import masses
+from warmfront.coordinator.selectors.divergence import log_softmax
 from warmfront.shared.model.branches import parts_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.spec import ModelSpec
@@ -66,12 +67,6 @@ class Measured(NamedTuple):
     found: Doubles
     # Of decoding alone.
     seconds: float
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> Doubles:
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    return np.asarray(wide - np.log(np.exp(wide).sum()), np.float64)
 
 
 def reference_of(logprobs: Doubles) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], float]:
@@ -146,7 +141,7 @@ def decode_piece(
             if at in marks:
                 inputs.append(x.copy())
                 words.append(selected)
-            logprobs = _log_softmax(logits)
+            logprobs = log_softmax(logits)
             losses.append(-logprobs[ids[forced_from + at + 1]])
             if reference is None:
                 rows.append(reference_of(logprobs))
@@ -173,7 +168,7 @@ def _found(model: PackedModel, inputs: npt.NDArray[np.float32], words: npt.NDArr
     """Of `inputs` [tokens, layers, hidden] and selected `words` [tokens, layers, groups]: see `Measured.found`."""
     found = np.zeros((model.spec.layers, 4))
     for layer in range(model.spec.layers):
-        mass, _ = masses(model, layer, np.ascontiguousarray(inputs[:, layer]))
+        mass = masses(model, layer, np.ascontiguousarray(inputs[:, layer]))
         selected = np.unpackbits(
             np.ascontiguousarray(words[:, layer]).view(np.uint8), axis=1, bitorder="little"
         ).astype(bool)

@@ -158,7 +158,7 @@ def _megabytes(size: int) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a picture, SVG if `path` ends so, else PNG: tok/s and memory of each selector, a bar for each limit."""
+    """Write a picture (`picture.py`): tok/s and memory of each selector, a bar for each limit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -15,6 +15,7 @@ from typing import Any
 
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.hardware.settings import Setting, keep_setting, tuning_file
+from warmfront.coordinator.measure.picture import write_picture
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.machine.core_plan import plan_cores
 from warmfront.shared.machine.topology import Topology, read_topology
@@ -218,7 +219,7 @@ def render(result: dict[str, Any]) -> Iterator[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG: tok/s over the number of workers, a line for each number of threads."""
+    """Write a picture (`picture.py`): tok/s over the number of workers, a line for each number of threads."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -236,4 +237,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panel.set_ylim(bottom=0)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend()
-    figure.savefig(path, format="png")
+    write_picture(figure, path)

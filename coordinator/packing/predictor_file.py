@@ -4,7 +4,6 @@ The file is made when the predictor is first used with that model and weight typ
 So another predictor does not pack the model again.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy.typing as npt
 
 from warmfront.coordinator.models.hf.predictors import read_predictor_file
 from warmfront.coordinator.models.hf.tensor import HfTensor
+from warmfront.coordinator.packing.beside import beside, opened_or_made
 from warmfront.coordinator.packing.content import content_of
 from warmfront.coordinator.packing.packed_file import Shapes, write_packed
 from warmfront.coordinator.packing.packer import predictor_kind, predictor_rows
-from warmfront.shared.errors import ModelError, ResourceError, UsageError
-from warmfront.shared.files import locked, published
+from warmfront.shared.errors import ModelError, UsageError
+from warmfront.shared.files import published
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import row_bytes, unpack
 from warmfront.shared.model.store import PackedModel
@@ -36,31 +36,15 @@ _ALIKE = 0.8
 def attach_predictor(model: PackedModel, path: Path, dtype: str, say: Callable[[str], None]) -> None:
     """Have `model`, packed as `dtype`, predicted by the file `path` instead of by its own predictors.
 
-    Raises UsageError if there is no such file or the model takes none, ModelError if it is damaged or of another model.
+    Raises UsageError if there is no such file or the model takes none, ModelError if it is damaged or of another model,
+    ResourceError where the packed rows cannot be written.
     """
     if model.spec.architecture.feed_forward.experts is not None:
         raise UsageError(f"--predictor, but {model.spec.name} is a mixture of experts: leave it out")
     if not path.is_file():
         raise UsageError(f"--predictor {path}: there is no such file; make one with `warmfront train-predictor`")
-    order = f"-{model.order}" if model.order else ""
-    target = model.path.with_name(f"{model.path.stem}-predictor-{content_of(path, say)}{order}.safetensors")
-    file = _opened(target)
-    if file is None:
-        try:
-            with locked(target, say):
-                if (file := _opened(target)) is None:
-                    _write(target, model, path, dtype)
-                    file = PackedModel(target)
-        except OSError as error:
-            raise ResourceError(f"cannot write the packed predictor to {target.parent}: {error.strerror}") from error
-    model.attach(file)
-
-
-def _opened(path: Path) -> PackedModel | None:
-    """None if it has to be made."""
-    with contextlib.suppress(ModelError):
-        return PackedModel(path)
-    return None
+    target = beside(model, f"predictor-{content_of(path, say)}", ".safetensors")
+    model.attach(opened_or_made(target, "the packed predictor", lambda: _write(target, model, path, dtype), say))
 
 
 def _write(target: Path, model: PackedModel, path: Path, dtype: str) -> None:

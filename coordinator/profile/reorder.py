@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.packing.beside import remove_others
 from warmfront.coordinator.packing.packed_file import Shapes, write_packed
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.kept import KeptProfile
@@ -43,7 +44,7 @@ def reorder(
 
     `published`: int64 [layers, ffn], the original model's neuron that is to come to each place, in place of that order.
 
-    Returns whether the order changed: then files made for the old one (`lowbit.py`, `predictor_file.py`) are removed.
+    Returns whether the order changed: then what was made for the old one (`packing/beside.py`) is removed.
     Raises ResourceError when there is no room, or when another process was faster.
     """
     with _rewriting(path, order, say) as (fd, model):
@@ -53,10 +54,7 @@ def reorder(
             order = hashlib.sha256(order.encode() + permutation.tobytes()).hexdigest()[:12]
         _write(fd, model, permutation, profile.reordered(permutation), order, progress)
     if changed:
-        for file in path.parent.iterdir():
-            made = file.name.startswith((f"{path.stem}-lowbit", f"{path.stem}-predictor"))
-            if made and order not in file.name:
-                file.unlink(missing_ok=True)
+        remove_others(path, order)
     return changed
 
 

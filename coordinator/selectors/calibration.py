@@ -78,11 +78,11 @@ def _scores(feed_forward: FeedForward, products: Sequence[Floats], offsets: Sequ
     return shifted[0] if feed_forward.sparse else _magnitudes(feed_forward, shifted)
 
 
-def masses(model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
-    """For `x` [tokens, hidden], [tokens, neurons] each: what every neuron weighs, |h_i| * ||down_i||, and its gate."""
+def masses(model: PackedModel, layer: int, x: Floats) -> Floats:
+    """What every neuron weighs for `x` [tokens, hidden], |h_i| * ||down_i||: float32 [tokens, neurons]."""
     groups = groups_of(model, layer)
     products = _products(model, groups, x)
-    return _magnitudes(model.spec.architecture.feed_forward, products) * down_norms(model, groups), products[0]
+    return _magnitudes(model.spec.architecture.feed_forward, products) * down_norms(model, groups)
 
 
 def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) -> tuple[Floats, Floats]:
@@ -90,7 +90,7 @@ def masses_and_scores(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats)
     feed_forward = model.spec.architecture.feed_forward
     offsets = np.zeros((1, 1), np.float32) if feed_forward.sparse else lowbit.thresholds[layer, 1:]
     scores = _scores(feed_forward, _copied_products(lowbit, model, layer, x), list(offsets))
-    return masses(model, layer, x)[0], scores
+    return masses(model, layer, x), scores
 
 
 def calibrate(lowbit: Lowbit, model: PackedModel, inputs: Floats) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.beside import beside
 from warmfront.coordinator.selectors.core import largest
 from warmfront.shared.model.store import PackedModel
 
@@ -70,8 +71,7 @@ def cluster(scores: Floats, neurons: int) -> Clusters:
 
 
 def _kept(model: PackedModel, score: str) -> Path:
-    order = f"-{model.order}" if model.order else ""
-    return model.path.with_name(f"{model.path.stem}-clusters-{score}-{model.spec.activation}{order}.npz")
+    return beside(model, f"clusters-{score}-{model.spec.activation}", ".npz")
 
 
 def save_clusters(model: PackedModel, score: str, clusters: Clusters) -> Path:

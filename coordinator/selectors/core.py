@@ -14,13 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.arrays import load_arrays
+from warmfront.coordinator.packing.beside import beside, keep
 from warmfront.coordinator.selectors.calibration import down_norms
 from warmfront.coordinator.selectors.lowbit import groups_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["bits_of", "divergence", "kept_norms", "largest", "overlap"]
+__all__ = ["bits_of", "kept_norms", "largest", "overlap"]
 
 Floats = npt.NDArray[np.float32]
 Reals = npt.NDArray[np.float64]
@@ -29,25 +30,21 @@ Bools = npt.NDArray[np.bool_]
 
 def kept_norms(model: PackedModel, say: Callable[[str], None]) -> Floats:
     """The lengths of all down rows, float32 [layers, neurons]: computed once, then kept beside the packed model."""
-    order = f"-{model.order}" if model.order else ""
-    path = model.path.with_name(f"{model.path.stem}-down{order}.npz")
+    path = beside(model, "down", ".npz")
     shape = model.spec.layers, model.layout.groups * GROUP
     kept = load_arrays(path).get("norms")
     if kept is not None and kept.shape == shape and kept.dtype == np.float32:
         return kept
     say("measuring the down rows (first use only)")
     norms = np.array([down_norms(model, groups_of(model, layer)) for layer in range(model.spec.layers)], np.float32)
-    try:
-        save_arrays(path, norms=norms)
-    except OSError as error:
-        say(f"cannot keep the lengths in {path}: {error.strerror}; they are measured again next time")
+    keep(path, "the lengths of the down rows", say, norms=norms)
     return norms
 
 
-def largest(scores: Reals, keep: float, neurons: int) -> Bools:
+def largest(scores: Reals, share: float, neurons: int) -> Bools:
     """The core, bool like `scores` [layers, all]: in each layer that share of its `neurons`, those with the highest
     scores; of equal ones the first. What is behind them is padding."""
-    count = min(neurons, max(1, round(keep * neurons)))
+    count = min(neurons, max(1, round(share * neurons)))
     order = np.argsort(-scores[:, :neurons], axis=1, kind="stable")
     core = np.zeros(scores.shape, bool)
     np.put_along_axis(core, order[:, :count], True, axis=1)
@@ -66,17 +63,3 @@ def bits_of(core: Bools) -> npt.NDArray[np.uint32]:
     """The words of a core [layers, neurons] on the board: uint32 [layers, groups], bit i = neuron i."""
     packed = np.packbits(core.reshape(len(core), -1, GROUP), axis=2, bitorder="little")
     return np.ascontiguousarray(packed).view("<u4")[:, :, 0]
-
-
-def divergence(reference: Floats, other: Floats) -> float:
-    """How far the distributions of logits [tokens, vocab] are from those of `reference`: KL in nats, mean over tokens.
-
-    The perplexity of text that follows `reference` is higher by the factor exp of this.
-    """
-    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (reference, other))
-    return float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
-
-
-def _log_softmax(logits: Reals) -> Reals:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

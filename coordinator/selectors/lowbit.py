@@ -9,7 +9,6 @@ neurons the gates, then the ups. The thresholds, one for each neuron, are kept b
 calibrated for (`calibration.py`).
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
+from warmfront.coordinator.packing.arrays import load_arrays
+from warmfront.coordinator.packing.beside import beside, keep, opened_or_made
 from warmfront.coordinator.packing.packed_file import Shapes, write_packed
-from warmfront.shared.errors import ModelError, ResourceError
-from warmfront.shared.files import locked, published
+from warmfront.shared.files import published
 from warmfront.shared.kernels.lowbit import lowbit_bytes, pack_lowbit
 from warmfront.shared.model.architecture import FeedForward
 from warmfront.shared.model.bundle import GROUP
@@ -76,10 +75,7 @@ class Lowbit:
 
     def save(self, say: Callable[[str], None]) -> None:
         """Keep both; `say` gets a line where the cache cannot be written."""
-        try:
-            save_arrays(self._kept, thresholds=self.thresholds, loss=self.loss)
-        except OSError as error:
-            say(f"cannot keep the thresholds in {self._kept}: {error.strerror}; they are calibrated again next time")
+        keep(self._kept, "the thresholds", say, thresholds=self.thresholds, loss=self.loss)
 
 
 def parts_of(feed_forward: FeedForward) -> tuple[str, ...]:
@@ -88,37 +84,28 @@ def parts_of(feed_forward: FeedForward) -> tuple[str, ...]:
 
 
 def open_lowbit(model: PackedModel, bits: int, recall: float, say: Callable[[str], None]) -> Lowbit:
-    """The copies of `model`, in the order of its neurons, made now if the cache has none."""
+    """The copies of `model`, in the order of its neurons, made now if the cache has none, and what was calibrated.
+
+    Raises ResourceError where they cannot be written.
+    """
     feed_forward, layout = model.spec.architecture.feed_forward, model.layout
     parts = parts_of(feed_forward)
-    order = f"-{model.order}" if model.order else ""
-    path = model.path.with_name(f"{model.path.stem}-lowbit{bits}{'-up' * (len(parts) > 1)}{order}.safetensors")
+    path = beside(model, f"lowbit{bits}{'-up' * (len(parts) > 1)}", ".safetensors")
     shape = (layout.groups * len(parts) * GROUP, lowbit_bytes(bits, layout.hidden))
-    file = _opened(path, shape)
-    if file is None:
-        try:
-            with locked(path, say):
-                if (file := _opened(path, shape)) is None:
-                    say(f"making {bits}-bit copies of the {' and '.join(f'{part}s' for part in parts)}")
-                    _write(path, model, bits, parts, shape)
-                    file = PackedModel(path)
-        except OSError as error:
-            raise ResourceError(f"cannot write {bits}-bit copies to {path.parent}: {error.strerror}") from error
+
+    def make() -> None:
+        say(f"making {bits}-bit copies of the {' and '.join(f'{part}s' for part in parts)}")
+        _write(path, model, bits, parts, shape)
+
+    def fits(file: PackedModel) -> bool:
+        return all(entry.shape == shape for entry in file.entries.values())
+
+    file = opened_or_made(path, f"{bits}-bit copies", make, say, fits)
     numbers = 1 if feed_forward.sparse else 1 + len(parts)
     thresholds = np.empty((model.spec.layers, numbers, layout.groups * GROUP), np.float32)
     lowbit = Lowbit(file, bits, recall, thresholds, model.spec.activation)
     lowbit.load()
     return lowbit
-
-
-def _opened(path: Path, shape: tuple[int, int]) -> PackedModel | None:
-    """None if it has to be made."""
-    with contextlib.suppress(ModelError):
-        file = PackedModel(path)
-        if all(entry.shape == shape for entry in file.entries.values()):
-            return file
-        file.close()
-    return None
 
 
 def _write(path: Path, model: PackedModel, bits: int, parts: tuple[str, ...], shape: tuple[int, int]) -> None:
@@ -144,7 +131,7 @@ def groups_of(model: PackedModel, layer: int) -> Bytes:
 
 
 def rows_of(model: PackedModel, groups: Bytes, offset: int) -> Floats:
-    """Gate rows (offset 0; without a gate, the up rows) or up rows of all neurons."""
+    """Gate rows (offset 0; without a gate, the up rows) or up rows of all neurons: float32 [neurons, hidden]."""
     layout = model.layout
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
     return unpack(bundles[:, offset : offset + layout.gate_row_bytes], layout.gate_kind, layout.hidden)

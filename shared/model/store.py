@@ -130,7 +130,8 @@ class PackedModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._predictor: PackedModel | None = None
+        # The file of a predictor that did not come with the model.
+        self.predictor: PackedModel | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # another process found it damaged, or was told to remove it
@@ -180,7 +181,7 @@ class PackedModel:
         self.spec = replace(self.spec, predictor=predictor.spec.predictor)
         own = {name: entry for name, entry in self.entries.items() if not name.endswith(_PREDICTING)}
         self.entries = own | predictor.entries
-        self._predictor = predictor
+        self.predictor = predictor
 
     def _header(self) -> tuple[dict[str, Any], bytes, int]:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
@@ -252,8 +253,8 @@ class PackedModel:
 
     def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Fill `out` (contiguous bytes) from byte `start` of tensor `name`; whole pieces of it are checked."""
-        if self._predictor is not None and name in self._predictor.entries:
-            self._predictor.read_into(name, out, start)
+        if self.predictor is not None and name in self.predictor.entries:
+            self.predictor.read_into(name, out, start)
             return
         entry, data = self.entries[name], out.reshape(-1)
         view, offset = data.data, entry.offset + start
@@ -320,8 +321,8 @@ class PackedModel:
 
     def close(self) -> None:
         """Close the file."""
-        if self._predictor is not None:
-            self._predictor.close()
+        if self.predictor is not None:
+            self.predictor.close()
         os.close(self._fd)
 
     def __enter__(self) -> "PackedModel":

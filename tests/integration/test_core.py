@@ -153,8 +153,9 @@ def test_the_gpu_takes_the_groups_of_the_core(tiny_llama: Any) -> None:
 
 
 def test_a_policy_for_cores_needs_one(tiny_llama: Any) -> None:
-    with pytest.raises(UsageError, match="--policy core, but the selector is all: add --selector core"):
-        Engine.load(str(tiny_llama(**SHAPE)), policy="core")
+    for selector in ("all", "core|lowbit"):
+        with pytest.raises(UsageError, match=r"--policy core, but the selector is .*: add --selector core"):
+            Engine.load(str(tiny_llama(**SHAPE)), policy="core", selector=selector)
 
 
 def test_a_short_prompt_is_computed_whole_until_the_text_tells(tiny_llama: Any) -> None:
@@ -185,8 +186,14 @@ def test_refresh(tiny_llama: Any) -> None:
         assert engine.session.core is not None
         scores, core = in_file_order(engine, reference, engine.session.core.scores), core_of(engine, reference)
         assert engine.session.core.facts.chosen == 3
-        again = np.array(list(engine.forced_logits(ids, prompt)))
-    assert (got == again).all(), "the text alone decides"
+        over = engine.generate(ids[:prompt], ignore_eos=True)
+        next(over)
+        steps = engine.forced_logits(ids, prompt)
+        again = [next(steps) for _ in range(refresh + 1)]
+        with pytest.raises(UsageError, match="this text is over"):
+            next(over)
+        again += steps
+    assert (got == np.array(again)).all(), "the text alone decides, and no other that is over"
     end = prompt + 2 * refresh
     h = factors_of(reference, ids[:end])
     expected = scores_of(h[:, prompt - 288 : prompt], reference, "norm")
@@ -225,6 +232,8 @@ def test_unions_compute_the_neurons_of_both(tiny_llama: Any) -> None:
         with Engine.load(str(folder), selector=selector, dtype="f32", keep=KEEP, recall=0.9) as engine:
             list(engine.forced_logits(ids, prompt))
             seen[selector] = engine.session.runtime.board.mask[0].copy()
+            losses = list(engine.model.path.parent.glob(f"{engine.model.path.stem}-core-*.npz"))
+    assert len(losses) == 2, "what a union's layers lose is less"
     both = seen["core"] | seen["lowbit"]
     # Of one layer: what enters the others depends on what was computed before.
     assert (seen["core|lowbit"][0] == both[0]).all()

@@ -73,9 +73,14 @@ def trained(made: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def trained_here(
-    model: Path, text: Path, wish: Wish, out: Path, progress: Callable[..., None] = lambda *_: None
+    model: Path,
+    text: Path,
+    wish: Wish,
+    out: Path,
+    progress: Callable[..., None] = lambda *_: None,
+    disk: int = 1 << 30,
 ) -> dict[str, Any]:
-    request = Request(str(model), [text], wish, None, 1 << 30, out)
+    request = Request(str(model), [text], wish, None, disk, out)
     return train(request, EngineConfig(), print, progress, progress, progress)
 
 
@@ -198,5 +203,7 @@ def test_refusals(made: Path, tiny_llama: Make, tmp_path: Path) -> None:
         trained_here(tiny_llama(), text, wish, tmp_path / "p")
     with pytest.raises(UsageError, match=r"^the texts have 2 tokens: predictors are made from 640 or more$"):
         trained_here(made, text, wish, tmp_path / "p")
+    with pytest.raises(UsageError, match=r"^a --disk of 100 holds the inputs of 0 tokens: predictors are made from"):
+        trained_here(made, text, wish, tmp_path / "p", disk=100)
     for option, word in (("--recall=1", "below 1"), ("--max-density=0", "above 0"), ("--rank=some", "auto")):
         assert_refused(run("train-predictor", made, "--text", text, option), 2, word)

@@ -139,7 +139,7 @@ def test_it_gives_way_where_it_loses_too_much(tiny_llama: Make, monkeypatch: pyt
         lowbit = engine.session.runtime.lowbit
         assert lowbit is not None
         sparse = torch.from_numpy(np.stack(list(engine.forced_logits(IDS[:40], 1)))).double()
-    with Engine.load(model, **how, max_loss=lowbit.loss / 2, say=lines.append) as engine:
+    with Engine.load(model, **how, max_loss=lowbit.loss / 2, look_ahead=True, say=lines.append) as engine:
         assert engine.plan.selector.name == "all"
         dense = torch.from_numpy(np.stack(list(engine.forced_logits(IDS[:40], 1)))).double()
     loss = torch.nn.functional.kl_div(

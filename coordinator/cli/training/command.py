@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from warmfront.coordinator.cli.options import Size, activation_option, dtype_option
+from warmfront.coordinator.cli.options import Size, activation_option, dtype_option, plot_option
 from warmfront.coordinator.cli.terminal import Bars, say
-from warmfront.coordinator.extras import require
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
 from warmfront.shared.files import check_writable
@@ -45,7 +44,7 @@ def _rank(_context: click.Context, _param: click.Parameter, value: str) -> int |
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME.predictor.safetensors]"
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw recall and density, as a PNG.")
+@plot_option("Draw recall and density")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def train_predictor(
     model: str, texts: tuple[Path, ...], out: Path | None, plot: Path | None, as_json: bool, **options: Any
@@ -60,10 +59,7 @@ def train_predictor(
         raise UsageError(f"a recall of {recall}: it must be at least 0.5 and below 1")
     if max_density is not None and not 0 < max_density <= 1:
         raise UsageError(f"a density of {max_density}: it must be above 0, and 1 at most")
-    for path in (out or Path("predictor.safetensors"), *([plot] if plot else [])):
-        check_writable(path)
-    if plot:
-        require("matplotlib", "--plot")
+    check_writable(out or Path("predictor.safetensors"))
     config = EngineConfig(**options)
 
     with hold_interrupts():

@@ -18,6 +18,7 @@ import torch
 
 from warmfront.coordinator.cli.profile import encoded, read_texts
 from warmfront.coordinator.engine.load import open_for_profiling, opened, settled
+from warmfront.coordinator.measure.picture import write_picture
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.models.hf.predictors import write_predictor_file
 from warmfront.coordinator.packing.arrays import Arrays
@@ -98,11 +99,13 @@ def _jobs(packed: PackedModel, texts: Sequence[str], request: Request, say: Say)
         raise UsageError(f"{spec.name} {spec.why_unprofiled}: there is no telling which of its neurons fire")
     each = token_bytes(spec.layers, spec.hidden)
     most = request.disk // each
+    need = f"predictors are made from {LEAST_TOKENS} or more"
+    if most < LEAST_TOKENS:
+        raise UsageError(f"a --disk of {request.disk} holds the inputs of {most} tokens: {need}")
     ids = encoded(packed, texts, min(request.tokens or most, most), say)
     tokens = sum(map(len, ids))
     if tokens < LEAST_TOKENS:
-        why = "the texts have" if most >= LEAST_TOKENS else f"a --disk of {request.disk} holds the inputs of"
-        raise UsageError(f"{why} {tokens} tokens: predictors are made from {LEAST_TOKENS} or more")
+        raise UsageError(f"the texts have {tokens} tokens: {need}")
     say(f"the inputs of {tokens:,} tokens take {tokens * each / 1e9:.2f} GB of disk until the file is written")
     return jobs_of(ids, min(_PIECE, spec.context))
 
@@ -231,7 +234,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def draw(facts: dict[str, Any], path: Path) -> None:
-    """Write a PNG: recall by layer, and what is selected, what fires and what is read."""
+    """Write a picture (`picture.py`): recall by layer, and what is selected, what fires and what is read."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -248,4 +251,4 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend()
     figure.suptitle(f"{facts['model']}: ranks {', '.join(str(layer['rank']) for layer in layers)}", wrap=True)
-    figure.savefig(path, format="png")
+    write_picture(figure, path)

@@ -172,7 +172,8 @@ def test_who_has_the_file_open_keeps_it(packed: Path) -> None:
 
 
 def test_what_was_made_from_the_old_order_goes(packed: Path, models: Path) -> None:
-    mine = [models / f"{packed.stem}-lowbit{name}" for name in ("2.safetensors", "2.0.995.npy", "4-abc.safetensors")]
+    names = ("lowbit2.safetensors", "lowbit2.0.995-relu.npz", "lowbit4-abc.safetensors", "down.npz", "core-1f-abc.npz")
+    mine = [models / f"{packed.stem}-{name}" for name in names]
     others = models / "another-lowbit2.safetensors"
     for file in (*mine, others):
         file.write_bytes(b"rows")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from warmfront.coordinator.selectors.clusters import cluster, elbow
-from warmfront.coordinator.selectors.core import bits_of, divergence, largest, overlap
+from warmfront.coordinator.selectors.core import bits_of, largest, overlap
+from warmfront.coordinator.selectors.divergence import divergence
 
 TEXTS, LAYERS, NEURONS = 60, 3, 64
 

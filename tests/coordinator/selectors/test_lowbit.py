@@ -61,4 +61,4 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     made(tmp_path).save(said.append)
     assert len(said) == 1
     assert said[0].startswith("cannot keep the thresholds in ")
-    assert said[0].endswith("Read-only file system; they are calibrated again next time")
+    assert said[0].endswith("Read-only file system; they are measured again next time")
