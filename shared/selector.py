@@ -5,7 +5,7 @@
     exact     its gate (and up) fires    none                    all gates, then the rest of those that fire
     lowrank   the same                   each token, by fc1, fc2 the neurons of the mask
     lowbit    the same, or it weighs     each token, by copies   the neurons of the mask
-              enough where no gate shuts
+              enough where no gate closes
     core      its text uses it most      each text               the neurons of the mask
     core|...  either                     both                    the neurons of either mask
 
@@ -50,7 +50,7 @@ class Source(Enum):
 
     # For each token: the model's low-rank predictors.
     LOWRANK = auto()
-    # For each token: copies of the gates, and of the ups where no gate shuts, of a few bits.
+    # For each token: copies of the gates, and of the ups where no gate closes, of a few bits.
     LOWBIT = auto()
     # For each text: its core.
     CORE = auto()

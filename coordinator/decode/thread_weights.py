@@ -14,7 +14,7 @@ from warmfront.shared.machine.memory import address, anonymous, collapse
 from warmfront.shared.machine.numa import bind, pages_by_node
 from warmfront.shared.model.formats import row_cols
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.selector import Selector, Source
+from warmfront.shared.selector import Selector
 
 __all__ = ["ThreadWeights"]
 
@@ -32,12 +32,10 @@ class ThreadWeights:
         cores: CorePlan,
         cuts: npt.NDArray[np.int64],
     ) -> None:
-        """All tensors but bundles and unused predictors; pages are bound by the present `cuts` (see `RowSplit`)."""
+        """`PackedModel.resident` tensors and copies; pages are bound by the present `cuts` (see `RowSplit`)."""
         self._spec, self._cuts, self._threads = model.spec, cuts.copy(), len(cuts) - 1
-        idle = (".ffn",) if Source.LOWRANK in selector.sources else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
-        apart = ("tokenizer", "profile", "places", "largest")
         # The file that each tensor is read from.
-        self.files = {n: model for n in model.entries if not n.endswith(idle) and n not in apart}
+        self.files = dict.fromkeys(model.resident(selector), model)
         if lowbit is not None:
             self.files |= dict.fromkeys(lowbit.file.entries, lowbit.file)
         sizes = [-(-file.entries[name].nbytes // _ALIGN) * _ALIGN for name, file in self.files.items()]

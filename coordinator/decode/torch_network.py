@@ -19,7 +19,7 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_cols, unpack
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import PackedModel
-from warmfront.shared.selector import Selector, Source
+from warmfront.shared.selector import Selector
 
 __all__ = ["TorchNetwork", "device_bytes"]
 
@@ -64,12 +64,6 @@ def _dtype(kind: Kind | None) -> torch.dtype:
     return _DTYPES.get(kind, torch.float16) if kind is not None else torch.float32
 
 
-def _tensors(model: PackedModel, selector: Selector) -> list[str]:
-    idle = (".ffn",) if Source.LOWRANK in selector.sources else (".ffn", ".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
-    apart = ("tokenizer", "profile", "places", "largest")
-    return [name for name in model.entries if not name.endswith(idle) and name not in apart]
-
-
 def _cache_shape(spec: ModelSpec, context: int) -> tuple[int, int, int, int, int]:
     attention = spec.architecture.attention
     return 2, spec.layers, attention.kv_heads, context, attention.head_dim
@@ -85,7 +79,7 @@ def _cols(model: PackedModel, name: str) -> int:
 def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: Selector) -> int:
     """Bytes that a `TorchNetwork` takes on its device for weights and KV cache; torch itself needs more."""
     total = int(np.prod(_cache_shape(model.spec, context))) * _dtype(cache_kind).itemsize
-    for name in _tensors(model, selector):
+    for name in model.resident(selector):
         entry = model.entries[name]
         total += (
             entry.nbytes if entry.kind is None else entry.shape[0] * _cols(model, name) * _dtype(entry.kind).itemsize
@@ -100,7 +94,7 @@ class TorchNetwork:
         self._model, self._device, self._selector = model, torch.device(device), selector
         self._context, self._cache_kind = context, cache_kind
         self._predictor = model.spec.predictor or Predictor()
-        self.total = sum(model.entries[name].nbytes for name in _tensors(model, selector))
+        self.total = sum(model.entries[name].nbytes for name in model.resident(selector))
         self.loaded = 0  # bytes so far, of `total`
 
     def load(self, keep_going: Callable[[], bool]) -> None:
@@ -108,7 +102,7 @@ class TorchNetwork:
         model, spec = self._model, self._model.spec
         with torch.inference_mode():
             have: dict[str, Tensor] = {}
-            for name in _tensors(model, self._selector):
+            for name in model.resident(self._selector):
                 if not keep_going():
                     return
                 have[name] = self._read(name)

@@ -1,7 +1,7 @@
 """From a model's name to a session that runs: packed, profiled, decided, started, calibrated.
 
-Each first time is paid once: packing (`packing/packer.py`), the profile (`profile/counting.py`) and the thresholds of
-the selector lowbit (`selectors/calibration.py`) are kept in the cache.
+Each first time is paid once: packing (`packing/packer.py`), the profile (`profile/counting.py`), the thresholds of the
+selector lowbit (`selectors/calibration.py`) and what layers lose by a core (`text_core.py`) are kept in the cache.
 """
 
 from collections.abc import Callable, Iterator

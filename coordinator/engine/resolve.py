@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from warmfront.coordinator.balancing.baselines import Core
 from warmfront.coordinator.engine.devices import against_attention, against_neurons
 from warmfront.coordinator.hardware.settings import tuned
 from warmfront.shared.config import EngineConfig, parse_slow
@@ -188,8 +189,8 @@ def _resolve_selector(config: EngineConfig, spec: ModelSpec) -> Selector:
             f"--max-loss, but what {chosen} loses is not measured: use {LOWBIT} or {CORE}, or leave it out"
         )
     # Of a union each token asks for other neurons: there is nothing to keep on a GPU.
-    if config.policy == "core" and chosen.sources != {Source.CORE}:
-        raise UsageError(f"--policy core, but the selector is {chosen}: add --selector {CORE}, or leave it out")
+    if config.policy == Core.name and chosen.sources != {Source.CORE}:
+        raise UsageError(f"--policy {Core.name}, but the selector is {chosen}: add --selector {CORE}, or leave it out")
     if config.look_ahead and not chosen.predicts:
         raise UsageError(
             f"--look-ahead, but the selector {chosen} predicts nothing: add --selector lowbit, or leave it out"

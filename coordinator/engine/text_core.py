@@ -95,7 +95,9 @@ class TextCore:
         return min(text - self._end, self.window)
 
     def begin(self) -> None:
-        """A new text: nothing is known of it."""
+        """A new text: nothing is known of it, and everything is computed until its core is chosen."""
+        # A token of its prompt that is a job of its own is decoded: by the core of the text before it would be lossy.
+        self._runtime.select(None)
         self.scores[:], self._tokens, self._end, self._overlap = 0, 0, 0, None
 
     def learn(self, tokens: int, end: int) -> None:

@@ -1,7 +1,8 @@
 """What is in the cache, and what of it may be removed.
 
-    models/       packed models by name, weight type and content; beside each what was made from it: copies of its
-                  gates, their thresholds, predictors, an interrupted count, training or evaluation
+    models/       packed models by name, weight type and content; beside each what was made from it (`beside.py`):
+                  copies of its gates, their thresholds, predictors, kinds of text, what layers lose by a core; an
+                  interrupted count, training or evaluation
     downloads/    models that were fetched by name
     kernels/      compiled code, a folder for each version
     profiles/     profiles of the user's own texts  } the user's work: removed only when it is named

@@ -93,7 +93,7 @@ def closed_form(moments: Moments, rank: int) -> LowRank:
 
 
 def scores(low_rank: LowRank, x: Tensor, mean: Tensor) -> Tensor:
-    """What it says of float32 `x` [tokens, hidden]: [tokens, neurons]."""
+    """The scores of float32 `x` [tokens, hidden]: float32 [tokens, neurons]."""
     return torch.addmm(low_rank.bias, (x - mean) @ low_rank.fc1.T, low_rank.fc2.T)
 
 
@@ -113,7 +113,7 @@ def descend(
 ) -> None:
     """Descend from `start` on float16 `x` [tokens, hidden] and `mass` [tokens, neurons], zero where nothing fires.
 
-    `after` each epoch it gets their number and the predictor, and says whether to go on.
+    `after` is called behind each epoch with their number and the predictor, and returns whether to go on.
     """
     fires = mass > 0
     typical = float(mass.sum(dtype=torch.float64) / fires.sum().clamp(min=1))

@@ -70,6 +70,7 @@ from warmfront.shared.model.formats import Kind, row_bytes
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import layer_shapes, top_shapes
+from warmfront.shared.selector import Selector, Source
 
 __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
@@ -77,8 +78,9 @@ __all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 FORMAT = "warmfront-11"
 # Bytes of an element of the tensors whose shape follows from the spec.
 _ITEM_BYTES = {"U8": 1, "F32": 4}
-# How the names of predictors' tensors end.
+# How the names of predictors' tensors end, and the tensors that are read once.
 _PREDICTING = (".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
+_READ_ONCE = ("tokenizer", "profile", "places", "largest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,11 @@ class PackedModel:
         if len(sums) != count + 2 or zlib.crc32(data[:-8]) != sums[-1] or zlib.crc32(body) != sums[-2]:
             raise ValueError("header or sums")
         return sums[:-2]
+
+    def resident(self, selector: Selector) -> list[str]:
+        """Names of the tensors that the coordinator holds: all but bundles and predictors that are not used."""
+        idle = (".ffn", *(() if Source.LOWRANK in selector.sources else _PREDICTING))
+        return [name for name in self.entries if not name.endswith(idle) and name not in _READ_ONCE]
 
     def read_into(self, name: str, out: npt.NDArray[np.uint8], start: int = 0) -> None:
         """Fill `out` (contiguous bytes) from byte `start` of tensor `name`; whole pieces of it are checked."""

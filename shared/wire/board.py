@@ -241,13 +241,6 @@ class Board:
         bits = bits.reshape(layers, groups * neurons, panels * LANES)[:, :, :tokens]
         return np.ascontiguousarray(bits.swapaxes(1, 2))
 
-    def magnitudes(self, layer: int, tokens: int) -> npt.NDArray[np.float32]:
-        """How large each neuron's factor is for each token of the last job, if that is noted: [tokens, neurons].
-
-        Each is within 1/256 of its value.
-        """
-        return (self.noted[layer, :tokens].astype(np.uint32) << 16).view(np.float32)
-
     def end(self) -> None:
         """Have every wait of every process end: nothing more will be computed on this board."""
         self.abort[0] = 1
