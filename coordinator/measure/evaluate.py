@@ -143,8 +143,8 @@ def _pieces(engine: Engine, texts: Sequence[str], span: Span, say: Say) -> Piece
     pieces = cut(ids, start, context, span.forced_from, most)
     if not pieces:
         raise UsageError(
-            f"the texts have {sum(map(len, ids))} tokens, and the first {span.forced_from} are prefilled: give more, "
-            "or pass a smaller --forced-from"
+            f"{min(most, sum(map(len, ids)))} tokens of text are read, and the first {span.forced_from} of a text are "
+            "prefilled: give more, or pass a smaller --forced-from"
         )
     return pieces
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tests.integration.command import assert_refused, needs_two_cores, prepack, run
 from tests.integration.reference import all_logits, llama_from_folder
@@ -18,7 +19,7 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.cli.profile import read_texts
 from warmfront.coordinator.measure.clustering import cluster_texts, texts_in
 from warmfront.coordinator.selectors.clusters import load_clusters
-from warmfront.coordinator.selectors.core import largest
+from warmfront.coordinator.selectors.core import bits_of, largest
 from warmfront.coordinator.selectors.lowbit import groups_of, rows_of
 from warmfront.shared.errors import UsageError
 
@@ -241,6 +242,46 @@ def test_unions_compute_the_neurons_of_both(tiny_llama: Any) -> None:
     assert (seen["core|lowbit"][0] == both[0]).all()
     assert (seen["core"] & ~seen["core|lowbit"] == 0).all()
     assert both[0].tolist() != seen["core"][0].tolist()
+
+
+def test_a_union_with_predictors_in_transformers(tiny_llama: Any, tmp_path: Path) -> None:
+    """Each token computes the core and what its predictors choose, by float64 of the input that the layer has."""
+    folder, rank = tiny_llama(hidden_act="relu", **SHAPE), 16
+    reference, ids, prompt, rng = llama_from_folder(folder), text(316), 300, np.random.default_rng(2)
+    shapes = {"fc1.weight": (rank, 64), "fc2.weight": (200, rank), "fc2.bias": (200,)}
+    made = {
+        f"layers.{layer}.{part}": rng.normal(-(part == "fc2.bias"), 1, shape).astype(np.float32)
+        for layer in range(3)
+        for part, shape in shapes.items()
+    }
+    save_file(made, tmp_path / "predictor", {"input": "normed", "activation": "none"})
+    options = {"selector": "core|lowrank", "predictor": str(tmp_path / "predictor"), "dtype": "f32", "keep": KEEP}
+    with Engine.load(str(folder), **options, gpu="host", vram_budget=1_000_000, policy="core", verify=True) as engine:
+        got = np.array(list(engine.forced_logits(ids, prompt)))
+        session = engine.session
+        assert session.core is not None
+        words = bits_of(session.core._largest(session.core.scores))
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(bool)
+        core = in_file_order(engine, reference, bits)
+    predicted: dict[int, Reals] = {}
+
+    def predict(layer: int, x: torch.Tensor) -> None:
+        fc1, fc2, bias = (made[f"layers.{layer}.{part}"].astype(np.float64) for part in shapes)
+        predicted[layer] = x[0].detach().double().numpy() @ fc1.T @ fc2.T + bias > 0
+
+    def masked(layer: int, h: torch.Tensor) -> torch.Tensor:
+        computed = torch.from_numpy(core[layer] | predicted[layer])
+        computed[:prompt] = True
+        return h * computed
+
+    with ExitStack() as stack, hooked(reference, masked):
+        for layer, block in enumerate(reference.model.layers):
+            hook = block.mlp.register_forward_pre_hook(lambda _m, args, at=layer: predict(at, args[0]))
+            stack.callback(hook.remove)
+        expected = all_logits(reference, ids)[prompt - 1 :]
+    share = np.mean([each[prompt:].mean() for each in predicted.values()])
+    assert 0.1 < share < 0.6
+    assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_a_short_prompt_gets_the_core_of_its_kind(tiny_llama: Any, tmp_path: Path) -> None:

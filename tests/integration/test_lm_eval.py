@@ -52,7 +52,7 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def results(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = {
         "choice": [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in CHOICES],
@@ -65,10 +65,13 @@ def results(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             f"task: {task}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
         )
         (folder / f"{task}.yaml").write_text(source + described)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    command = [sys.executable, "-m", "tests.integration.lm_eval_runs", str(folder), str(smollm2)]
-    run = subprocess.run(
-        command,
+    return folder
+
+
+def finished(tasks: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "hf")}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -76,6 +79,11 @@ def results(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def results(smollm2: Path, tasks: Path) -> dict[str, Any]:
+    run = finished(tasks, "tests.integration.lm_eval_runs", tasks, smollm2)
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
@@ -103,3 +111,11 @@ def test_rolling_in_windows(results: dict[str, Any]) -> None:
 
 def test_a_context_is_computed_once_for_all_that_follows(results: dict[str, Any]) -> None:
     assert len(results["prompts"]) == 2
+
+
+def test_the_command_line_says_what_is_wrong_in_a_line(tasks: Path) -> None:
+    command = ["warmfront.coordinator.harness", "run", "--tasks", "choice", "--include_path", tasks]
+    run = finished(tasks, *command, "--model", "warmfront", "--model_args", "pretrained=smollm2-135m,selectr=all")
+    assert run.returncode == 2, run.stderr[-3000:]
+    assert run.stderr.splitlines()[-1].startswith("warmfront: --model_args selectr:")
+    assert "Traceback" not in run.stderr
