@@ -218,7 +218,7 @@ class Session:
             self._run(turn, ids[most - most // 8 : most])
             with hold_interrupts():
                 self.core.measure_layers(self._cached)
-            self.forget(0)
+            self.reset()
 
     def _choose_core(self) -> None:
         with self._lock, hold_interrupts():
@@ -271,9 +271,11 @@ class Session:
         return np.concatenate(inputs, axis=1)
 
     def reset(self) -> None:
-        """Forget the KV cache: the next prompt is computed from its first token."""
+        """Forget the KV cache and the text's core: the next prompt is computed from its first token."""
         with self.text():
             self.forget(0)
+            if self.core is not None:
+                self.core.begin()
 
     def forget(self, position: int) -> None:
         """Drop what the KV cache holds from `position` on."""

@@ -75,7 +75,7 @@ class TextCore:
         self._clusters = load_clusters(self._model, config.core_score, shape)
         # Tokens that the scores are of; the position behind the last one; where the core is to be chosen again.
         self._tokens = self._end = 0
-        self.due = _NEVER
+        self.due = _LEAST_TOKENS
         self._overlap: float | None = None
         # bool [layers]: those that are computed whole; None until that is measured.
         self.whole: npt.NDArray[np.bool_] | None = None
@@ -98,7 +98,7 @@ class TextCore:
         """A new text: nothing is known of it, and everything is computed until its core is chosen."""
         # A token of its prompt that is a job of its own is decoded: by the core of the text before it would be lossy.
         self._runtime.select(None)
-        self.scores[:], self._tokens, self._end, self._overlap = 0, 0, 0, None
+        self.scores[:], self._tokens, self._end, self._overlap, self.due = 0, 0, 0, None, _LEAST_TOKENS
 
     def learn(self, tokens: int, end: int) -> None:
         """The last job was the prompt of `tokens` tokens that ends at position `end`."""

@@ -117,7 +117,10 @@ def _same_as_dense(engine: Engine, runs: Sequence[_Run]) -> list[str]:
 
 def _settings_of(engine: Engine, dense: _Run, span: Span) -> dict[str, Any]:
     model = engine.model
-    return {**dense.settings, "forced_from": span.forced_from, "order": model.order, "act": model.spec.activation}
+    # Whatever its path is, the predictor's packed file is named by its content.
+    predictor = model.predictor.path.name if model.predictor is not None else None
+    facts = {"forced_from": span.forced_from, "order": model.order, "act": model.spec.activation, "by": predictor}
+    return {**dense.settings, **facts}
 
 
 def _pieces(engine: Engine, texts: Sequence[str], span: Span, say: Say) -> Pieces:

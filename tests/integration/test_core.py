@@ -132,8 +132,12 @@ def test_scores_core_and_logits(tiny_llama: Any, activation: str, overrides: dic
         assert engine.session.core is not None
         scores, core = in_file_order(engine, reference, engine.session.core.scores), core_of(engine, reference)
         computed = sum(worker.neurons for worker in engine.statistics.workers()) - before
+        engine.reset()
+        stepped = engine.step(ids[0]).copy()
+        list(engine.forced_logits(ids[:prompt], prompt))
         alone = next(engine.forced_logits(ids[:1], 1))
-    np.testing.assert_allclose(alone, all_logits(reference, ids[:1])[0], atol=1e-3 * np.abs(got).max())
+    for first in (stepped, alone):
+        np.testing.assert_allclose(first, all_logits(reference, ids[:1])[0], atol=1e-3 * np.abs(got).max())
     # Of bfloat16 numbers; a count changes where two factors round to the same.
     tolerance = {"rtol": 0.01} if overrides["core_score"] == "norm" else {"atol": 10}
     np.testing.assert_allclose(scores, expected, **tolerance)
