@@ -146,7 +146,7 @@ def _pieces(engine: Engine, texts: Sequence[str], span: Span, say: Say) -> Piece
     pieces = cut(ids, start, context, span.forced_from, most)
     if not pieces:
         raise UsageError(
-            f"{min(most, sum(map(len, ids)))} tokens of text are read, and the first {span.forced_from} of a text are "
+            f"{min(most, sum(map(len, ids)))} tokens of text are read, and of each the first {span.forced_from} are "
             "prefilled: give more, or pass a smaller --forced-from"
         )
     return pieces

@@ -87,6 +87,7 @@ def load_clusters(model: PackedModel, score: str, shape: tuple[int, int]) -> Clu
     if kept.keys() != {"centres", "scores", "sizes"}:
         return None
     clusters = Clusters(**kept)
-    count = len(clusters.sizes)
+    count = clusters.sizes.size
     fits = clusters.scores.shape == (count, *shape) and clusters.centres.shape == (count, shape[1])
+    fits &= clusters.scores.dtype == clusters.centres.dtype == np.float32
     return clusters if fits and count else None
