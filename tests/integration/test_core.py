@@ -260,7 +260,7 @@ def test_a_union_with_predictors_in_transformers(tiny_llama: Any, tmp_path: Path
     }
     save_file(made, tmp_path / "predictor", {"input": "normed", "activation": "none"})
     options = {"selector": "core|lowrank", "predictor": str(tmp_path / "predictor"), "dtype": "f32", "keep": KEEP}
-    with Engine.load(str(folder), **options, gpu="host", vram_budget=1_000_000, policy="core", verify=True) as engine:
+    with Engine.load(str(folder), **options, gpu="host", vram_budget=1_000_000, verify=True) as engine:
         got = np.array(list(engine.forced_logits(ids, prompt)))
         session = engine.session
         assert session.core is not None
