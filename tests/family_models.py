@@ -217,7 +217,10 @@ def write_model(folder: Path, name: str, seed: int = 0, **options: Any) -> Path:
     """Write the folder of a model of `MODELS`, with other fields of its configuration if `options` say so."""
     family, fields = MODELS[name]
     config = transformers.AutoConfig.for_model(family, **(SIZES | fields | options))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Attention's sinks begin at random numbers, whose mean is kept below: without a seed each run had another model.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         buffers = (buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
