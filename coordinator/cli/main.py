@@ -28,6 +28,7 @@ from warmfront.coordinator.cli.options import (
     sampling_options,
     selector_option,
     split_options,
+    text_option,
 )
 from warmfront.coordinator.cli.prompt import read_template
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
@@ -106,14 +107,7 @@ def chat(
 
 @cli.command()
 @click.argument("model")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="A file of text in UTF-8; may be repeated.",
-)
+@text_option
 @dtype_option
 @activation_option
 @click.option("--tokens", type=click.IntRange(1), help="Count on the first N tokens only.  [default: on all]")

@@ -39,6 +39,7 @@ __all__ = [
     "sampling_options",
     "selector_option",
     "split_options",
+    "text_option",
 ]
 
 _ENGINE, _SAMPLING = EngineConfig(), Sampling()
@@ -130,6 +131,14 @@ activation_option = click.option(
     default=_ENGINE.activation,
     show_default=True,
     help=f"Of the feed-forward layers: {', '.join(ACTIVATIONS)}; auto: what the model was trained with.",
+)
+text_option = click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A file of text in UTF-8; may be repeated.",
 )
 predictor_option = click.option(
     "--predictor",

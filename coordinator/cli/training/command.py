@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from warmfront.coordinator.cli.options import Size, activation_option, dtype_option, plot_option
+from warmfront.coordinator.cli.options import Size, activation_option, dtype_option, plot_option, text_option
 from warmfront.coordinator.cli.terminal import Bars, say
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
@@ -26,14 +26,7 @@ def _rank(_context: click.Context, _param: click.Parameter, value: str) -> int |
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="A file of text in UTF-8; may be repeated.",
-)
+@text_option
 @dtype_option
 @activation_option
 @click.option("--rank", default="auto", show_default=True, callback=_rank, help="Of each layer; auto: as it needs.")
