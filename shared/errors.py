@@ -6,12 +6,14 @@
     │   └── DamagedError      a packed file in the cache is not what was written: it is made again
     ├── ResourceError         memory, disk or device cannot hold what was asked for
     ├── ProtocolError         a message or board that does not fit the protocol
+    ├── BusyError             as many requests as may are waiting: later this one will be taken
     └── WorkerError           a worker process died, failed or went silent
 
 A message is one line that says what is wrong and what to do about it; the CLI prints it without a traceback.
 """
 
 __all__ = [
+    "BusyError",
     "DamagedError",
     "ModelError",
     "ProtocolError",
@@ -57,6 +59,10 @@ class ResourceError(WarmfrontError):
 
 class ProtocolError(WarmfrontError):
     """Two processes disagree on a message or on the board."""
+
+
+class BusyError(WarmfrontError):
+    """As many requests as may are waiting already; later this one will be taken."""
 
 
 class WorkerError(WarmfrontError):

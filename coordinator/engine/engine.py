@@ -22,6 +22,7 @@ from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.engine.speculation import Acceptance, PassCosts, Speculation
 from warmfront.coordinator.engine.stats import Statistics, Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
+from warmfront.coordinator.text.constraint import Constraint
 from warmfront.coordinator.text.sampling import Sampler, token_logprobs
 from warmfront.coordinator.text.stop_strings import StopText
 from warmfront.shared.config import EngineConfig, Sampling, whole_number
@@ -88,13 +89,14 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[Token]:
         """Yield the tokens that follow `prompt` (text or token ids) as they are computed.
 
         Ends after `max_new_tokens`, at an end-of-turn token (unless `ignore_eos`), before a stop string, or when the
         context is full; `stats.finish_reason` says which. The end-of-turn token itself is yielded only if it brings
         text that was held back. With `logprobs` each token comes with its own log probability and those of that many
-        most probable ones, by the model's distribution before sampling.
+        most probable ones, by the model's distribution before sampling. A `constraint` says which tokens may come.
         Raises UsageError for a wrong request or a prompt that does not fit the context, WorkerError if a worker dies.
         """
         if not isinstance(sampling, Sampling | None):
@@ -112,19 +114,20 @@ class Engine:
         self.statistics.begin_answer()
         while True:
             with session.going_on(turn):  # the logits are the session's: another text would write over them
-                token = sampler.pick(logits, seen)
+                token = sampler.pick(logits if constraint is None else constraint.allowed(logits), seen)
                 chances = () if top is None else token_logprobs(logits, token, top)
             seen.append(token)
             stats.new_tokens += 1
             stats.decode_s = time.monotonic() - first_at
+            complete = constraint is not None and constraint.push(token)
             ended = token in ends
-            last = ended or stats.new_tokens == max_new or len(seen) >= self.plan.context
+            last = ended or complete or stats.new_tokens == max_new or len(seen) >= self.plan.context
             piece = stops.push(text.rest() if ended else text.push(token))
             if last and not ended:
                 piece += stops.push(text.rest())
             if last or stops.found:
                 piece += stops.rest()
-                stats.finish_reason = "stop" if ended or stops.found else "length"
+                stats.finish_reason = "stop" if ended or complete or stops.found else "length"
             if piece or not ended:
                 yield Token(token, piece, *chances)
             if last or stops.found:
