@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from warmfront.coordinator.balancing.baselines import Core
-from warmfront.coordinator.engine.devices import against_attention, against_neurons
+from warmfront.coordinator.engine.devices.reasons import against_attention, against_neurons
 from warmfront.coordinator.hardware.settings import tuned
 from warmfront.shared.config import EngineConfig, parse_slow
 from warmfront.shared.errors import UsageError

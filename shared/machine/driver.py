@@ -70,7 +70,7 @@ def cupy_extra() -> str:
 
 
 def answer(against: Callable[[int], str | None]) -> None:
-    """Be a child that checks a card: `python -m MODULE INDEX PARENT`, see coordinator/engine/devices.py.
+    """Be a child that checks a card: `python -m MODULE INDEX PARENT`, see coordinator/engine/devices/reasons.py.
 
     Prints one line of JSON. "against": the reason not to use the device, as `against` returns or raises it; null if
     there is none, "" where there is no card. "lasts": whether the answer may be remembered for the next start.

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from warmfront.coordinator.engine import devices
-from warmfront.coordinator.engine.devices import against_attention, against_neurons
+from warmfront.coordinator.engine.devices import reasons as devices
+from warmfront.coordinator.engine.devices.reasons import against_attention, against_neurons
 from warmfront.coordinator.engine.resolve import resolve_devices
 from warmfront.gpu_worker.open import open_device
 from warmfront.shared.config import EngineConfig

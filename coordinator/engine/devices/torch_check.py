@@ -1,4 +1,4 @@
-"""`python -m warmfront.coordinator.engine.torch_check INDEX PARENT`: whether torch computes rightly on a CUDA device.
+"""`python -m warmfront.coordinator.engine.devices.torch_check INDEX PARENT`: does torch compute rightly on CUDA?
 
 The products and the attention that `torch_network.py` is made of, in its types, compared with float64 on the CPU.
 """

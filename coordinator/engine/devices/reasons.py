@@ -45,7 +45,11 @@ def against_neurons(index: int, say: Say) -> str | None:
 def against_attention(index: int, say: Say) -> str | None:
     """What speaks against attention on device `index`, as above."""
     return _against(
-        "warmfront.coordinator.engine.torch_check", index, "torch", [Path(__file__).with_name("torch_check.py")], say
+        "warmfront.coordinator.engine.devices.torch_check",
+        index,
+        "torch",
+        [Path(__file__).with_name("torch_check.py")],
+        say,
     )
 
 
