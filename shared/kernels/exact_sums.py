@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.simd import I64, load, store, vector
+from warmfront.shared.kernels.simd import I64, call, constants, load, store, vector
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["add_to_sums", "inverse_unit", "merge_sums", "round_to_sums"]
@@ -68,19 +67,20 @@ def add_to_sums(context: Any, b: Any, sums: Any, offset: Any, values: Any) -> No
 def _by_doubles(b: Any, values: Any) -> Any:
     """16 floats below 2^62 as integers, in two halves: 1.5 * 2^52 added, the last place of a double is 1.
 
-    Its bits are then the integer beside those of that number. All steps but the last rounding are exact. The flags are
-    not those of the kernels, which would allow the compiler to cancel what is added and subtracted.
+    Its bits are then the integer beside those of that number. What is added to the high half has more: shifted up, it
+    takes those of the low half away. All steps but the last rounding are exact. The flags are not those of the kernels,
+    which would allow the compiler to cancel what is added and subtracted.
     """
     double, wide, flags = vector(DOUBLE), vector(I64), ("nsz",)
-    magic, high_unit, per_high_unit = (
-        ir.Constant(double, [value] * LANES) for value in (1.5 * 2.0**52, 2.0**32, 2.0**-32)
+    magic = 1.5 * 2.0**52
+    low_magic, high_magic, per_high_unit, minus_high_unit = (
+        constants(value, double) for value in (magic, magic + 2.0**32 - (0x4338 << 16), 2.0**-32, -(2.0**32))
     )
     number = b.fpext(values, double)
-    high = b.fadd(b.fmul(number, per_high_unit, flags=flags), magic, flags=flags)
-    whole = b.fmul(b.fsub(high, magic, flags=flags), high_unit, flags=flags)
-    low = b.fadd(b.fsub(number, whole, flags=flags), magic, flags=flags)
-    high_bits, low_bits = (b.sub(b.bitcast(half, wide), simd.constants(0x4338 << 48, wide)) for half in (high, low))
-    return b.add(b.shl(high_bits, simd.constants(32, wide)), low_bits)
+    high = call(b, "llvm.fmuladd.v16f64", double, number, per_high_unit, high_magic)
+    rest = call(b, "llvm.fmuladd.v16f64", double, b.fsub(high, high_magic, flags=flags), minus_high_unit, number)
+    low = b.fadd(rest, low_magic, flags=flags)
+    return b.add(b.shl(b.bitcast(high, wide), constants(32, wide)), b.bitcast(low, wide))
 
 
 @kernel

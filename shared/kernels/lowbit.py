@@ -123,7 +123,10 @@ def _make_dot(bits: int) -> Any:
                 def halves(at: Any) -> Any:
                     return widened(context, b, load(b, scales, at, vector(I16)))
 
-                return byte_dot(b, x, cols, lambda pair: _levels_of_pair(b, bits, row, pair), halves, (2**bits - 1) / 2)
+                def levels(pair: Any) -> Any:
+                    return _levels_of_pair(b, bits, row, pair)
+
+                return byte_dot(context, b, x, cols, levels, halves, (2**bits - 1) / 2, 2**bits - 1)
             sums = simd.zeros(b)
             middle = constants((2**bits - 1) / 2)
             with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:

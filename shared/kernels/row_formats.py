@@ -52,6 +52,8 @@ class ByteFormat(NamedTuple):
     scales: Callable[[Any, Any, Any, Any, Any], Any]
     # The number that stands for weight 0, or, called like `scales`, what number 0 stands for.
     zero: int | Callable[[Any, Any, Any, Any, Any], Any]
+    # The largest of the numbers.
+    largest: int
 
 
 class RowFormat(NamedTuple):
@@ -62,6 +64,11 @@ class RowFormat(NamedTuple):
     weights: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
     # None: inner products take the weights as floats on every CPU.
     bytes: ByteFormat | None = None
+
+    @property
+    def largest(self) -> int:
+        """Of the numbers of a row, as unsigned bytes."""
+        return 15 if self.bytes is None else self.bytes.largest
 
 
 def _two(b: Any, row: Any, block: Any, type_: Any, size: int) -> tuple[Any, Any]:
@@ -153,9 +160,9 @@ FORMATS = (
     RowFormat(Kind.F32, _f32),
     RowFormat(Kind.F16, _f16),
     RowFormat(Kind.BF16, _bf16),
-    RowFormat(Kind.Q8, _q8, ByteFormat(_unsigned_bytes, _scales_behind(1), 128)),
-    RowFormat(Kind.Q4, _q4, ByteFormat(_unsigned_nibbles, _scales_behind(2), _scales_behind(2, 1))),
-    RowFormat(Kind.Q4S, _q4s, ByteFormat(_unsigned_nibbles, _scales_behind(2), 8)),
+    RowFormat(Kind.Q8, _q8, ByteFormat(_unsigned_bytes, _scales_behind(1), 128, 255)),
+    RowFormat(Kind.Q4, _q4, ByteFormat(_unsigned_nibbles, _scales_behind(2), _scales_behind(2, 1), 15)),
+    RowFormat(Kind.Q4S, _q4s, ByteFormat(_unsigned_nibbles, _scales_behind(2), 8, 15)),
     RowFormat(Kind.Q4C, _nibbles),
 )
 # Those whose rows say all of their weights; a Q4C row needs its group's column scales.

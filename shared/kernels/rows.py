@@ -58,10 +58,9 @@ def _byte_dot(
     def scales(at: Any) -> Any:
         return integers.scales(context, b, row, cols, at)
 
-    zero = integers.zero
-    return byte_dot(
-        b, q, cols, weights, scales, (lambda at: zero(context, b, row, cols, at)) if callable(zero) else zero
-    )
+    given = integers.zero
+    zero = (lambda at: given(context, b, row, cols, at)) if callable(given) else given
+    return byte_dot(context, b, q, cols, weights, scales, zero, integers.largest)
 
 
 @intrinsic

@@ -15,6 +15,8 @@ stream, which no fetching ahead of the first one meets (measured from memory: 1.
 The rows behind the last 16 stay rows.
 """
 
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,15 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, floats_at, shorts_at, words_at
-from warmfront.shared.kernels.byte_dot import block_offset, multiplies_bytes, quantised_parts
+from warmfront.shared.kernels.byte_dot import (
+    Left,
+    Products,
+    block_offset,
+    left,
+    multiplies_bytes,
+    quantised_parts,
+    signed,
+)
 from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
@@ -37,7 +47,6 @@ from warmfront.shared.kernels.simd import (
     I32,
     I64,
     V16,
-    call,
     constants,
     fma,
     load,
@@ -51,6 +60,7 @@ from warmfront.shared.model.panels import LANES
 
 __all__ = [
     "TILE",
+    "in_order",
     "in_tiles",
     "interleave",
     "multiply_tile",
@@ -58,12 +68,12 @@ __all__ = [
     "scales_of",
     "split_bytes",
     "widen_tiled_row",
+    "zero_number",
 ]
 
 # Rows of a tile: one for each lane.
 TILE = LANES
 V64 = vector(I8, 64)
-_MULTIPLY_BYTES = "llvm.x86.avx512.vpdpbusd.512"
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 
 
@@ -121,20 +131,37 @@ def _block_at(b: Any, form: RowFormat, tile: Any, block: Any) -> Any:
     return b.add(tile, b.mul(block, long(TILE * block_bytes(form.kind))))
 
 
-def numbers_of(b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
-    """The numbers of 32 columns: 8 vectors of 64 unsigned bytes, each 4 columns of the 16 rows, in ascending order."""
+def numbers_of(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> Iterator[tuple[int, Left]]:
+    """The numbers of 32 columns: 8 vectors of 64 bytes, each 4 columns of the 16 rows; i: columns 4 * i to 4 * i + 3.
+
+    Each is loaded when it is asked for: AVX2 has not the registers for all.
+    """
     count = 8 if form.kind == Kind.Q8 else 4
     at = _block_at(b, form, tile, block)
-    return split_bytes(b, form, [load(b, at, long(64 * i), V64) for i in range(count)])
+    return split_bytes(context, b, form, (load(b, at, long(64 * i), V64) for i in range(count)))
 
 
-def split_bytes(b: Any, form: RowFormat, loaded: list[Any]) -> list[Any]:
-    """The numbers of 32 columns from the 8 vectors of Q8, or the 4 of the other types."""
-    if form.kind == Kind.Q8:
-        return loaded
-    # A byte holds columns j and j + 16 of its row's block.
-    low = [b.and_(each, constants(15, V64)) for each in loaded]
-    return low + [b.lshr(each, constants(4, V64)) for each in loaded]
+def split_bytes(context: Any, b: Any, form: RowFormat, loaded: Iterable[Any]) -> Iterator[tuple[int, Left]]:
+    """The numbers of 32 columns, as `numbers_of`, from the 8 vectors of Q8, or the 4 of the other types."""
+    for i, each in enumerate(loaded):
+        if form.kind == Kind.Q8:
+            yield i, left(context, b, each, form.largest)
+        else:
+            # A byte holds columns j and j + 16 of its row's block.
+            yield i, Left(b.and_(each, constants(15, V64)))
+            yield i + 4, Left(b.lshr(each, constants(4, V64)))
+
+
+def in_order(numbers: Iterator[tuple[int, Left]]) -> list[Left]:
+    """All that `numbers_of` gives."""
+    return [each for _, each in sorted(numbers, key=itemgetter(0))]
+
+
+def zero_number(context: Any, form: RowFormat) -> int | None:
+    """The number that stands for weight 0 in products; None for rows that have minima."""
+    if form.bytes is None or callable(form.bytes.zero):
+        return None
+    return 0 if signed(context, form.largest) else form.bytes.zero
 
 
 def scales_of(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> list[Any]:
@@ -143,13 +170,6 @@ def scales_of(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> l
     first = TILE * (block_bytes(form.kind) - 2 * count)
     at = _block_at(b, form, tile, block)
     return [widened(context, b, load(b, at, long(first + 2 * TILE * i), vector(I16))) for i in range(count)]
-
-
-def _zero_shift(form: RowFormat) -> int:
-    """The number that stands for weight 0 is 2 to this power."""
-    assert form.bytes is not None
-    assert isinstance(form.bytes.zero, int)
-    return form.bytes.zero.bit_length() - 1
 
 
 def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, pairs: list[Any], ahead: Any) -> None:
@@ -165,23 +185,24 @@ def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, pairs
         block = loop.index
         next_at = b.add(_block_at(b, form, tile, block), ahead)
         place, four_bytes = block_offset(b, block), b.mul(block, long(4))
-        parts = [[constants(0, vector(I32)) for _ in (0, 1)] for _ in pairs]
-        for i, numbers in enumerate(numbers_of(b, form, tile, block)):
-            simd.fetch_part(b, next_at, TILE * block_bytes(form.kind), i, 8)
+        parts = [[Products(context, form.largest) for _ in (0, 1)] for _ in pairs]
+        for turn, (i, numbers) in enumerate(numbers_of(context, b, form, tile, block)):
+            simd.fetch_part(b, next_at, TILE * block_bytes(form.kind), turn, 8)
             # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
             at = b.add(place, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
             for (*starts, _, _), products in zip(inputs, parts, strict=True):
                 for half, start in enumerate(starts):
                     four = b.bitcast(splat(b, load(b, start, at, I32)), V64)
-                    products[half] = call(b, _MULTIPLY_BYTES, vector(I32), products[half], numbers, four)
+                    products[half].add(b, numbers, four)
         row_scale, *row_minima = scales_of(context, b, form, tile, block)
         for (*_, input_scales, input_sums), products, total_at in zip(inputs, parts, sums, strict=True):
-            whole = b.add(b.shl(products[0], seven), products[1])
+            high, low = (each.total(b) for each in products)
+            whole = b.add(b.shl(high, seven), low)
             scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
             block_sum = splat(b, load(b, input_sums, four_bytes, I32))
-            if not row_minima:
+            if zero := zero_number(context, form):
                 # What the numbers' offset has added, exactly: number - zero is the weight.
-                whole = b.sub(whole, b.shl(block_sum, constants(_zero_shift(form), vector(I32))))
+                whole = b.sub(whole, b.mul(block_sum, constants(zero, vector(I32))))
             total = fma(b, b.fmul(b.sitofp(whole, V16), scale), row_scale, b.load(total_at))
             for minimum in row_minima:
                 total = fma(b, b.fmul(b.sitofp(block_sum, V16), scale), minimum, total)

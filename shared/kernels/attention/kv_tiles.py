@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
-from warmfront.shared.kernels.byte_dot import multiplies_bytes, split_block
+from warmfront.shared.kernels.byte_dot import adds_in_words, split_block
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
@@ -186,7 +186,7 @@ def _make_product(heads: int) -> Any:
             def emit(form: RowFormat) -> None:
                 if form.kind != Kind.Q8:
                     _float_sums(context, b, form, where, inputs, sums)
-                elif multiplies_bytes(context):
+                elif adds_in_words(context):
                     _byte_sums(context, b, where, inputs, sums)
                 else:
                     _wide_sums(context, b, where, inputs, sums)
@@ -218,7 +218,7 @@ def _make_mix(heads: int) -> Any:
         def build(context, b, _signature, arguments):
             tile, x, x_step, y, y_step = arguments
             _, at, numbers, ahead = cgutils.unpack_tuple(b, tile, 4)
-            whole = multiplies_bytes(context)
+            whole = adds_in_words(context)
             scales_at = b.add(at, b.mul(numbers, long(TILE)))
             weights = [b.ptrtoint(cgutils.alloca_once(b, vector(FLOAT, 32)), I64) for _ in range(heads)]
             chances, shrunk = [], []
@@ -265,7 +265,7 @@ def _make_mix(heads: int) -> Any:
 def _weigh(context: Any, b: Any, scales: list[Any], chances: list[Any], out: Any) -> None:
     """Chances of 32 positions times their scales, at `out`: floats, or for byte products 16 bits, low bytes first."""
     weights = [b.fmul(scale, chance) for scale, chance in zip(scales, chances, strict=True)]
-    if not multiplies_bytes(context):
+    if not adds_in_words(context):
         for half, values in enumerate(weights):
             store(b, out, long(64 * half), values)
         return
@@ -372,7 +372,7 @@ def _quantise_head(context, x, out, rows):
 
     def build(context, b, _signature, arguments):
         x, out, rows = arguments
-        if not multiplies_bytes(context):
+        if not adds_in_words(context):
             return x
         with cgutils.for_range(b, b.udiv(rows, long(BLOCK)), intp=I64) as loop:
             at = b.mul(loop.index, long(128))

@@ -14,6 +14,7 @@ The factors are quantised to 15 bits as inputs are (`byte_dot.py`). Where the sc
 the factor before, so the factors are quantised anew for each 32 columns; of Q4C once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
-from warmfront.shared.kernels.byte_dot import Split, multiplies_bytes, split_block
+from warmfront.shared.kernels.byte_dot import Left, Products, left, multiplies_bytes, split_block
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Panels
@@ -47,7 +48,6 @@ from warmfront.shared.kernels.simd import (
     I32,
     I64,
     V16,
-    call,
     constants,
     fetch_part,
     fma,
@@ -60,7 +60,7 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.kernels.simd import (
     total as total_of,
 )
-from warmfront.shared.kernels.tiles import in_tiles
+from warmfront.shared.kernels.tiles import in_tiles, zero_number
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, FLOATS, Kind
 from warmfront.shared.model.panels import LANES
@@ -128,14 +128,25 @@ def _block_at(b: Any, form: RowFormat, tile: Any, block: Any) -> Any:
     return b.add(tile, b.mul(block, long(GROUP * block_bytes(form.kind))))
 
 
-def numbers_of(b: Any, form: RowFormat, tile: Any, block: Any) -> tuple[list[Any], list[Any]]:
-    """For both halves of 32 columns, 8 vectors of unsigned bytes, each of 16 columns of 4 neurons."""
-    count = 16 if form.kind == Kind.Q8 else 8
+def numbers_of(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> Iterator[tuple[Left, Left]]:
+    """8 times 4 neurons: of both halves of 32 columns a vector of bytes, of 16 columns.
+
+    Each is loaded when it is asked for: AVX2 has not the registers for all.
+    """
     at = _block_at(b, form, tile, block)
-    loaded = [load(b, at, long(64 * i), V64) for i in range(count)]
-    if form.kind == Kind.Q8:
-        return loaded[:8], loaded[8:]
-    return [b.and_(each, constants(15, V64)) for each in loaded], [b.lshr(each, constants(4, V64)) for each in loaded]
+    for i in range(8):
+        first = load(b, at, long(64 * i), V64)
+        if form.kind == Kind.Q8:
+            second = load(b, at, long(64 * (8 + i)), V64)
+            yield left(context, b, first, form.largest), left(context, b, second, form.largest)
+        else:
+            yield Left(b.and_(first, constants(15, V64))), Left(b.lshr(first, constants(4, V64)))
+
+
+def both_halves(numbers: Iterator[tuple[Left, Left]]) -> tuple[list[Left], list[Left]]:
+    """All that `numbers_of` gives, by the halves of the columns."""
+    first, second = (list(each) for each in zip(*numbers, strict=True))
+    return first, second
 
 
 def neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> list[list[Any]]:
@@ -147,32 +158,23 @@ def neuron_scales(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) 
     return [[widened(context, b, load(b, at, start, vector(I16))) for start in both] for both in starts]
 
 
-def _zero(form: RowFormat) -> int:
-    """The number that stands for weight 0; Q4 and Q4C have minima instead."""
-    assert form.bytes is None or form.kind == Kind.Q4 or isinstance(form.bytes.zero, int)
-    return form.bytes.zero if form.bytes is not None and isinstance(form.bytes.zero, int) else 0
+def _products(
+    context: Any, b: Any, form: RowFormat, place: tuple[Any, Any], kept: list[Any], next_at: Any
+) -> list[list[Any]]:
+    """Number times factor, added up over the 32 neurons, for both halves of 32 columns: 16 integers, for each token.
 
-
-def _keep(b: Any, factors: Split, at: Any) -> None:
-    """The factors' bytes in memory, from where a product takes four in all lanes: int8 [high, low] [32]."""
-    for part, halves in enumerate((factors.high, factors.low)):
-        for half, values in enumerate(halves):
-            store(b, at, long(32 * part + 16 * half), b.trunc(values, vector(I8)))
-
-
-def _products(b: Any, numbers: list[Any], kept: Any, next_at: Any, half: int, size: int) -> Any:
-    """Number times factor, added up over the 32 neurons: 16 integers.
-
-    Meanwhile one half of `size` bytes at `next_at`, if that is given, is fetched.
+    Meanwhile the 32 columns at `next_at` are fetched. place: tile, block; kept: where each token's factors are.
     """
-    totals = [constants(0, vector(I32)) for _ in (0, 1)]
-    for i, each in enumerate(numbers):
-        if next_at is not None:
-            fetch_part(b, next_at, size, 8 * half + i, 16)
-        for part in (0, 1):
-            four = b.bitcast(splat(b, load(b, kept, long(32 * part + 4 * i), I32)), V64)
-            totals[part] = call(b, "llvm.x86.avx512.vpdpbusd.512", vector(I32), totals[part], each, four)
-    return b.add(b.shl(totals[0], constants(7, vector(I32))), totals[1])
+    sums = [[[Products(context, form.largest) for _ in (0, 1)] for _ in (0, 1)] for _ in kept]
+    for i, halves in enumerate(numbers_of(context, b, form, *place)):
+        fetch_part(b, next_at, GROUP * block_bytes(form.kind), i, 8)
+        for at, own in zip(kept, sums, strict=True):
+            for part in (0, 1):
+                four = b.bitcast(splat(b, load(b, at, long(32 * part + 4 * i), I32)), V64)
+                for half, total in zip(halves, own, strict=True):
+                    total[part].add(b, half, four)
+    seven = constants(7, vector(I32))
+    return [[b.add(b.shl(high.total(b), seven), low.total(b)) for high, low in own] for own in sums]
 
 
 def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any], pairs: list[Any]) -> None:
@@ -182,43 +184,73 @@ def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, An
     unpacked once for all tokens; the steps of a token's sums are the same however many there are.
     """
     tile, tail, cols, ahead = place
-    given = [[load(b, factors, long(64 * half), V16) for half in (0, 1)] for factors, _ in pairs]
-    kept = [b.ptrtoint(cgutils.alloca_once(b, V64), I64) for _ in pairs]
-    parts: list[Split] = []
-    if form.kind == Kind.Q4C:
-        parts = [split_block(b, own) for own in given]
-        for split, at in zip(parts, kept, strict=True):
-            _keep(b, split, at)
-    with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
+    blocks, last = b.udiv(cols, long(BLOCK)), b.sub(b.udiv(cols, long(BLOCK)), long(1))
+    factors = [_Factors(b, [load(b, at, long(64 * half), V16) for half in (0, 1)]) for at, _ in pairs]
+
+    def quantise(block: Any) -> None:
+        parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, tile, block)
+        for own in factors:
+            own.quantise(b, parts, block)
+
+    quantise(long(0))
+    with cgutils.for_range(b, blocks, intp=I64) as loop:
         block = loop.index
-        next_at, size = b.add(_block_at(b, form, tile, block), ahead), GROUP * block_bytes(form.kind)
-        offsets: list[Any] = [None] * len(pairs)
+        parts = [own.take(b, long(0) if form.kind == Kind.Q4C else block) for own in factors]
         if form.kind != Kind.Q4C:
-            scales, *minima = neuron_scales(context, b, form, tile, block)
-            parts = [split_block(b, [b.fmul(f, scale) for f, scale in zip(own, scales, strict=True)]) for own in given]
-            for split, at in zip(parts, kept, strict=True):
-                _keep(b, split, at)
-            if minima:
-                # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
-                eight = constants(8.0)
-                lows = [fma(b, scale, eight, low) for scale, low in zip(scales, minima[0], strict=True)]
-                products = [[b.fmul(f, low) for f, low in zip(own, lows, strict=True)] for own in given]
-                offsets = [splat(b, total_of(b, b.fadd(*halves))) for halves in products]
-        for half, numbers in enumerate(numbers_of(b, form, tile, block)):
+            # Meanwhile those of the next columns: alone, a chain of a hundred cycles.
+            quantise(b.select(b.icmp_signed("<", block, last), b.add(block, long(1)), last))
+        next_at = b.add(_block_at(b, form, tile, block), ahead)
+        sums = _products(context, b, form, (tile, block), [at for at, *_ in parts], next_at)
+        for half in (0, 1):
             if form.kind == Kind.Q4C:
                 at = b.add(b.mul(block, long(64)), long(32 * half))
                 scale, minimum = column_scales(context, b, tail, cols, at)
-            for token, ((_, sums), split, at, offset) in enumerate(zip(pairs, parts, kept, offsets, strict=True)):
-                whole = _products(b, numbers, at, None if token else next_at, half, size)
-                if zero := 8 if form.kind == Kind.Q4 else _zero(form):
-                    whole = b.sub(whole, splat(b, b.mul(split.total, ir.Constant(I32, zero))))
-                total = b.fmul(b.sitofp(whole, V16), splat(b, split.scale))
+            for (_, sums_at), (_, step, total, offset), wholes in zip(pairs, parts, sums, strict=True):
+                whole = wholes[half]
+                if zero := 8 if form.kind == Kind.Q4 else zero_number(context, form):
+                    whole = b.sub(whole, splat(b, b.mul(total, ir.Constant(I32, zero))))
+                value = b.fmul(b.sitofp(whole, V16), splat(b, step))
                 if form.kind == Kind.Q4C:
-                    factor_sum = splat(b, b.fmul(b.sitofp(split.total, FLOAT), split.scale))
-                    total = fma(b, total, scale, b.fmul(minimum, factor_sum))
-                if offset is not None:
-                    total = b.fadd(total, offset)
-                add_to_sums(context, b, sums, b.add(b.mul(block, long(256)), long(128 * half)), total)
+                    factor_sum = splat(b, b.fmul(b.sitofp(total, FLOAT), step))
+                    value = fma(b, value, scale, b.fmul(minimum, factor_sum))
+                if form.kind == Kind.Q4:
+                    value = b.fadd(value, splat(b, offset))
+                add_to_sums(context, b, sums_at, b.add(b.mul(block, long(256)), long(128 * half)), value)
+
+
+class _Factors:
+    """A token's factors [32], quantised for some columns while those before are multiplied."""
+
+    def __init__(self, b: Any, halves: list[Any]) -> None:
+        self._halves = halves
+        # Their bytes, from where a product takes four in all lanes: int8 [high, low] [32], of every other 32 columns.
+        self._bytes = b.ptrtoint(cgutils.alloca_once(b, V64, size=2), I64)
+        self._step, self._offset = cgutils.alloca_once(b, FLOAT), cgutils.alloca_once(b, FLOAT)
+        self._total = cgutils.alloca_once(b, I32)
+
+    def _place(self, b: Any, block: Any) -> Any:
+        return b.add(self._bytes, b.shl(b.and_(block, long(1)), long(6)))
+
+    def quantise(self, b: Any, parts: list[list[Any]], block: Any) -> None:
+        """For block `block`; parts: the neurons' scales and minima there, as far as the weight type has them."""
+        scaled = self._halves
+        if parts:
+            scaled = [b.fmul(own, scale) for own, scale in zip(self._halves, parts[0], strict=True)]
+        split = split_block(b, scaled)
+        for part, halves in enumerate((split.high, split.low)):
+            for half, values in enumerate(halves):
+                store(b, self._place(b, block), long(32 * part + 16 * half), b.trunc(values, vector(I8)))
+        b.store(split.scale, self._step)
+        b.store(split.total, self._total)
+        if len(parts) > 1:
+            # Numbers are taken from 8 as in Q4S, or the factors' rounding would count 7.5 times on average.
+            lows = [fma(b, scale, constants(8.0), low) for scale, low in zip(*parts, strict=True)]
+            products = [b.fmul(own, low) for own, low in zip(self._halves, lows, strict=True)]
+            b.store(total_of(b, b.fadd(*products)), self._offset)
+
+    def take(self, b: Any, block: Any) -> tuple[Any, Any, Any, Any]:
+        """For block `block`: where the bytes are, what one step of them is, their total, and what the minima add."""
+        return self._place(b, block), b.load(self._step), b.load(self._total), b.load(self._offset)
 
 
 def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any, Any]) -> None:

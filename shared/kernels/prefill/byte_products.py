@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.atomics import floats_at, shorts_at
-from warmfront.shared.kernels.byte_dot import multiplies_bytes
+from warmfront.shared.kernels.byte_dot import Left, Products, adds_in_words, multiplies_bytes
 from warmfront.shared.kernels.fp16 import from_half
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
@@ -48,12 +48,11 @@ from warmfront.shared.kernels.simd import (
     store,
     vector,
 )
-from warmfront.shared.kernels.tiles import TILE, numbers_of, scales_of, split_bytes
+from warmfront.shared.kernels.tiles import TILE, in_order, numbers_of, scales_of, split_bytes, zero_number
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES, PRODUCT_TOKENS
 
 __all__ = [
-    "MULTIPLY",
     "OFFSETS",
     "PANEL_BLOCK",
     "SCALES",
@@ -68,27 +67,27 @@ __all__ = [
     "store_block",
     "transposed",
     "turn_tokens",
+    "zero_of",
 ]
 
 V64, VI32 = vector(I8, 64), vector(I32)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 # A panel's block: numbers, scales, offsets.
 SCALES, OFFSETS, PANEL_BLOCK = 16 * BLOCK, 16 * BLOCK + 64, 16 * BLOCK + 128
-MULTIPLY = "llvm.x86.avx512.vpdpbusd.512"
 # LLVM may not reorder what has its own flags: products of one panel and of three must be the same to the bit.
 STRICT = ("nsz",)
 
 
-def _zero(form: RowFormat) -> int:
-    """The number that stands for weight 0; 0 also for rows with minima."""
-    assert form.bytes is not None
-    return 0 if callable(form.bytes.zero) else form.bytes.zero
-
-
 @intrinsic
-def _zero_of(context, kind):
-    def build(_context, b, _signature, arguments):
-        return by_kind(b, arguments[0], TILED, lambda form: long(_zero(form)))
+def zero_of(context, kind):
+    """The number that stands for weight 0 in products with rows of `kind`; -1 for rows with minima."""
+
+    def build(context, b, _signature, arguments):
+        def emit(form: RowFormat) -> Any:
+            zero = zero_number(context, form)
+            return long(-1 if zero is None else zero)
+
+        return by_kind(b, arguments[0], TILED, emit)
 
     return types.int64(types.int64), build
 
@@ -101,11 +100,16 @@ def _largest(b: Any, values: list[Any]) -> Any:
     return b.bitcast(top, V16)
 
 
-def _bytes_of(b: Any, values: list[Any]) -> Any:
+def _bytes_of(context: Any, b: Any, values: list[Any]) -> Any:
     """Four vectors of floats, rounded to signed bytes: 32-bit lanes that hold one of each.
 
     NaN and what is too large become some number: the scale says that it is NaN.
     """
+    if not adds_in_words(context):
+        whole = [b.fptosi(call(b, "llvm.rint.v16f32", V16, each), VI32) for each in values]
+        low = [b.and_(each, constants(255, VI32)) for each in whole[:3]]
+        shifted = [b.shl(each, constants(8 * i, VI32)) for i, each in enumerate([*low, whole[3]])]
+        return b.or_(b.or_(*shifted[:2]), b.or_(*shifted[2:]))
     none, all_lanes, current = constants(0, VI32), ir.Constant(I16, -1), ir.Constant(I32, 4)
     round_ = "llvm.x86.avx512.mask.cvtps2dq.512"
     first, second, third, fourth = (call(b, round_, VI32, each, none, all_lanes, current) for each in values)
@@ -127,17 +131,17 @@ class Quantised(NamedTuple):
     total: Any
 
 
-def quantised(b: Any, values: list[Any]) -> Quantised:
+def quantised(context: Any, b: Any, values: list[Any]) -> Quantised:
     """32 vectors of floats in 8 bits a number, with one scale for each lane."""
     largest = _largest(b, values)
     # A block of zeros has scale 0, whose inverse would make NaN of it.
     not_zero = b.fcmp_unordered("!=", largest, constants(0.0))
     inverse = b.select(not_zero, b.fdiv(constants(127.0), largest, flags=STRICT), constants(0.0))
-    words, total = [], constants(0, VI32)
+    words, total = [], Products(context, 1)
     for k in range(0, BLOCK, 4):
-        words.append(_bytes_of(b, [b.fmul(each, inverse, flags=STRICT) for each in values[k : k + 4]]))
-        total = call(b, MULTIPLY, VI32, total, constants(0x01010101, VI32), words[-1])
-    return Quantised(words, b.fmul(largest, constants(1 / 127), flags=STRICT), total)
+        words.append(_bytes_of(context, b, [b.fmul(each, inverse, flags=STRICT) for each in values[k : k + 4]]))
+        total.add(b, Left(constants(1, V64)), b.bitcast(words[-1], V64))
+    return Quantised(words, b.fmul(largest, constants(1 / 127), flags=STRICT), total.total(b))
 
 
 def store_block(b: Any, out: Any, numbers: Quantised, offsets: Any) -> None:
@@ -148,11 +152,11 @@ def store_block(b: Any, out: Any, numbers: Quantised, offsets: Any) -> None:
     store(b, out, long(OFFSETS), offsets)
 
 
-def _quantise_block(b: Any, x: Any, out: Any, zero: Any) -> None:
-    numbers = quantised(b, [load(b, x, long(64 * k), V16) for k in range(BLOCK)])
+def _quantise_block(context: Any, b: Any, x: Any, out: Any, zero: Any) -> None:
+    numbers = quantised(context, b, [load(b, x, long(64 * k), V16) for k in range(BLOCK)])
     start = b.sub(constants(0, VI32), b.mul(numbers.total, splat(b, b.trunc(zero, I32))))
     feature_sum = b.bitcast(b.fmul(b.sitofp(numbers.total, V16), numbers.scale, flags=STRICT), VI32)
-    minima = b.icmp_signed("==", zero, long(0))
+    minima = b.icmp_signed("==", zero, long(-1))
     store_block(b, out, numbers, b.select(minima, feature_sum, start))
 
 
@@ -163,7 +167,7 @@ def _quantise(context, x, out, blocks, zero):
         if multiplies_bytes(context):
             with cgutils.for_range(b, blocks, intp=I64) as loop:
                 x_at = b.add(x, b.mul(loop.index, long(64 * BLOCK)))
-                _quantise_block(b, x_at, b.add(out, b.mul(loop.index, long(PANEL_BLOCK))), zero)
+                _quantise_block(context, b, x_at, b.add(out, b.mul(loop.index, long(PANEL_BLOCK))), zero)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), build
@@ -172,7 +176,7 @@ def _quantise(context, x, out, blocks, zero):
 @kernel
 def quantise_panels(kind: int, x: int, out: int, cols: int, panels: int) -> None:
     """Quantise float32 [panels, cols, 16] for rows of `kind`, into [panels, cols / 32] blocks of 640 bytes."""
-    _quantise(x, out, cols // BLOCK * panels, _zero_of(kind))
+    _quantise(x, out, cols // BLOCK * panels, zero_of(kind))
 
 
 def transposed(b: Any, vectors: list[Any]) -> list[Any]:
@@ -201,7 +205,7 @@ def _joined(b: Any, parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _gathered(b: Any, form: RowFormat, halves: tuple[Any, Any], stride: Any, block: Any) -> list[Any]:
+def _gathered(context: Any, b: Any, form: RowFormat, halves: tuple[Any, Any], stride: Any, block: Any) -> list[Left]:
     """The numbers of a block of 16 rows, `stride` bytes apart, of which 8 begin at each of `halves`."""
     count = 8 if form.kind == Kind.Q8 else 4
     at = b.mul(block, long(4 * count))
@@ -210,7 +214,7 @@ def _gathered(b: Any, form: RowFormat, halves: tuple[Any, Any], stride: Any, blo
     if form.kind == Kind.Q8:
         # Of signed bytes unsigned ones: 128 is added, which flips the sign.
         words = [b.xor(each, constants(0x80808080 - (1 << 32), VI32)) for each in words]
-    return split_bytes(b, form, [b.bitcast(each, V64) for each in words])
+    return in_order(split_bytes(context, b, form, (b.bitcast(each, V64) for each in words)))
 
 
 @contextmanager
@@ -228,34 +232,40 @@ def each_token(b: Any, x: Any, step: Any, tokens: Any) -> Iterator[tuple[Any, An
             yield b.add(first, lane.index), b.add(at, b.shl(lane.index, long(2)))
 
 
-def multiplied(b: Any, numbers: Sequence[list[Any]], token: Any, starts: list[Any]) -> list[Any]:
+def multiplied(
+    context: Any, b: Any, form: RowFormat, numbers: Sequence[list[Left]], token: Any, starts: list[Any]
+) -> list[Any]:
     """For each of some registers full of rows, from what it starts: plus its numbers times a token's 32 features."""
-    # Two sums each: a product waits five cycles for its sum, and a core has not enough of them waiting for one.
-    parts = [list(starts), [constants(0, VI32) for _ in starts]]
+    # Two sums each: a product of words waits five cycles for its sum, and a core has not enough waiting for one.
+    turns = 2 if adds_in_words(context) else 1
+    sums = [
+        [Products(context, form.largest, start if turn == 0 else None) for turn in range(turns)] for start in starts
+    ]
     for word in range(BLOCK // 4):
-        four = splat(b, load(b, token, long(64 * word), I32))
-        parts[word % 2] = [
-            call(b, MULTIPLY, VI32, total, b.bitcast(each[word], VI32), four)
-            for total, each in zip(parts[word % 2], numbers, strict=True)
-        ]
-    return [b.add(*both) for both in zip(*parts, strict=True)]
+        four = b.bitcast(splat(b, load(b, token, long(64 * word), I32)), V64)
+        for own, rows in zip(sums, numbers, strict=True):
+            own[word % turns].add(b, rows[word], four)
+    totals = [[each.total(b) for each in own] for own in sums]
+    return [own[0] if turns == 1 else b.add(*own) for own in totals]
 
 
 class _Half(NamedTuple):
     """16 rows in 32 columns: their numbers, scales, and minima, if the type has them."""
 
-    numbers: list[Any]
+    numbers: list[Left]
     scales: Any
     minima: list[Any]
 
 
-def _add_block(b: Any, halves: list[_Half], x: tuple[Any, Any], tokens: Any, sums: Any) -> None:
+def _add_block(
+    context: Any, b: Any, form: RowFormat, halves: list[_Half], x: tuple[Any, Any], tokens: Any, sums: Any
+) -> None:
     """32 rows in 32 columns times tokens: sums[token][row] += ...; x: address of the block, step between panels."""
     with each_token(b, *x, tokens) as (number, token):
         offset = splat(b, load(b, token, long(OFFSETS), I32))
         scale = splat(b, load(b, token, long(SCALES), FLOAT))
         starts = [constants(0, VI32) if half.minima else offset for half in halves]
-        products = multiplied(b, [half.numbers for half in halves], token, starts)
+        products = multiplied(context, b, form, [half.numbers for half in halves], token, starts)
         for i, (half, whole) in enumerate(zip(halves, products, strict=True)):
             place = b.add(b.mul(number, long(8 * TILE)), long(4 * TILE * i))
             value = b.fmul(b.sitofp(whole, V16), scale, flags=STRICT)
@@ -283,10 +293,10 @@ def _products(context, kind, rows, x, tokens, sums):
             size = TILE * block_bytes(form.kind)
             fetch(b, b.add(at, b.mul(block, long(size))), long(2 * size), size)
             scales, *minima = scales_of(context, b, form, at, block)
-            return _Half(numbers_of(b, form, at, block), scales, minima)
+            return _Half(in_order(numbers_of(context, b, form, at, block)), scales, minima)
 
         def apart(form: RowFormat, half: int, block: Any) -> _Half:
-            numbers = _gathered(b, form, (eights[2 * half], eights[2 * half + 1]), stride, block)
+            numbers = _gathered(context, b, form, (eights[2 * half], eights[2 * half + 1]), stride, block)
             places = [b.add(b.mul(blocks, long(i)), block) for i in range(1 + (form.kind == Kind.Q4))]
             scales, *minima = (
                 load(b, widened, b.add(b.mul(place, long(8 * TILE)), long(4 * TILE * half)), V16) for place in places
@@ -298,11 +308,11 @@ def _products(context, kind, rows, x, tokens, sums):
                 with in_tiles, cgutils.for_range(b, blocks, intp=I64) as loop:
                     halves = [tiled(form, at, loop.index) for at in (eights[0], eights[2])]
                     place = b.add(x_at, b.mul(loop.index, long(PANEL_BLOCK)))
-                    _add_block(b, halves, (place, step), tokens, sums)
+                    _add_block(context, b, form, halves, (place, step), tokens, sums)
                 with in_rows, cgutils.for_range(b, blocks, intp=I64) as loop:
                     halves = [apart(form, half, loop.index) for half in (0, 1)]
                     place = b.add(x_at, b.mul(loop.index, long(PANEL_BLOCK)))
-                    _add_block(b, halves, (place, step), tokens, sums)
+                    _add_block(context, b, form, halves, (place, step), tokens, sums)
 
         if multiplies_bytes(context):
             by_kind(b, kind, TILED, emit)

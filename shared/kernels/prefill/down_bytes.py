@@ -20,9 +20,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels.atomics import floats_at, shorts_at
-from warmfront.shared.kernels.byte_dot import multiplies_bytes
+from warmfront.shared.kernels.byte_dot import Left, left, multiplies_bytes
 from warmfront.shared.kernels.exact_sums import add_to_sums
-from warmfront.shared.kernels.feed_forward.down_tiles import neuron_scales, numbers_of
+from warmfront.shared.kernels.feed_forward.down_tiles import both_halves, neuron_scales, numbers_of
 from warmfront.shared.kernels.fp16 import from_half
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.byte_products import (
@@ -35,6 +35,7 @@ from warmfront.shared.kernels.prefill.byte_products import (
     quantised,
     store_block,
     transposed,
+    zero_of,
 )
 from warmfront.shared.kernels.row_formats import DOWN_TILED, TILED, RowFormat, block_bytes, by_kind, column_scales
 from warmfront.shared.kernels.simd import (
@@ -85,7 +86,9 @@ class DownRows(NamedTuple):
     cols: int
 
 
-def _of_rows(b: Any, form: RowFormat, rows: Any, stride: Any, block: Any) -> tuple[list[Any], list[Any]]:
+def _of_rows(
+    context: Any, b: Any, form: RowFormat, rows: Any, stride: Any, block: Any
+) -> tuple[list[Left], list[Left]]:
     """As `numbers_of` a tile, from rows."""
     short = vector(I8, LANES)
     # Bytes of 4 rows, column by column.
@@ -101,10 +104,11 @@ def _of_rows(b: Any, form: RowFormat, rows: Any, stride: Any, block: Any) -> tup
             parts[half].append(b.shuffle_vector(*couples, ir.Constant(vector(I32, 64), order)))
     if form.kind == Kind.Q8:
         # Of signed bytes unsigned ones: 128 is added, which flips the sign.
-        low, high = ([b.xor(each, constants(-128, V64)) for each in part] for part in parts)
+        flipped = ([b.xor(each, constants(-128, V64)) for each in part] for part in parts)
+        low, high = ([left(context, b, each, form.largest) for each in part] for part in flipped)
         return low, high
-    low = [b.and_(each, constants(15, V64)) for each in parts[0]]
-    return low, [b.lshr(each, constants(4, V64)) for each in parts[0]]
+    low = [Left(b.and_(each, constants(15, V64))) for each in parts[0]]
+    return low, [Left(b.lshr(each, constants(4, V64))) for each in parts[0]]
 
 
 @intrinsic
@@ -159,7 +163,7 @@ def _quantise(context, x, inverse, scales, zero, out):
         def product(k: int, at: Any) -> tuple[Any, Any]:
             return load(b, x, long(64 * k), V16), splat(b, load(b, at, long(4 * k), FLOAT))
 
-        numbers = quantised(b, [b.fmul(*product(k, scales), flags=STRICT) for k in range(GROUP)])
+        numbers = quantised(context, b, [b.fmul(*product(k, scales), flags=STRICT) for k in range(GROUP)])
         total = b.fmul(b.sitofp(numbers.total, V16), numbers.scale, flags=STRICT)
         offsets = cgutils.alloca_once_value(
             b, b.fmul(total, splat(b, b.fsub(ir.Constant(FLOAT, 0.0), zero)), flags=STRICT)
@@ -184,7 +188,7 @@ def quantise_factors(kind: int, factors: int, inverse: int, scales: int, panels:
     `inverse`: of the tokens' units, [panels, 16].
     """
     # The number that counts as zero; of Q4C it is the column's, and the sum of the factors is kept to be multiplied.
-    zero = np.float32(128 if kind == _Q8 else -1 if kind == _Q4C else 8)
+    zero = np.float32(-1 if kind == _Q4C else 8 if kind == _Q4 else zero_of(kind))
     for panel in range(panels):
         minima = scales + 4 * GROUP if kind == _Q4 else 0
         x, unit = factors + panel * GROUP * LANES * 4, inverse + panel * LANES * 4
@@ -209,19 +213,20 @@ def _products(context, rows, x, sums, tokens):
                 starts = [b.add(b.mul(block, long(64)), long(32 * half)) for half in (0, 1)]
                 columns = [column_scales(context, b, tail, cols, start) for start in starts]
 
-            def multiply(halves: tuple[list[Any], list[Any]]) -> None:
+            def multiply(halves: tuple[list[Left], list[Left]]) -> None:
                 with each_token(b, x, long(PANEL_BLOCK), tokens) as (number, token):
                     place = b.zext(load(b, places_at, b.mul(number, long(4)), I32), I64)
-                    _add_token(context, b, halves, columns, token, b.add(sums_at, b.mul(place, long(SUMS_BYTES))))
+                    own_sums = b.add(sums_at, b.mul(place, long(SUMS_BYTES)))
+                    _add_token(context, b, form, halves, (columns, token, own_sums))
 
             with b.if_else(b.icmp_signed("==", stride, long(0))) as (tile, apart):
                 with tile:
                     size = GROUP * block_bytes(form.kind)
                     # The group's next turn: between them are those of others, each at a place of its own.
                     fetch(b, b.add(at, b.mul(block, long(size))), long(size), size)
-                    multiply(numbers_of(b, form, at, block))
+                    multiply(both_halves(numbers_of(context, b, form, at, block)))
                 with apart:
-                    multiply(_of_rows(b, form, at, stride, block))
+                    multiply(_of_rows(context, b, form, at, stride, block))
 
         if multiplies_bytes(context):
             by_kind(b, kind, DOWN_TILED, emit)
@@ -230,10 +235,11 @@ def _products(context, rows, x, sums, tokens):
     return types.void(rows, types.int64, sums, types.int64), build
 
 
-def _add_token(context: Any, b: Any, halves: Any, columns: list[Any], token: Any, sums: Any) -> None:
-    """32 columns of a group, whose scales are `columns` if there are any, times a token's factors."""
-    scale, offset = (splat(b, load(b, token, long(place), FLOAT)) for place in (SCALES, OFFSETS))
-    for half, whole in enumerate(multiplied(b, halves, token, [constants(0, VI32)] * 2)):
+def _add_token(context: Any, b: Any, form: RowFormat, halves: Any, place: Any) -> None:
+    """32 columns of a group times a token's factors; place: the columns' scales, if any, the token, its sums."""
+    columns, token, sums = place
+    scale, offset = (splat(b, load(b, token, long(at), FLOAT)) for at in (SCALES, OFFSETS))
+    for half, whole in enumerate(multiplied(context, b, form, halves, token, [constants(0, VI32)] * 2)):
         value = b.sitofp(whole, V16)
         if columns:
             factor, minimum = columns[half]
