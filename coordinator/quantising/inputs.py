@@ -46,7 +46,7 @@ def sample(
             samples.add(f"layers.{layer}.feed-forward", torch.cat(inputs).float().numpy())
             fired, output = _feed_forward(model, layer, torch.cat(inputs).numpy())
             samples.add(f"layers.{layer}.down", fired)
-            parts = torch.from_numpy(output).split([len(ids) for ids in texts])
+            parts = torch.split_with_sizes(torch.from_numpy(output), [len(ids) for ids in texts])
             streams = [network.add_feed_forward(layer, x, part, None) for x, part in zip(streams, parts, strict=True)]
             progress(layer + 1, layers)
         # An embedding that is the head as well: as the embedding it is only looked up.

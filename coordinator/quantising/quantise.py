@@ -30,8 +30,10 @@ _PIECE = 256
 
 
 def ensure_quantised(path: Path, dtype: str, say: Say, progress: Progress) -> Path:
-    """`ensure_packed`, but with `dtype` q4f the weights are fitted to what the model reads. `progress` gets what is done, how much of it,
-    and of how much."""
+    """`ensure_packed`, but with `dtype` q4f the weights are fitted to what the model reads.
+
+    `progress` gets what is done, how much of it, and of how much.
+    """
     refined = partial(_refined, say=say, progress=progress) if dtype == FITTED else None
     return ensure_packed(path, dtype, say, partial(progress, "packing"), refined)
 

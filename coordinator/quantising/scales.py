@@ -105,4 +105,4 @@ def round_blocks(values: Floats, scale: Halves, minimum: Halves) -> Bytes:
     """The nearest numbers 0..15 of blocks float32 [..., 32] with these scales and minima [...]."""
     wide, low = scale.astype(np.float32)[..., None], minimum.astype(np.float32)[..., None]
     inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
-    return np.clip(np.rint((values - low) * inverse), 0, _TOP).astype(np.uint8)
+    return np.asarray(np.clip(np.rint((values - low) * inverse), 0, _TOP), np.uint8)
