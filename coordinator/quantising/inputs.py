@@ -22,6 +22,13 @@ __all__ = ["sample"]
 Floats = npt.NDArray[np.float32]
 
 
+class _Wide(TorchNetwork):
+    """In float32: for products of float16 most CPUs have no instruction, and torch takes minutes instead of seconds."""
+
+    def _read(self, name: str) -> torch.Tensor:
+        return super()._read(name).float()
+
+
 def sample(
     model: PackedModel, texts: Sequence[Sequence[int]], samples: Samples, progress: Callable[[int, int], None]
 ) -> None:
@@ -30,7 +37,7 @@ def sample(
     `progress` gets layers.
     """
     spec, layers = model.spec, model.spec.layers
-    network = TorchNetwork(model, "cpu", max(map(len, texts)), Kind.F32, ALL)
+    network = _Wide(model, "cpu", max(map(len, texts)), Kind.F32, ALL)
     network.load(lambda: True)
     with torch.inference_mode():
         streams = [network.embed(torch.tensor(list(ids)), 0) for ids in texts]
