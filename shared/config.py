@@ -42,7 +42,7 @@ _ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.
 # How tokens score the neurons of a core, and the fewest of them between two choices.
 CORE_SCORES = ("norm", "positive")
 MIN_REFRESH = 8
-DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
+DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4", "q4f")
 # Of the keys and values in the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8")
 # How tokens are guessed that are computed before they are known to come.

@@ -39,6 +39,7 @@ LAYERS = {
         "placement": ["extras", "profile"],
         "balancing": ["workers"],
         "decode": ["selectors"],
+        "quantising": ["models", "text", "packing", "profile", "selectors", "decode"],
         "engine": [
             "hardware",
             "models",
@@ -50,6 +51,7 @@ LAYERS = {
             "placement",
             "balancing",
             "decode",
+            "quantising",
         ],
         "harness": ["text", "engine"],
         "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
@@ -60,6 +62,7 @@ LAYERS = {
             "text",
             "packing",
             "profile",
+            "quantising",
             "training",
             "placement",
             "engine",

@@ -17,11 +17,12 @@ from warmfront.coordinator.engine.load import open_for_profiling, opened, settle
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.models.published_order import read_order
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
-from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.packing.packer import mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
 from warmfront.coordinator.profile.counts import MAX_TOKENS, Profile
 from warmfront.coordinator.profile.kept import keep_profile
 from warmfront.coordinator.profile.reorder import reorder
+from warmfront.coordinator.quantising.quantise import ensure_quantised
 from warmfront.coordinator.text.tokenizer import Tokenizer
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError
@@ -65,7 +66,7 @@ def _profile(
     counted: Progress,
 ) -> dict[str, Any]:
     found = find_model(model, say, progress)
-    path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
+    path = ensure_quantised(found, config.dtype, say, progress)
     config = settled(path, config, say, progress)
     with opened(path, config) as packed:
         ids = encoded(packed, [text for _, text in texts], tokens, say)

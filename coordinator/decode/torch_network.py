@@ -168,11 +168,20 @@ class TorchNetwork:
         first = position + (architecture.positions.learned_offset or 0)
         return x + self._learned[first : first + len(tokens)].float()
 
+    def attention_input(self, layer: int, x: Tensor) -> Tensor:
+        """What q, k and v of `layer` get of the residual x [n, hidden]."""
+        return self._normed(x, self._layers[layer].attn_norm)
+
     def _attend(self, layer: int, x: Tensor, position: int) -> Tensor:
         """What attention in `layer` makes of the residual x [n, hidden] of the tokens from `position` on."""
-        attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(x)
+        weights = self._layers[layer]
+        return _linear(self.mixed(layer, self.attention_input(layer, x), position), weights.o, weights.o_bias)
+
+    def mixed(self, layer: int, normed: Tensor, position: int) -> Tensor:
+        """What the heads of `layer` make of their input [n, hidden], the input of o: [n, heads * head_dim]."""
+        attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(normed)
         heads, kv_heads, until = attention.heads, attention.kv_heads, position + tokens
-        joint = _linear(self._normed(x, weights.attn_norm), weights.qkv, weights.qkv_bias)
+        joint = _linear(normed, weights.qkv, weights.qkv_bias)
         joint = joint.view(tokens, heads + 2 * kv_heads, attention.head_dim)
         queries = self._normed_heads(joint[:, :heads], weights.q_norm)
         rotated = torch.cat((queries, self._normed_heads(joint[:, heads : heads + kv_heads], weights.k_norm)), 1)
@@ -190,7 +199,7 @@ class TorchNetwork:
             attention,
             weights.sinks,
         )
-        return _linear(mixed[0].transpose(0, 1).reshape(tokens, -1), weights.o, weights.o_bias)
+        return mixed[0].transpose(0, 1).reshape(tokens, -1)
 
     def add_attention(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """The residual x [n, hidden] with the attention of `layer` added, what the feed-forward reads of it, and that
@@ -244,10 +253,14 @@ class TorchNetwork:
         weights = self._layers[layer]
         return None if weights.router is None else _linear(read, weights.router, weights.router_bias)
 
+    def head_input(self, x: Tensor) -> Tensor:
+        """What the head gets of the residual x [n, hidden] behind the last layer."""
+        return self._normed(x, self._norm)
+
     def logits(self, x: Tensor) -> Tensor:
         """Of the last token of x [n, hidden]: float32 [vocab]."""
         architecture = self._model.spec.architecture
-        logits = _linear(self._normed(x[-1:], self._norm), self._head, None)[0] * architecture.logit_scale
+        logits = _linear(self.head_input(x[-1:]), self._head, None)[0] * architecture.logit_scale
         return _capped(logits, architecture.logit_cap)
 
     def _normed(self, x: Tensor, norm: _Norm) -> Tensor:

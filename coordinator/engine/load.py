@@ -17,11 +17,12 @@ from warmfront.coordinator.engine.activation_trial import with_activation
 from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices, selectors_for
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.models.find import find_model
-from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.packing.packer import mended
 from warmfront.coordinator.packing.predictor_file import attach_predictor
 from warmfront.coordinator.profile.counting import JOB_TOKENS, count, empty_profile, ensure_profiled, jobs_of
 from warmfront.coordinator.profile.counts import Profile
 from warmfront.coordinator.profile.sample_text import HELD_OUT_TEXT, SAMPLE_TEXT
+from warmfront.coordinator.quantising.quantise import ensure_quantised
 from warmfront.coordinator.selectors.divergence import divergence
 from warmfront.coordinator.text.sampling import Sampler
 from warmfront.shared.config import THREADING, EngineConfig, Sampling
@@ -62,7 +63,7 @@ def load(name: str, config: EngineConfig, say: Say, progress: Progress) -> Sessi
 
 
 def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress: Progress) -> Session:
-    path = ensure_packed(find_model(name, say, progress), config.dtype, say, partial(progress, "packing"))
+    path = ensure_quantised(find_model(name, say, progress), config.dtype, say, progress)
     config = settled(path, config, say, progress)
     model = _predicted(opened(path, config), config, say)
     try:

@@ -103,7 +103,7 @@ class SourceTensor(ABC):
         self._label = label
         self.shape = shape
         self.kind = kind
-        self._step = step
+        self.step = step
 
     def _ordered(self, rows: npt.NDArray[T]) -> npt.NDArray[T]:
         """Rows of whole heads in the order that they are delivered in."""
@@ -149,7 +149,7 @@ class SourceTensor(ABC):
         """
         rows, cols = self.shape
         out = np.empty((rows, row_bytes(kind, padded(cols))), np.uint8)
-        rows_at_once = max(CHUNK // cols // self._step, 1) * self._step
+        rows_at_once = max(CHUNK // cols // self.step, 1) * self.step
         for start in range(0, rows, rows_at_once):
             stop = min(start + rows_at_once, rows)
             out[start:stop] = self._pack(start, stop, kind)

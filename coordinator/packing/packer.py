@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,16 +41,31 @@ from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
 
-__all__ = ["PackingPlan", "ensure_packed", "mended", "predictor_kind", "predictor_rows"]
+__all__ = [
+    "FITTED",
+    "PackingPlan",
+    "ensure_packed",
+    "kind_for",
+    "mended",
+    "pack_source",
+    "predictor_kind",
+    "predictor_rows",
+]
 
 Progress = Callable[[int, int], None]
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
+# The `--dtype` whose 4 bits are fitted, not the nearest: `coordinator/quantising` says how.
+FITTED = "q4f"
+Refined = Callable[[Source], AbstractContextManager[Source]]
 
 
-def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: Progress) -> Path:
+def ensure_packed(
+    path: Path, dtype: str, say: Callable[[str], None], progress: Progress, refined: Refined | None = None
+) -> Path:
     """The packed file of the model at `path`; it is made now if the cache has none, or a damaged one.
 
+    `refined`: makes of the model's source the one that is packed as it is; without it weights are rounded to `dtype`.
     `say` gets lines for the user, `progress` (bytes done, bytes in all). Raises ModelError for a model that cannot be
     read or is not supported, ResourceError if the cache has no room.
     """
@@ -64,7 +79,7 @@ def ensure_packed(path: Path, dtype: str, say: Callable[[str], None], progress: 
                 if _fault(target) is not None:
                     if fault:
                         say(fault)
-                    _pack(path, dtype, target, say, progress)
+                    _pack(path, dtype, target, say, progress, refined)
     except OSError as error:
         raise ResourceError(
             f"cannot write the packed model to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder with room"
@@ -100,20 +115,25 @@ def _anew(error: DamagedError) -> str:
     return f"{str(error).partition(';')[0]}: packing it anew"
 
 
-def _pack(path: Path, dtype: str, target: Path, say: Callable[[str], None], progress: Progress) -> None:
+def _pack(
+    path: Path, dtype: str, target: Path, say: Callable[[str], None], progress: Progress, refined: Refined | None
+) -> None:
     before = state_of(path)
     source = open_source(path)
     for note in source.notes:
         say(note)
-    plan = PackingPlan(source, dtype)
-    tensors = map(plan.data, plan.shapes)
-    with published(target) as fd:
-        plausible = json.dumps(source.activations if source.activations[0] == source.spec.activation else [])
-        write_packed(
-            fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress, plausible=plausible
-        )
+    with nullcontext(source) if refined is None else refined(source) as made, published(target) as fd:
+        pack_source(fd, made, dtype if refined is None else "auto", progress)
         if state_of(path) != before:
             raise ModelError(f"{path} was changed while it was packed: start again")
+
+
+def pack_source(fd: int, source: Source, dtype: str, progress: Progress) -> None:
+    """Write the packed file of `source`. Raises as `ensure_packed`, and OSError."""
+    plan = PackingPlan(source, dtype)
+    tensors = map(plan.data, plan.shapes)
+    plausible = json.dumps(source.activations if source.activations[0] == source.spec.activation else [])
+    write_packed(fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress, plausible=plausible)
 
 
 class PackingPlan:
@@ -130,7 +150,7 @@ class PackingPlan:
         prefixes = [f"layers.{i}.{branch.prefix}" for i in layers for branch in parts_of(spec, i)]
 
         # All bundles have the same layout, so their rows have the widest type of any layer and branch.
-        widest = {part: min(_kind(source.tensor(prefix + part), dtype) for prefix in prefixes) for part in neurons}
+        widest = {part: min(kind_for(source.tensor(prefix + part), dtype) for prefix in prefixes) for part in neurons}
         down, gate = widest.pop("down"), min(widest.values())
         self.layout = layout_of(spec, gate, down)
         self.kinds: dict[str, Kind] = {}
@@ -144,7 +164,7 @@ class PackingPlan:
                 self.shapes[name] = ("U8", (router_rows(spec), row_bytes(Kind.F32, *cols)))
             elif cols and part not in (*neurons, "shared_router"):
                 # A row of positions is added to every token: it is not rounded, and costs next to nothing.
-                self.kinds[name] = _kind(source.tensor(name), "auto" if name == "positions" else dtype)
+                self.kinds[name] = kind_for(source.tensor(name), "auto" if name == "positions" else dtype)
                 self.shapes[name] = ("U8", (rows, row_bytes(self.kinds[name], *cols)))
         if spec.predictor is not None:
             for i in layers:
@@ -279,7 +299,7 @@ class PackingPlan:
 
 def predictor_kind(tensor: SourceTensor, dtype: str) -> Kind:
     """The weight type of a predictor's matrix: with four bits it would miss neurons that fire."""
-    return Kind.Q8 if dtype == "q4" else _kind(tensor, dtype)
+    return Kind.Q8 if dtype in ("q4", FITTED) else kind_for(tensor, dtype)
 
 
 def predictor_rows(tensor: SourceTensor, kind: Kind, label: str) -> Bytes:
@@ -293,11 +313,11 @@ def predictor_rows(tensor: SourceTensor, kind: Kind, label: str) -> Bytes:
     return _with_rows(rows, padded(len(rows)))
 
 
-def _kind(tensor: SourceTensor, dtype: str) -> Kind:
+def kind_for(tensor: SourceTensor, dtype: str) -> Kind:
     """The weight type of a matrix with `dtype`; one that has 4 bits already is not rounded again."""
-    if dtype == "auto" or (dtype == "q4" and tensor.kind >= Kind.Q4):
+    if dtype == "auto" or (dtype in ("q4", FITTED) and tensor.kind >= Kind.Q4):
         return tensor.kind
-    return Kind.Q4S if dtype == "q4" else Kind[dtype.upper()]
+    return Kind.Q4S if dtype in ("q4", FITTED) else Kind[dtype.upper()]
 
 
 def _with_rows(rows: Bytes, count: int) -> Bytes:

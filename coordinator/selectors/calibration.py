@@ -17,7 +17,15 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, unpack
 from warmfront.shared.model.store import PackedModel
 
-__all__ = ["calibrate", "down_norms", "masses", "masses_and_scores", "neuron_biases"]
+__all__ = [
+    "calibrate",
+    "down_norms",
+    "factors",
+    "masses",
+    "masses_and_scores",
+    "matrix_products",
+    "neuron_biases",
+]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -45,7 +53,7 @@ def neuron_biases(model: PackedModel, groups: Bytes, offset: int) -> Floats:
     return np.ascontiguousarray(bundles[:, offset : offset + 4]).view(np.float32)[:, 0]
 
 
-def _products(model: PackedModel, groups: Bytes, x: Floats) -> list[Floats]:
+def matrix_products(model: PackedModel, groups: Bytes, x: Floats) -> list[Floats]:
     """What `x` [tokens, hidden] gives of each matrix before down, biases added: [tokens, neurons] each."""
     parts, layout = model.spec.architecture.feed_forward.matrices[:-1], model.layout
     return [
@@ -64,12 +72,18 @@ def _copied_products(lowbit: Lowbit, model: PackedModel, layer: int, x: Floats) 
     ]
 
 
-def _magnitudes(feed_forward: FeedForward, products: Sequence[Floats]) -> Floats:
-    """|activation(gate) * up|, or |activation(up)| without a gate, by the kernel that the compiled pass has too."""
+def factors(feed_forward: FeedForward, products: Sequence[Floats]) -> Floats:
+    """What down rows are multiplied with, activation(gate) * up, or activation(up) without a gate, by the kernel that
+    the compiled pass has too."""
     gates = products[0].copy()
     ups = np.ascontiguousarray(products[1]) if len(products) > 1 else np.ones_like(gates)
     activate_times(activation_of(feed_forward), address(gates), address(ups), gates.size)
-    return np.abs(gates, out=gates)
+    return gates
+
+
+def _magnitudes(feed_forward: FeedForward, products: Sequence[Floats]) -> Floats:
+    signed = factors(feed_forward, products)
+    return np.abs(signed, out=signed)
 
 
 def _scores(feed_forward: FeedForward, products: Sequence[Floats], offsets: Sequence[Floats]) -> Floats:
@@ -81,7 +95,7 @@ def _scores(feed_forward: FeedForward, products: Sequence[Floats], offsets: Sequ
 def masses(model: PackedModel, layer: int, x: Floats) -> Floats:
     """What every neuron weighs for `x` [tokens, hidden], |h_i| * ||down_i||: float32 [tokens, neurons]."""
     groups = groups_of(model, layer)
-    products = _products(model, groups, x)
+    products = matrix_products(model, groups, x)
     return _magnitudes(model.spec.architecture.feed_forward, products) * down_norms(model, groups)
 
 
@@ -102,7 +116,7 @@ def calibrate(lowbit: Lowbit, model: PackedModel, inputs: Floats) -> None:
     feed_forward = model.spec.architecture.feed_forward
     for layer, x in enumerate(inputs):
         groups = groups_of(model, layer)
-        products, copied = _products(model, groups, x), _copied_products(lowbit, model, layer, x)
+        products, copied = matrix_products(model, groups, x), _copied_products(lowbit, model, layer, x)
         offsets = [(product - copy).mean(0) for product, copy in zip(products, copied, strict=False)]
         scores = _scores(feed_forward, copied, offsets).ravel()
         mass = (_magnitudes(feed_forward, products) * down_norms(model, groups)).ravel()

@@ -22,9 +22,10 @@ from warmfront.coordinator.measure.picture import write_picture
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.models.hf.predictors import write_predictor_file
 from warmfront.coordinator.packing.arrays import Arrays
-from warmfront.coordinator.packing.packer import ensure_packed, mended
+from warmfront.coordinator.packing.packer import mended
 from warmfront.coordinator.packing.predictor_file import GATE_SIGNS, gate_signs
 from warmfront.coordinator.profile.counting import Job, jobs_of
+from warmfront.coordinator.quantising.quantise import ensure_quantised
 from warmfront.coordinator.training.inputs import Inputs, token_bytes
 from warmfront.coordinator.training.layer import LEAST_TOKENS, LayerReport, Wish, fit_layer
 from warmfront.coordinator.training.neurons import neurons_of
@@ -76,7 +77,7 @@ def _train(
     remaining: Remaining,
 ) -> dict[str, Any]:
     found = find_model(request.model, say, progress)
-    path = ensure_packed(found, config.dtype, say, lambda done, total: progress("packing", done, total))
+    path = ensure_quantised(found, config.dtype, say, progress)
     config = settled(path, config, say, progress)
     with opened(path, config) as packed, locked(path.with_suffix(".training"), say):
         jobs = _jobs(packed, texts, request, say)

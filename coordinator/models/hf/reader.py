@@ -1,7 +1,8 @@
 """Hugging Face folders of the `FAMILIES`: config.json, safetensors (one file or several by an index), tokenizer.json.
 
 A folder may have low-rank predictors too (`predictors.py`).
-Does not cover: quantised checkpoints, pickled weights.
+Of quantised checkpoints those of 4 bits by GPTQ and AWQ are read (`four_bits.py`).
+Does not cover: pickled weights.
 """
 
 import re
@@ -17,9 +18,10 @@ import numpy.typing as npt
 from warmfront.coordinator.models.activations import in_config
 from warmfront.coordinator.models.families import FAMILIES
 from warmfront.coordinator.models.family import HF, pair_order, part_of
-from warmfront.coordinator.models.fields import faults_of
+from warmfront.coordinator.models.fields import Fields, faults_of
 from warmfront.coordinator.models.hf.expert_stacks import read_experts
 from warmfront.coordinator.models.hf.folder import folder_name, read_weights
+from warmfront.coordinator.models.hf.four_bits import FOUR_BITS, METHODS, FourBitTensor, Grouped, gather
 from warmfront.coordinator.models.hf.made_tensors import Ones, Projected
 from warmfront.coordinator.models.hf.predictors import INNER, read_predictors
 from warmfront.coordinator.models.hf.refusals import checked_config
@@ -58,7 +60,8 @@ class HfSource:
         self._ones = not config.flag("layer_norm_elementwise_affine", True)
         # Layers behind the last, which guess further tokens.
         self._drafts = config.count("num_nextn_predict_layers", 0, low=0)
-        stored = self._read()
+        settings = config.section("quantization_config")
+        stored = self._read(settings if settings.text("quant_method", "") in METHODS else None)
         with faults_of(folder):
             self._describe(positions=self._family.hf_positions(config, self.spec))
         self._tensors: dict[str, SourceTensor] = {name: self._tensor(name, tensor) for name, tensor in stored.items()}
@@ -82,9 +85,13 @@ class HfSource:
         """Replace fields of the architecture."""
         self.spec = replace(self.spec, architecture=replace(self.spec.architecture, **fields))
 
-    def _read(self) -> dict[str, StoredTensor[str]]:
-        """The model's tensors by our names; raises ModelError for one that is missing, unknown or of a wrong shape."""
+    def _read(self, quantised: Fields | None) -> dict[str, StoredTensor[str]]:
+        """The model's tensors by our names; raises ModelError for one that is missing, unknown or of a wrong shape.
+
+        `quantised`: how the folder says that its matrices are.
+        """
         stored = read_weights(self.folder)
+        self._grouped: dict[str, Grouped] = {} if quantised is None else gather(stored, quantised)
         head, embed = self._family.hf_name("head"), self._family.hf_name("embed")
         base = embed.partition(".")[0] + "."
         if embed not in stored and embed.removeprefix(base) in stored:
@@ -193,7 +200,7 @@ class HfSource:
         whole = (rows, *shape[1:])[:: -1 if self._is_turned(name) else 1]
         if found.shape != whole:
             raise ModelError(f"{found.path}: tensor {published} has shape {found.shape}, config.json says {whole}")
-        if found.type not in KINDS:
+        if found.type not in (*KINDS, FOUR_BITS) or (found.type == FOUR_BITS and self._is_turned(name)):
             raise ModelError(
                 f"{found.path}: tensor {published} has type {found.type}; {', '.join(KINDS)} are supported"
             )
@@ -203,7 +210,7 @@ class HfSource:
         """Whether the file has [in, out] for a matrix [out, in]."""
         return self._family.hf_turned and name.startswith("layers.") and not name.endswith(("norm", ".bias"))
 
-    def _tensor(self, name: str, stored: StoredTensor[str]) -> "HfTensor":
+    def _tensor(self, name: str, stored: StoredTensor[str]) -> SourceTensor:
         part, picked = part_of(name), None
         if part in self._cuts:
             first, _ = self._cuts[part]
@@ -211,8 +218,11 @@ class HfSource:
             if self._family.hf_grouped and part[0] in "qkv":
                 picked = grouped_rows(self.spec.architecture.attention, part[0])
         plus = 1 if self._family.norms_plus_one and name.endswith("norm") else 0
-        transposed = name.endswith(".down") != self._is_turned(name)
-        return HfTensor(stored, transposed=transposed, order=pair_order(self.spec, name), plus=plus, picked=picked)
+        order, transposed = pair_order(self.spec, name), name.endswith(".down") != self._is_turned(name)
+        if stored.type == FOUR_BITS:
+            grouped = self._grouped[stored.name]
+            return FourBitTensor(stored.name, grouped, transposed=transposed, order=order, picked=picked)
+        return HfTensor(stored, transposed=transposed, order=order, plus=plus, picked=picked)
 
 
 def _equal(a: StoredTensor[str], b: StoredTensor[str]) -> bool:

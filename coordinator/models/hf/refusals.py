@@ -6,6 +6,7 @@ from pathlib import Path
 from warmfront.coordinator.models.families import FAMILIES, supported
 from warmfront.coordinator.models.fields import Fields
 from warmfront.coordinator.models.hf.folder import read_fields
+from warmfront.coordinator.models.hf.four_bits import METHODS
 from warmfront.shared.errors import ModelError
 
 __all__ = ["checked_config", "what_else"]
@@ -81,8 +82,9 @@ def _quantised_by(config: Fields, files: Collection[str]) -> str | None:
     settings = config.section("quantization_config")
     if [*settings]:
         method = settings.text("quant_method", "some method")
-        # How gpt-oss is published, and read.
-        return None if method == "mxfp4" and config.text("model_type") == "gpt_oss" else method
+        # gpt-oss is published so, and read; what of GPTQ and AWQ is not is told by the reader.
+        read = method in METHODS or (method == "mxfp4" and config.text("model_type") == "gpt_oss")
+        return None if read else method
     return next((method for file, method in _QUANTISED.items() if file in files), None)
 
 

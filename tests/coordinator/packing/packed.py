@@ -11,7 +11,7 @@ from warmfront.shared.model.formats import Kind
 
 # 80 neurons: two groups and a half.
 SIZES = {"intermediate_size": 80, "attention_bias": True}
-KINDS = {dtype: Kind.Q4S if dtype == "q4" else Kind[dtype.upper()] for dtype in DTYPES if dtype != "auto"}
+KINDS = {dtype: Kind.Q4S if dtype.startswith("q4") else Kind[dtype.upper()] for dtype in DTYPES if dtype != "auto"}
 
 
 def pack(path: Path, dtype: str = "auto") -> Path:

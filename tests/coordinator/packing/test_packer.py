@@ -178,7 +178,7 @@ def predicting(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["auto", *KINDS])
 def test_predictors_are_padded_with_zeros(predicting: Path, dtype: str) -> None:
     """To whole blocks of ranks and whole groups of neurons; in 4 bits they would lose neurons, so they get 8."""
-    kind = {"auto": Kind.F32, "q4": Kind.Q8}.get(dtype, KINDS.get(dtype, Kind.F32))
+    kind = {"auto": Kind.F32, "q4": Kind.Q8, "q4f": Kind.Q8}.get(dtype, KINDS.get(dtype, Kind.F32))
     tensors, metadata = tensors_of(pack(predicting, dtype))
     assert ModelSpec.from_json(metadata["spec"]).predictor == Predictor("normed", "relu", 0.25)
     for i, rank in enumerate((64, 32)):

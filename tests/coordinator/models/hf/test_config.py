@@ -51,7 +51,7 @@ def test_spec(tiny_llama: Make) -> None:
     [
         ({"model_type": "mamba"}, "model type 'mamba' is not supported; llama, mistral, .* are"),
         ({"hidden_act": "softplus"}, "activation 'softplus' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq"),
         ({"rope_parameters": {"rope_type": "su", "factor": 4.0}}, "RoPE type 'su' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta is 1.0, not above"),
         ({"rope_parameters": {"rope_type": "linear"}}, "field rope_parameters.factor is missing"),

@@ -278,7 +278,7 @@ def test_what_is_neither(hub: FakeHub, seen: Seen, model: str) -> None:
     ("config", "message"),
     [
         ({"model_type": "bert"}, "'bert' is an encoder"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "is quantised by awq"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}, "is quantised by hqq"),
     ],
 )
 def test_a_model_that_does_not_run_is_not_fetched(

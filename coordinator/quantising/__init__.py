@@ -1,0 +1,1 @@
+"""Rounding weights to few bits so that a model says what it said."""
