@@ -14,7 +14,8 @@ from warmfront.shared.kernels.feed_forward.down_rows import LIST_BYTES
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_bytes
 from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, pack_panels, panels_of
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.byte_products import PANEL_BLOCK, multiply_thirty_two, turn_tokens
+from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK
+from warmfront.shared.kernels.prefill.byte_products import multiply_thirty_two, turn_tokens
 from warmfront.shared.kernels.prefill.down_bytes import (
     SUMS_BYTES,
     DownRows,

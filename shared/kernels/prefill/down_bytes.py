@@ -25,18 +25,16 @@ from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.feed_forward.down_tiles import both_halves, neuron_scales, numbers_of
 from warmfront.shared.kernels.fp16 import from_half
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.byte_products import (
+from warmfront.shared.kernels.prefill.byte_panels import (
     OFFSETS,
     PANEL_BLOCK,
     SCALES,
     STRICT,
-    each_token,
-    multiplied,
     quantised,
     store_block,
-    transposed,
     zero_of,
 )
+from warmfront.shared.kernels.prefill.byte_products import each_token, multiplied, transposed
 from warmfront.shared.kernels.row_formats import DOWN_TILED, TILED, RowFormat, block_bytes, by_kind, column_scales
 from warmfront.shared.kernels.simd import (
     FLOAT,

@@ -2,7 +2,8 @@
 
 from warmfront.shared.kernels.gemm import Panels, Rows, in_pairs, multiply_rows, pack_panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.byte_products import PANEL_BLOCK, multiply_byte_rows, quantise_panels
+from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK, quantise_panels
+from warmfront.shared.kernels.prefill.byte_products import multiply_byte_rows
 from warmfront.shared.kernels.tiles import TILE, in_tiles
 from warmfront.shared.model.formats import BLOCK
 from warmfront.shared.model.panels import LANES

@@ -5,7 +5,7 @@ import pytest
 
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile, down_in_bytes, interleave_down
 from warmfront.shared.kernels.gemm import Panels
-from warmfront.shared.kernels.prefill.byte_products import PANEL_BLOCK
+from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK
 from warmfront.shared.kernels.prefill.down_bytes import (
     DownRows,
     add_down_bytes,
