@@ -55,6 +55,7 @@ LAYERS = {
         ],
         "harness": ["text", "engine"],
         "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
+        "serve": ["extras", "models", "text", "engine"],
         "cli": [
             "extras",
             "hardware",
@@ -67,6 +68,7 @@ LAYERS = {
             "placement",
             "engine",
             "measure",
+            "serve",
         ],
     },
 }
@@ -193,7 +195,7 @@ def test_every_package_says_what_lives_there(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_few_positional_parameters(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names = [each.arg for each in (*node.args.posonlyargs, *node.args.args) if each.arg not in ("self", "cls")]
             assert len(names) <= MAX_POSITIONAL, f"{node.name}, line {node.lineno}: {', '.join(names)}"
 
@@ -202,7 +204,8 @@ def test_few_positional_parameters(path: Path) -> None:
 def test_nothing_is_exported_anew(path: Path) -> None:
     """A name is imported from where it is defined; the only exception is `warmfront.coordinator.Engine`."""
     tree = ast.parse(path.read_text())
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, definitions)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -31,6 +31,7 @@ from warmfront.coordinator.cli.options import (
     text_option,
 )
 from warmfront.coordinator.cli.prompt import read_template
+from warmfront.coordinator.cli.serving.command import serve
 from warmfront.coordinator.cli.terminal import Bars, prepare_output, say
 from warmfront.coordinator.cli.training.command import train_predictor
 from warmfront.coordinator.extras import require
@@ -269,7 +270,7 @@ def topology(measure: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
-for command in (cache, bench, evaluate, train_predictor, tune):
+for command in (cache, bench, evaluate, serve, train_predictor, tune):
     cli.add_command(command)
 
 

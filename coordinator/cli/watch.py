@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.serve.front import Front
 
 __all__ = ["Watch"]
 
@@ -24,7 +25,6 @@ Floats = npt.NDArray[np.float64]
 _COLOURS = ("blue", "red", "cyan", "magenta", "green", "yellow")
 _MARKS = "#=+*%@"  # of the workers, where there are no colours
 _PERIOD_S = 0.1
-_NEW = 0.2  # weight of a new token in the moving averages that are shown
 
 
 class Watch:
@@ -38,48 +38,33 @@ class Watch:
         self._marks, self._rest = ("█", "░") if drawn else (_MARKS, ".")
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
         self._text, self._drawn_at = "", 0.0
-        self._token_at, self._moves_at, self._moves = time.monotonic(), time.monotonic(), 0
-        self._token_s, self._moves_ps = 0.0, 0.0
-        self._shares: Floats | None = None
-        self._busy: Floats | None = None
+        self._front = Front(engine)
 
     def show(self, text: str) -> None:
         """Take account of a token with this text, and draw if it is time."""
-        engine, now = self._engine, time.monotonic()
-        token_s, self._token_at = now - self._token_at, now
-        loads = engine.ownership.layer_loads()
-        shares = loads / np.maximum(loads.sum(1, keepdims=True), 1)
-        steps, spans = engine.statistics.times()
-        # Of the pass, which may have made several tokens.
-        busy = (spans[:, :, 1] - spans[:, :, 0]).sum(0) / max(1, int(steps[-1, -1] - steps[0, 0]))
-        if self._shares is None or self._busy is None:
-            self._token_s, self._shares, self._busy = token_s, shares, busy
-        self._token_s += _NEW * (token_s - self._token_s)
-        self._shares += _NEW * (shares - self._shares)
-        self._busy += _NEW * (busy - self._busy)
+        self._front.note()
         self._text += text
-        if now - self._drawn_at >= _PERIOD_S:
-            moves = engine.ownership.flow.moves
-            self._moves_ps += 0.5 * ((moves - self._moves) / (now - self._drawn_at) - self._moves_ps)
-            self._moves, self._drawn_at = moves, now
+        if time.monotonic() - self._drawn_at >= _PERIOD_S:
+            self._front.note_moves()
+            self._drawn_at = time.monotonic()
             self._live.update(self._frame(), refresh=True)
 
     def _frame(self) -> RenderableType:
-        ownership, width = self._engine.ownership, self._console.width
+        ownership, width, front = self._engine.ownership, self._console.width, self._front
         head = Text(
-            f"{1 / max(self._token_s, 1e-9):.1f} tok/s · {self._moves_ps:.0f} moves/s · {ownership.flow.moves} moves, "
+            f"{front.tokens_ps:.1f} tok/s · {front.moves_ps:.0f} moves/s · {ownership.flow.moves} moves, "
             f"{ownership.flow.flips} changes of owner without a copy · policy {self._engine.plan.config.policy}",
             style="bold",
         )
         table = Table.grid(padding=(0, 1))
         columns = max(10, width - 12)
-        assert self._shares is not None
-        assert self._busy is not None
+        assert front.shares is not None
+        assert front.busy is not None
         # Where the terminal is too low for all layers, the first ones are shown.
         other_lines = -(-len(head) // width) + len(ownership.names) + 5
-        for layer, shares in enumerate(self._shares[: max(1, self._console.height - other_lines)]):
+        for layer, shares in enumerate(front.shares[: max(1, self._console.height - other_lines)]):
             table.add_row(f"layer {layer:3}", self._parts(shares, columns))
-        for worker, (name, busy) in enumerate(zip(ownership.names, self._busy, strict=True)):
+        for worker, (name, busy) in enumerate(zip(ownership.names, front.busy, strict=True)):
             filled = round(min(1.0, busy) * columns)
             bar = self._bar(worker, filled) + Text(self._rest * (columns - filled), style="dim")
             table.add_row(f"{name} {min(busy, 1):4.0%}", bar)
@@ -105,7 +90,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._shares is not None:
+        if self._front.shares is not None:
             self._text = ""  # the caller prints it whole
             self._live.update(self._frame(), refresh=True)
         self._live.__exit__(kind, value, traceback)

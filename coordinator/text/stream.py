@@ -22,7 +22,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "token_speller"]
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _EVERY_BYTE = "warmfront.every_byte"
@@ -63,6 +63,14 @@ class TextStream:
         return self._decoder.rest()
 
 
+def token_speller(fast: Any) -> Callable[[int], bytes]:
+    """A function of a token: the bytes that it adds to a text that has begun; none if it is special or unknown."""
+    decoder = _by_token(fast)
+    if decoder is None:
+        return lambda token: str(fast.decode([token])).encode()
+    return lambda token: decoder.spell(token, False) or b""
+
+
 class _NoText:
     """Without a tokenizer there is no text."""
 
@@ -83,7 +91,7 @@ class _TokenDecoder:
         self, spell: Callable[[int, bool], bytes | None], errors: str = "replace", strip: str = "", max_strip: int = 0
     ) -> None:
         """`spell`: bytes of a token, the first or a later one; up to `max_strip` letters `strip` in front are cut."""
-        self._spell = spell
+        self.spell = spell
         self._known: dict[int, bytes | None] = {}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         self._started = False
@@ -96,12 +104,12 @@ class _TokenDecoder:
 
     def push(self, token: int) -> str:
         if not self._started:
-            spelled = self._spell(token, True)
+            spelled = self.spell(token, True)
             self._started = spelled is not None
         elif token in self._known:
             spelled = self._known[token]
         else:
-            spelled = self._known[token] = self._spell(token, False)
+            spelled = self._known[token] = self.spell(token, False)
         return self._stripped(self._utf8.decode(spelled)) if spelled else ""
 
     def rest(self) -> str:

@@ -1,12 +1,13 @@
 """Text to token ids and back, as the packed model describes it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from warmfront.coordinator.models.tokenizer_json import one_line_errors
 from warmfront.coordinator.text.chat_template import CHATML, DIALOGUE, DIALOGUE_END, render
 from warmfront.coordinator.text.merging import MergingTokenizer
-from warmfront.coordinator.text.stream import TextStream
+from warmfront.coordinator.text.stream import TextStream, token_speller
 from warmfront.shared.errors import ModelError, UsageError
 from warmfront.shared.model.store import PackedModel
 
@@ -83,6 +84,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
         return "" if self._fast is None else self._fast.decode(ids)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to an answer's bytes, perhaps a part of a character; nothing if it is special."""
+        return b"" if self._fast is None else self._spellings(token)
+
+    @cached_property
+    def _spellings(self) -> Callable[[int], bytes]:
+        return token_speller(self._fast)
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A decoder of the answer to `prompt` that takes one token at a time."""

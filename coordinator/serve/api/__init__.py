@@ -1,0 +1,1 @@
+"""The endpoints that take text and give text: what they read, queue and write."""
