@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from warmfront.shared.offload import OffloadStrategy
+
 if TYPE_CHECKING:
     from warmfront.coordinator.engine.engine import Engine as Engine
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "OffloadStrategy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,17 +52,22 @@ __all__ = [
     "BYTES",
     "COMPARED",
     "FIRED",
+    "GATES_OF_JOB",
     "HIT",
     "JOBS",
     "NEURONS",
+    "NEURONS_OF_JOB",
     "SELECTED",
     "Worker",
+    "batch_of",
     "decode_gates",
     "decode_listed",
     "decode_tiles",
+    "notes_of",
     "prefill_dense",
     "prefill_routed",
     "serve",
+    "vectors_of",
 ]
 
 # Columns of Worker.load. The last four are of jobs that compared the selection: jobs, neurons selected, neurons that
@@ -70,7 +75,7 @@ __all__ = [
 JOBS, BUSY_NS, NEURONS, BYTES, COMPARED, SELECTED, FIRED, HIT = range(8)
 # Columns of Worker.counts, of this job: gates; neurons whose up and down rows were needed too; gates of all neurons
 # that fire, if the selection is compared.
-_GATES, _NEURONS, _FIRED = range(3)
+GATES_OF_JOB, NEURONS_OF_JOB, _FIRED = range(3)
 
 
 class Worker(NamedTuple):
@@ -85,6 +90,8 @@ class Worker(NamedTuple):
     # Emulation: a job is made to take so many times as long as it does.
     slow: float
     bundles: Bundles
+    # A `Cache` (`cache_table.py`) where the memory is one of the packed file, else 0.
+    cache: Any
     # Bytes that a gate reads, and the rest of a neuron.
     gate_bytes: int
     rest_bytes: int
@@ -179,7 +186,7 @@ def _owned_groups(w: Worker, rank: int, layer: int, tokens: int, decode: bool) -
 
 
 @inlined
-def _batch(w: Worker, rank: int, tokens: int) -> Batch:
+def batch_of(w: Worker, rank: int, tokens: int) -> Batch:
     """The batch of the job: this thread's copy of its inputs, quantised, and its sums."""
     hidden = w.bundles.hidden
     quantised_at, row = quantise_batch(w.x_at, address_of(w.quantised[rank]), hidden, tokens)
@@ -194,13 +201,13 @@ def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
     The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
     """
     b, slots, branches, words = w.bundles, w.owned[rank], w.branches[rank], w.words[rank]
-    batch = _batch(w, rank, tokens)
+    batch = batch_of(w, rank, tokens)
     low, high = share(groups, 1, rank, rank + 1, w.threads)
     users = 0
     for token in range(batch.tokens):
         for i in range(low, high):
             users += words[token, i] != 0
-    w.counts[rank, _GATES] = users * GROUP
+    w.counts[rank, GATES_OF_JOB] = users * GROUP
     w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, words, w.gates[rank], w.opened[rank])
     result = barrier(w.barrier)
     if result != DONE:
@@ -220,7 +227,7 @@ def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
             done += open_neurons(b, slots, w.gates[other], opened, start, last, own, w.bits[rank])
             start = last
         first += count
-    w.counts[rank, _NEURONS] = done
+    w.counts[rank, NEURONS_OF_JOB] = done
     return DONE
 
 
@@ -228,7 +235,7 @@ def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
 def decode_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A batch whose tokens want all neurons of the groups, in tiles."""
     slots, branches, counts = w.owned[rank], w.branches[rank], w.counts[rank]
-    batch = _batch(w, rank, tokens)
+    batch = batch_of(w, rank, tokens)
     low, high = share(groups, 1, rank, rank + 1, w.threads)
     done = 0
     while low < high:
@@ -236,7 +243,7 @@ def decode_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
         own = weighed(batch, w.routing, branches[low], w.factors[rank])
         done += users_groups(w.bundles, slots, low, end, own, w.words[rank], w.bits[rank])
         low = end
-    counts[_GATES] = counts[_NEURONS] = done * GROUP
+    counts[GATES_OF_JOB] = counts[NEURONS_OF_JOB] = done * GROUP
     return DONE
 
 
@@ -244,17 +251,17 @@ def decode_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
 def decode_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A batch whose tokens want the neurons of the mask, or all in bundles."""
     slots, branches, counts, listed = w.owned[rank], w.branches[rank], w.counts[rank], w.listed[rank]
-    batch = _batch(w, rank, tokens)
+    batch = batch_of(w, rank, tokens)
     count = list_masked(w.wanted[rank], groups, listed) if w.masked else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
-    counts[_GATES] = high - low
+    counts[GATES_OF_JOB] = high - low
     selection = Selection(w.words[rank], w.skip, w.bits[rank])
-    counts[_NEURONS] = 0
+    counts[NEURONS_OF_JOB] = 0
     while low < high:
         end = listed_end(branches, listed, low, high)
         own = weighed(batch, w.routing, branches[listed[low] // GROUP], w.factors[rank])
-        counts[_NEURONS] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
+        counts[NEURONS_OF_JOB] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
         low = end
     if w.descriptor[COMPARE_SELECTION] != 0:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
@@ -265,17 +272,23 @@ def decode_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) ->
 
 
 @inlined
-def _vectors(w: Worker, rank: int) -> Vectors:
+def vectors_of(w: Worker, rank: int) -> Vectors:
+    """What a prompt's job reads and what thread `rank` writes."""
     return Vectors(w.x_at, w.inverse_at, address_of(w.sums[rank]), address_of(w.scratch[rank]))
+
+
+@inlined
+def notes_of(w: Worker, layer: int) -> Notes:
+    """Where a layer's neurons are noted."""
+    return Notes(w.notes.by, w.notes.at + layer * w.notes_step, w.notes.width)
 
 
 @kernel
 def prefill_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A prompt's tokens, which all use all groups."""
     low, high = share(groups, 1, rank, rank + 1, w.threads)
-    notes = Notes(w.notes.by, w.notes.at + layer * w.notes_step, w.notes.width)
-    dense_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), tokens, w.ids[rank], notes)
-    w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
+    dense_groups(w.bundles, w.owned[rank], low, high, vectors_of(w, rank), tokens, w.ids[rank], notes_of(w, layer))
+    w.counts[rank, GATES_OF_JOB] = w.counts[rank, NEURONS_OF_JOB] = (high - low) * GROUP
     return DONE
 
 
@@ -286,8 +299,8 @@ def prefill_routed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -
     list_users(w.routing, tokens, job.buffers)
     low = cut_by_tokens(job, groups, rank, w.threads)
     high = cut_by_tokens(job, groups, rank + 1, w.threads)
-    routed_groups(w.bundles, w.owned[rank], low, high, _vectors(w, rank), job, w.ids[rank], NO_NOTES)
-    w.counts[rank, _GATES] = w.counts[rank, _NEURONS] = (high - low) * GROUP
+    routed_groups(w.bundles, w.owned[rank], low, high, vectors_of(w, rank), job, w.ids[rank], NO_NOTES)
+    w.counts[rank, GATES_OF_JOB] = w.counts[rank, NEURONS_OF_JOB] = (high - low) * GROUP
     return DONE
 
 
@@ -319,8 +332,8 @@ def _publish(w: Worker, rank: int, layer: int, groups: int, decoded: int, size: 
         return
     gates, neurons, fired = 0, 0, 0
     for other in range(w.threads):
-        gates += w.counts[other, _GATES]
-        neurons += w.counts[other, _NEURONS]
+        gates += w.counts[other, GATES_OF_JOB]
+        neurons += w.counts[other, NEURONS_OF_JOB]
         fired += w.counts[other, _FIRED]
     read = gates * w.gate_bytes + neurons * w.rest_bytes
     _note_computed(w, layer, groups, decoded)

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, get_args
 
 from warmfront.shared.errors import UsageError
+from warmfront.shared.offload import OFFLOAD_POLICIES, PRESETS, OffloadStrategy
 from warmfront.shared.selector import wished_selector
 
 __all__ = [
@@ -139,6 +140,15 @@ class EngineConfig:
     # Of the GPU worker; bytes of device memory for it.
     gpu: str = "auto"
     vram_budget: int | None = None
+    # Bytes of memory for the neurons of the CPU workers, which then cache the packed file; None: they hold all. Which
+    # neurons go first, and the tokens of the policy `window`.
+    ram_budget: int | None = None
+    offload_policy: str = "balance"
+    offload_window: int = 5
+    # What is there is computed while the rest is read.
+    offload_asynchronous: bool = True
+    # Instead: shares of the neurons, or the name of a preset (`offload.py`).
+    offload: str | OffloadStrategy | None = None
     # Where attention, predictors and head run: on the CPU, or on a device of torch's.
     attention: str = "auto"
     # How neurons move between the workers.
@@ -192,6 +202,18 @@ class EngineConfig:
             raise UsageError(f"no device {self.attention!r} for attention: use auto, cpu, host or cuda:N")
         if self.policy not in POLICIES:
             raise UsageError(f"no policy {self.policy!r}: use one of {', '.join(POLICIES)}")
+        if self.ram_budget is not None and self.ram_budget < 1:
+            raise UsageError(f"a RAM budget of {self.ram_budget} bytes: pass --ram-budget with a size such as 4GB")
+        if self.offload_policy not in OFFLOAD_POLICIES:
+            raise UsageError(
+                f"no policy {self.offload_policy!r} of offloading: use one of {', '.join(OFFLOAD_POLICIES)}"
+            )
+        if self.offload_window < 0:
+            raise UsageError(f"a window of {self.offload_window} tokens: pass --offload-window 0 or more")
+        if isinstance(self.offload, str) and self.offload not in PRESETS:
+            raise UsageError(f"no preset {self.offload!r} of offloading: use one of {', '.join(PRESETS)}")
+        if self.offload is not None and self.ram_budget is not None:
+            raise UsageError("--offload with --ram-budget: leave one of the two out")
         if self.speculate not in SPECULATIONS:
             raise UsageError(f"no speculation {self.speculate!r}: use one of {', '.join(SPECULATIONS)}")
         for option, wish in (("--vram-budget", self.vram_budget), ("--plan", self.plan)):

@@ -21,6 +21,7 @@ from warmfront.shared.config import (
 )
 from warmfront.shared.errors import UsageError
 from warmfront.shared.files import check_writable
+from warmfront.shared.offload import OFFLOAD_POLICIES, PRESETS
 from warmfront.shared.selector import SELECTORS
 
 __all__ = [
@@ -190,6 +191,26 @@ load_options = _together(
     ),
     click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
+    click.option(
+        "--offload",
+        type=click.Choice(list(PRESETS)),
+        help="Keep a part of the neurons in memory, and read the others from the disk as needed.",
+    ),
+    click.option("--ram-budget", type=Size(), help="Memory for the neurons, which are read from the disk as needed."),
+    click.option(
+        "--offload-policy",
+        type=click.Choice(OFFLOAD_POLICIES),
+        default=_ENGINE.offload_policy,
+        show_default=True,
+        help="With --ram-budget: which neurons leave the memory first.",
+    ),
+    click.option(
+        "--offload-window",
+        type=int,
+        default=_ENGINE.offload_window,
+        show_default=True,
+        help="Policy window: keep what so many tokens used.",
+    ),
 )
 run_options = _together(
     load_options,

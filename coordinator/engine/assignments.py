@@ -36,11 +36,12 @@ def make_assignments(
     yet take on the GPU.
     Raises ResourceError for a budget that the GPU does not have.
     """
+    budgets = _ram_budgets(plan, home)
     slow, cores = parse_slow(plan.config.slow), plan.cores
     assignments = {}
     for name, hello in hellos.items():
         index, on_gpu = plan.worker_names.index(name), name.startswith("gpu")
-        movable = len(cores.workers) > 1 and not on_gpu
+        movable = len(cores.workers) > 1 and not on_gpu and not budgets
         memory = None if on_gpu else cores.workers[index].memory
         assignments[name] = Assignment(
             index=index,
@@ -52,6 +53,10 @@ def make_assignments(
             spare_slots=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
             slowdown=slow.get(name, 1.0),
             vram_budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
+            ram_budget=0 if on_gpu or not budgets else budgets[index],
+            offload_policy=plan.config.offload_policy,
+            offload_window=plan.config.offload_window,
+            offload_asynchronous=plan.config.offload_asynchronous,
             memory_node=-1 if memory is None else memory,
             pinned=plan.config.pin,
             spins=cores.spins,
@@ -59,6 +64,14 @@ def make_assignments(
             distances=distances.tobytes(),
         )
     return assignments
+
+
+def _ram_budgets(plan: RunPlan, home: npt.NDArray[np.uint8]) -> list[int]:
+    """Of each CPU worker the bytes that its neurons may take, by its part of the groups; empty without a budget."""
+    if plan.config.ram_budget is None:
+        return []
+    parts = np.bincount(home.reshape(-1), minlength=len(plan.cores.workers))
+    return [max(1, int(plan.config.ram_budget * part / home.size)) for part in parts.tolist()]
 
 
 def _budget(plan: RunPlan, gpu: Hello, attention_bytes: int) -> int:

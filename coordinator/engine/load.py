@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.engine.activation_trial import with_activation
+from warmfront.coordinator.engine.offloading import with_budgets
 from warmfront.coordinator.engine.resolve import Devices, resolve, resolve_devices, selectors_for
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.models.find import find_model
@@ -67,6 +68,7 @@ def _load(name: str, config: EngineConfig, devices: Devices, say: Say, progress:
     config = settled(path, config, say, progress)
     model = _predicted(opened(path, config), config, say)
     try:
+        config = with_budgets(config, model)
         plan = resolve(config, devices, model, say)
         if ensure_profiled(model, partial(_profile_sample, model, config, say, progress), say, progress):
             model.close()
@@ -113,7 +115,7 @@ def open_for_profiling(path: Path, config: EngineConfig, say: Say, progress: Pro
     devices = resolve_devices(config, say)
     model = opened(path, config)
     try:
-        session = Session(model, resolve(config, devices, model, say), profiles=True)
+        session = Session(model, resolve(with_budgets(config, model), devices, model, say), profiles=True)
     except BaseException:
         model.close()
         raise
@@ -138,7 +140,12 @@ def _profile_sample(model: PackedModel, config: EngineConfig, say: Say, progress
     profile = empty_profile(model, ["sample"])
     threads = {name: getattr(config, name) for name in THREADING}
     overrides = EngineConfig(
-        dtype=config.dtype, activation=model.spec.activation, **threads, gpu="none", policy="static"
+        dtype=config.dtype,
+        activation=model.spec.activation,
+        **threads,
+        gpu="none",
+        policy="static",
+        ram_budget=config.ram_budget,
     )
     with open_for_profiling(model.path, overrides, say, progress) as session:
         count(session.firing, profile, jobs_of([sample_ids(session)], min(JOB_TOKENS, session.plan.context)))

@@ -102,7 +102,7 @@ class Runtime:
             self._distances = distances_for(uses_of(model, plan), plan.cores.coordinator, say)
         names, spec, layout = plan.worker_names, model.spec, model.layout
         self._home = place_homes(expected_bytes(model, plan.selector), worker_speeds(plan.cores))
-        check_nodes(model, plan.cores, self._home, say)
+        check_nodes(model, plan, self._home, say)
         sizes = BoardSizes(
             workers=len(names),
             layers=spec.layers,

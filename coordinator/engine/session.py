@@ -55,6 +55,8 @@ class Session:
         self.runtime = Runtime(model, plan, profiles=profiles)
         self._owner, self._lock, self._turn = os.getpid(), threading.RLock(), 0
         self._closed = self._serving = False
+        # To compare a selection all gates are read, which a cache of the file does not hold.
+        self._compares = plan.config.measure and plan.config.ram_budget is None
         self._decoded = self._compare_at = 0
         self._cached: list[int] = []  # the tokens that the KV cache holds
         # Of the last batch: tokens behind those that are not of the text yet, and how many have become so.
@@ -172,7 +174,7 @@ class Session:
         """
         self._keep_core(turn)
         at = len(self._cached)
-        compare = self._serving and self.plan.config.measure and len(tokens) == 1 and self._decoded >= self._compare_at
+        compare = self._serving and self._compares and len(tokens) == 1 and self._decoded >= self._compare_at
         if compare:
             self._compare_at = self._decoded + _COMPARE_EVERY
         self._decoded += 1

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from warmfront.coordinator.engine.session import Session
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.offload import CacheCounters
 from warmfront.shared.selector import Source
 from warmfront.shared.wire.messages import LoadReport
 
@@ -128,6 +129,11 @@ class Statistics:
         if steps[0, 0] != self._began:
             self._began = int(steps[0, 0])
             self._worked += spans
+
+    def cache(self) -> CacheCounters | None:
+        """What the caches of all CPU workers counted since the model was loaded; None without a RAM budget."""
+        numbers = [report.cache for report in self.reports().values() if report.cache]
+        return CacheCounters.of([sum(column) for column in zip(*numbers, strict=True)]) if numbers else None
 
     def busy_shares(self, decode_s: float) -> dict[str, float]:
         """Of each worker the part of the last answer's `decode_s` that it computed, 1 at most; 0 without an answer."""

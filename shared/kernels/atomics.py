@@ -1,8 +1,9 @@
-"""Atomics, clock and futex for compiled code.
+"""Atomics, and the clock, the futex and a few other system calls, for compiled code.
 
 numba has no atomics on the CPU; llvmlite has, so each is an LLVM intrinsic. Addresses are int64, words are 64 bits
 wide and naturally aligned. `syscall` and `clock_gettime` are declared as external functions of the process rather
-than bound through ctypes, because a ctypes pointer would forbid caching of the compiled code.
+than bound through ctypes, because a ctypes pointer would forbid caching of the compiled code; so is where libc keeps
+the number of an error.
 """
 
 import platform
@@ -20,6 +21,7 @@ __all__ = [
     "address_of",
     "bytes_at",
     "clock_ns",
+    "drop_pages",
     "fence",
     "fetch_add",
     "floats_at",
@@ -28,6 +30,7 @@ __all__ = [
     "load_acquire",
     "longs_at",
     "pause",
+    "read_at",
     "shorts_at",
     "store_release",
     "words_at",
@@ -35,8 +38,9 @@ __all__ = [
 ]
 
 _MACHINE = platform.machine()
-# Linux system call numbers: futex, sched_yield.
-_FUTEX, _YIELD = (202, 24) if _MACHINE == "x86_64" else (98, 124)
+# Linux system call numbers: futex, sched_yield, pread64, madvise.
+_FUTEX, _YIELD, _PREAD, _MADVISE = (202, 24, 17, 28) if _MACHINE == "x86_64" else (98, 124, 67, 233)
+_MADV_DONTNEED = 4
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _CLOCK_MONOTONIC = 1
 
@@ -110,6 +114,17 @@ def _syscall(context, number, a, b, c, d):
 
 
 @intrinsic
+def _last_error(context):
+    """The number of the thread's last error."""
+
+    def build(_context, builder, _signature, _arguments):
+        place = builder.call(_external(builder, "__errno_location", I32.as_pointer(), []), [])
+        return builder.load(place)
+
+    return types.int32(), build
+
+
+@intrinsic
 def clock_ns(context):
     """CLOCK_MONOTONIC in nanoseconds; the same clock in every process of the machine."""
 
@@ -168,3 +183,16 @@ def futex_wait(address: int, expected: int, timespec: int) -> None:
 def futex_wake(address: int) -> None:
     """Wake every sleeper on the word at `address`."""
     _syscall(_FUTEX, address, _FUTEX_WAKE, 0x7FFFFFFF, 0)
+
+
+@kernel
+def read_at(fd: int, address: int, size: int, offset: int) -> int:
+    """Read up to `size` bytes of a file from `offset` on; returns how many, 0 at its end, or -errno."""
+    count = _syscall(_PREAD, fd, address, size, offset)
+    return count if count >= 0 else -int(_last_error())
+
+
+@kernel
+def drop_pages(address: int, size: int) -> None:
+    """Give whole pages of private memory back to the kernel at once; they read as zeros from then on."""
+    _syscall(_MADVISE, address, size, _MADV_DONTNEED, 0)

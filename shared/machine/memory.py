@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import ResourceError
 
-__all__ = ["address", "anonymous", "collapse", "create_shared", "map_shared", "zeros"]
+__all__ = ["address", "anonymous", "collapse", "create_shared", "map_shared", "reserved", "zeros"]
 
 Bytes = npt.NDArray[np.uint8]
 
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25
+_MAP_NORESERVE = 0x4000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,6 +47,19 @@ def anonymous(size: int, *, huge: bool = False) -> Bytes:
     whole = np.frombuffer(region, np.uint8)
     start = -address(whole) % _HUGE
     return whole[start : start + size]
+
+
+def reserved(size: int) -> Bytes:
+    """Addresses for `size` zero bytes of private memory that will never be touched all at once: nothing is set aside
+    for them, and each touched page is a small one, which can be given back alone."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        region = mmap.mmap(-1, size, flags=flags)
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"cannot reserve {size / 1e9:.2f} GB of addresses: {error}") from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        region.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(region, np.uint8)
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

@@ -275,9 +275,9 @@ class PackedModel:
         if first < last:
             sums = sums_of(data[first * entry.piece - start : last * entry.piece - start], entry.piece)
             if not np.array_equal(sums, self._sums[entry.first + first : entry.first + last]):
-                raise self._discarded(name)
+                raise self.discarded(name)
 
-    def _discarded(self, name: str) -> DamagedError:
+    def discarded(self, name: str) -> DamagedError:
         """The error for a tensor that is not what was written; removes the file, unless it has been replaced."""
         with contextlib.suppress(OSError):
             if os.fstat(self._fd).st_nlink:
@@ -325,6 +325,21 @@ class PackedModel:
         assert out.shape[1] == self.layout.group_bytes
         have = max(self.groups[layer] - first, 0)
         self.read_into(f"layers.{layer}.ffn", out[:have], first * self.layout.group_bytes)
+
+    def placed_groups(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """Where the groups of each layer start in the file, int64 [layers], and the checksum of each group, uint64
+        [layers, groups]: for who reads them from `fileno` himself."""
+        starts = np.zeros(self.spec.layers, np.int64)
+        sums = np.zeros((self.spec.layers, self.layout.groups), np.uint64)
+        for layer in range(self.spec.layers):
+            entry = self.entries[f"layers.{layer}.ffn"]
+            starts[layer] = entry.offset
+            sums[layer, : self.groups[layer]] = self._sums[entry.first : entry.first + self.groups[layer]]
+        return starts, sums
+
+    def fileno(self) -> int:
+        """The descriptor of the open file."""
+        return self._fd
 
     def close(self) -> None:
         """Close the file."""

@@ -17,7 +17,7 @@ On the wire a message is the array [class name, field, field, ...] in the order 
 exactly that: a known name, the right number of fields, each of exactly its type. Nothing is ever unpickled.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, cast, get_args, get_type_hints
 
 import msgpack
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 9
+PROTOCOL = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,10 @@ class Assignment:
     pinned: bool = True  # threads stay on their cpus
     spins: int = 0  # rounds of spinning at a barrier
     activation: str = ""  # of the feed-forward layers; "": that of the packed file
+    ram_budget: int = 0  # of a CPU worker: bytes that its neurons may take, 0: all of them
+    offload_policy: str = "lru"  # what goes first of those, with a budget
+    offload_window: int = 0  # tokens, of the policy `window`
+    offload_asynchronous: bool = True  # what is there is computed while the rest is read
     distances: bytes = b""  # of a CPU worker: how far ahead weights are fetched (`fetching.as_distances`)
 
 
@@ -106,6 +110,8 @@ class LoadReport:
     # Of the jobs whose selection was compared with the truth: how many, neurons selected, owned neurons that fired,
     # neurons that were selected and fired.
     compared: list[int]
+    # Of a worker with a RAM budget: what its cache counted (`cpu_worker/cache_table.py`); else empty.
+    cache: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

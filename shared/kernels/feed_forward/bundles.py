@@ -25,6 +25,7 @@ __all__ = [
     "bias_of",
     "bundle_at",
     "bundles_at",
+    "gate_bias_of",
     "group_at",
     "part_gates",
     "tile_group",
@@ -57,6 +58,8 @@ class Bundles(NamedTuple):
     apart: bool
     # Where in a group its first bundle is, or would be if it had its gate row.
     first: int
+    # Where in a group the biases of its gates lie apart too, float32 [32]; 0: only in the bundles.
+    gate_biases: int
     # How far ahead is fetched: of tiles in bytes, else in neurons; in neurons down rows, and by `listed_neurons` a line
     # of each KB; of gates that are apart the next 16. 0: not at all.
     ahead: int
@@ -114,6 +117,7 @@ def bundles_at(
             tiled=tiled,
             apart=apart,
             first=(GROUP - 1) * layout.gate_row_bytes * apart,
+            gate_biases=0,
             ahead=distance if tiled else neurons,
             # So many are read side by side: the next one is being read already.
             down_ahead=max(neurons, TOGETHER) if neurons else 0,
@@ -139,6 +143,14 @@ def bundle_at(b: Bundles, slots: Ints, neuron: int) -> Any:
 def bias_of(at: int, offset: int) -> Any:
     """The bias at `offset` of the bundle at `at`; with offset 0, which says that there is none, 0."""
     return carray(floats_at(at + offset), (1,))[0] if offset != 0 else np.float32(0)
+
+
+@kernel
+def gate_bias_of(b: Bundles, at: int, neuron: int) -> Any:
+    """The bias of the gate of a neuron of the group at `at`."""
+    if b.gate_biases != 0:
+        return bias_of(at + 4 * neuron, b.gate_biases)
+    return bias_of(at + b.first + neuron * b.bundle_bytes, b.gate_bias)
 
 
 @kernel

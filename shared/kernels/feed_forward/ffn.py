@@ -27,7 +27,14 @@ from numba import carray
 
 from warmfront.shared.kernels.activation import activate_times, factor, fires, up_fires
 from warmfront.shared.kernels.atomics import floats_at, longs_at
-from warmfront.shared.kernels.feed_forward.bundles import Bundles, add_biases, bias_of, bundle_at, group_at
+from warmfront.shared.kernels.feed_forward.bundles import (
+    Bundles,
+    add_biases,
+    bias_of,
+    bundle_at,
+    gate_bias_of,
+    group_at,
+)
 from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT, LIST_BYTES, add_down_rows
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
@@ -255,7 +262,7 @@ def open_gates(
                 for token in range(batch.tokens):
                     products[token, neuron] = _dot(b, at + neuron * b.bundle_bytes, batch, token, 0)
         for neuron in range(GROUP):
-            bias = bias_of(at + b.first + neuron * b.bundle_bytes, b.gate_bias)
+            bias = gate_bias_of(b, at, neuron)
             fired = False
             for token in range(batch.tokens):
                 gate = products[token, neuron] + bias if words[token, i] != 0 else closed

@@ -10,14 +10,14 @@ from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import I32, call
 from warmfront.shared.model.bundle import GROUP
 
-__all__ = ["group_start", "list_masked", "set_bit"]
+__all__ = ["group_start", "list_masked", "lowest_bit", "set_bit"]
 
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
 
 
 @intrinsic
-def _lowest_bit(context, word):
+def lowest_bit(context, word):
     """The number of the lowest bit set in a word that is not 0."""
 
     def build(context, b, _signature, arguments):
@@ -39,7 +39,7 @@ def list_masked(words: Words, groups: int, listed: Ints) -> int:
     for group in range(groups):
         word = words[group]
         while word != 0:
-            listed[count] = group * GROUP + _lowest_bit(word)
+            listed[count] = group * GROUP + lowest_bit(word)
             count += 1
             word &= word - np.uint32(1)
     return count
