@@ -53,6 +53,7 @@ __all__ = [
     "admit_units",
     "all_held",
     "begin_job",
+    "fill_cache",
     "post",
     "publish_requests",
     "put_unit",
@@ -348,6 +349,20 @@ def publish_requests(c: Cache) -> None:
     """Let the readers see what was posted."""
     if load_acquire(c.posted_at) != c.state[HEAD]:
         announce(c.posted_at, c.state[HEAD])
+
+
+@kernel
+def fill_cache(c: Cache, pinned: Any, units: Any) -> int:
+    """Ask for what is to be there at first, uint8 and uint32 [layers, groups], and wait for it."""
+    for layer in range(units.shape[0]):
+        for group in range(units.shape[1]):
+            for unit in range(c.units):
+                if units[layer, group] & (np.uint32(1) << np.uint32(unit)):
+                    put_unit(c, (layer * units.shape[1] + group) * c.units + unit)
+            if units[layer, group] != 0 or pinned[layer, group] != 0:
+                post(c, layer, group, int(units[layer, group]), int(pinned[layer, group]))
+    publish_requests(c)
+    return int(await_sequence(c.done_at, c.state[HEAD], c.quit_at, 0, 0))
 
 
 @kernel

@@ -8,7 +8,6 @@ code, does not depend on the model, and is not counted.
 import errno
 import os
 import threading
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,27 +19,24 @@ from warmfront.cpu_worker.cache_table import (
     CAPACITY,
     COUNTERS,
     FREE,
-    HEAD,
     LEVELS,
     RING,
     STATE_WORDS,
     Cache,
-    post,
-    publish_requests,
-    put_unit,
+    fill_cache,
 )
 from warmfront.shared.errors import ModelError, ResourceError
 from warmfront.shared.kernels.by_address.records import by_address
 from warmfront.shared.kernels.feed_forward.bundles import bundles_at
 from warmfront.shared.kernels.fetching import as_distances
-from warmfront.shared.kernels.jit import compile_for, kernel
+from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.machine.memory import address, reserved, zeros
 from warmfront.shared.machine.numa import bind, ensure_free, pages_by_node
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.offload import OFFLOAD_POLICIES
 from warmfront.shared.selector import Work, selector_of
-from warmfront.shared.wire.handoff import LINE, await_sequence, wake
+from warmfront.shared.wire.handoff import LINE, wake
 from warmfront.shared.wire.messages import Assignment
 from warmfront.shared.wire.worker_main import Places
 
@@ -52,20 +48,6 @@ _READERS = 8
 _CHUNK, _CHUNK_SHARE = 24, 1 / 16
 # Waiters of a line with this in its `crowded` word sleep at once (`handoff.py`).
 _ALWAYS_CROWDED = 1 << 62
-
-
-@kernel
-def _fill(c: Cache, pinned: Any, units: Any) -> int:
-    """Ask for what is to be there at first, uint8 and uint32 [layers, groups], and wait for it."""
-    for layer in range(units.shape[0]):
-        for group in range(units.shape[1]):
-            for unit in range(c.units):
-                if units[layer, group] & (np.uint32(1) << np.uint32(unit)):
-                    put_unit(c, (layer * units.shape[1] + group) * c.units + unit)
-            if units[layer, group] != 0 or pinned[layer, group] != 0:
-                post(c, layer, group, int(units[layer, group]), int(pinned[layer, group]))
-    publish_requests(c)
-    return int(await_sequence(c.done_at, c.state[HEAD], c.quit_at, 0, 0))
 
 
 class NeuronCache:
@@ -156,9 +138,7 @@ class NeuronCache:
             )
         )
         self._posted_at = lines_at
-        self._readers = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(_READERS)]
-        for reader in self._readers:
-            reader.start()
+        self._readers: list[threading.Thread] = []
 
     def _divide(self, alignment: int) -> tuple[int, int]:
         """Groups of a chunk, and units that are cached, within the budget."""
@@ -189,14 +169,15 @@ class NeuronCache:
         whole = fired.max(1) if sizes.units == 1 else fired
         return np.ascontiguousarray((whole / max(float(whole.max()), 1.0)).reshape(-1))
 
-    def _read(self, reader: int) -> None:
-        compile_for(read_requests, self.record, reader)
-        read_requests(self.record, reader)
-
     def fill(self, rank: int) -> None:
         """Read what is cached at first: what fires most by the profile, or the first groups of each layer."""
         if rank != 0:
             return
+        compile_for(read_requests, self.record, 0)
+        for reader in range(_READERS):
+            thread = threading.Thread(target=read_requests, args=(self.record, reader), daemon=True)
+            self._readers.append(thread)
+            thread.start()
         sizes, shape = self._sizes, self._there.shape
         order = np.argsort(-self._prior, kind="stable")
         if not self._prior.any():
@@ -207,7 +188,7 @@ class NeuronCache:
         bits = np.uint32(1) << np.arange(sizes.units, dtype=np.uint32)
         words = (chosen.reshape(*shape, sizes.units) * bits).sum(2, dtype=np.uint32)
         pinned = (self._there & (sizes.pinned_bytes > 0)).astype(np.uint8)
-        _fill(self.record, pinned, words)
+        fill_cache(self.record, pinned, words)
         self._counters[:] = 0
 
     def move(self, places: Places) -> int:

@@ -88,3 +88,27 @@ class CacheCounters:
     def bandwidth(self) -> float:
         """Bytes a second, while any were on their way."""
         return self.bytes_read / (self.reading_ns / 1e9) if self.reading_ns else 0.0
+
+    def facts(self) -> dict[str, float]:
+        """As an object of JSON has it."""
+        return {
+            "hit_share": round(self.hit_share, 4),
+            "miss_share_p99": self.miss_share(0.99),
+            "hits": self.hits,
+            "misses": self.misses,
+            "evicted": self.evicted,
+            "requests": self.requests,
+            "bytes_read": self.bytes_read,
+            "bandwidth": round(self.bandwidth),
+            "stall_s": round(self.stall_ns / 1e9, 4),
+            "tokens": self.tokens,
+        }
+
+    def described(self) -> str:
+        """In a line."""
+        tokens = max(1, self.tokens)
+        return (
+            f"from the disk {self.bytes_read / tokens / 1e6:.1f} MB a token at {self.bandwidth / 1e6:.0f} MB/s · "
+            f"{self.hit_share:.1%} of the neurons were in memory, of 99 % of the tokens "
+            f"{1 - self.miss_share(0.99):.0%} or more · waited {self.stall_ns / tokens / 1e6:.1f} ms a token"
+        )

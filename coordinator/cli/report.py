@@ -16,7 +16,7 @@ __all__ = ["as_object", "as_text", "fault_of", "rates"]
 def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Sequence[Token]) -> dict[str, Any]:
     """The object that `generate --json` prints."""
     workers, stats, selection = engine.statistics.workers(), engine.stats, engine.statistics.selection()
-    uses, core = engine.statistics.expert_uses(), engine.statistics.core()
+    uses, core, cache = engine.statistics.expert_uses(), engine.statistics.core(), engine.statistics.cache()
     facts = {
         "text": "".join(token.text for token in tokens),
         "token_ids": [token.id for token in tokens],
@@ -30,7 +30,7 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
         "active_fraction": engine.statistics.active_fraction(workers),
         "selection": selection._asdict() if selection is not None else None,
         "cores": core._asdict() if core is not None else None,
-        "cache": _cache_facts(engine),
+        "cache": cache.facts() if cache is not None else None,
         "expert_uses": uses.tolist() if uses is not None else None,
         "workers": [asdict(worker) for worker in workers],
         "selector": engine.plan.selector.name,
@@ -44,26 +44,6 @@ def as_object(engine: Engine, model: str, prompt_ids: Sequence[int], tokens: Seq
             for token in tokens
         ]
     return facts
-
-
-def _cache_facts(engine: Engine) -> dict[str, Any] | None:
-    """What the caches of the CPU workers counted; None where they hold all neurons."""
-    cache = engine.statistics.cache()
-    if cache is None:
-        return None
-    return {
-        "budget": engine.plan.config.ram_budget,
-        "hit_share": cache.hit_share,
-        "miss_share_p99": cache.miss_share(0.99),
-        "hits": cache.hits,
-        "misses": cache.misses,
-        "evicted": cache.evicted,
-        "requests": cache.requests,
-        "bytes_read": cache.bytes_read,
-        "bandwidth": cache.bandwidth,
-        "stall_s": cache.stall_ns / 1e9,
-        "tokens": cache.tokens,
-    }
 
 
 def _logprob(engine: Engine, token: int, logprob: float | None) -> dict[str, Any]:
@@ -107,12 +87,7 @@ def as_text(engine: Engine) -> str:
         )
     cache = engine.statistics.cache()
     if cache is not None:
-        tokens = max(1, cache.tokens)
-        lines.append(
-            f"from the disk {cache.bytes_read / tokens / 1e6:.1f} MB a token at {cache.bandwidth / 1e6:.0f} MB/s · "
-            f"{cache.hit_share:.1%} of the neurons were in memory, of 99 % of the tokens "
-            f"{1 - cache.miss_share(0.99):.0%} or more · waited {cache.stall_ns / tokens / 1e6:.1f} ms a token"
-        )
+        lines.append(cache.described())
     core = engine.statistics.core()
     if core is not None:
         alike = "" if core.overlap is None else f" · its halves {core.overlap:.0%} alike"

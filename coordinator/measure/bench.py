@@ -37,6 +37,7 @@ def measure(
 ) -> dict[str, Any]:
     """The object that is printed: settings, and a row for each of `selectors` (`selector_wishes.py`) and context."""
     rows: list[dict[str, Any]] = []
+    caches: dict[str, dict[str, Any]] = {}
     for selector in selectors:
         options = overrides | overrides_of(selector) | {"context": max(contexts) + tokens + 1}
         with Engine.load(model, say=say, progress=progress, **options) as engine:
@@ -54,6 +55,8 @@ def measure(
             for context, several in samples.items():
                 label = engine.plan.selector.name if selector == "auto" else selector
                 rows.append({"selector": label, "context": context} | _row(engine, context, tokens, several))
+            if (counters := engine.statistics.cache()) is not None:
+                caches[label] = counters.facts() | {"described": counters.described()}
             settings = {
                 "model": model,
                 "name": engine.model.spec.name,
@@ -63,7 +66,7 @@ def measure(
                 "tokens": tokens,
                 "rounds": rounds,
             }
-    return settings | {"rows": rows}
+    return settings | {"rows": rows, "caches": caches}
 
 
 def _prompt(engine: Engine, context: int) -> list[int]:
@@ -113,6 +116,8 @@ def render(result: dict[str, Any], width: int) -> Iterator[str]:
     head = "selector   context   prefill    decode   (range)            reads   of GB/s    share   MB a token"
     lines = [head, *_table(result)]
     yield from lines if max(map(len, lines)) <= width else _paragraphs(result)
+    for selector, cache in result["caches"].items():
+        yield f"{selector}: {cache['described']}"
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:

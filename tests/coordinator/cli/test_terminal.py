@@ -66,7 +66,7 @@ def test_a_benchmark_is_a_table_or_paragraphs() -> None:
     row = {"selector": "exact", "context": 16, "prefill_tps": 1234.5, "decode_tps": 99.9, "decode_range": [90.1, 100.0]}
     row |= {"read": 10.4, "bandwidth": 12.5, "roofline_share": 0.83}
     row |= {"bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}}
-    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": [row, row]}
+    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": [row, row], "caches": {}}
     wide = list(bench.render(result, 200))
     assert len(wide) == 4
     assert len(wide[2]) > 80
