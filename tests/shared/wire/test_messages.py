@@ -47,13 +47,15 @@ def test_round_trip(message: Message) -> None:
 
 def test_exact_bytes() -> None:
     assert encode(Progress(1, 300)) == b"\x93\xa8Progress\x01\xcd\x01\x2c"
-    assignment = Assignment(1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100, "relu", b"\x05")
+    assignment = Assignment(
+        1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100, "relu", 4096, "lru", 5, True, b"\x05"
+    )
     slow = b"\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00"
     assert (
         encode(assignment)
-        == b"\x9f\xaaAssignment\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02"
+        == b"\xdc\x00\x13\xaaAssignment\x01\xa1m\xa0\x91\x07\xa3all\xc4\x01\x00\x02"
         + slow
-        + b"\x00\xff\xc3\x64\xa4relu\xc4\x01\x05"
+        + b"\x00\xff\xc3\x64\xa4relu\xcd\x10\x00\xa3lru\x05\xc3\xc4\x01\x05"
     )
     assert encode(Ready(6, {"a": 7})) == b"\x93\xa5Ready\x06\x81\xa1a\x07"
     assert encode(Move(3, b"\x01\x02")) == b"\x93\xa4Move\x03\xc4\x02\x01\x02"
