@@ -67,7 +67,11 @@ class NeuronCache:
         self._there = np.zeros((layers, groups), bool)
         self._there[there[:, 0], there[:, 1]] = True
         self._file, alignment = _open_past_page_cache(model)
-        chunk, capacity = self._divide(alignment)
+        try:
+            chunk, capacity = self._divide(alignment)
+        except ResourceError:
+            os.close(self._file)
+            raise
         self._memory = reserved(layers * groups * sizes.group_bytes)
         if plan.memory_node >= 0 and bind(self._memory, plan.memory_node):
             ensure_free(plan.memory_node, plan.ram_budget)
