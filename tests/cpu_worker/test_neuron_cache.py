@@ -14,10 +14,12 @@ import pytest
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.cpu_worker.neuron_cache import NeuronCache
 from warmfront.shared.errors import DamagedError, ResourceError, WarmfrontError
+from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
 from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.store import PackedModel
+from warmfront.shared.selector import Work, selector_of
 from warmfront.shared.wire.messages import Assignment
 
 # Neurons of 3 KB, of which each fills a page.
@@ -86,6 +88,42 @@ def test_what_is_held_is_what_the_file_has(model: PackedModel) -> None:
         np.testing.assert_array_equal(memory[bits][:, : layout.bundle_bytes], expected[bits])
         assert not memory[~bits].any()
         np.testing.assert_array_equal(cache.record.arrived, held)
+
+
+@pytest.mark.parametrize("selector", ["all", "exact"])
+def test_groups_lie_as_in_a_worker_that_holds_all(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selector: str
+) -> None:
+    """In 8 bits, whose rows come in tiles where the machine multiplies bytes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = ensure_packed(tiny_llama(hidden_act="relu", **SIZES), "q8", print, lambda _done, _total: None)
+    with PackedModel(packed) as model, Opened(model, 8_000_000, selector) as cache:
+        cache.fill(0)
+        cache.check()
+        layout, work = model.layout, selector_of(selector).work
+        group = np.empty((1, layout.group_bytes), np.uint8)
+        usual = bundles_at(
+            address(group),
+            layout,
+            model.spec.architecture.feed_forward,
+            work is Work.DENSE,
+            apart=work is Work.GATES,
+        )
+        memory = cache._memory.reshape(model.spec.layers, layout.groups, -1)
+        gates = GROUP * layout.gate_row_bytes
+        for layer, number in np.ndindex(memory.shape[:2]):
+            model.read_groups(layer, number, group)
+            arrange_group(usual, address(group))
+            if selector == "all":
+                np.testing.assert_array_equal(memory[layer, number, : layout.group_bytes], group[0])
+                continue
+            np.testing.assert_array_equal(memory[layer, number, :gates], group[0, :gates])
+            # Where the kernels look for the bundle of the first neuron, without its gate row, and of the last.
+            rest = layout.bundle_bytes - layout.gate_row_bytes
+            for neuron in (0, GROUP - 1):
+                at = cache.bundles.first + neuron * cache.bundles.bundle_bytes + layout.gate_row_bytes
+                found = memory[layer, number, at : at + rest]
+                np.testing.assert_array_equal(found, group[0, gates + neuron * rest :][:rest])
 
 
 @pytest.mark.parametrize("selector", ["all", "exact"])
