@@ -149,6 +149,8 @@ class Worker(NamedTuple):
     barrier: Barrier
     # A word: threads that finished, of all time.
     arrivals_at: int
+    # The last job before the worker's first: one that replaces another joins between two jobs.
+    joined: int
     job_spins: int
 
 
@@ -328,7 +330,7 @@ def _publish(w: Worker, rank: int, layer: int, groups: int, decoded: int, size: 
         part = w.sums[other]
         for i in range(low, high):
             y[i] = y[i] + part[i] if other else part[i]
-    if fetch_add(w.arrivals_at, 1) + 1 != w.threads * sequence:
+    if fetch_add(w.arrivals_at, 1) + 1 != w.threads * (sequence - w.joined):
         return
     gates, neurons, fired = 0, 0, 0
     for other in range(w.threads):
@@ -367,7 +369,7 @@ def serve(rank: int, w: Worker, decode_at: int, prefill_at: int) -> None:
     thread's part to its sums, and returns DONE or ABORTED.
     """
     sums = w.sums[rank]
-    sequence = 0
+    sequence = w.joined
     while True:
         sequence += 1
         if await_sequence(w.job_at, sequence, w.quit_at, w.job_spins, 0) != DONE:

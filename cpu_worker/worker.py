@@ -120,6 +120,7 @@ class CpuWorker:
                 record=board.record[plan.index],
                 barrier=Barrier(lines_at, threads, plan.spins, quit_at),
                 arrivals_at=lines_at + 2 * LINE,
+                joined=int(board.job[0]),
                 job_spins=HANDOFF_SPINS,
             )
         )

@@ -42,6 +42,7 @@ ACTIVATIONS = ("auto", "silu", "relu", "gelu", "gelu_tanh", "relu2", "drelu", "f
 _ACTIVATION_PATTERN = re.compile("|".join(ACTIVATIONS).replace(":T", r":-?\d+(\.\d+)?([eE]-?\d+)?"))
 # How tokens score the neurons of a core, and the fewest of them between two choices.
 CORE_SCORES = ("norm", "positive")
+MAX_PARALLEL = 64
 MIN_REFRESH = 8
 DTYPES = ("auto", "f32", "f16", "bf16", "q8", "q4", "q4f")
 # Of the keys and values in the KV cache.
@@ -160,6 +161,8 @@ class EngineConfig:
     # Tokens that the KV cache holds, and the type of its keys and values.
     context: int | None = None
     kv: str = "auto"
+    # How many texts as long as that it holds.
+    parallel: int = 1
     # Compare the selected neurons with those that fire, for one token of 64.
     measure: bool = False
     # Check for every token that each selected neuron was computed exactly once.
@@ -226,6 +229,8 @@ class EngineConfig:
             raise UsageError(f"{self.spins} rounds of spinning: pass --spins 0 to 1000000")
         if self.context is not None and self.context < 1:
             raise UsageError(f"a context of {self.context} tokens: pass --ctx 1 or more")
+        if not 1 <= self.parallel <= MAX_PARALLEL:
+            raise UsageError(f"{self.parallel} texts side by side: pass --parallel 1 to {MAX_PARALLEL}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

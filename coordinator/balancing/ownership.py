@@ -12,7 +12,8 @@ each worker, which groups it holds; *owner* (on the board), the worker that comp
 
 The board's tables change only between two jobs, so no neuron is lost or computed twice; `verify` checks that for every
 token by what the workers say they were asked for. A GPU worker that dies owns nothing from the next job on; when it is
-back its slots are filled as before.
+back its slots are filled as before. Of a CPU worker's groups there is no other copy: if it dies, its successor, which
+loads them, is waited for.
 """
 
 import collections
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancing.cost_model import WorkerCosts
+from warmfront.coordinator.balancing.cost_model import WorkerCosts, fit_costs
 from warmfront.coordinator.balancing.flow import Flow, Transfer
 from warmfront.coordinator.balancing.interface import (
     BATCH,
@@ -35,6 +36,7 @@ from warmfront.coordinator.balancing.interface import (
     Used,
     copy_budget,
 )
+from warmfront.coordinator.balancing.once import check_once
 from warmfront.coordinator.workers.events import DeliverMoved, WorkerLost, WorkerRejoined
 from warmfront.coordinator.workers.supervisor import Supervisor
 from warmfront.shared.errors import WorkerError
@@ -102,6 +104,7 @@ class Ownership:
         # Copied to a cache, and not fired there yet, as far as tokens are observed: [n, (worker, layer, group)].
         self._unfired: Ints = np.empty((0, 3), np.int64)
         self._to_restore: dict[int, Bools] = {}  # of each lost worker: what it held or was about to hold
+        self.assigned: dict[str, Table] = {}  # of each lost CPU worker: the homes that its successor is told
         held = self.resident.sum((1, 2)).tolist()
         self._free = [list(range(held[w], supervisor.readies[name].slots)) for w, name in enumerate(names)]
         self._batches: dict[int, _Batch] = {}
@@ -115,7 +118,7 @@ class Ownership:
         self._asked: npt.NDArray[np.uint32] = np.full(home.shape, 0xFFFFFFFF, np.uint32)
         self._bounds, self._uses = bounds, np.ones((len(home), 1), np.uint8)
         self._branch = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))  # [groups]
-        self._last_token = self._unobserved = 0
+        self._last_token = self._unobserved = self.lost = 0  # `lost`: workers, in all
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_MAX_TRANSFERS)
         if len(names) > 1:
@@ -123,8 +126,11 @@ class Ownership:
             WorkerCosts(_JOB_NS, _BYTE_NS).update(1, [1.0], [1.0])
         board.owner[:] = home
         for worker in np.flatnonzero(self.is_home).tolist():
-            # As the CPU workers lay their groups out: by layer and group.
-            board.slot[worker][home == worker] = np.arange(held[worker])
+            self._lay_out(worker)
+
+    def _lay_out(self, worker: int) -> None:
+        """As the CPU workers lay their groups out: by layer and group."""
+        self._board.slot[worker][self.home == worker] = np.arange(np.count_nonzero(self.home == worker))
 
     def fill(self, worker: int, wanted: Bools, progress: Callable[[int, int], None]) -> None:
         """Copy the groups `wanted` [layers, groups] to a worker and wait until it owns them."""
@@ -223,29 +229,15 @@ class Ownership:
     def verify(self, tokens: int = 1) -> None:
         """Raise WorkerError unless every selected neuron of the last batch was asked of exactly one worker."""
         for token in range(tokens):
-            self._verify(token)
-
-    def _verify(self, token: int) -> None:
-        board = self._board
-        wanted = self._used(token).asked
-        present = np.flatnonzero(self._present)
-        requested = np.stack([board.requested[worker][token] for worker in present])
-        # All of it by somebody, and no bit twice.
-        once = np.bitwise_or.reduce(requested) == wanted
-        once &= np.bitwise_count(requested).sum(0) == np.bitwise_count(wanted)
-        if not once.all():
-            layer, group = np.argwhere(~once)[0]
-            raise WorkerError(
-                f"group {group} of layer {layer} was not computed exactly once: this is a defect of warmfront"
-            )
+            requested = [self._board.requested[worker][token] for worker in np.flatnonzero(self._present)]
+            check_once(self._used(token).asked, np.stack(requested))
 
     def layer_loads(self) -> npt.NDArray[np.float64]:
         """[layers, workers]: bytes that the last token read in each."""
         read = self._used(self._last_token).bytes_read()
         layers, workers = len(read), len(self.names)
         at = self._board.owner + workers * np.arange(layers)[:, None]
-        loads = np.bincount(at.ravel(), read.ravel(), layers * workers)
-        return np.asarray(loads, np.float64).reshape(layers, workers)
+        return np.bincount(at.ravel(), read.ravel(), layers * workers).astype(np.float64).reshape(layers, workers)
 
     def share(self) -> npt.NDArray[np.float64]:
         """[workers]: each one's share of the bytes that the last token read."""
@@ -317,7 +309,8 @@ class Ownership:
                     if moved.batch in self._batches:  # else of a worker that has died since
                         self._arrived(self._batches.pop(moved.batch), moved.ns)
                 case WorkerLost(name, error):
-                    self._say(f"{error}; the run goes on without it")
+                    how = "another takes its place" if name.startswith("cpu") else "the run goes on without it"
+                    self._say(f"{error}; {how}")
                     self._lost(self.names.index(name))
                 case WorkerRejoined(name, ready):
                     self._say(f"worker {name} is back")
@@ -354,15 +347,27 @@ class Ownership:
             self._supervisor.check()
         return int(self._present.sum()) < before
 
+    def await_homes(self) -> None:
+        """Wait for the successors of CPU workers that were lost."""
+        while not self._present[self.is_home].all():
+            self._take_news(wait_s=0.05)
+            self._supervisor.check()
+
     def _lost(self, worker: int) -> None:
-        """A worker without which the run goes on is dead: its groups go home, another process is started."""
+        """A worker is dead: its groups go home, another process is started."""
         board = self._board
+        self.lost += 1
         owned = board.owner == worker
         board.owner[owned] = self.home[owned]
         # A worker lost again before it has rejoined holds nothing: what it had before is still what to restore.
         held = self.resident[worker] | self._in_flight[worker]
-        self._to_restore[worker] = self._to_restore.get(worker, np.zeros_like(held)) | held
-        self.resident[worker] = self._in_flight[worker] = False
+        mine = self.home == worker
+        if self.is_home[worker]:
+            self.assigned[self.names[worker]] = self.home.copy()
+            self._lay_out(worker)
+        else:
+            self._to_restore[worker] = self._to_restore.get(worker, np.zeros_like(held)) | held
+        self.resident[worker], self._in_flight[worker] = mine, False
         self._unfired = self._unfired[self._unfired[:, 0] != worker]
         self._batches = {number: batch for number, batch in self._batches.items() if batch.worker != worker}
         self._free[worker] = []
@@ -373,9 +378,13 @@ class Ownership:
         self._supervisor.restart(self.names[worker])
 
     def _rejoined(self, worker: int, slots: int) -> None:
-        """A lost worker's successor serves the board, with empty slots: it gets what its predecessor had."""
-        self._free[worker] = list(range(slots))
+        """A lost worker's successor serves the board; with empty slots it gets what its predecessor had."""
         self._present[worker] = 1
+        if self.is_home[worker]:
+            loaded = int(np.count_nonzero(self.assigned[self.names[worker]] == worker))
+            self._free[worker] += range(loaded, slots)
+            return
+        self._free[worker] = list(range(slots))
         self._start_copies(worker, np.argwhere(self._to_restore.pop(worker)))
 
     def _request_reports(self) -> None:
@@ -387,13 +396,5 @@ class Ownership:
 
     def update_costs(self, reports: Mapping[str, LoadReport]) -> None:
         """Fit the workers' costs to what they did since their last reports."""
-        for name, report in reports.items():
-            costs, last = self.costs[self.names.index(name)], self._reports.get(name)
-            layers = len(report.busy_ns)
-            busy, read = np.array(report.busy_ns), np.array(report.bytes)
-            jobs = report.jobs
-            if last is not None:
-                busy, read, jobs = busy - last.busy_ns, read - last.bytes, jobs - last.jobs
-            if jobs > 0:
-                costs.update(jobs / layers, busy, read)
+        fit_costs(dict(zip(self.names, self.costs, strict=True)), self._reports, reports)
         self._reports = dict(reports)

@@ -1,4 +1,4 @@
-"""KV cache and causal attention of the compiled pass.
+"""Causal attention of the compiled pass.
 
 The cache is read tile by tile (`shared/model/kv_layout.py`), each for all query heads that share it. A batch: dots
 with the keys, exponentials and sums of the values, some thousand positions at a time; the positions are split into
@@ -19,136 +19,28 @@ import numpy.typing as npt
 from numba import carray
 
 from warmfront.coordinator.decode.footprint import PANELS, SCORES
-from warmfront.coordinator.decode.network import POSITION, SINKS, SPOILED, TOKENS, Cache, Network, State
+from warmfront.coordinator.decode.kv.write import cache_head, cache_panels, tile_at
+from warmfront.coordinator.decode.network import POSITION, SINKS, TOKENS, Network, State
 from warmfront.coordinator.decode.row_split import portion
 from warmfront.shared.kernels.activation import exponentials, highest_of, soft_cap, softmax_rows
-from warmfront.shared.kernels.atomics import address_of, bytes_at, floats_at, shorts_at
+from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.attention.kv_gather import gather_keys, gather_values
 from warmfront.shared.kernels.attention.kv_tiles import Heads, Tile, add_values, multiply_keys, quantise_heads
-from warmfront.shared.kernels.fp16 import from_half, to_half
 from warmfront.shared.kernels.gemm import Gathered, Panels, multiply_columns, pack_panels, panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.rows import share
-from warmfront.shared.model.formats import BLOCK, Kind
-from warmfront.shared.model.kv_layout import SPAN, TILE
+from warmfront.shared.model.formats import BLOCK
+from warmfront.shared.model.kv_layout import PAGE, TILE
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.handoff import DONE, barrier
 
 __all__ = ["attend_batch", "attend_panels", "join"]
 
-_F16, _Q8 = int(Kind.F16), int(Kind.Q8)
 # Positions that several tokens attend to at a time: the scores of a panel are 16 KB then.
 _WIDTH = SCORES // LANES
-# Exponent bits of a float16, all ones in infinities and NaN.
-_F16_EXPONENT = 0x7C00
 # Lower than any score, and the score of what a token does not see.
 _LOWEST, _UNSEEN = np.float32(-3e38), np.float32(-1e30)
 Floats = npt.NDArray[np.float32]
-
-
-@kernel
-def _tile_at(cache: Cache, part: int, head: int, layer: int, position: int) -> int:
-    """Address of the tile of a position's keys (part 0) or values (1)."""
-    span = ((head * cache.spans + position // SPAN) * cache.layers + layer) * (SPAN // TILE)
-    offset = (span + position % SPAN // TILE) * cache.tile_bytes
-    return (cache.values_at if part else cache.keys_at) + offset
-
-
-@kernel
-def _place(part: int, number: int, column: int) -> int:
-    """Where a tile of floats has a number of a position: of the keys (part 0) or of the values (1)."""
-    if part == 0:
-        return number * TILE + column
-    return number // TILE * TILE * TILE + column * TILE + number % TILE
-
-
-@kernel
-def _byte_place(part: int, number: int, column: int) -> int:
-    """The same of a tile of Q8."""
-    if part == 0:
-        return number // 4 * 4 * TILE + column * 4 + number % 4
-    return number // TILE * TILE * TILE + column // 4 * 4 * TILE + number % TILE * 4 + column % 4
-
-
-@kernel
-def _write_bytes(values: Floats, step: int, tile_at: int, part: int, column: int) -> bool:
-    """Round every `step`th of `values` to 8 bits into a tile; returns whether one is not finite.
-
-    As `formats.pack` does: the numbers make up for the rounding of the scale.
-    """
-    count = (len(values) + step - 1) // step
-    blocks = (count + BLOCK - 1) // BLOCK
-    tile = carray(bytes_at(tile_at), (blocks * BLOCK * TILE,))
-    scales = carray(shorts_at(tile_at + blocks * BLOCK * TILE), (blocks * TILE,))
-    spoiled = False
-    for block in range(blocks):
-        first, last = block * BLOCK, min(block * BLOCK + BLOCK, count)
-        top = np.float32(0)
-        finite = True
-        for number in range(first, last):
-            value = abs(values[number * step])
-            finite &= value < np.float32(np.inf)
-            top = max(top, value)
-        scale = to_half(top / np.float32(127) if finite else np.float32(np.inf))
-        scales[block * TILE + column] = scale
-        whole = from_half(scale)
-        spoiled |= not whole < np.float32(np.inf)
-        inverse = np.float32(1) / whole if whole > 0 else np.float32(0)
-        for number in range(first, last):
-            scaled = np.rint(values[number * step] * inverse) if finite else np.float32(0)
-            whole_number = np.int64(min(max(scaled, np.float32(-127)), np.float32(127)))
-            tile[_byte_place(part, number, column)] = np.uint8((whole_number + (128 if part == 0 else 0)) & 255)
-    return spoiled
-
-
-@kernel
-def _write_floats(kind: int, values: Floats, step: int, tile_at: int, part: int, column: int) -> bool:
-    """Write every `step`th of `values` into a tile of float16 or float32; returns whether one is not finite."""
-    count, spoiled = (len(values) + step - 1) // step, False
-    if kind == _F16:
-        halves = carray(shorts_at(tile_at), (1,))
-        for number in range(count):
-            bits = to_half(values[number * step])
-            halves[_place(part, number, column)] = bits
-            spoiled |= bits & _F16_EXPONENT == _F16_EXPONENT
-    else:
-        floats = carray(floats_at(tile_at), (1,))
-        for number in range(count):
-            floats[_place(part, number, column)] = values[number * step]
-            spoiled |= not np.isfinite(values[number * step])
-    return spoiled
-
-
-@kernel
-def _cache_head(net: Network, st: State, layer: int, head: int, panel: int, lanes: int) -> None:
-    """Write one head's keys and values of a panel of tokens into the cache.
-
-    Notes in the job if one is not finite: it would reach texts that later share the place (`KvCache.forget`).
-    """
-    cache, rows, size = st.cache, (net.heads + 2 * net.kv_heads) * net.head_dim, net.head_dim * lanes
-    spoiled = False
-    for lane in range(min(lanes, st.job[TOKENS] - panel * lanes)):
-        position = st.job[POSITION] + panel * lanes + lane
-        column = position % TILE
-        for part in range(2):
-            start = panel * rows * lanes + (net.heads + part * net.kv_heads + head) * size
-            values = st.qkv[start + lane : start + size]
-            at = _tile_at(cache, part, head, layer, position)
-            if cache.kind == _Q8:
-                spoiled |= _write_bytes(values, lanes, at, part, column)
-            else:
-                spoiled |= _write_floats(cache.kind, values, lanes, at, part, column)
-    if spoiled:
-        st.job[SPOILED] = 1
-
-
-@inlined
-def _cache_panels(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> int:
-    """Write the keys and values of several tokens into the cache: this thread's (key-value head, panel) pairs; then
-    wait for the others. Returns DONE or ABORTED."""
-    for task in range(rank, net.kv_heads * panels, st.threads):
-        _cache_head(net, st, layer, task % net.kv_heads, task // net.kv_heads, lanes)
-    return barrier(st.barrier)
 
 
 @kernel
@@ -161,14 +53,18 @@ def _first_seen(net: Network, layer: int, position: int) -> int:
 class _Run(NamedTuple):
     """`tiles` tiles of a head's keys and, after them, as many of its values, from position `first` on."""
 
+    # Of the table of pages.
+    row: int
     head: int
     layer: int
     first: int
     tiles: int
     # Of a head, a multiple of 32.
     numbers: int
-    # Address of the tile that is read after these, 0: none.
-    next_at: int
+    # What is read after these, from which position on; in the head -1: nothing.
+    next_row: int
+    next_head: int
+    next_first: int
 
 
 @kernel
@@ -181,22 +77,34 @@ def _softmax_start(net: Network, layer: int, head: int) -> tuple[Any, Any]:
 
 
 @kernel
-def _tile(cache: Cache, run: _Run, i: int) -> Tile:
+def _tile(st: State, run: _Run, i: int) -> Tile:
     """The tile that is read as number i of a run, and how far away the one is that is fetched meanwhile.
 
     That is one of those to be read, `cache.ahead` later: at the end of the keys one of the values, at the end of these
     one of the next run. Heads lie apart, so what is behind a run's last tile would be fetched for nothing, 8 KB in
     float16, and the next run would begin with waiting.
     """
+    cache = st.cache
     later = i + cache.ahead
-    at = _tile_at(cache, i // run.tiles, run.head, run.layer, run.first + i % run.tiles * TILE)
-    if cache.ahead == 0 or (later >= 2 * run.tiles and run.next_at == 0):
+    at = tile_at(st, run.row, i // run.tiles, run.head, run.layer, run.first + i % run.tiles * TILE)
+    next_position = run.next_first + (later - 2 * run.tiles) * TILE
+    nothing = run.next_head < 0 or next_position // PAGE >= st.tables.shape[1]
+    if cache.ahead == 0 or (later >= 2 * run.tiles and nothing):
         return Tile(cache.kind, at, run.numbers, 0)
     if later < 2 * run.tiles:
-        then = _tile_at(cache, later // run.tiles, run.head, run.layer, run.first + later % run.tiles * TILE)
+        then = tile_at(st, run.row, later // run.tiles, run.head, run.layer, run.first + later % run.tiles * TILE)
     else:
-        then = run.next_at + (later - 2 * run.tiles) * cache.tile_bytes
+        then = tile_at(st, run.next_row, 0, run.next_head, run.layer, next_position)
     return Tile(cache.kind, at, run.numbers, then - at)
+
+
+@kernel
+def _chunk(net: Network, st: State, layer: int, token: int, chunk: int) -> tuple[int, int]:
+    """The positions that a token of a batch attends to in a chunk: where they begin, at a tile, and end."""
+    position = st.positions[token]
+    base = _first_seen(net, layer, position) // TILE * TILE
+    start, end = share(position + 1 - base, TILE, chunk, chunk + 1, st.chunks)
+    return base + start, base + end
 
 
 @kernel
@@ -204,13 +112,13 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> int:
     """Causal attention of a batch, token by token: this thread's (key-value head, chunk of the positions) pairs.
 
     It leaves each query head's mix of the chunk's values, its highest score and its sum of exponentials for `join`. A
-    chunk is read by one token after the other, so that it comes from memory once if it fits the cache. Of a token that
-    comes alone, whoever has the last chunk of a head writes its key and value into the cache: only it reads that tile.
+    chunk is read by one token of a text after the other, so that it comes from memory once if it fits the cache. Of a
+    token that comes alone, whoever has the last chunk of a head writes its key and value: only it reads that tile.
     Positions of the tiles at both ends that a token does not see have no weight, so the sums do not depend on what is
     there. Returns DONE or ABORTED.
     """
     if st.job[TOKENS] > 1:
-        result = _cache_panels(net, st, layer, rank, st.job[TOKENS], 1)
+        result = cache_panels(net, st, layer, rank, st.job[TOKENS], 1)
         if result != DONE:
             return result
     cache, head_dim, group, tokens = st.cache, net.head_dim, net.heads // net.kv_heads, st.job[TOKENS]
@@ -223,11 +131,13 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> int:
         task, token = turn // tokens, turn % tokens
         kv_head, chunk = task // st.chunks, task % st.chunks
         if tokens == 1 and chunk == st.chunks - 1:
-            _cache_head(net, st, layer, kv_head, 0, 1)
-        position = st.job[POSITION] + token
-        seen = _first_seen(net, layer, position)
-        base = seen // TILE * TILE
-        start, end = share(position + 1 - base, TILE, chunk, chunk + 1, st.chunks)
+            cache_head(net, st, layer, kv_head, 0, 1)
+        seen = _first_seen(net, layer, st.positions[token])
+        start, end = _chunk(net, st, layer, token, chunk)
+        next_head, next_row, next_start = -1, 0, 0
+        if turn + 1 < high * tokens:
+            next_head, next_row = (turn + 1) // tokens // st.chunks, (turn + 1) % tokens
+            next_start, _ = _chunk(net, st, layer, next_row, (turn + 1) // tokens % st.chunks)
         tops, totals = st.tops[token, chunk], st.totals[token, chunk]
         first_query = (token * (net.heads + 2 * net.kv_heads) + kv_head * group) * head_dim
         for head in range(group):
@@ -239,23 +149,21 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> int:
                 queries[head, i] = st.qkv[first_query + head * head_dim + i] * net.score_scale
         mixed[:] = 0
         queries_at = quantise_heads(cache.kind, address_of(queries), address_of(packed), padded, group)
-        for first in range(base + start, base + end, SCORES):
-            tiles = (min(base + end - first, SCORES) + TILE - 1) // TILE
+        for first in range(start, end, SCORES):
+            tiles = (min(end - first, SCORES) + TILE - 1) // TILE
             count = tiles * TILE
-            next_at = 0
-            if first + count <= position:
-                next_at = _tile_at(cache, 0, kv_head, layer, first + count)
-            elif task + 1 < high:
-                next_at = _tile_at(cache, 0, kv_head + 1, layer, base)
-            run = _Run(kv_head, layer, first, tiles, padded, next_at)
+            if first + count < end:
+                run = _Run(token, kv_head, layer, first, tiles, padded, token, kv_head, first + count)
+            else:
+                run = _Run(token, kv_head, layer, first, tiles, padded, next_row, next_head, next_start)
             for i in range(tiles):
                 scores_of = Heads(scores_at + i * TILE * 4, count * 4)
-                multiply_keys(_tile(cache, run, i), Heads(queries_at, padded * 4), scores_of, group)
+                multiply_keys(_tile(st, run, i), Heads(queries_at, padded * 4), scores_of, group)
             if net.score_cap > 0:
                 soft_cap(scores_at, group * count, net.score_cap)
             for head in range(group):
                 own, number = scores[head * count : (head + 1) * count], kv_head * group + head
-                hidden_before, hidden_behind = own[: max(seen - first, 0)], own[base + end - first :]
+                hidden_before, hidden_behind = own[: max(seen - first, 0)], own[end - first :]
                 hidden_before[:], hidden_behind[:] = -np.float32(np.inf), -np.float32(np.inf)
                 at, before = scores_at + head * count * 4, tops[number]
                 tops[number] = max(before, highest_of(at, count))
@@ -267,7 +175,7 @@ def attend_batch(net: Network, st: State, layer: int, rank: int) -> int:
                     mixed[head, i] *= factor
             for i in range(tiles):
                 chances = Heads(scores_at + i * TILE * 4, count * 4)
-                add_values(_tile(cache, run, tiles + i), chances, Heads(address_of(mixed), padded * 4), group)
+                add_values(_tile(st, run, tiles + i), chances, Heads(address_of(mixed), padded * 4), group)
         for head in range(group):
             at = (kv_head * group + head) * head_dim
             for i in range(head_dim):
@@ -317,7 +225,7 @@ def attend_panels(net: Network, st: State, layer: int, rank: int) -> int:
     at a time. Returns DONE or ABORTED.
     """
     panels = panels_of(st.job[TOKENS])
-    result = _cache_panels(net, st, layer, rank, panels, LANES)
+    result = cache_panels(net, st, layer, rank, panels, LANES)
     if result != DONE:
         return result
     cache, head_dim, group, window = st.cache, net.head_dim, net.heads // net.kv_heads, net.windows[layer]
@@ -346,11 +254,14 @@ def attend_panels(net: Network, st: State, layer: int, rank: int) -> int:
         mixed[:] = 0
         for column in range(columns):
             state[column, 0, :], state[column, 1, :] = _softmax_start(net, layer, kv_head * group + column % group)
-        for start in range(_first_seen(net, layer, position) // TILE * TILE, end, _WIDTH):
-            count = (min(end - start, _WIDTH) + TILE - 1) // TILE * TILE
+        # The softmax is cut at multiples of its width wherever the job begins: a prompt's tokens are the same bit for
+        # bit in one job and in several.
+        start = _first_seen(net, layer, position) // TILE * TILE
+        while start < end:
+            count = (min(end, start // _WIDTH * _WIDTH + _WIDTH) - start + TILE - 1) // TILE * TILE
             scores[: columns * count * LANES] = 0
             for p in range(0, count, TILE):
-                gather_keys(Tile(cache.kind, _tile_at(cache, 0, kv_head, layer, start + p), padded, 0), scratch_at)
+                gather_keys(Tile(cache.kind, tile_at(st, 0, 0, kv_head, layer, start + p), padded, 0), scratch_at)
                 to = Panels(address_of(scores) + p * LANES * 4, count * LANES * 4, columns)
                 multiply_columns(Gathered(cache.kind, scratch_at, padded, TILE), queries_at, padded, to)
             if net.score_cap > 0:
@@ -366,10 +277,11 @@ def attend_panels(net: Network, st: State, layer: int, rank: int) -> int:
             for strip in range(padded // TILE):
                 out = scratch_at
                 for p in range(0, count, TILE):
-                    at = _tile_at(cache, 1, kv_head, layer, start + p)
+                    at = tile_at(st, 0, 1, kv_head, layer, start + p)
                     out = gather_values(Tile(cache.kind, at, padded, 0), strip, out)
                 sums = Panels(address_of(mixed) + strip * TILE * LANES * 4, size * 4, columns)
                 multiply_columns(Gathered(cache.kind, scratch_at, count, TILE), chances_at, count, sums)
+            start += count
         for column in range(columns):
             at = (panel + column // group) * net.heads + kv_head * group + column % group
             target, source = st.att[at * head_dim * LANES :], mixed[column * size :]

@@ -7,7 +7,7 @@ from math import gcd, prod
 
 from warmfront.shared.model.branches import router_rows
 from warmfront.shared.model.formats import Kind
-from warmfront.shared.model.kv_layout import TILE, tile_bytes, whole_spans
+from warmfront.shared.model.kv_layout import PAGE, TILE, pages_of, tile_bytes
 from warmfront.shared.model.panels import BATCH, PRODUCT_FLOATS
 from warmfront.shared.model.spec import ModelSpec
 
@@ -20,9 +20,10 @@ SCORES = 4096
 PANELS = 3
 
 
-def cache_bytes(spec: ModelSpec, kind: Kind, context: int) -> int:
-    """Bytes of the KV cache for `context` tokens."""
-    per_head = whole_spans(context) // TILE * tile_bytes(kind, spec.architecture.attention.head_dim)
+def cache_bytes(spec: ModelSpec, kind: Kind, context: int, texts: int = 1) -> int:
+    """Bytes of the KV cache for so many texts of `context` tokens."""
+    tiles = texts * pages_of(context) * (PAGE // TILE)
+    per_head = tiles * tile_bytes(kind, spec.architecture.attention.head_dim)
     return 2 * spec.layers * spec.architecture.attention.kv_heads * per_head
 
 

@@ -228,7 +228,8 @@ def _embed(net: Network, st: State, rank: int, panels: int, lanes: int) -> None:
         for k in range(net.hidden):
             x[at + k * lanes] = h[k] * net.embedding_scale
         if learned.at != 0:
-            widen_row(learned, net.learned_offset + st.job[POSITION] + token, address_of(h))
+            position = st.positions[token] if lanes == 1 else st.job[POSITION] + token
+            widen_row(learned, net.learned_offset + position, address_of(h))
             for k in range(net.hidden):
                 x[at + k * lanes] += h[k]
 

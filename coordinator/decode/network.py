@@ -31,7 +31,6 @@ __all__ = [
     "ROUTER_BIAS",
     "SEQUENCE",
     "SINKS",
-    "SPOILED",
     "STEPS",
     "TOKENS",
     "WANT_LOGITS",
@@ -60,9 +59,10 @@ ROLES = (*_BIASED, *(f"{part}.bias" for part in _BIASED), *_REST)
 Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER, ROUTER_BIAS, CORRECTION, SINKS = range(
     2 * BIAS, len(ROLES)
 )
-# Words of State.job; the engine's thread writes them before it announces the job, but for POSTED and SPOILED.
+# Words of State.job; the engine's thread writes them before it announces the job, but for POSTED.
 (
     TOKENS,
+    # Of a prompt's first token.
     POSITION,
     WANT_LOGITS,
     # Sequence number on the board before the job.
@@ -73,11 +73,9 @@ Q_NORM, K_NORM, FC1, FC1_BIAS, FC2, LOWBIT, DOWN_BIAS, ROUTER, ROUTER_BIAS, CORR
     CAPTURE,
     # Sequence number on the board that was last announced; by the first thread.
     POSTED,
-    # Not 0 once the job has written a key or value that is not finite; by any thread.
-    SPOILED,
     # The tokens are a batch of decoded ones, each computed as if it came alone; else a prompt's, in panels.
     DECODE,
-) = range(9)
+) = range(8)
 # What a job of the team ends with beside the results of a wait (`shared/wire/handoff.py`): a worker has died.
 LOST = 3
 # A worker that takes longer than this for one layer is taken for lost.
@@ -246,8 +244,8 @@ class Cache(NamedTuple):
     values_at: int
     tile_bytes: int
     layers: int
-    # Of each head and layer.
-    spans: int
+    # Of each head and layer, of all texts.
+    pages: int
     # How many tiles ahead are fetched while one token attends, 0: none.
     ahead: int
 
@@ -266,6 +264,12 @@ class State(NamedTuple):
     job: Any
     tokens: Any
     status: Any
+    # int64 [BATCH], and [BATCH, pages of a context]: where each token of a batch stands in its text, and the pages that
+    # hold it; a prompt's are in the first row. By the engine's thread.
+    positions: Any
+    tables: Any
+    # int64 [max_tokens]: not 0 once a key or value of the token is not finite; by any thread.
+    spoiled: Any
     # float32 [threads, max_tokens * hidden]: residual, which every thread keeps whole; and [threads, max_tokens *
     # widest]: what is fed to the next matrix.
     x: Any

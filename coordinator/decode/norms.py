@@ -113,7 +113,7 @@ def rotate(net: Network, st: State, layer: int, first: int, low: int, high: int,
     cosines, sines = net.rotary[table, 0], net.rotary[table, 1]
     rows, tokens = (net.heads + 2 * net.kv_heads) * net.head_dim, st.job[TOKENS]
     for panel in range((tokens + lanes - 1) // lanes):
-        position = st.job[POSITION] + panel * lanes
+        position = st.positions[panel] if lanes == 1 else st.job[POSITION] + panel * lanes
         count = min(lanes, tokens - panel * lanes)
         pair = (low - first) % net.head_dim // 2
         for row in range(low, high, 2):

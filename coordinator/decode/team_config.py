@@ -1,13 +1,26 @@
 """How a team of the coordinator runs, whichever kind it is; filled by the runtime."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from warmfront.shared.kernels.fetching import Distances, usual_distances
 from warmfront.shared.machine.core_plan import CorePlan
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.selector import Selector
 
-__all__ = ["TeamConfig"]
+__all__ = ["Place", "TeamConfig"]
+
+
+class Place(NamedTuple):
+    """Where a token stands."""
+
+    # In its text.
+    position: int
+    # int64 [pages of a context]: the pages of the KV cache that hold the text.
+    table: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,11 +29,12 @@ class TeamConfig:
 
     # A thread for each of its `coordinator` cpus.
     cores: CorePlan
-    # Positions that the KV cache holds.
+    # The longest text, and how many such texts the KV cache holds.
     context: int
     # Weight type of its keys and values.
     cache_kind: Kind
     selector: Selector
+    texts: int = 1
     # Predict a layer's neurons while the one before is computed.
     look_ahead: bool = False
     # Threads: how far ahead rows are fetched.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from warmfront.coordinator.decode.attention import attend_batch, attend_panels
 from warmfront.coordinator.decode.footprint import chunks_of, scratch_shapes
 from warmfront.coordinator.decode.forward import serve_team
-from warmfront.coordinator.decode.kv_cache import KvCache
+from warmfront.coordinator.decode.kv.cache import KvCache
 from warmfront.coordinator.decode.network import (
     CAPTURE,
     COMPARE,
@@ -19,7 +19,6 @@ from warmfront.coordinator.decode.network import (
     POSTED,
     ROLES,
     SEQUENCE,
-    SPOILED,
     STEPS,
     TOKENS,
     WANT_LOGITS,
@@ -32,7 +31,7 @@ from warmfront.coordinator.decode.norms import normalise_heads
 from warmfront.coordinator.decode.predictor import predict_lowbit, predict_lowrank
 from warmfront.coordinator.decode.router import route, router_of
 from warmfront.coordinator.decode.row_split import RowSplit
-from warmfront.coordinator.decode.team_config import TeamConfig
+from warmfront.coordinator.decode.team_config import Place, TeamConfig
 from warmfront.coordinator.decode.thread_weights import ThreadWeights
 from warmfront.coordinator.selectors.lowbit import Lowbit
 from warmfront.shared.errors import WarmfrontError, WorkerError
@@ -48,6 +47,7 @@ from warmfront.shared.machine.process import hold_interrupts, pin, set_name, tak
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.branches import predictors_of
 from warmfront.shared.model.bundle import GROUP
+from warmfront.shared.model.kv_layout import pages_of
 from warmfront.shared.model.panels import BATCH, LANES, whole_panels
 from warmfront.shared.model.spec import Predictor
 from warmfront.shared.model.store import PackedModel
@@ -77,7 +77,7 @@ class ThreadTeam:
         self._rows = RowSplit(len(cpus), config.balances)
         self._weights = ThreadWeights(model, lowbit, config.selector, config.cores, self._rows.cuts)
         ahead = int(config.distances[CACHED_TILES, config.cache_kind])
-        self._cache = KvCache(model.spec, config.cache_kind, config.context, config.cores, self._rows.cuts, ahead)
+        self._cache = KvCache(model.spec, config, self._rows.cuts, ahead)
         # Lines: go, finished (and its arrivals), barrier (and its arrivals).
         self._lines = zeros(6 * LINE // 8, np.int64)
         self._network = self._describe()
@@ -192,6 +192,9 @@ class ThreadTeam:
                 handoff=self._handoff(),
                 job=np.zeros(16, np.int64),
                 tokens=np.zeros(max_tokens, np.int64),
+                positions=np.zeros(BATCH, np.int64),
+                tables=zeros((BATCH, pages_of(self._config.context)), np.int64),
+                spoiled=np.zeros(max_tokens, np.int64),
                 status=np.zeros(threads, np.int64),
                 chunks=chunks_of(spec, threads),
                 **{name: zeros(shape, np.float32) for name, shape in shapes.items()},
@@ -287,43 +290,46 @@ class ThreadTeam:
                 raise error
             raise WorkerError(f"a thread of the coordinator failed: {type(error).__name__}: {error}") from error
 
-    @property
-    def clean(self) -> int:
-        """No key or value before this position is infinite or NaN."""
-        return self._cache.clean
+    def spoiled(self) -> list[tuple[int, int]]:
+        """Of which tokens of the last job a key or value is infinite or NaN: their numbers, and from which position of
+        their text on that may be so."""
+        job, positions = self._state.job, self._state.positions
+        tokens = np.flatnonzero(self._state.spoiled[: job[TOKENS]]).tolist()
+        return [(token, int(positions[token] if job[DECODE] else job[POSITION] + token)) for token in tokens]
 
-    def forget(self, position: int) -> None:
-        """What the KV cache holds from `position` on is not of the text any more."""
-        self._cache.forget(position)
+    def scrub(self, table: npt.NDArray[np.int64], first: int, end: int) -> None:
+        """See `KvCache.scrub`."""
+        self._cache.scrub(table, first, end)
 
     def run(
         self,
         tokens: Sequence[int],
-        position: int,
+        places: Sequence[Place],
         want_logits: bool,
         *,
         decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
     ) -> int:
-        """Run up to max_tokens `tokens` that stand at `position`, filling the KV cache and, if wanted, `logits[0]`.
+        """Run up to max_tokens `tokens` of a prompt, the first at `places[0]`, filling the KV cache and, if wanted,
+        `logits[0]`.
 
-        `decode`: at most 16, each as if it came alone, with logits of each, float32 [len(tokens), vocab]; so is a
-        single token always. `compare_selection`: the workers compare the selection of a single token with the truth;
-        `capture`: keep the feed-forward inputs.
+        `decode`: at most 16, each with its place and as if it came alone, with logits of each, float32 [len(tokens),
+        vocab]; of tokens of one text each attends to those before it. `compare_selection`: the workers compare the
+        selection of a single token with the truth; `capture`: keep the feed-forward inputs.
         Returns DONE; ABORTED if the board was; LOST if a worker has died, and the job is to be run again. A
         KeyboardInterrupt waits for the job to end before it goes on.
         """
         job, handoff = self._state.job, self._state.handoff
         self._state.tokens[: len(tokens)] = tokens
-        job[DECODE] = decode or len(tokens) == 1
-        job[COMPARE], job[CAPTURE], job[SPOILED] = compare_selection, capture, 0
+        for row, place in enumerate(places):
+            self._state.positions[row], self._state.tables[row] = place
+        self._state.spoiled[: len(tokens)] = 0
+        job[DECODE], job[COMPARE], job[CAPTURE] = decode, compare_selection, capture
         with hold_interrupts():
-            self._post(len(tokens), position, want_logits)
+            self._post(len(tokens), places[0].position, want_logits)
             result = await_sequence(handoff.finished_at, self._sequence, handoff.abort_at, 0, 0)
-        if job[SPOILED]:
-            self._cache.spoil(position, len(tokens))
-        if job[DECODE]:
+        if decode:
             self._rows.token()
         if result == DONE and LATE in self._state.status:
             self._fail(WorkerError("a worker did not answer for two minutes"))
@@ -352,8 +358,8 @@ class ThreadTeam:
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
         layers, hidden = self._model.spec.layers, self._model.spec.hidden
-        lanes = 1 if tokens == 1 else LANES
-        size = 1 if tokens == 1 else whole_panels(tokens)
+        decoded = bool(self._state.job[DECODE])
+        lanes, size = (1, tokens) if decoded else (LANES, whole_panels(tokens))
         wide = self._state.captured[:, : size * hidden].reshape(layers, size // lanes, hidden, lanes)
         return np.ascontiguousarray(wide.swapaxes(2, 3).reshape(layers, -1, hidden)[:, :tokens])
 

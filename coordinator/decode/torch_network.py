@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
+from warmfront.coordinator.decode.team_config import Place
 from warmfront.shared.model.architecture import Attention
 from warmfront.shared.model.branches import bounds_of, predictors_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, row_cols, unpack
+from warmfront.shared.model.kv_layout import PAGE, pages_of
 from warmfront.shared.model.spec import ModelSpec, Predictor
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import Selector
@@ -64,9 +67,9 @@ def _dtype(kind: Kind | None) -> torch.dtype:
     return _DTYPES.get(kind, torch.float16) if kind is not None else torch.float32
 
 
-def _cache_shape(spec: ModelSpec, context: int) -> tuple[int, int, int, int, int]:
+def _cache_shape(spec: ModelSpec, positions: int) -> tuple[int, int, int, int, int]:
     attention = spec.architecture.attention
-    return 2, spec.layers, attention.kv_heads, context, attention.head_dim
+    return 2, spec.layers, attention.kv_heads, positions, attention.head_dim
 
 
 def _cols(model: PackedModel, name: str) -> int:
@@ -76,9 +79,10 @@ def _cols(model: PackedModel, name: str) -> int:
     return row_cols(entry.kind, entry.shape[1])
 
 
-def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: Selector) -> int:
-    """Bytes that a `TorchNetwork` takes on its device for weights and KV cache; torch itself needs more."""
-    total = int(np.prod(_cache_shape(model.spec, context))) * _dtype(cache_kind).itemsize
+def device_bytes(model: PackedModel, positions: int, cache_kind: Kind, selector: Selector) -> int:
+    """Bytes that a `TorchNetwork` takes on its device for weights and so many positions of KV cache; torch itself needs
+    more."""
+    total = int(np.prod(_cache_shape(model.spec, positions))) * _dtype(cache_kind).itemsize
     for name in model.resident(selector):
         entry = model.entries[name]
         total += (
@@ -90,9 +94,13 @@ def device_bytes(model: PackedModel, context: int, cache_kind: Kind, selector: S
 class TorchNetwork:
     """Embedding, attention, predictors and head, as steps between those of the workers; call `load` first."""
 
-    def __init__(self, model: PackedModel, device: str, context: int, cache_kind: Kind, selector: Selector) -> None:
+    def __init__(
+        self, model: PackedModel, device: str, context: int, cache_kind: Kind, selector: Selector, texts: int = 1
+    ) -> None:
+        """`texts`: how many of `context` tokens the KV cache holds."""
         self._model, self._device, self._selector = model, torch.device(device), selector
         self._context, self._cache_kind = context, cache_kind
+        self._positions = texts * pages_of(context) * PAGE
         self._predictor = model.spec.predictor or Predictor()
         self.total = sum(model.entries[name].nbytes for name in model.resident(selector))
         self.loaded = 0  # bytes so far, of `total`
@@ -111,7 +119,7 @@ class TorchNetwork:
             self._learned = have.get("positions")
             self._head = have.get("head", self._embed)
             self._layers = [self._layer(have, f"layers.{layer}.") for layer in range(spec.layers)]
-            shape, dtype = _cache_shape(spec, self._context), _dtype(self._cache_kind)
+            shape, dtype = _cache_shape(spec, self._positions), _dtype(self._cache_kind)
             self._keys, self._values = torch.zeros(shape, dtype=dtype, device=self._device)
             self._rotary = torch.from_numpy(spec.architecture.positions.tables(self._context)).to(self._device)
             self._bits = torch.arange(GROUP, dtype=torch.int32, device=self._device)
@@ -168,17 +176,29 @@ class TorchNetwork:
         first = position + (architecture.positions.learned_offset or 0)
         return x + self._learned[first : first + len(tokens)].float()
 
+    def _where(self, table: npt.NDArray[np.int64], since: int, until: int) -> slice | Tensor:
+        """Where in the cache the positions `since` to `until` of the text in the pages `table` are."""
+        first, last = since // PAGE, -(-until // PAGE)
+        pages = table[first:last]
+        begin, count = since - first * PAGE, until - since
+        if (np.diff(pages) == 1).all():
+            at = int(pages[0]) * PAGE + begin
+            return slice(at, at + count)
+        rows = (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[begin : begin + count]
+        return torch.from_numpy(rows).to(self._device)
+
     def attention_input(self, layer: int, x: Tensor) -> Tensor:
         """What q, k and v of `layer` get of the residual x [n, hidden]."""
         return self._normed(x, self._layers[layer].attn_norm)
 
-    def _attend(self, layer: int, x: Tensor, position: int) -> Tensor:
-        """What attention in `layer` makes of the residual x [n, hidden] of the tokens from `position` on."""
+    def _attend(self, layer: int, x: Tensor, place: Place) -> Tensor:
+        """What attention in `layer` makes of the residual x [n, hidden] of the tokens from `place` on."""
         weights = self._layers[layer]
-        return _linear(self.mixed(layer, self.attention_input(layer, x), position), weights.o, weights.o_bias)
+        return _linear(self.mixed(layer, self.attention_input(layer, x), place), weights.o, weights.o_bias)
 
-    def mixed(self, layer: int, normed: Tensor, position: int) -> Tensor:
+    def mixed(self, layer: int, normed: Tensor, place: Place) -> Tensor:
         """What the heads of `layer` make of their input [n, hidden], the input of o: [n, heads * head_dim]."""
+        position, table = place
         attention, weights, tokens = self._model.spec.architecture.attention, self._layers[layer], len(normed)
         heads, kv_heads, until = attention.heads, attention.kv_heads, position + tokens
         joint = _linear(normed, weights.qkv, weights.qkv_bias)
@@ -187,25 +207,27 @@ class TorchNetwork:
         rotated = torch.cat((queries, self._normed_heads(joint[:, heads : heads + kv_heads], weights.k_norm)), 1)
         rotated = self._rotated(layer, rotated, position)
         keys, values = self._keys[layer], self._values[layer]
-        keys[:, position:until] = rotated[:, heads:].transpose(0, 1)
-        values[:, position:until] = joint[:, heads + kv_heads :].transpose(0, 1)
+        own = self._where(table, position, until)
+        keys[:, own] = rotated[:, heads:].transpose(0, 1).to(keys.dtype)
+        values[:, own] = joint[:, heads + kv_heads :].transpose(0, 1).to(values.dtype)
         window = attention.windows[layer] if attention.windows else 0
         since = max(0, position + 1 - window) if window else 0
+        seen = self._where(table, since, until)
         mixed = _attention(
             rotated[:, :heads].transpose(0, 1)[None].to(keys.dtype),
-            keys[None, :, since:until],
-            values[None, :, since:until],
+            keys[:, seen][None],
+            values[:, seen][None],
             self._mask(tokens, position, since, window) if tokens > 1 else None,
             attention,
             weights.sinks,
         )
         return mixed[0].transpose(0, 1).reshape(tokens, -1)
 
-    def add_attention(self, layer: int, x: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    def add_attention(self, layer: int, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """The residual x [n, hidden] with the attention of `layer` added, what the feed-forward reads of it, and that
         normed, the input of its workers."""
         weights, parallel = self._layers[layer], self._model.spec.architecture.residual == "parallel"
-        after = self._added(x, self._attend(layer, x, position), weights.attn_post_norm)
+        after = self._added(x, self._attend(layer, x, place), weights.attn_post_norm)
         read = x if parallel else after
         return after, read, self._normed(read, weights.ffn_norm)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from warmfront.coordinator.decode.network import LOST, STEPS, WORKER_PATIENCE_NS
 from warmfront.coordinator.decode.router import choose_experts, router_of, use_dense, write_mask
-from warmfront.coordinator.decode.team_config import TeamConfig
+from warmfront.coordinator.decode.team_config import Place, TeamConfig
 from warmfront.coordinator.decode.torch_network import TorchNetwork
 from warmfront.shared.errors import ResourceError, WorkerError
 from warmfront.shared.kernels.exact_sums import inverse_unit
@@ -44,18 +44,20 @@ class TorchTeam:
         self._model, self._board, self._dead = model, board, dead
         self._device, self._threads = config.device, len(config.cores.coordinator)
         self._predicts, self._look_ahead = Source.LOWRANK in config.selector.sources, config.look_ahead
-        self.clean = self._context = config.context
+        self._spoiled = False
         self.present: npt.NDArray[np.int64] = np.ones(len(dead), np.int64)
         self.logits: npt.NDArray[np.float32] = np.zeros((1, model.spec.vocab), np.float32)
         self._router = router_of(model.spec)
         names = [f"layers.{layer}.correction.bias" for layer in range(model.spec.layers)]
         self._corrections = [model.floats(n) if n in model.entries else np.zeros(0, np.float32) for n in names]
-        self._network = TorchNetwork(model, config.device, config.context, config.cache_kind, config.selector)
+        self._network = TorchNetwork(
+            model, config.device, config.context, config.cache_kind, config.selector, config.texts
+        )
         self._times = np.zeros((model.spec.layers, len(STEPS)), np.int64)
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
         self._uses = np.zeros((model.spec.layers, board.sizes.branches), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []
-        self._posted = 0
+        self._posted, self._lanes = 0, 1  # the last job's; see `shared/model/panels.py`
         self._pinned = self._stopping = False
         self._error: BaseException | None = None
         self._serving = threading.Event()
@@ -97,15 +99,17 @@ class TorchTeam:
     def check(self) -> None:
         """As `ThreadTeam.check`: jobs run in the caller's thread, so no other can be lost."""
 
-    def forget(self, position: int) -> None:
-        """What the KV cache holds from `position` on is not of the text any more: such rows are never read."""
-        if position <= self.clean:
-            self.clean = self._context
+    def spoiled(self) -> list[tuple[int, int]]:
+        """As `ThreadTeam.spoiled`; which keys and values of the text are to blame is not known."""
+        return [(0, 0)] if self._spoiled else []
+
+    def scrub(self, table: npt.NDArray[np.int64], first: int, end: int) -> None:
+        """As `ThreadTeam.scrub`: rows that are not of a text are never read."""
 
     def run(
         self,
         tokens: Sequence[int],
-        position: int,
+        places: Sequence[Place],
         want_logits: bool,
         *,
         decode: bool = False,
@@ -114,9 +118,10 @@ class TorchTeam:
     ) -> int:
         """As `ThreadTeam.run`, but for batches of one token only: returns DONE, ABORTED or LOST."""
         assert not decode or len(tokens) == 1
+        self._lanes, self._spoiled = 1 if decode else LANES, False
         try:
             with hold_interrupts(), torch.inference_mode():
-                return self._forward(tokens, position, want_logits, compare_selection, capture)
+                return self._forward(tokens, places[0], want_logits, compare_selection, capture)
         except RuntimeError as error:
             raise self._explained(error) from error
 
@@ -129,15 +134,15 @@ class TorchTeam:
             )
         return ResourceError(f"attention on {self._device} failed: {str(error).strip().partition(chr(10))[0]}")
 
-    def _forward(self, tokens: Sequence[int], position: int, want_logits: bool, compare: bool, capture: bool) -> int:
+    def _forward(self, tokens: Sequence[int], place: Place, want_logits: bool, compare: bool, capture: bool) -> int:
         network, layers = self._network, self._model.spec.layers
-        predicts = self._predicts and len(tokens) == 1
-        x = network.embed(torch.tensor(tokens), position)
+        predicts = self._predicts and self._lanes == 1
+        x = network.embed(torch.tensor(tokens), place.position)
         self._captured = []
         for layer in range(layers):
             self._note(layer, "start")
             before = x
-            x, read, normed = network.add_attention(layer, x, position)
+            x, read, normed = network.add_attention(layer, x, place)
             for step in ("qkv", "attention", "output"):
                 self._note(layer, step)
             if self._router.experts:
@@ -161,8 +166,7 @@ class TorchTeam:
             self._spans[layer] = [record[:2] for record in self._board.record]
         if want_logits:
             torch.from_numpy(self.logits[0]).copy_(network.logits(x))
-            if not np.isfinite(self.logits).all():
-                self.clean = 0  # which keys and values are to blame is not known
+            self._spoiled = not np.isfinite(self.logits).all()
         return DONE
 
     def _note(self, layer: int, step: str) -> None:
@@ -188,14 +192,13 @@ class TorchTeam:
             else:
                 choose_experts(self._router, scores[token], self._corrections[layer], weights)
         self._uses[layer] += np.count_nonzero(self._board.routing[:tokens], axis=0)
-        if tokens == 1:
+        if self._lanes == 1:
             board = self._board
             write_mask(self._router, board.routing[0], board.mask[0, layer], board.uses[0, layer])
 
     def _post(self, layer: int, normed: Tensor, compare_selection: bool) -> None:
         """Write the job on the board, wait for the device, announce."""
-        board, tokens = self._board, len(normed)
-        lanes = 1 if tokens == 1 else LANES
+        board, tokens, lanes = self._board, len(normed), self._lanes
         if lanes > 1:
             padded = torch.nn.functional.pad(normed, (0, 0, 0, whole_panels(tokens) - tokens))
             normed = padded.view(-1, LANES, normed.shape[1]).transpose(1, 2).contiguous()
@@ -225,8 +228,7 @@ class TorchTeam:
 
     def _merged(self, x: Tensor) -> Tensor:
         """The workers' parts of the residual's shape added up: as integers, which is exact, then rounded once."""
-        tokens, hidden = x.shape
-        lanes = 1 if tokens == 1 else LANES
+        (tokens, hidden), lanes = x.shape, self._lanes
         panels = -(-tokens // lanes)
         parts = [self._board.y[worker][: panels * hidden * lanes] for worker in np.flatnonzero(self.present)]
         total = torch.zeros(panels * hidden * lanes, dtype=torch.int64, device=x.device)

@@ -84,12 +84,12 @@ def _how(config: EngineConfig, activation: str) -> EngineConfig:
 def _perplexity(session: Session, ids: Sequence[int]) -> float:
     """Of the last tokens of `ids`; infinite if the model cannot compute them. Closes the session."""
     loss = 0.0
-    with session, session.text() as turn:
-        logits, _ = session.prefill(turn, list(ids[:_READ]))
+    with session, session.text() as text:
+        logits, _ = session.prefill(text, list(ids[:_READ]))
         for token in ids[_READ:]:
             wide = logits.astype(np.float64)
             loss += float(np.logaddexp.reduce(wide) - wide[token])
-            logits = session.step(turn, token)
+            logits = session.step(text, token)
     mean = loss / (len(ids) - _READ)
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 

@@ -25,15 +25,15 @@ _SPARE_SHARE = 1 / 2
 def make_assignments(
     model: PackedModel,
     plan: RunPlan,
-    home: npt.NDArray[np.uint8],
+    home: Mapping[str, npt.NDArray[np.uint8]],
     distances: Distances,
     hellos: Mapping[str, Hello],
     attention_bytes: int,
 ) -> dict[str, Assignment]:
     """One for each worker that said Hello.
 
-    `home`: uint8 [layers, groups]; `distances`: how far ahead rows are fetched; `attention_bytes`: that attention will
-    yet take on the GPU.
+    `home`: for each, uint8 [layers, groups], where the groups' homes are; `distances`: how far ahead rows are fetched;
+    `attention_bytes`: that attention will yet take on the GPU.
     Raises ResourceError for a budget that the GPU does not have.
     """
     budgets = _ram_budgets(plan, home)
@@ -49,8 +49,8 @@ def make_assignments(
             neuron_order=model.order,
             cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
             selector=plan.selector.name,
-            home=home.tobytes(),
-            spare_slots=int(np.count_nonzero(home == index) * _SPARE_SHARE) + 1 if movable else 0,
+            home=home[name].tobytes(),
+            spare_slots=int(np.count_nonzero(home[name] == index) * _SPARE_SHARE) + 1 if movable else 0,
             slowdown=slow.get(name, 1.0),
             vram_budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
             ram_budget=0 if on_gpu or not budgets else budgets[index],

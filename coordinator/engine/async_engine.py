@@ -18,21 +18,24 @@ The interface that callers build on:
     .aclose(), or dropping it         cancels: nothing more is computed for it
 
 An answer belongs to the event loop in which it was asked for. What is not read yet waits in memory, at most
-`max_new_tokens` tokens. Requests are computed in the order in which they came.
+`max_new_tokens` tokens. Requests begin in the order in which they came, and are computed side by side
+(`batching/batcher.py`) as far as the KV cache holds them: load the model with `parallel`.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from warmfront.coordinator.engine.batching.batcher import Batcher, Event, Request
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
 from warmfront.coordinator.text.constraint import Constraint
+from warmfront.coordinator.text.reply import Wishes
 from warmfront.shared.config import Sampling
 from warmfront.shared.errors import BusyError, UsageError
 
@@ -43,27 +46,25 @@ _CLOSED = "this engine is closed: load the model again"
 Result = TypeVar("Result")
 
 
-class _Request:
-    """What the engine's thread knows of an answer; it does not hold the `Answer`, whose end is the reader's."""
+class _Asked(Request):
+    """A request of an event loop; it does not hold the `Answer`, whose end is the reader's."""
 
-    def __init__(self, start: Callable[[], Iterator[Token]]) -> None:
-        self.start, self.stats, self.cancelled = start, Stats(), False
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, engine: Engine, ids: list[int], wishes: Wishes) -> None:
+        super().__init__(engine, ids, wishes)
+        self.loop = asyncio.get_running_loop()
         # Tokens; None at the end; an error instead.
-        self.events: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
 
-    def put(self, event: Token | Exception | None) -> None:
-        """From the engine's thread: give the reader a token, the end, or an error."""
-        try:
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop was closed: nobody reads
-            self.cancelled = True
+
+def _put(events: Sequence[tuple[_Asked, Event]]) -> None:
+    for request, event in events:
+        request.events.put_nowait(event)
 
 
 class Answer(AsyncIterator[Token]):
     """The tokens of one request, as they are computed."""
 
-    def __init__(self, request: _Request) -> None:
+    def __init__(self, request: _Asked) -> None:
         self._request, self._over = request, False
 
     @property
@@ -96,10 +97,10 @@ class AsyncEngine:
     def __init__(self, engine: Engine, *, queue: int = QUEUE) -> None:
         self.engine = engine
         self.after_pass: Callable[[int], None] | None = None
-        self.running = 0
         self._most, self._work, self._closed = queue, _Work(), False
-        self._queued: list[_Request] = []
-        self._lock = threading.Lock()  # of the counts, and of what is put behind the end
+        self._queued: list[_Asked] = []  # not given to the batcher yet
+        self._batcher = Batcher(engine)
+        self._lock = threading.Lock()  # of what is queued, and of what is put behind the end
         self._thread = threading.Thread(target=self._serve, name="warmfront-engine", daemon=True)
         self._thread.start()
 
@@ -123,11 +124,15 @@ class AsyncEngine:
 
         Raises UsageError for a prompt that does not fit and BusyError if as many requests as may are waiting.
         """
-        ids, engine = self.engine.prompt_ids(prompt), self.engine
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
-        options |= {"ignore_eos": ignore_eos, "logprobs": logprobs, "constraint": constraint}
-        request = _Request(lambda: engine.generate(ids, **options))
-        request.stats.prompt_tokens = len(ids)
+        wishes = Wishes(
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            constraint=constraint,
+        )
+        request = _Asked(self.engine, self.engine.prompt_ids(prompt), wishes)
         with self._lock:
             self._check_open()
             if self.waiting >= self._most:
@@ -138,8 +143,13 @@ class AsyncEngine:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue, without those that were cancelled meanwhile."""
-        return sum(not request.cancelled for request in self._queued)
+        """Requests that are not computed yet, without those that were cancelled meanwhile."""
+        return sum(not request.cancelled for request in (*self._queued, *list(self._batcher.waiting)))
+
+    @property
+    def running(self) -> int:
+        """Requests that are computed."""
+        return len(self._batcher.running)
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """What `function` gives for the engine, called on its thread, in turn with the requests."""
@@ -172,31 +182,40 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         """The engine's thread."""
-        while (work := self._work.get()) is not None:
-            if not isinstance(work, _Request):
-                work()
-                continue
-            with self._lock:
-                self._queued.remove(work)
-            if not work.cancelled:
-                self.running = 1
-                self._answer(work)
-                self.running = 0
-
-    def _answer(self, request: _Request) -> None:
-        """Compute one request to its end, or until it is cancelled."""
-        try:
-            for token in request.start():
-                request.stats = self.engine.stats
-                request.put(token)
-                if self.after_pass is not None:
-                    self.after_pass(1)
-                self._check_open()
-                if request.cancelled:
+        session = self.engine.session
+        session.settle()
+        idle = False
+        while True:
+            while idle or not self._work.empty():
+                work, idle = self._work.get(), False
+                if work is None:
+                    self._deliver(self._batcher.end(UsageError(_CLOSED)))
                     return
-            request.put(None)
-        except Exception as error:
-            request.put(error)
+                if isinstance(work, _Asked):
+                    with self._lock:
+                        self._queued.remove(work)
+                        self._batcher.waiting.append(work)
+                else:
+                    work()
+                    session.settle()
+            events = self._batcher.step()
+            idle = events is None
+            if events:
+                self._deliver(events)
+
+    def _deliver(self, events: Sequence[tuple[Request, Event]]) -> None:
+        """Give readers their tokens, ends and errors: one call for each event loop."""
+        asked = [(request, event) for request, event in events if isinstance(request, _Asked)]
+        for loop in {id(request.loop): request.loop for request, _ in asked}.values():
+            own = [(request, event) for request, event in asked if request.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_put, own)
+            except RuntimeError:  # the loop was closed: nobody reads
+                for request, _ in own:
+                    request.cancelled = True
+        tokens = sum(isinstance(event, Token) for _, event in events)
+        if tokens and self.after_pass is not None:
+            self.after_pass(tokens)
 
     async def __aenter__(self) -> Self:
         return self
@@ -208,4 +227,4 @@ class AsyncEngine:
 
 
 # What the engine's thread is asked to do: a request, a function, or None to end.
-_Work = queue.SimpleQueue[_Request | Callable[[], None] | None]
+_Work = queue.SimpleQueue[_Asked | Callable[[], None] | None]

@@ -4,9 +4,11 @@
         for token in engine.generate("The lighthouse keeper", max_new_tokens=32):
             print(token.text, end="")
 
-An engine owns its worker processes, its team of threads and the board between them; `close` ends them all. It computes
-one text at a time: what begins a text (`generate`, `decode_ids`, ...) ends those begun before, which then raise
-UsageError, also from other threads. A process that was forked has no use of it.
+An engine owns its worker processes, its team of threads and the board between them; `close` ends them all. Several
+answers may be under way, each computed when its iterator is asked; they share the KV cache, which holds `parallel`
+texts of `context` tokens. With a core, which is of one text, what begins a text (`generate`, `decode_ids`, ...) ends
+the one before, which then raises UsageError. Threads wait for each other's jobs. A process that was forked has no use
+of it.
 """
 
 import time
@@ -22,9 +24,9 @@ from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.engine.speculation import Acceptance, PassCosts, Speculation
 from warmfront.coordinator.engine.stats import Statistics, Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
+from warmfront.coordinator.scheduling.text import Text
 from warmfront.coordinator.text.constraint import Constraint
-from warmfront.coordinator.text.sampling import Sampler, token_logprobs
-from warmfront.coordinator.text.stop_strings import StopText
+from warmfront.coordinator.text.reply import Reply, Wishes
 from warmfront.shared.config import EngineConfig, Sampling, whole_number
 from warmfront.shared.errors import UsageError
 
@@ -99,45 +101,41 @@ class Engine:
         most probable ones, by the model's distribution before sampling. A `constraint` says which tokens may come.
         Raises UsageError for a wrong request or a prompt that does not fit the context, WorkerError if a worker dies.
         """
-        if not isinstance(sampling, Sampling | None):
-            raise UsageError(f"sampling is {sampling!r}: give a Sampling, such as Sampling(temperature=0.8)")
-        ids, max_new = self.prompt_ids(prompt), whole_number("max_new_tokens", max_new_tokens, 1)
-        top = None if logprobs is None else whole_number("logprobs", logprobs, 0)
-        sampler, seen = Sampler(sampling or Sampling()), list(ids)
-        text, stops = self.tokenizer.stream(ids), StopText(stop)
-        ends = frozenset[int]() if ignore_eos else self.tokenizer.end_ids
+        wishes = Wishes(
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            constraint=constraint,
+        )
+        ids = self.prompt_ids(prompt)
+        reply = Reply(ids, self.tokenizer, self.plan.context, wishes)
         session, stats = self.session, self._new_stats(ids)
-        with session.text() as turn:
-            logits = self._prefill(turn, ids)
-        guessing = Speculation(session, ids, self._pass_costs, self._acceptance) if self.plan.speculates else None
-        first_at = time.monotonic()
-        self.statistics.begin_answer()
-        while True:
-            with session.going_on(turn):  # the logits are the session's: another text would write over them
-                token = sampler.pick(logits if constraint is None else constraint.allowed(logits), seen)
-                chances = () if top is None else token_logprobs(logits, token, top)
-            seen.append(token)
-            stats.new_tokens += 1
-            stats.decode_s = time.monotonic() - first_at
-            complete = constraint is not None and constraint.push(token)
-            ended = token in ends
-            last = ended or complete or stats.new_tokens == max_new or len(seen) >= self.plan.context
-            piece = stops.push(text.rest() if ended else text.push(token))
-            if last and not ended:
-                piece += stops.push(text.rest())
-            if last or stops.found:
-                piece += stops.rest()
-                stats.finish_reason = "stop" if ended or complete or stops.found else "length"
-            if piece or not ended:
-                yield Token(token, piece, *chances)
-            if last or stops.found:
-                return
-            if guessing is None:
-                logits = session.step(turn, token)
-            else:
-                logits = guessing.step(turn, token, min(max_new - stats.new_tokens, self.plan.context - len(seen)))
-                stats.drafted, stats.accepted = guessing.drafted, guessing.accepted
-            self.statistics.add_token()
+        guessing = self.guessing(ids) if self.plan.speculates else None
+        text = session.begin()
+        try:
+            with session.alone():  # the logits are the session's: another text would write over them
+                piece = reply.choose(self._prefill(text, ids))
+            first_at = time.monotonic()
+            self.statistics.begin_answer()
+            while True:
+                stats.new_tokens, stats.finish_reason = reply.count, reply.finish_reason or stats.finish_reason
+                stats.decode_s = time.monotonic() - first_at
+                if piece is not None:
+                    yield Token(*piece)
+                if reply.finish_reason:
+                    return
+                with session.alone():
+                    if guessing is None:
+                        logits = session.step(text, reply.token)
+                    else:
+                        logits = guessing.step(text, reply.token, reply.most - reply.count)
+                        stats.drafted, stats.accepted = guessing.drafted, guessing.accepted
+                    piece = reply.choose(logits)
+                self.statistics.add_token()
+        finally:
+            session.leave(text)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt, checked against vocabulary and context."""
@@ -162,13 +160,13 @@ class Engine:
         ids, count = self.prompt_ids(ids), whole_number("count", count, 0)
         stats = self._new_stats(ids)
         stats.new_tokens = count + 1
-        with self.session.text() as turn:
+        with self.session.text() as text:
             self.session.check_room(len(ids), count)
-            logits, answer = self._prefill(turn, ids), []
+            logits, answer = self._prefill(text, ids), []
             started = time.monotonic()
             for _ in range(count):
                 answer.append(int(np.argmax(logits)))
-                logits = self.session.step(turn, answer[-1])
+                logits = self.session.step(text, answer[-1])
         stats.decode_s = time.monotonic() - started
         return answer
 
@@ -181,22 +179,26 @@ class Engine:
         ids, prefill = self.prompt_ids(ids), whole_number("prefill", prefill)
         if not 1 <= prefill <= len(ids):
             raise UsageError(f"a prefill of {prefill} of {len(ids)} tokens: there are no logits before the first")
-        with self.session.text() as turn:
-            self.session.forget(0)
-            logits = self._prefill(turn, ids[:prefill]).copy()
-        yield logits
-        for token in ids[prefill:]:
-            with self.session.going_on(turn):
-                logits = self.session.step(turn, token).copy()
+        text = self.session.begin()
+        try:
+            with self.session.alone():
+                self.session.forget(text, 0)
+                logits = self._prefill(text, ids[:prefill]).copy()
             yield logits
+            for token in ids[prefill:]:
+                with self.session.alone():
+                    logits = self.session.step(text, token).copy()
+                yield logits
+        finally:
+            self.session.leave(text)
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
         """Logits, float32 [vocab], after one token more behind what the cache holds; valid until the next job.
 
         Raises UsageError for a token outside the vocabulary and when the context is full.
         """
-        with self.session.text() as turn:
-            return self.session.step(turn, token)
+        with self.session.text() as text:
+            return self.session.step(text, token)
 
     def reset(self) -> None:
         """Forget the KV cache: the next prompt is computed from its first token."""
@@ -206,10 +208,14 @@ class Engine:
         self.stats = Stats(load_s=self.stats.load_s, prompt_tokens=len(ids))
         return self.stats
 
-    def _prefill(self, turn: int, ids: list[int]) -> npt.NDArray[np.float32]:
+    def guessing(self, ids: list[int]) -> Speculation:
+        """What guesses the tokens of an answer to the prompt `ids`."""
+        return Speculation(self.session, ids, self._pass_costs, self._acceptance)
+
+    def _prefill(self, text: Text, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits after `ids`, and what they cost."""
         started = time.monotonic()
-        logits, self.stats.prefilled = self.session.prefill(turn, ids)
+        logits, self.stats.prefilled = self.session.prefill(text, ids)
         self.stats.prefill_s = time.monotonic() - started
         return logits
 

@@ -191,13 +191,13 @@ def _logits(session: Session, ids: list[int]) -> Iterator[Floats]:
 
     In batches, whose rows are those of single tokens, and which the workers' statistics leave out.
     """
-    with session.text() as turn:
-        session.forget(0)
+    with session.text() as text:
+        session.forget(text, 0)
         at = 0
         while at < len(ids):
-            logits = session.verify(turn, ids[at : at + session.runtime.batch]).copy()
+            logits = session.verify(text, ids[at : at + session.runtime.batch]).copy()
             for _ in logits[1:]:
-                session.accept(turn)
+                session.accept(text)
             at += len(logits)
             yield from logits
 
@@ -218,10 +218,10 @@ def sample_ids(session: Session, *, held_out: bool = False) -> list[int]:
 def _own_text(session: Session, start: int) -> list[int]:
     """`start` and what the model itself goes on with."""
     sampler, ids = Sampler(Sampling(temperature=1.0, seed=0)), [start]
-    with session.text() as turn:
-        logits, _ = session.prefill(turn, ids)
+    with session.text() as text:
+        logits, _ = session.prefill(text, ids)
         while True:
             ids.append(sampler.pick(logits, ids))
             if len(ids) > _OWN_TOKENS or len(ids) >= session.plan.context:
                 return ids
-            logits = session.step(turn, ids[-1])
+            logits = session.step(text, ids[-1])

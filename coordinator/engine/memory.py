@@ -25,8 +25,9 @@ def check_memory(model: PackedModel, plan: RunPlan, max_tokens: int) -> None:
     needs = {"weights": bytes_beside_neurons(model) + (neurons if budget is None else min(budget, neurons))}
     if not plan.attention.startswith("cuda"):
         scratch = scratch_bytes(spec, len(plan.cores.coordinator), max_tokens)
-        cache = cache_bytes(spec, plan.cache_kind, plan.context)
-        needs[f"a context of {plan.context} tokens"] = cache + scratch
+        cache = cache_bytes(spec, plan.cache_kind, plan.context, plan.texts)
+        times = f"{plan.texts} times " if plan.texts > 1 else ""
+        needs[f"{times}a context of {plan.context} tokens"] = cache + scratch
     if Source.CORE in plan.selector.sources:
         needs["what a prompt's neurons are"] = 2 * spec.layers * max_tokens * layout.groups * GROUP
     if plan.gpu == "host":

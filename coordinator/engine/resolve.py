@@ -19,6 +19,7 @@ from warmfront.shared.errors import UsageError
 from warmfront.shared.machine.core_plan import CorePlan, plan_cores
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.kv_layout import PAGE, pages_of
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import (
@@ -61,9 +62,15 @@ class RunPlan:
     recall: float  # by mass, of the selector lowbit
     look_ahead: bool  # neurons are predicted while the layer before is computed
     context: int  # tokens that the KV cache holds, prompt and answer together
+    texts: int  # so long, that it holds
     cache_kind: Kind  # of its keys and values
     speculates: bool  # tokens are guessed and verified in batches
     cores: CorePlan
+
+    @property
+    def positions(self) -> int:
+        """That the KV cache has."""
+        return self.texts * pages_of(self.context) * PAGE
 
     @property
     def worker_names(self) -> list[str]:
@@ -146,6 +153,7 @@ def resolve(config: EngineConfig, devices: Devices, model: PackedModel, say: Say
         recall=_RECALL[model.spec.sparse] if config.recall is None else config.recall,
         look_ahead=config.look_ahead or (Source.LOWRANK in selector.sources and _looks_ahead(model.spec)),
         context=_resolve_context(config, model.spec),
+        texts=config.parallel,
         cache_kind=_resolve_cache(config, devices, model),
         speculates=_resolve_speculation(config, selector, devices.attention, say),
         cores=cores.with_emulated_gpu() if devices.gpu == "host" else cores,

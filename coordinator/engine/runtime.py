@@ -6,7 +6,7 @@ The start in order: board; worker processes and team, which compile and load at 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.decode.network import LOST
-from warmfront.coordinator.decode.team_config import TeamConfig
+from warmfront.coordinator.decode.team_config import Place, TeamConfig
 from warmfront.coordinator.engine.assignments import make_assignments
 from warmfront.coordinator.engine.memory import check_memory, check_nodes
 from warmfront.coordinator.engine.resolve import RunPlan
@@ -26,7 +26,7 @@ from warmfront.coordinator.placement.expected_load import expected_bytes
 from warmfront.coordinator.placement.homes import most_active, place_homes, whole_layers
 from warmfront.coordinator.placement.plan_file import read_plan
 from warmfront.coordinator.workers.supervisor import Supervisor
-from warmfront.shared.errors import UsageError
+from warmfront.shared.errors import UsageError, WorkerError
 from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.memory import address, create_shared, map_shared
 from warmfront.shared.machine.process import hold_interrupts
@@ -51,6 +51,8 @@ __all__ = ["Runtime"]
 # twice as many, since an expert's weights are read for the few that use it: 3 to 10 % faster in 4 bits.
 _MAX_TOKENS, _MAX_TOKENS_OF_EXPERTS = 288, 576
 _LOOK_S = 0.005
+# Times that a worker may be lost in a job before that is taken for the reason.
+_LOSSES = 5
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
@@ -126,7 +128,8 @@ class Runtime:
             on_lost=self._lose,
             on_abort=self._abort,
             environment={"WARMFRONT_GPU": plan.gpu or ""},
-            optional=[name for name in names if name.startswith("gpu")],
+            optional=names,
+            required=[name for name in names if name.startswith("cpu")],
         )
         self._closing.callback(self.supervisor.stop)
         # The workers are starting by now; numba's import and compilation here run beside theirs.
@@ -139,6 +142,7 @@ class Runtime:
         team_config = TeamConfig(
             cores=plan.cores,
             context=plan.context,
+            texts=plan.texts,
             cache_kind=plan.cache_kind,
             selector=plan.selector,
             look_ahead=plan.look_ahead,
@@ -172,7 +176,7 @@ class Runtime:
             return 0
         from warmfront.coordinator.decode.torch_network import device_bytes
 
-        return device_bytes(self.model, self.plan.context, self.plan.cache_kind, self.plan.selector)
+        return device_bytes(self.model, self.plan.positions, self.plan.cache_kind, self.plan.selector)
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
         """Until the workers and the team have loaded."""
@@ -184,7 +188,9 @@ class Runtime:
 
     def _assign(self, hellos: Mapping[str, Hello]) -> dict[str, Assignment]:
         """What each worker is to do; called by the supervisor once they have said Hello."""
-        return make_assignments(self.model, self.plan, self._home, self._distances, hellos, self._attention_bytes)
+        homes = self.ownership.assigned if hasattr(self, "ownership") else {}
+        home = {name: homes.get(name, self._home) for name in hellos}
+        return make_assignments(self.model, self.plan, home, self._distances, hellos, self._attention_bytes)
 
     def _open_ownership(self, say: Say, progress: Callable[[int, int], None]) -> None:
         """Give the GPU what it begins with."""
@@ -249,35 +255,44 @@ class Runtime:
     def run(
         self,
         tokens: list[int],
-        at: int,
+        places: Sequence[Place],
         want_logits: bool,
         *,
         decode: bool = False,
         compare_selection: bool = False,
         capture: bool = False,
         noted: bool = False,
+        observed: Sequence[int] = (0,),
     ) -> None:
-        """One job of `tokens` at position `at`, with the moves of neurons before and after it; see `ThreadTeam.run`.
+        """One job of `tokens` at `places`, with the moves of neurons before and after it; see `ThreadTeam.run`.
 
-        Of a batch only the first token is taken for one of the text: see `observe`. `noted`: the CPU workers compute
-        all of it, for a GPU notes nothing.
+        Of a batch those of the numbers `observed` are taken for tokens of a text: see `observe`. `noted`: the CPU
+        workers compute all of it, for a GPU notes nothing.
+        A job that a worker's death has ended is run again, once another process has its neurons.
         Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
         """
         self.team.check()
         self.supervisor.check()
         self.ownership.boundary()
+        self.ownership.await_homes()
         owners = self.ownership.owners()
         if noted:
             self.ownership.hand_over(self.ownership.home)
         options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
-        while (result := self.team.run(tokens, at, want_logits, **options)) != 0:
+        losses = 0
+        while (result := self.team.run(tokens, places, want_logits, **options)) != 0:
             if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
+            losses += 1
+            if losses == _LOSSES:
+                raise WorkerError(f"a job was given up: {losses} times a worker died of it; see the output above")
+            self.ownership.await_homes()
         if noted:
             # A worker that was lost meanwhile holds nothing any more.
             self.ownership.hand_over(np.where(self.ownership.holds(owners), owners, self.ownership.home))
-        if decode or len(tokens) == 1:
-            self.observe(0)
+        if decode:
+            for token in observed:
+                self.observe(token)
             if self.plan.config.verify:
                 self.ownership.verify(len(tokens))
 
@@ -290,7 +305,7 @@ class Runtime:
             self.board.mask[:] = ALL_NEURONS if words is None else words
 
     def observe(self, token: int) -> None:
-        """That many of the last batch is a token of the text: the balancer learns what it fired."""
+        """That many of the last batch is a token of a text: the balancer learns what it fired."""
         self.ownership.observe(token)
 
     @property
@@ -304,14 +319,13 @@ class Runtime:
         next."""
         return self.team.logits
 
-    @property
-    def clean(self) -> int:
-        """No cached key or value before this position is infinite or NaN."""
-        return self.team.clean
+    def spoiled(self) -> list[tuple[int, int]]:
+        """See `ThreadTeam.spoiled`."""
+        return self.team.spoiled()
 
-    def forget(self, position: int) -> None:
-        """What the KV cache holds from `position` on is not of the text any more."""
-        self.team.forget(position)
+    def scrub(self, table: npt.NDArray[np.int64], first: int, end: int) -> None:
+        """See `KvCache.scrub`."""
+        self.team.scrub(table, first, end)
 
     def times(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """When what of the last job was done: see `ThreadTeam.times`."""

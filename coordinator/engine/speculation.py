@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.engine.session import Session
+from warmfront.coordinator.scheduling.text import Text
 from warmfront.coordinator.text.ngrams import NgramIndex
 from warmfront.shared.model.panels import BATCH
 
@@ -115,7 +116,12 @@ class Speculation:
         self._rows: list[Floats] = []
         self.drafted = self.accepted = 0
 
-    def step(self, turn: int, token: int, most: int) -> Floats:
+    def passed(self, token: int) -> None:
+        """`token` has come in a pass without guesses."""
+        self._index.push(token)
+        self._guess, self._rows = [], []
+
+    def step(self, text: Text, token: int, most: int) -> Floats:
         """As `Session.step`: logits, float32 [vocab], after `token`; valid until the next one that makes a pass.
 
         `most`: tokens that may yet follow, at least 1.
@@ -124,19 +130,22 @@ class Speculation:
         if self._guess:
             self._acceptance.note(self._length, true)
         self._index.push(token)
+        # Another text's job has written over the rows.
+        if not self._session.is_last(text):
+            self._rows = []
         if true and self._rows:
             self.accepted += 1
             self._guess.pop(0)
             self._length += 1
-            self._session.accept(turn)
+            self._session.accept(text)
             return self._rows.pop(0)
         self._guess, self._length = self._index.guess(BATCH)
         count = worth(self._costs, self._acceptance, self._length, min(most - 1, len(self._guess)))
         began = time.perf_counter()
         if count == 0:
-            logits, self._rows = self._session.step(turn, token), []
+            logits, self._rows = self._session.step(text, token), []
         else:
-            logits, *self._rows = self._session.verify(turn, [token, *self._guess[:count]])
+            logits, *self._rows = self._session.verify(text, [token, *self._guess[:count]])
         self._costs.note(1 + count, time.perf_counter() - began)
         self.drafted += count
         return logits

@@ -23,9 +23,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.decode.team_config import Place
 from warmfront.coordinator.engine.runtime import Runtime
 from warmfront.coordinator.packing.arrays import load_arrays
 from warmfront.coordinator.packing.beside import beside, keep
+from warmfront.coordinator.scheduling.text import Text
 from warmfront.coordinator.selectors.clusters import load_clusters
 from warmfront.coordinator.selectors.core import bits_of, kept_norms, largest, overlap
 from warmfront.coordinator.selectors.core_scores import add_norm_scores, add_positive_scores
@@ -145,7 +147,7 @@ class TextCore:
         facts = [plan.selector.name, plan.config.core_score, self._keep, model.spec.activation, *predictors]
         return beside(model, f"core-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}", ".npz")
 
-    def measure_layers(self, text: list[int]) -> None:
+    def measure_layers(self, text: Text) -> None:
         """Find out, behind the prompt `text`, what each layer loses by its core, and which are to be computed whole."""
         core, losses = bits_of(self._largest(self.scores)), np.zeros(len(self.scores))
         every = np.full_like(core, ALL_NEURONS)
@@ -161,7 +163,7 @@ class TextCore:
     def _leave_out(self, losses: npt.NDArray[np.float64]) -> None:
         self.whole = losses > max(_LEAST_LOSS, _OUTLIER * float(np.median(losses)))
 
-    def choose(self, text: list[int]) -> None:
+    def choose(self, text: Text) -> None:
         """Decide what is computed behind `text`, all of which is in the cache."""
         every = self._end + (self._refresh or _NEVER)
         scores, self.due = self.scores, every
@@ -187,18 +189,19 @@ class TextCore:
             return True
         return self._tokens >= _LEAST_TOKENS and (self._overlap or 0.0) >= _LEAST_OVERLAP
 
-    def _drift(self, core: npt.NDArray[np.bool_], text: list[int]) -> float:
+    def _drift(self, core: npt.NDArray[np.bool_], text: Text) -> float:
         """What computing only the core changes in what follows the last tokens of `text`."""
         lossy = self._logits(bits_of(core), text)
         # All neurons last: the cache is as exact then as it was.
         return divergence(self._logits(None, text), lossy)
 
-    def _logits(self, words: npt.NDArray[np.uint32] | None, text: list[int]) -> Floats:
+    def _logits(self, words: npt.NDArray[np.uint32] | None, text: Text) -> Floats:
         """Those of the last tokens of `text`, decoded again with only these neurons: float32 [tokens, vocab]."""
         self._runtime.select(words)
         rows = []
         for first in range(max(1, len(text) - _PROBED), len(text), self._runtime.batch):
-            tokens = text[first : min(first + self._runtime.batch, len(text))]
-            self._runtime.run(tokens, first, True, decode=True)
+            tokens = text.ids[first : min(first + self._runtime.batch, len(text))]
+            places = [Place(first + i, text.table) for i in range(len(tokens))]
+            self._runtime.run(tokens, places, True, decode=True)
             rows.append(self._runtime.logits[: len(tokens)].copy())
         return np.concatenate(rows)

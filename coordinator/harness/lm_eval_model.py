@@ -130,11 +130,11 @@ class WarmfrontLM(LM):  # type: ignore[misc, unused-ignore]
         read = [*context, *continuation][:-1][-self.engine.plan.context :]
         start = max(len(read) - len(continuation), 0)
         session, total, greedy = self.engine.session, 0.0, True
-        with session.text() as turn:
-            session.hold(turn, read[:start])
+        with session.text() as text:
+            session.hold(text, read[:start])
             for token, follows in zip(read[start:], continuation[-(len(read) - start) :], strict=True):
-                chance, ((best, _),) = token_logprobs(session.step(turn, token), follows, 1)
+                chance, ((best, _),) = token_logprobs(session.step(text, token), follows, 1)
                 total, greedy = total + chance, greedy and best == follows
             # What was decoded is no part of a prompt that begins with it.
-            session.forget(start)
+            session.forget(text, start)
         return total, greedy

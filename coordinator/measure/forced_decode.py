@@ -126,15 +126,15 @@ def decode_piece(
     losses, rows, inputs, words = [], [], [], []
     compared: list[Comparison] = []
     seconds = 0.0
-    with session.text() as turn:
-        session.forget(0)
-        session.prefill(turn, list(ids[:forced_from]))
+    with session.text() as text:
+        session.forget(text, 0)
+        session.prefill(text, list(ids[:forced_from]))
         for at, token in enumerate(ids[forced_from:-1]):
             started = time.monotonic()
             if at in marks:
-                logits, x = session.watched_step(turn, token)
+                logits, x = session.watched_step(text, token)
             else:
-                logits = session.step(turn, token)
+                logits = session.step(text, token)
             seconds += time.monotonic() - started
             selected = session.selected() & valid
             kept += np.bitwise_count(selected).sum(1, dtype=np.int64)

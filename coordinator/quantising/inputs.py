@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from warmfront.coordinator.decode.team_config import Place
 from warmfront.coordinator.decode.torch_network import TorchNetwork
 from warmfront.coordinator.quantising.samples import Samples
 from warmfront.coordinator.selectors.calibration import factors, matrix_products
 from warmfront.coordinator.selectors.lowbit import groups_of
 from warmfront.shared.model.formats import Kind, unpack
+from warmfront.shared.model.kv_layout import pages_of
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import ALL
 
@@ -37,7 +39,8 @@ def sample(
     `progress` gets layers.
     """
     spec, layers = model.spec, model.spec.layers
-    network = _Wide(model, "cpu", max(map(len, texts)), Kind.F32, ALL)
+    longest = max(map(len, texts))
+    network, begin = _Wide(model, "cpu", longest, Kind.F32, ALL), Place(0, np.arange(pages_of(longest)))
     network.load(lambda: True)
     with torch.inference_mode():
         streams = [network.embed(torch.tensor(list(ids)), 0) for ids in texts]
@@ -45,8 +48,8 @@ def sample(
             attention, mixed, inputs = [], [], []
             for i, x in enumerate(streams):
                 attention.append(network.attention_input(layer, x))
-                mixed.append(network.mixed(layer, attention[-1], 0))
-                streams[i], _, normed = network.add_attention(layer, x, 0)
+                mixed.append(network.mixed(layer, attention[-1], begin))
+                streams[i], _, normed = network.add_attention(layer, x, begin)
                 inputs.append(normed)
             samples.add(f"layers.{layer}.attention", torch.cat(attention).float().numpy())
             samples.add(f"layers.{layer}.o", torch.cat(mixed).float().numpy())

@@ -87,7 +87,7 @@ class AnnounceReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """`worker`, an optional one, has ended: its process can write nothing any more."""
+    """`worker`, one that may be lost, has ended: its process can write nothing any more."""
 
     worker: str
     error: WarmfrontError

@@ -3,7 +3,8 @@
     STARTING --every Hello--> ASSIGNING --Assigned--> LOADING --every Ready--> READY --StopRequested--> STOPPING
         any of them --a worker exits, fails, is silent or talks nonsense--> Abort, STOPPING
     READY --the same of an optional worker--> Kill --it has exited--> WorkerLost --RestartRequested--> Start --Hello,
-        Assigned, Ready--> WorkerRejoined; after RESTARTS starts in a row without a Ready it stays away
+        Assigned, Ready--> WorkerRejoined; after RESTARTS starts in a row without a Ready it stays away, or if it is
+        required its error is that of all: Abort, STOPPING
     STOPPING --every worker has exited--> STOPPED, or FAILED if there was an error
 
 Each worker may be silent only for a limited time: until its Hello, between two messages, between two steps of loading.
@@ -117,15 +118,17 @@ class _Worker:
 class Lifecycle:
     """The state machine for `workers` (names), whose processes were started at `now` (seconds, any origin).
 
-    `optional`: those that the run can do without once all are ready.
+    `optional`: those that may be lost once all are ready; `required`: those of them that must come back.
     """
 
-    def __init__(self, workers: Sequence[str], now: float, optional: Collection[str] = ()) -> None:
+    def __init__(
+        self, workers: Sequence[str], now: float, optional: Collection[str] = (), required: Collection[str] = ()
+    ) -> None:
         self.phase = Phase.STARTING
         self.error: WarmfrontError | None = None
         self._workers = {name: _Worker() for name in workers}
         self._alive = list(workers)
-        self._optional = frozenset(optional)
+        self._optional, self._required = frozenset(optional), frozenset(required)
         self._now = now
         self._clock = 0.0  # seconds since the start, without those that the coordinator was stopped
         self._stopping_since = math.inf
@@ -262,8 +265,10 @@ class Lifecycle:
 
     def _restart(self, name: str) -> list[Instruction]:
         worker = self._workers[name]
-        if not worker.restart or name in self._alive or worker.starts == RESTARTS:
+        if not worker.restart or name in self._alive:
             return []
+        if worker.starts == RESTARTS:
+            return self._fail(worker.error) if worker.error is not None and name in self._required else []
         self._alive.append(name)
         self._workers[name] = _Worker(sign_at=self._clock, starts=worker.starts + 1)
         return [Start(name)]

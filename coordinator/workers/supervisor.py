@@ -85,17 +85,18 @@ class Supervisor:
         on_abort: Callable[[], None],
         environment: Mapping[str, str],
         optional: Collection[str] = (),
+        required: Collection[str] = (),
     ) -> None:
         """`modules`: worker name -> Python module. Each process inherits `board_fd`, and `environment` beside ours.
 
         In the supervisor's thread are called: `assign` once all workers have said Hello, and for each that is started
-        again; `on_lost` when a worker of `optional`, without which the run goes on, is lost; `on_abort` when an error
-        ends the run.
+        again; `on_lost` when a worker of `optional` is lost, of which those of `required` must come back; `on_abort`
+        when an error ends the run.
         """
         ensure_files(_FILES + _FILES_OF_WORKER * len(modules))
         self._modules, self._board_fd = dict(modules), board_fd
         self._assign, self._on_lost, self._on_abort = assign, on_lost, on_abort
-        self._optional = frozenset(optional)
+        self._optional, self._required = frozenset(optional), frozenset(required)
         self._environment = dict(environment)
         self._requests: queue.SimpleQueue[Event | _ReportRound | tuple[str, Move]] = queue.SimpleQueue()
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
@@ -211,7 +212,7 @@ class Supervisor:
         self._sentinels[os.pidfd_open(process.pid)] = name
 
     def _run(self, channel: CoordinatorChannel) -> None:
-        lifecycle = Lifecycle(list(self._modules), time.monotonic(), self._optional)
+        lifecycle = Lifecycle(list(self._modules), time.monotonic(), self._optional, self._required)
         while not self._finished.is_set():
             polled = channel.poll(_TICK_S, [self._wakeup_fd, *self._sentinels])
             messages = polled.messages

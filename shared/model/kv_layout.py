@@ -11,18 +11,18 @@ takes sums over the rows, with its sums in the lanes of vectors:
                      keys unsigned, the number + 128, of values int8; behind a tile's strips its scales, float16
                      [numbers / 32][32 positions]: of each 32 numbers of a position, w = number * scale (`formats.py`)
 
-Zero bytes are weights of 0, and a tile takes what 32 packed rows take. The tiles of 256 positions, a *span*, lie one
-behind the other; then come the same of the next layer, and behind the last layer the next span: [heads][spans][layers]
-[tiles]. Memory is touched as the text grows, a span of all layers at a time, and a head's is one piece, on the NUMA
-node of whoever attends to it.
+Zero bytes are weights of 0, and a tile takes what 32 packed rows take. A *page* is the tiles of so many positions of
+one text, in all heads and layers: [heads][pages][layers][tiles of a page]. Which pages hold a text, a table says for
+each sequence, so that texts that begin alike share the pages of their beginning (vLLM's PagedAttention). Memory is
+touched as pages are used, and a head's is one piece, on the NUMA node of whoever attends to it.
 """
 
 from warmfront.shared.model.formats import BLOCK, row_bytes
 
-__all__ = ["SPAN", "TILE", "padded", "tile_bytes", "whole_spans"]
+__all__ = ["PAGE", "TILE", "padded", "pages_of", "tile_bytes"]
 
 TILE = BLOCK
-SPAN = 8 * TILE
+PAGE = TILE
 
 
 def padded(head_dim: int) -> int:
@@ -35,6 +35,6 @@ def tile_bytes(kind: int, head_dim: int) -> int:
     return TILE * row_bytes(kind, padded(head_dim))
 
 
-def whole_spans(positions: int) -> int:
-    """`positions` rounded up to whole spans."""
-    return -(-positions // SPAN) * SPAN
+def pages_of(positions: int) -> int:
+    """How many pages hold so many positions of a text."""
+    return -(-positions // PAGE)

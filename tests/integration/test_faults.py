@@ -19,7 +19,7 @@ import pytest
 from tests.integration.command import MARK, WARMFRONT, find_module, marked
 from tests.integration.faults import LIMIT_S, take, worker_pid
 from warmfront.coordinator.engine.engine import Engine
-from warmfront.shared.errors import WorkerError
+from warmfront.shared.errors import WarmfrontError
 
 RUNS = 30
 VICTIMS = ("cpu worker", "coordinator", "interrupted", "terminated")
@@ -46,8 +46,9 @@ class Fault(NamedTuple):
     def draw(cls, seed: int) -> "Fault":
         chance = random.Random(seed)
         victim = VICTIMS[seed % len(VICTIMS)]
-        # A worker starts 0.3 s after the coordinator, is ready after 0.8 s, generates after 1.5 s.
-        moment = chance.uniform(0, 2) if "worker" in victim else chance.uniform(PYTHON_START_S, 2.5)
+        # A worker starts 0.3 s after the coordinator, is ready after 0.8 s, generates after 1.5 s. Once it is ready it
+        # is replaced: see test_replaced_workers.py.
+        moment = chance.uniform(0, 0.3) if "worker" in victim else chance.uniform(PYTHON_START_S, 2.5)
         gpu = ["--gpu", "host"] if chance.random() < 0.4 else []
         return cls(victim, moment, chance.random() < 0.5, gpu)
 
@@ -141,15 +142,23 @@ def test_a_stopped_worker_is_waited_for(engine: Engine, name: str) -> None:
     waker.join()
 
 
-def test_a_dead_cpu_worker_is_an_error_and_another_engine_can_be_loaded(engine: Engine, endless: Path) -> None:
+def test_a_dead_cpu_worker_is_replaced(engine: Engine) -> None:
+    undisturbed = take(engine, 400, 0, lambda: None)
+    engine.reset()
     pid = worker_pid(engine, "cpu0")
-    start = time.monotonic()
-    with pytest.raises(WorkerError, match="worker cpu0 was killed by signal 9 while generating"):
-        take(engine, 1900, 20, lambda: os.kill(pid, signal.SIGKILL))
-    assert time.monotonic() - start < LIMIT_S
-    for _ in range(2):
-        with pytest.raises(WorkerError, match="cpu0"):
-            take(engine, 1, 0, lambda: None)
-    engine.close()
+    assert take(engine, 400, 20, lambda: os.kill(pid, signal.SIGKILL)) == undisturbed
+    assert worker_pid(engine, "cpu0") != pid
+
+
+def test_a_worker_that_nobody_can_replace_is_the_end_and_another_engine_can_be_loaded(endless: Path) -> None:
+    """The model's packed file is gone: no successor gets ready."""
+    with Engine.load(str(endless), context=2000) as engine:
+        pid = worker_pid(engine, "cpu0")
+        os.unlink(engine.model.path)
+        with pytest.raises(WarmfrontError, match="worker cpu0"):
+            take(engine, 1900, 20, lambda: os.kill(pid, signal.SIGKILL))
+        for _ in range(2):
+            with pytest.raises(WarmfrontError, match="cpu0"):
+                take(engine, 1, 0, lambda: None)
     with Engine.load(str(endless), context=2000) as other:
         assert len(take(other, 5, 0, lambda: None)) == 5

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from warmfront.coordinator.decode.team_config import TeamConfig
+from warmfront.coordinator.decode.team_config import Place, TeamConfig
 from warmfront.coordinator.decode.thread_team import ThreadTeam
 from warmfront.coordinator.decode.torch_team import TorchTeam
 from warmfront.coordinator.packing.packer import ensure_packed
@@ -18,6 +18,7 @@ from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 from warmfront.shared.machine.memory import address, zeros
 from warmfront.shared.model.branches import branches_of
 from warmfront.shared.model.formats import Kind
+from warmfront.shared.model.kv_layout import pages_of
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import ALL
 from warmfront.shared.wire.board import QUIT, Board, BoardSizes
@@ -111,6 +112,11 @@ def opened(model: PackedModel, workers: Workers, kind: str, **options: Any) -> A
     return team
 
 
+def place(position: int) -> Place:
+    """In a text that is alone in the cache."""
+    return Place(position, np.arange(pages_of(CONTEXT)))
+
+
 def asked_and_said(
     model: PackedModel, kind: str, jobs: Sequence[list[int]] = JOBS, **options: Any
 ) -> tuple[Any, np.ndarray]:
@@ -118,7 +124,8 @@ def asked_and_said(
     workers, position, logits = Workers(model), 0, []
     team = opened(model, workers, kind, **options)
     for tokens in jobs:
-        assert team.run(tokens, position, True, compare_selection=len(tokens) == 1) == DONE
+        single = len(tokens) == 1
+        assert team.run(tokens, [place(position)], True, decode=single, compare_selection=single) == DONE
         position += len(tokens)
         logits.append(team.logits[0].copy())
     team.stop()

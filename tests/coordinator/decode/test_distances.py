@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.coordinator.decode.teams import JOBS, Workers, opened, packed, with_predictors
+from tests.coordinator.decode.teams import JOBS, Workers, opened, packed, place, with_predictors
 from warmfront.shared.kernels.fetching import Distances, no_fetching
 from warmfront.shared.model.formats import Kind
 from warmfront.shared.model.store import PackedModel
@@ -19,7 +19,7 @@ def logits(model: PackedModel, cached: Kind, distances: Distances) -> bytes:
     options = {"selector": LOWRANK, "cache_kind": cached, "distances": distances}
     team = opened(model, workers, "compiled", **options)
     for tokens in JOBS:
-        assert team.run(tokens, position, True) == DONE
+        assert team.run(tokens, [place(position)], True, decode=len(tokens) == 1) == DONE
         position += len(tokens)
         said += team.logits.tobytes() + workers.board.mask.tobytes()
     team.stop()

@@ -1,4 +1,4 @@
-"""Where keys and values lie, and that those of one text do not reach the next.
+"""Where keys and values lie, and that what is not finite does not reach the next text.
 
 Run: pytest tests/coordinator/decode/test_kv_cache.py
 """
@@ -10,106 +10,68 @@ import pytest
 
 from tests.shared.model.specs import SPEC, changed
 from warmfront.coordinator.decode.footprint import attended_bytes, cache_bytes
-from warmfront.coordinator.decode.kv_cache import KvCache
+from warmfront.coordinator.decode.kv.cache import KvCache
 from warmfront.coordinator.decode.row_split import RowSplit
+from warmfront.coordinator.decode.team_config import TeamConfig
 from warmfront.shared.machine.core_plan import CorePlan, WorkerCores
 from warmfront.shared.machine.memory import address
 from warmfront.shared.model.architecture import Attention
 from warmfront.shared.model.formats import Kind, row_bytes
+from warmfront.shared.selector import ALL
 
-CONTEXT = 300  # two spans, the last tile not full
+CONTEXT = 100  # four pages, the last not full
+TEXTS = 2
+PAGES = 8
+# The second text's.
+TABLE = np.array([6, 2, 7, 1])
 LAYERS, KV_HEADS = SPEC.layers, 2
 NUMBERS = 64  # of a head of 40, padded
 WIDE = changed(SPEC, "architecture.attention", Attention(heads=4, kv_heads=KV_HEADS, head_dim=40))
 
 
-def made(kind: Kind, context: int = CONTEXT) -> KvCache:
-    return KvCache(WIDE, kind, context, CorePlan((WorkerCores(0, (0,)),)), RowSplit(1, False).cuts)
-
-
-@pytest.fixture(params=[Kind.F32, Kind.F16, Kind.Q8], ids=lambda kind: kind.name)
-def cache(request: pytest.FixtureRequest) -> KvCache:
-    return made(request.param)
+def made(kind: Kind, context: int = CONTEXT, texts: int = TEXTS) -> KvCache:
+    plan = CorePlan((WorkerCores(0, (0,)),))
+    config = TeamConfig(cores=plan, context=context, texts=texts, cache_kind=kind, selector=ALL)
+    return KvCache(WIDE, config, RowSplit(1, False).cuts)
 
 
 def positions(cache: KvCache) -> list[np.ndarray]:
-    """Numbers or scales of keys and of values, as `kv_layout.py` says: [heads, positions, layers, some of each]."""
+    """Numbers or scales of keys and of values, as `kv_layout.py` says: [pages, positions, ...]."""
     kind, views = Kind(cache.layout.kind), []
     for part, array in enumerate(cache._arrays):
-        tiles = array.reshape(KV_HEADS, 2, LAYERS, 8, 32 * row_bytes(kind, NUMBERS))
+        tiles = array.reshape(KV_HEADS, PAGES, LAYERS, 32 * row_bytes(kind, NUMBERS))
         if kind == Kind.Q8:
-            numbers = tiles[..., 32 * NUMBERS :].view(np.float16).reshape(KV_HEADS, 2, LAYERS, 8, 2, 32)
-            by_position = numbers.transpose(0, 1, 3, 5, 2, 4)
+            numbers = tiles[..., 32 * NUMBERS :].view(np.float16)
+            views.append(numbers.reshape(KV_HEADS, PAGES, LAYERS, 2, 32).transpose(1, 4, 0, 2, 3))
+            continue
+        numbers = tiles.view(np.float32 if kind == Kind.F32 else np.float16)
+        if part == 0:
+            views.append(numbers.reshape(KV_HEADS, PAGES, LAYERS, NUMBERS, 32).transpose(1, 4, 0, 2, 3))
         else:
-            numbers = tiles.view(np.float32 if kind == Kind.F32 else np.float16)
-            if part == 0:
-                by_position = numbers.reshape(KV_HEADS, 2, LAYERS, 8, NUMBERS, 32).transpose(0, 1, 3, 5, 2, 4)
-            else:
-                by_position = numbers.reshape(KV_HEADS, 2, LAYERS, 8, 2, 32, 32).transpose(0, 1, 3, 5, 2, 4, 6)
-        views.append(by_position)
+            views.append(numbers.reshape(KV_HEADS, PAGES, LAYERS, 2, 32, 32).transpose(1, 4, 0, 2, 3, 5))
     return views
 
 
-def at(position: int) -> tuple[slice | int, ...]:
-    return (slice(None), position // 256, position % 256 // 32, position % 32)
-
-
-def spoil(cache: KvCache, position: int, tokens: int) -> None:
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("first", "end"), [(10, 15), (30, 70), (96, 100), (0, 100), (40, 40)])
+def test_what_is_scrubbed(kind: Kind, first: int, end: int) -> None:
+    """These positions of this text, in all heads and layers, and nothing else."""
+    cache = made(kind)
     for view in positions(cache):
-        for each in range(position, position + tokens):
-            view[at(each)] = np.inf
-    cache.spoil(position, tokens)
-
-
-def spoiled(cache: KvCache) -> list[int]:
-    found: list[list[int]] = []
+        view[:] = np.inf
+    cache.scrub(TABLE, first, end)
+    wanted = np.zeros((PAGES, 32), bool)
+    for position in range(first, end):
+        wanted[TABLE[position // 32], position % 32] = True
     for view in positions(cache):
-        finite = [np.isfinite(view[at(each)]) for each in range(CONTEXT)]
-        found.append([position for position, each in enumerate(finite) if not each.any()])
-        assert found[-1] == [position for position, each in enumerate(finite) if not each.all()]
-    assert found[0] == found[1]
-    return found[0]
-
-
-def test_nothing_is_touched_while_all_is_finite(cache: KvCache) -> None:
-    for array in cache._arrays:
-        array[:] = 1
-    assert cache.clean == CONTEXT
-    cache.forget(0)
-    assert all((array == 1).all() for array in cache._arrays)
-
-
-def test_what_is_spoiled_goes_with_its_text(cache: KvCache) -> None:
-    for view in positions(cache):
-        view[:] = 1
-    spoil(cache, 10, 5)
-    spoil(cache, 250, 20)
-    assert cache.clean == 10
-    cache.forget(270)  # the text goes on from there, and keeps what it has
-    assert spoiled(cache) == [10, 11, 12, 13, 14, *range(250, 270)]
-    assert cache.clean == 10
-    spoil(cache, 272, 3)
-    cache.forget(12)
-    assert spoiled(cache) == [10, 11]
-    for view in positions(cache):
-        assert (view[at(9)] == 1).all()
-        assert (view[at(280)] == 1).all(), "what was finite is zeroed too"
-        assert (view[at(260)] == 0).all()
-    cache.forget(3)
-    assert spoiled(cache) == []
-    assert cache.clean == CONTEXT
-
-
-def test_the_last_position_too(cache: KvCache) -> None:
-    spoil(cache, CONTEXT - 1, 1)
-    cache.forget(0)
-    assert spoiled(cache) == []
+        assert (view[wanted] == 0).all()
+        assert np.isinf(view[~wanted]).all()
 
 
 def test_bytes() -> None:
     row = 2 * LAYERS * KV_HEADS * NUMBERS
-    assert cache_bytes(WIDE, Kind.F16, CONTEXT) == 2 * row * 512 == sum(a.nbytes for a in made(Kind.F16)._arrays)
-    assert cache_bytes(WIDE, Kind.Q8, CONTEXT) == row * 512 * 34 // 32
+    assert cache_bytes(WIDE, Kind.F16, CONTEXT, 2) == 2 * row * 256 == sum(a.nbytes for a in made(Kind.F16)._arrays)
+    assert cache_bytes(WIDE, Kind.Q8, CONTEXT) == row * 128 * 34 // 32
     assert attended_bytes(WIDE, Kind.F32, 100) == 4 * row * 100
     windowed = changed(WIDE, "architecture.attention.windows", (0, 30))
     assert attended_bytes(windowed, Kind.F32, 100) == 4 * row // LAYERS * 130
@@ -129,10 +91,10 @@ def resident(array: np.ndarray) -> int:
 
 
 def test_a_long_context_takes_no_memory_before_its_tokens_come() -> None:
-    cache = made(Kind.F16, 1 << 20)
+    cache = made(Kind.F16, 1 << 20, texts=1)
     keys, values = cache._arrays
     assert keys.nbytes == (1 << 20) * LAYERS * KV_HEADS * NUMBERS * 2
     for array in (keys, values):
-        array.reshape(KV_HEADS, 4096, LAYERS, -1)[:, 0] = 1  # what the first 256 tokens touch
-        # Huge pages hold a bit more than one span of each head.
+        array.reshape(KV_HEADS, 1 << 15, LAYERS, -1)[:, :8] = 1  # what the first 256 tokens touch
+        # Huge pages hold a bit more than that of each head.
         assert resident(array) <= KV_HEADS * 3 * (2 << 20) < array.nbytes // 8

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.coordinator.decode.teams import JOBS, Workers, opened, packed, team_config
+from tests.coordinator.decode.teams import JOBS, Workers, opened, packed, place, team_config
 from warmfront.coordinator.decode.network import LOST
 from warmfront.coordinator.decode.torch_team import TorchTeam
 from warmfront.shared.errors import ModelError, ResourceError, WorkerError
@@ -29,10 +29,10 @@ def test_a_lost_worker(tiny_llama: MakeLlama) -> None:
             workers = Workers(model)
             workers.silent = True
             team = opened(model, workers, kind)
-            assert team.run(JOBS[0], 0, True) == LOST
+            assert team.run(JOBS[0], [place(0)], True) == LOST
             team.present[1] = 0
-            assert team.run(JOBS[0], 0, True) == DONE
-            assert team.run(JOBS[2], len(JOBS[0]), True) == DONE
+            assert team.run(JOBS[0], [place(0)], True) == DONE
+            assert team.run(JOBS[2], [place(len(JOBS[0]))], True, decode=True) == DONE
             said[kind] = team.logits[0].copy()
             team.stop()
             workers.end()
@@ -46,7 +46,7 @@ def test_an_abort(tiny_llama: MakeLlama) -> None:
         workers.end()
         workers.board.abort[0] = 1
         workers.dead[:] = 1
-        assert team.run([5], 0, True) == ABORTED
+        assert team.run([5], [place(0)], True) == ABORTED
         team.stop()
 
 
@@ -57,7 +57,7 @@ def test_a_worker_that_does_not_answer(tiny_llama: MakeLlama, monkeypatch: pytes
         team = opened(model, workers, "cpu")
         workers.end()
         with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
-            team.run([5], 0, True)
+            team.run([5], [place(0)], True)
         team.stop()
 
 
@@ -66,7 +66,7 @@ def test_after_a_worker_was_late_nobody_waits_again(tiny_llama: MakeLlama, monke
     with packed(tiny_llama()) as model:
         workers = Workers(model)
         team = opened(model, workers, "compiled")
-        assert team.run([5], 0, True) == DONE
+        assert team.run([5], [place(0)], True) == DONE
 
         def late(*_arguments: int) -> int:
             team._state.status[:] = LATE
@@ -74,10 +74,10 @@ def test_after_a_worker_was_late_nobody_waits_again(tiny_llama: MakeLlama, monke
 
         monkeypatch.setattr("warmfront.coordinator.decode.thread_team.await_sequence", late)
         with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
-            team.run([6], 1, True)
+            team.run([6], [place(1)], True)
         monkeypatch.undo()
         with pytest.raises(WorkerError, match="a worker did not answer for two minutes"):
-            team.run([6], 1, True)
+            team.run([6], [place(1)], True)
         workers.end()
         team.stop()
 

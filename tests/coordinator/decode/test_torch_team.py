@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened, packed, with_predictors
+from tests.coordinator.decode.teams import JOBS, Workers, asked_and_said, opened, packed, place, with_predictors
 from tests.family_models import MODELS
 from tests.shared.model.specs import changed
 from warmfront.coordinator.decode.network import STEPS
@@ -217,7 +217,7 @@ def test_times_and_inputs_of_a_job(tiny_llama: MakeLlama) -> None:
         before = time.monotonic_ns()
         for tokens in ([5, 6, 7], [8]):
             workers.asked.clear()
-            assert team.run(tokens, 0, False, capture=True) == DONE
+            assert team.run(tokens, [place(0)], False, decode=len(tokens) == 1, capture=True) == DONE
             inputs = team.captured(len(tokens))
             assert inputs.shape == (2, len(tokens), 64)
             for (_, x, _), given in zip(workers.asked, inputs, strict=True):

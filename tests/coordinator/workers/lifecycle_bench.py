@@ -34,9 +34,11 @@ REPORT = LoadReport(1, [2], [3], [4], [])
 class Machine:
     """A lifecycle with a clock that starts at an odd origin and ticks every quarter of a second."""
 
-    def __init__(self, phase: Phase = Phase.STARTING, optional: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, phase: Phase = Phase.STARTING, optional: tuple[str, ...] = (), required: tuple[str, ...] = ()
+    ) -> None:
         self.now = 1234.5
-        self.lifecycle = Lifecycle(NAMES, self.now, optional)
+        self.lifecycle = Lifecycle(NAMES, self.now, optional, required)
         if phase is Phase.STARTING:
             return
         for name in NAMES:

@@ -239,3 +239,22 @@ def test_another_worker_dies_while_one_is_lost() -> None:
     assert isinstance(abort, Abort)
     assert terminate == Terminate("gpu0")
     assert machine.take(Exited("gpu0", -15)) == [Finished(abort.error)]
+
+
+def test_one_that_is_required_must_come_back() -> None:
+    """It is lost as others are; but if no process gets ready in its place, that is the end."""
+    machine = Machine(Phase.READY, OPTIONAL, required=OPTIONAL)
+    lose(machine)
+    for turn in range(RESTARTS):
+        assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")]
+        if turn == 1:
+            come_back(machine)
+            lose(machine)
+            assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")]
+        machine.hear("gpu0", HELLOS["gpu0"])
+        lose(machine, 3)
+    assert machine.take(RestartRequested("gpu0")) == [Start("gpu0")], "of three in a row two have failed"
+    lose(machine, 3)
+    error = failed(machine.take(RestartRequested("gpu0")))
+    assert str(error) == "worker gpu0 exited with code 3 while generating: see its output above"
+    assert machine.phase() is Phase.STOPPING

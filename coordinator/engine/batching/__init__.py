@@ -1,0 +1,1 @@
+"""Requests of many callers, computed side by side."""
