@@ -36,12 +36,12 @@ def make_assignments(
     `attention_bytes`: that attention will yet take on the GPU.
     Raises ResourceError for a budget that the GPU does not have.
     """
-    budgets = _ram_budgets(plan, home)
     slow, cores = parse_slow(plan.config.slow), plan.cores
     assignments = {}
     for name, hello in hellos.items():
         index, on_gpu = plan.worker_names.index(name), name.startswith("gpu")
-        movable = len(cores.workers) > 1 and not on_gpu and not budgets
+        movable = len(cores.workers) > 1 and not on_gpu and plan.config.ram_budget is None
+        own = int(np.count_nonzero(home[name] == index))
         memory = None if on_gpu else cores.workers[index].memory
         assignments[name] = Assignment(
             index=index,
@@ -50,10 +50,10 @@ def make_assignments(
             cpus=list(cores.gpu if on_gpu else cores.workers[index].cpus),
             selector=plan.selector.name,
             home=home[name].tobytes(),
-            spare_slots=int(np.count_nonzero(home[name] == index) * _SPARE_SHARE) + 1 if movable else 0,
+            spare_slots=int(own * _SPARE_SHARE) + 1 if movable else 0,
             slowdown=slow.get(name, 1.0),
             vram_budget=_budget(plan, hello, attention_bytes) if on_gpu else 0,
-            ram_budget=0 if on_gpu or not budgets else budgets[index],
+            ram_budget=0 if on_gpu else _ram_budget(plan, own, home[name].size),
             offload_policy=plan.config.offload_policy,
             offload_window=plan.config.offload_window,
             offload_asynchronous=plan.config.offload_asynchronous,
@@ -66,12 +66,10 @@ def make_assignments(
     return assignments
 
 
-def _ram_budgets(plan: RunPlan, home: npt.NDArray[np.uint8]) -> list[int]:
-    """Of each CPU worker the bytes that its neurons may take, by its part of the groups; empty without a budget."""
-    if plan.config.ram_budget is None:
-        return []
-    parts = np.bincount(home.reshape(-1), minlength=len(plan.cores.workers))
-    return [max(1, int(plan.config.ram_budget * part / home.size)) for part in parts.tolist()]
+def _ram_budget(plan: RunPlan, own: int, groups: int) -> int:
+    """Bytes that the neurons of a CPU worker may take which has `own` of so many groups; 0: there is no budget."""
+    budget = plan.config.ram_budget
+    return 0 if budget is None else max(1, int(budget * own / groups))
 
 
 def _budget(plan: RunPlan, gpu: Hello, attention_bytes: int) -> int:
