@@ -46,7 +46,9 @@ __all__ = [
     "adds_in_words",
     "block_offset",
     "byte_dot",
+    "inputs_at_once",
     "left",
+    "most_inputs",
     "multiplies_bytes",
     "quantise_batch",
     "quantise_input",
@@ -89,6 +91,21 @@ def left(context: Any, b: Any, numbers: Any, largest: int) -> Left:
         return Left(numbers)
     signs = b.xor(numbers, constants(-128, V64))
     return Left(call(b, "llvm.abs.v64i8", V64, signs, ir.Constant(ir.IntType(1), 0)), signs)
+
+
+def most_inputs(context: Any) -> int:
+    """How many inputs are multiplied at once: the sums of more leave no registers to the numbers."""
+    return 4 if adds_in_words(context) else 2
+
+
+@intrinsic
+def inputs_at_once(context):
+    """`most_inputs`, for kernels."""
+
+    def build(context, b, _signature, arguments):
+        return long(most_inputs(context))
+
+    return types.int64(), build
 
 
 class Products:

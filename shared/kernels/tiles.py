@@ -31,7 +31,9 @@ from warmfront.shared.kernels.byte_dot import (
     Left,
     Products,
     block_offset,
+    inputs_at_once,
     left,
+    most_inputs,
     multiplies_bytes,
     quantised_parts,
     signed,
@@ -222,7 +224,7 @@ def _make_tile(count: int) -> Any:
             pairs = [(b.add(x_at, b.mul(x_step, long(i))), b.add(y_at, b.mul(y_step, long(i)))) for i in range(count)]
 
             def emit(form: RowFormat) -> None:
-                if multiplies_bytes(context):
+                if multiplies_bytes(context) and count <= most_inputs(context):
                     _tile_dot(context, b, form, tile, cols, pairs, ahead)
 
             by_kind(b, kind, TILED, emit)
@@ -233,7 +235,6 @@ def _make_tile(count: int) -> Any:
     return tile_dot
 
 
-# So many inputs at once: the sums of more, two registers each, leave none to the numbers.
 _tile_1, _tile_2, _tile_4 = (_make_tile(count) for count in (1, 2, 4))
 
 
@@ -244,19 +245,19 @@ def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: 
     A token's sums have the same bits whatever tokens are beside it. `ahead`: how many bytes ahead to fetch, 0: not at
     all.
     """
-    for token in range(0, y.panels, 4):
-        rest = y.panels - token
+    most = inputs_at_once()
+    for token in range(0, y.panels, most):
+        some = min(y.panels - token, most)
         x_at, y_at = x.at + token * x.step, y.at + token * y.step
-        if rest >= 4:
+        if some == 4:
             _tile_4(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-            ahead = 0
-            continue
-        if rest >= 2:
+        elif some > 1:
             _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
-            ahead = 0
-        if rest != 2:
-            last = rest - 1
-            _tile_1(kind, tile, cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), ahead)
+        if some % 2 == 1:
+            last = some - 1
+            last_ahead = ahead if some == 1 else 0
+            _tile_1(kind, tile, cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), last_ahead)
+        ahead = 0
 
 
 @kernel

@@ -26,7 +26,15 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import address_of, bytes_at, shorts_at
-from warmfront.shared.kernels.byte_dot import Left, Products, left, multiplies_bytes, split_block
+from warmfront.shared.kernels.byte_dot import (
+    Left,
+    Products,
+    inputs_at_once,
+    left,
+    most_inputs,
+    multiplies_bytes,
+    split_block,
+)
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Panels
@@ -288,7 +296,8 @@ def _make_adder(count: int) -> Any:
                 elif multiplies_bytes(context):
                     _add_tokens(context, b, form, (tile, tail, cols, ahead), pairs)
 
-            by_kind(b, kind, [form for form in FORMATS if form.kind in FLOATS or form in DOWN_TILED], emit)
+            if count <= most_inputs(context):
+                by_kind(b, kind, [form for form in FORMATS if form.kind in FLOATS or form in DOWN_TILED], emit)
             return context.get_dummy_value()
 
         return types.void(types.int64, place, factors, sums), build
@@ -306,17 +315,16 @@ def add_down_tile(kind: int, tile_at: int, tail_at: int, factors: Panels, sums: 
     `factors`: float32 [32] of each token; `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to
     fetch. A token's sums have the same bits whatever tokens are beside it.
     """
-    for token in range(0, sums.panels, 4):
-        rest = sums.panels - token
+    most = inputs_at_once()
+    for token in range(0, sums.panels, most):
+        some = min(sums.panels - token, most)
         factors_at, sums_at = factors.at + token * factors.step, sums.at + token * sums.step
-        if rest >= 4:
+        if some == 4:
             _add_4(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
-            ahead = 0
-            continue
-        if rest >= 2:
+        elif some > 1:
             _add_2(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
-            ahead = 0
-        if rest != 2:
-            last = rest - 1
-            factors_at, sums_at = factors_at + last * factors.step, sums_at + last * sums.step
-            _add_1(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
+        if some % 2 == 1:
+            factors_at, sums_at = factors_at + (some - 1) * factors.step, sums_at + (some - 1) * sums.step
+            place = (tile_at, tail_at, cols, ahead if some == 1 else 0)
+            _add_1(kind, place, (factors_at, factors.step), (sums_at, sums.step))
+        ahead = 0
