@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from warmfront.coordinator.engine.async_engine import Answer
+from warmfront.coordinator.engine.batching.async_engine import Answer
 from warmfront.coordinator.engine.stats import Token
 from warmfront.coordinator.serve.metrics import Metrics
 from warmfront.coordinator.serve.tools import Call, CallParser

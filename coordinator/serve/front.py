@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.engine.async_engine import AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.engine.engine import Engine
 
 __all__ = ["Front", "Live"]

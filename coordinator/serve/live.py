@@ -7,7 +7,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from warmfront.coordinator.engine.async_engine import AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.serve.errors import ApiError
 from warmfront.coordinator.serve.front import Live
 from warmfront.coordinator.serve.service import Service

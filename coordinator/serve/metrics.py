@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from warmfront.coordinator.engine.async_engine import AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.engine.stats import Stats
 
 __all__ = ["Metrics"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from warmfront.coordinator.engine.async_engine import Answer, AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import Answer, AsyncEngine
 from warmfront.coordinator.serve.errors import ApiError
 from warmfront.coordinator.serve.front import Live
 from warmfront.coordinator.serve.grammar import Grammars

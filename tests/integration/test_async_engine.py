@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from warmfront.coordinator.engine.async_engine import Answer, AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import Answer, AsyncEngine
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.text.constraint import FORBIDDEN
 from warmfront.shared.errors import BusyError, UsageError

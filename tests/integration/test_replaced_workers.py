@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from warmfront.coordinator.engine.async_engine import AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("compiled")

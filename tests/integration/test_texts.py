@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.integration.reference import choices
-from warmfront.coordinator.engine.async_engine import AsyncEngine
+from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.config import Sampling
 

@@ -94,7 +94,7 @@ def _serve(
 
     with hold_interrupts():
         from warmfront.coordinator.cli.chat import use_template
-        from warmfront.coordinator.engine.async_engine import AsyncEngine
+        from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
         from warmfront.coordinator.engine.engine import Engine
         from warmfront.coordinator.serve.app import make_app
         from warmfront.coordinator.serve.run import bound, keys_of, serve
