@@ -43,6 +43,9 @@ class Text:
     def step(self, turn: int, token: int) -> np.ndarray:
         return np.asarray(self.verify(turn, [token])[0])
 
+    def is_last(self, turn: int) -> bool:
+        return True
+
     def accept(self, turn: int) -> None:
         self.tokens.append(self.pending.pop(0))
 
