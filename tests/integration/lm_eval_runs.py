@@ -58,13 +58,13 @@ def requests(*arguments: tuple[str, ...]) -> list[Any]:
 def prompts_of(lm: WarmfrontLM, pairs: list[Any]) -> list[int]:
     """How many tokens each job has that is more than a decoded token, while `pairs` are scored."""
     session, sizes = lm.engine.session, list[int]()
-    run = session._run
+    run = session.run
 
-    def counted(turn: int, tokens: list[int], **options: Any) -> None:
-        sizes.append(len(tokens))
-        run(turn, tokens, **options)
+    def counted(batch: list[tuple[Any, list[int]]], **options: Any) -> None:
+        sizes.append(sum(len(tokens) for _, tokens in batch))
+        run(batch, **options)
 
-    session._run = counted
+    session.run = counted
     lm.loglikelihood(pairs)
     return [size for size in sizes if size > 1]
 
