@@ -68,7 +68,8 @@ def test_every_folder_of_modules_is_a_package() -> None:
 
 
 def sources() -> set[str]:
-    files = {path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".cu", ".typed")}
+    kinds = (".py", ".cu", ".typed", ".html", ".css", ".js")
+    files = {path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.suffix in kinds}
     return {str(path.relative_to(ROOT)) for path in files}
 
 
