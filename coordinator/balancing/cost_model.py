@@ -9,16 +9,14 @@ about 5 %, and the more so the more the times scatter: `a` is not believed to be
 without good evidence. Without that, layers that read nearly the same gave lines of any slope (docs/log.md, 2026-11-22).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.wire.messages import LoadReport
 
-__all__ = ["WorkerCosts", "fit_costs"]
+__all__ = ["WorkerCosts"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -95,16 +93,3 @@ def _line(moments: Floats, prior: float, weight: float) -> Any:
     # Time that falls as the bytes grow: take a line that is as level as the prior, or half of the mean time, leaves it.
     a = min(prior, y / n / 2)
     return a, (y / n - a) / (x / n)
-
-
-def fit_costs(
-    costs: Mapping[str, WorkerCosts], before: Mapping[str, LoadReport], reports: Mapping[str, LoadReport]
-) -> None:
-    """Fit the workers' costs to what they did since the reports `before`."""
-    for name, report in reports.items():
-        last, layers = before.get(name), len(report.busy_ns)
-        busy, read, jobs = np.array(report.busy_ns), np.array(report.bytes), report.jobs
-        if last is not None:
-            busy, read, jobs = busy - last.busy_ns, read - last.bytes, jobs - last.jobs
-        if jobs > 0:
-            costs[name].update(jobs / layers, busy, read)

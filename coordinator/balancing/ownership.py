@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancing.cost_model import WorkerCosts, fit_costs
+from warmfront.coordinator.balancing.cost_model import WorkerCosts
+from warmfront.coordinator.balancing.fitting import fit_costs
 from warmfront.coordinator.balancing.flow import Flow, Transfer
 from warmfront.coordinator.balancing.interface import (
     BATCH,
@@ -122,8 +123,7 @@ class Ownership:
         self.flow = Flow(0, 0, 0)
         self.transfers: collections.deque[Transfer] = collections.deque(maxlen=_MAX_TRANSFERS)
         if len(names) > 1:
-            # Compiled now, not between two tokens.
-            WorkerCosts(_JOB_NS, _BYTE_NS).update(1, [1.0], [1.0])
+            WorkerCosts(_JOB_NS, _BYTE_NS).update(1, [1.0], [1.0])  # compiled now, not between two tokens
         board.owner[:] = home
         for worker in np.flatnonzero(self.is_home).tolist():
             self._lay_out(worker)

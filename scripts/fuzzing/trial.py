@@ -13,8 +13,11 @@ import numpy as np
 
 import warmfront.coordinator.models.gguf.reader
 import warmfront.coordinator.models.hf.reader  # noqa: F401  # both are imported late elsewhere: not anew in every child
+from warmfront.coordinator.models.packed_tokenizer import Tables
 from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.coordinator.text.merging_kernels import merge_words
 from warmfront.coordinator.text.tokenizer import Tokenizer
+from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.errors import WarmfrontError
 from warmfront.shared.model.formats import row_cols, unpack
 from warmfront.shared.model.store import PackedModel
@@ -22,6 +25,10 @@ from warmfront.shared.model.store import PackedModel
 __all__ = ["Outcome", "attempt"]
 
 MEMORY, SECONDS = 1 << 30, 10.0
+
+# Once, not in every child, whose caches are empty.
+_ids, _words = np.empty(0, np.int32), np.empty(0, np.uint32)
+compile_for(merge_words, _ids, _ids, Tables(*[_words] * 6, texts=np.empty(0, np.uint8)), False)
 
 
 @dataclass

@@ -95,6 +95,7 @@ def test_defaults_leave_everything_open() -> None:
         "plan": None,
         "context": None,
         "kv": "auto",
+        "parallel": 1,
         "keep": 0.4,
         "core_score": "norm",
         "refresh": 0,
