@@ -17,8 +17,8 @@ from warmfront.coordinator.models.packed_tokenizer import Tables
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.coordinator.text.merging_kernels import merge_words
 from warmfront.coordinator.text.tokenizer import Tokenizer
-from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.errors import WarmfrontError
+from warmfront.shared.kernels.jit import compile_for
 from warmfront.shared.model.formats import row_cols, unpack
 from warmfront.shared.model.store import PackedModel
 
