@@ -50,7 +50,7 @@ async def front_events(service: Service, _request: Request) -> Response:
         raise ApiError(503, "the model is loading: try again later", code="loading")
     if live.pages >= _MAX_PAGES:
         raise ApiError(429, f"{live.pages} pages look at the front already")
-    return Events(_events(service, live), service.limits.client_s, None)
+    return Events(_events(service, live), None)
 
 
 async def _events(service: Service, live: Live) -> AsyncIterator[bytes]:

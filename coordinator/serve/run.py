@@ -7,6 +7,7 @@ at most `drain_s`; on a second one it ends at once.
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp
 
 from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
 from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.serve.connections import Connection
 from warmfront.coordinator.serve.live import attach
 from warmfront.coordinator.serve.service import Service
 from warmfront.shared.errors import ResourceError, UsageError
@@ -52,9 +54,11 @@ def bound(host: str, port: int) -> socket.socket:
 class _Server:
     """uvicorn on a thread of its own."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, drain_s: float) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, drain_s: float, client_s: float) -> None:
         config = uvicorn.Config(
             app,
+            http=Connection,
+            timeout_keep_alive=math.ceil(client_s),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -116,7 +120,7 @@ def serve(
     Raises what loading raises; nothing is left running.
     """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    server, engine = _Server(app, listener, drain_s), None
+    server, engine = _Server(app, listener, drain_s, service.limits.client_s), None
     try:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:

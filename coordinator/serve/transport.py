@@ -1,7 +1,7 @@
-"""Between ASGI and the endpoints: reading bodies, noticing clients that vanish or stall, server-sent events.
+"""Between ASGI and the endpoints: reading bodies, noticing clients that vanish, server-sent events.
 
-A client that does not send its request or does not take its answer within `client_s` is let go, and whatever was
-computed for it ends; so is one that has closed its connection, also while nothing is sent to it.
+A client that does not send its request within `client_s` is let go; so is one that has closed its connection or whose
+connection was closed (`connections.py`), also while nothing is sent to it, and whatever was computed for it ends.
 """
 
 import asyncio
@@ -103,11 +103,11 @@ def as_event(data: object) -> bytes:
 
 
 class Events(Response):
-    """A stream of server-sent events; `events` is closed when the client leaves, stalls, or `limit_s` are over."""
+    """A stream of server-sent events; `events` is closed when the client leaves or `limit_s` are over."""
 
-    def __init__(self, events: AsyncIterator[bytes], patience_s: float, limit_s: float | None) -> None:
+    def __init__(self, events: AsyncIterator[bytes], limit_s: float | None) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._events, self._patience_s, self._limit_s = events, patience_s, limit_s
+        self._events, self._limit_s = events, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Of an unknown length.
@@ -122,20 +122,18 @@ class Events(Response):
             await asyncio.gather(sending, leaving, return_exceptions=True)
 
     async def _send(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        async def give(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self._patience_s):
-                await send(message)
+        async def give(body: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
-            await give({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async with asyncio.timeout(self._limit_s):
                     async for event in events:
-                        await give({"type": "http.response.body", "body": event, "more_body": True})
+                        await give(event)
             except TimeoutError:
                 error = ApiError(504, "the time for this answer is over", code="timeout")
-                await give({"type": "http.response.body", "body": as_event(error.body()), "more_body": True})
+                await give(as_event(error.body()))
             except Exception as error:
-                body = as_event(told(error).body())
-                await give({"type": "http.response.body", "body": body, "more_body": True})
-            await give({"type": "http.response.body", "body": b"", "more_body": False})
+                await give(as_event(told(error).body()))
+            await give(b"", more=False)

@@ -30,7 +30,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
     ids, choices = await _begin(service, wanted)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": now(), "model": service.model}
     if wanted.stream:
-        return Events(_events(service, wanted, head, ids, choices), limits.client_s, limits.answer_s)
+        return Events(_events(service, wanted, head, ids, choices), limits.answer_s)
     body = await while_connected(request, _whole(service, wanted, head, ids, choices), limits.answer_s)
     return JSONResponse(body)
 

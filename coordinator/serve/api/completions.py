@@ -37,7 +37,7 @@ async def completions(service: Service, request: Request) -> Response:
     prompts, choices = await _begin(service, wanted)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": now(), "model": service.model}
     if wanted.stream:
-        return Events(_events(service, wanted, head, prompts, choices), limits.client_s, limits.answer_s)
+        return Events(_events(service, wanted, head, prompts, choices), limits.answer_s)
     return JSONResponse(
         await while_connected(request, _whole(service, wanted, head, prompts, choices), limits.answer_s)
     )
