@@ -1,6 +1,6 @@
 """The options that several commands share, and the types of their values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,21 +117,22 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-selector_option = click.option(
+def _setting(flag: str, help: str, choices: Iterable[str] | None = None, **more: Any) -> Callable[[Any], Any]:
+    """The option `flag`, whose default is that of the field of EngineConfig with its name; `choices`: its values."""
+    if choices is not None:
+        more["type"] = click.Choice(list(choices))
+    default = getattr(_ENGINE, flag.removeprefix("--").partition("/")[0].replace("-", "_"))
+    return click.option(flag, default=default, show_default=True, help=help, **more)
+
+
+selector_option = _setting(
     "--selector",
-    type=click.Choice(SELECTORS),
-    default=_ENGINE.selector,
-    show_default=True,
-    help="Which neurons are computed; auto: lowrank with predictors, else exact where it loses nothing, else all.",
+    "Which neurons are computed; auto: lowrank with predictors, else exact where it loses nothing, else all.",
+    SELECTORS,
 )
-dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default=_ENGINE.dtype, show_default=True, help="Weights in memory."
-)
-activation_option = click.option(
-    "--activation",
-    default=_ENGINE.activation,
-    show_default=True,
-    help=f"Of the feed-forward layers: {', '.join(ACTIVATIONS)}; auto: what the model was trained with.",
+dtype_option = _setting("--dtype", "Weights in memory.", DTYPES)
+activation_option = _setting(
+    "--activation", f"Of the feed-forward layers: {', '.join(ACTIVATIONS)}; auto: what the model was trained with."
 )
 text_option = click.option(
     "--text",
@@ -162,34 +163,17 @@ load_options = _together(
         "--recall", type=float, help="Selector lowbit: recall by mass [default: 0.995; 0.9 where no gate closes]"
     ),
     click.option("--max-loss", type=float, help="Selectors lowbit, core: losing more nats a token, they give way."),
-    click.option("--keep", type=float, default=_ENGINE.keep, show_default=True, help="Selector core: share it keeps."),
-    click.option(
-        "--core-score",
-        type=click.Choice(CORE_SCORES),
-        default=_ENGINE.core_score,
-        show_default=True,
-        help="Selector core: how the tokens of a text score its neurons.",
-    ),
-    click.option(
-        "--refresh",
-        type=int,
-        default=_ENGINE.refresh,
-        show_default=True,
-        help="Selector core: chosen again every so many tokens; 0: never.",
-    ),
+    _setting("--keep", "Selector core: share it keeps."),
+    _setting("--core-score", "Selector core: how the tokens of a text score its neurons.", CORE_SCORES),
+    _setting("--refresh", "Selector core: chosen again every so many tokens; 0: never."),
     click.option("--workers", type=int, help="CPU worker processes [default: one per NUMA node]"),
     click.option("--threads", type=int, help="Compute threads in all [default: one per core]"),
     click.option("--coordinator-threads", type=int, help="Threads of attention [default: as many as the workers']"),
     click.option("--spins", type=int, help="Rounds of spinning at a barrier [default: 100; 0 where cores are shared]"),
     click.option("--force", is_flag=True, help="Allow more threads than cores."),
-    click.option("--pin/--no-pin", default=_ENGINE.pin, show_default=True, help="Keep threads and memory in place."),
-    click.option(
-        "--tuning/--no-tuning",
-        default=_ENGINE.tuning,
-        show_default=True,
-        help="Use what `tune` found, and measure what is missing.",
-    ),
-    click.option("--gpu", default=_ENGINE.gpu, show_default=True, help="auto, none, cuda:N, or host: an emulated GPU."),
+    _setting("--pin/--no-pin", "Keep threads and memory in place."),
+    _setting("--tuning/--no-tuning", "Use what `tune` found, and measure what is missing."),
+    _setting("--gpu", "auto, none, cuda:N, or host: an emulated GPU."),
     click.option("--vram-budget", type=Size(), help="GPU memory for warmfront, such as 6GB."),
     click.option(
         "--offload",
@@ -197,43 +181,14 @@ load_options = _together(
         help="Keep a part of the neurons in memory, and read the others from the disk as needed.",
     ),
     click.option("--ram-budget", type=Size(), help="Memory for the neurons, which are read from the disk as needed."),
-    click.option(
-        "--offload-policy",
-        type=click.Choice(OFFLOAD_POLICIES),
-        default=_ENGINE.offload_policy,
-        show_default=True,
-        help="With --ram-budget: which neurons leave the memory first.",
-    ),
-    click.option(
-        "--offload-window",
-        type=int,
-        default=_ENGINE.offload_window,
-        show_default=True,
-        help="Policy window: keep what so many tokens used.",
-    ),
+    _setting("--offload-policy", "With --ram-budget: which neurons leave the memory first.", OFFLOAD_POLICIES),
+    _setting("--offload-window", "Policy window: keep what so many tokens used."),
 )
 run_options = _together(
     load_options,
-    click.option(
-        "--attention",
-        default=_ENGINE.attention,
-        show_default=True,
-        help="Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU.",
-    ),
-    click.option(
-        "--kv",
-        type=click.Choice(KV_TYPES),
-        default=_ENGINE.kv,
-        show_default=True,
-        help="Keys and values in the KV cache; auto: f16, or f32 with weights in f32.",
-    ),
-    click.option(
-        "--policy",
-        type=click.Choice(POLICIES),
-        default=_ENGINE.policy,
-        show_default=True,
-        help="How neurons move between the workers.",
-    ),
+    _setting("--attention", "Where attention runs: auto, cpu, cuda:N, or host: torch on the CPU."),
+    _setting("--kv", "Keys and values in the KV cache; auto: f16, or f32 with weights in f32.", KV_TYPES),
+    _setting("--policy", "How neurons move between the workers.", POLICIES),
     click.option("--plan", type=click.Path(dir_okay=False), help="Begin with this plan, from `warmfront plan`."),
     click.option("--look-ahead", is_flag=True, help="Predict a layer's neurons while the one before is computed."),
     click.option("--verify", is_flag=True, help="Check that each selected neuron is computed exactly once."),
@@ -250,13 +205,7 @@ engine_options = _together(
     ),
     selector_option,
     run_options,
-    click.option(
-        "--speculate",
-        type=click.Choice(SPECULATIONS),
-        default=_ENGINE.speculate,
-        show_default=True,
-        help="Compute tokens ahead that the text repeats; the answer is the same.",
-    ),
+    _setting("--speculate", "Compute tokens ahead that the text repeats; the answer is the same.", SPECULATIONS),
     click.option("--ctx", "context", type=int, help="Tokens of context [default: the model's, at most 4096]"),
 )
 chat_template_option = click.option(
