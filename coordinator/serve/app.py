@@ -115,7 +115,10 @@ class _Guard:
 
 def _same(origin: str, host: str) -> bool:
     """Whether a page comes from this server."""
-    return urlsplit(origin).netloc.lower() == host.lower()
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 def _is_local(host: str) -> bool:

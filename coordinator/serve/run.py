@@ -8,6 +8,7 @@ at most `drain_s`; on a second one it ends at once.
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -129,7 +130,7 @@ def serve(
             signal.signal(signal.SIGTERM, before)
         ready(engine)
         attach(service, engine)
-        _until_signal(service, server, drain_s, say)
+        _until_signal(service, server, engine, drain_s, say)
     finally:
         service.draining = True
         server.stop(at_once=True)
@@ -139,8 +140,10 @@ def serve(
         listener.close()
 
 
-def _until_signal(service: Service, server: _Server, drain_s: float, say: Callable[[str], None]) -> None:
-    """Wait for the end that a signal asks for."""
+def _until_signal(
+    service: Service, server: _Server, engine: AsyncEngine, drain_s: float, say: Callable[[str], None]
+) -> None:
+    """Wait for the end that a signal asks for. Raises what has ended the engine before."""
     signals = 0
 
     def count() -> None:
@@ -150,6 +153,8 @@ def _until_signal(service: Service, server: _Server, drain_s: float, say: Callab
     with _signals(count):
         while not signals and server.alive:
             time.sleep(_LOOK_S)
+            if engine.failure is not None:
+                raise engine.failure
         if server.alive:
             say(f"shutting down: answers under way have {drain_s:.0f} s; once more ends them")
         service.draining = True
@@ -165,9 +170,9 @@ def keys_of(given: Sequence[str]) -> list[str]:
     """The keys that --api-key gives, each itself or a file of them, a line each. Raises UsageError for a bad one."""
     keys: list[str] = []
     for each in given:
-        path = Path(each)
         try:
-            lines = path.read_text(encoding="utf-8").split() if path.is_file() else [each]
+            # A key may be longer than any name of a file.
+            lines = Path(each).read_text(encoding="utf-8").split() if os.path.isfile(each) else [each]
         except (OSError, UnicodeError) as error:
             raise UsageError(f"the keys in {each} cannot be read: {error}") from None
         if not lines or not all(line.isascii() and line.isprintable() and len(line.split()) == 1 for line in lines):

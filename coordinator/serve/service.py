@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Service:
-    """Where the server stands: loading, ready, draining, failed."""
+    """Where the server stands: loading, ready, draining."""
 
     model: str
     limits: Limits = field(default_factory=Limits)

@@ -25,7 +25,7 @@ __all__ = ["Call", "CallParser"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 # What begins a call that lasts to the end of the answer.
 _BARE = ("[TOOL_CALLS]", "<|python_tag|>", "<function=")
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
 _ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 

@@ -81,6 +81,12 @@ def test_a_full_queue_refuses_and_what_is_dropped_is_not_computed(engine: AsyncE
         with pytest.raises(BusyError, match="waiting already"):
             ask()
         await waiting.pop().aclose()
+        del waiting[1:]
+        gc.collect()
+        # Behind one that goes on waiting.
+        while len(engine._batcher.waiting) > 1:
+            await asyncio.sleep(0.001)
+        assert reader.stats.new_tokens < 400
         waiting.clear()
         gc.collect()
         await reader.aclose()
@@ -140,6 +146,26 @@ def test_a_constraint_holds(engine: AsyncEngine) -> None:
     assert len(ids) == 4
     assert all(token % 2 == 0 for token in ids)
     assert reason == "stop"
+
+
+def test_what_ends_the_thread_ends_readers(model: str) -> None:
+    def fail(_tokens: int) -> None:
+        raise ZeroDivisionError
+
+    async def ended() -> None:
+        async with await AsyncEngine.load(model) as engine:
+            answers = [engine.generate(prompt, max_new_tokens=500, ignore_eos=True) for prompt in PROMPTS]
+            await anext(answers[0])
+            assert engine.failure is None
+            engine.after_pass = fail
+            for answer in answers:
+                with pytest.raises(ZeroDivisionError):
+                    _ = [token async for token in answer]
+            assert isinstance(engine.failure, ZeroDivisionError)
+            with pytest.raises(UsageError, match="this engine is closed"):
+                engine.generate([5])
+
+    asyncio.run(ended())
 
 
 def test_close_ends_readers(model: str) -> None:

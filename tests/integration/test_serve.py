@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ import pytest
 
 from tests.integration.command import assert_refused, run
 from tests.integration.server import Server, eventually, serving
+from warmfront.coordinator.engine.batching.batcher import Batcher
+from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.serve.app import make_app
+from warmfront.coordinator.serve.run import bound, serve
+from warmfront.coordinator.serve.service import Service
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -234,6 +240,7 @@ def test_keys_hosts_and_origins(server: Server) -> None:
     assert server.ask("/v1/models", Authorization=f"Bearer {KEY}").json()["data"][0]["id"] == "smol"
     assert server.ask("/v1/models/smol", Authorization=f"Bearer {KEY}").status == 200
     assert server.ask("/v1/models", Authorization=f"Bearer {KEY}", Origin="https://evil.example").status == 403
+    assert server.ask("/v1/models", Authorization=f"Bearer {KEY}", Origin="http://[").status == 403
     assert server.ask("/v1/completions", method="DELETE", Authorization=f"Bearer {KEY}").status == 405
 
 
@@ -277,12 +284,26 @@ metric_list: [{{metric: exact_match}}]
 
 
 def test_what_cannot_be_served() -> None:
-    assert_refused(run("serve", "--host", "nowhere.invalid"), 2, "no address")
+    # The key is longer than any name of a file.
+    assert_refused(run("serve", "--host", "nowhere.invalid", "--api-key", "k" * 300), 2, "no address")
     assert_refused(run("serve", "--api-key", "a b"), 2, "--api-key")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert_refused(run("serve", "--port", str(taken.getsockname()[1])), 1, "cannot listen", "--port")
+
+
+def test_the_server_ends_with_its_engine(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whoever looks after it starts another."""
+
+    def fail(_batcher: Batcher) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Batcher, "step", fail)
+    service = Service("tiny")
+    load = partial(Engine.load, str(tiny_llama(hidden_act="relu")))
+    with pytest.raises(ZeroDivisionError):
+        serve(service, make_app(service), bound("127.0.0.1", 0), drain_s=1, load=load, say=print)
 
 
 def test_what_is_under_way_ends_before_the_server(smollm2: Path) -> None:

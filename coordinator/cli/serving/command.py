@@ -85,8 +85,7 @@ def _serve(
     for package, module in _PACKAGES.items():
         require(package, "warmfront serve", module)
     model, overrides, sampling, stop = split_options(options)
-    if "parallel" in EngineConfig.__dataclass_fields__:
-        overrides["parallel"] = parallel
+    overrides["parallel"] = parallel
     EngineConfig(**overrides)
     template = read_template(chat_template)
     if click.get_current_context().get_parameter_source("temperature") is ParameterSource.DEFAULT:

@@ -9,6 +9,7 @@ The interface that callers build on:
     AsyncEngine(engine, queue=64)     takes over a loaded Engine, and closes it; `load` loads one
     .generate(prompt, ...)            an `Answer`, queued at once; UsageError for a wrong request, BusyError when full
     .waiting, .running                requests in the queue, and those that are being computed
+    .failure                          the error after which nothing is computed any more, or None
     .after_pass                       called on the engine's thread with the tokens that each pass brought
     .call(function)                   a coroutine: function(engine) on the engine's thread, between two passes
     .close()                          ends what runs and waits; their readers get UsageError. May be called twice.
@@ -34,9 +35,7 @@ from warmfront.coordinator.engine.batching.batcher import Batcher, Event, Reques
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
-from warmfront.coordinator.text.constraint import Constraint
 from warmfront.coordinator.text.reply import Wishes
-from warmfront.shared.config import Sampling
 from warmfront.shared.errors import BusyError, UsageError
 
 __all__ = ["Answer", "AsyncEngine"]
@@ -100,6 +99,7 @@ class AsyncEngine:
         self._most, self._work, self._closed = queue, _Work(), False
         self._queued: list[_Asked] = []  # not given to the batcher yet
         self._batcher = Batcher(engine)
+        self._failure: Exception | None = None
         self._lock = threading.Lock()  # of what is queued, and of what is put behind the end
         self._thread = threading.Thread(target=self._serve, name="warmfront-engine", daemon=True)
         self._thread.start()
@@ -109,30 +109,12 @@ class AsyncEngine:
         """Load a model as `Engine.load` does, with its options, while the event loop goes on."""
         return cls(await asyncio.to_thread(Engine.load, model, **options), queue=queue)
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        constraint: Constraint | None = None,
-    ) -> Answer:
-        """Queue a request; the arguments are those of `Engine.generate`.
+    def generate(self, prompt: str | Sequence[int], **wishes: Any) -> Answer:
+        """Queue a request; `wishes` are the keywords of `Engine.generate`, the fields of `Wishes`.
 
         Raises UsageError for a prompt that does not fit and BusyError if as many requests as may are waiting.
         """
-        wishes = Wishes(
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            constraint=constraint,
-        )
-        request = _Asked(self.engine, self.engine.prompt_ids(prompt), wishes)
+        request = _Asked(self.engine, self.engine.prompt_ids(prompt), Wishes(**wishes))
         with self._lock:
             self._check_open()
             if self.waiting >= self._most:
@@ -150,6 +132,11 @@ class AsyncEngine:
     def running(self) -> int:
         """Requests that are computed."""
         return len(self._batcher.running)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What has ended the engine without being asked to, if anything has."""
+        return self._failure or self.engine.session.runtime.supervisor.error
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """What `function` gives for the engine, called on its thread, in turn with the requests."""
@@ -181,7 +168,22 @@ class AsyncEngine:
         self.engine.close()
 
     def _serve(self) -> None:
-        """The engine's thread."""
+        """The engine's thread: whatever ends it ends all requests."""
+        try:
+            self._work_until_closed()
+        except Exception as error:  # that no request is to blame for
+            self._failure = error
+        with self._lock:
+            self._closed = True
+            self._batcher.waiting += self._queued
+            self._queued.clear()
+        self._deliver(self._batcher.end(self._failure or UsageError(_CLOSED)))
+        while not self._work.empty():
+            work = self._work.get()
+            if work is not None and not isinstance(work, _Asked):
+                work()
+
+    def _work_until_closed(self) -> None:
         session = self.engine.session
         session.settle()
         idle = False
@@ -189,7 +191,6 @@ class AsyncEngine:
             while idle or not self._work.empty():
                 work, idle = self._work.get(), False
                 if work is None:
-                    self._deliver(self._batcher.end(UsageError(_CLOSED)))
                     return
                 if isinstance(work, _Asked):
                     with self._lock:

@@ -62,8 +62,8 @@ class Batcher:
     def step(self) -> list[tuple[Request, Event]] | None:
         """Do what is next; what came of it, for whom. None: there is nothing to do."""
         self._drop(request for request in self.running if request.cancelled)
-        while self.waiting and self.waiting[0].cancelled:
-            self.waiting.popleft()
+        for request in [request for request in self.waiting if request.cancelled]:
+            self.waiting.remove(request)
         running = [Running(each.unread, each.served) for each in self.running]
         step = decide(self._fits(), running, self._limits, read_last=self._read_last)
         self._read_last = isinstance(step, Read)
@@ -82,11 +82,11 @@ class Batcher:
         return events
 
     def end(self, error: Exception) -> list[tuple[Request, Event]]:
-        """No request goes on: all of them get `error`."""
-        ended = [(request, error) for request in (*self.running, *self.waiting)]
-        self._drop(list(self.running))
+        """No request goes on, and nor does the engine: all of them get `error`."""
+        ended: list[tuple[Request, Event]] = [(request, error) for request in (*self.running, *self.waiting)]
+        self.running.clear()
         self.waiting.clear()
-        return [*ended]
+        return ended
 
     def _fits(self) -> bool:
         """Whether somebody waits, and the KV cache has room for it."""
