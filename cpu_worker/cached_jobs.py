@@ -32,7 +32,7 @@ from warmfront.shared.kernels.feed_forward.branches import listed_end, users_gro
 from warmfront.shared.kernels.feed_forward.ffn import Batch, Selection, listed_neurons, open_gates, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.dense_groups import add_dense_groups
 from warmfront.shared.kernels.prefill.notes import NO_NOTES
 from warmfront.shared.kernels.prefill.routed_groups import Routed, buffers_of, list_users, routed_groups
 from warmfront.shared.kernels.rows import share
@@ -308,7 +308,7 @@ def cached_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
     for start in range(0, groups, c.chunk):
         low, high, result = _await_chunk(c, w, rank, layer, start, groups)
         if result == DONE:
-            dense_groups(
+            add_dense_groups(
                 w.bundles, w.owned[rank], low, high, vectors_of(w, rank), tokens, w.ids[rank], notes_of(w, layer)
             )
             result = _end_chunk(c, w, rank, layer, start, groups)

@@ -31,7 +31,7 @@ from warmfront.shared.kernels.feed_forward.ffn import (
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.gemm import panels_of
 from warmfront.shared.kernels.jit import inlined, kernel
-from warmfront.shared.kernels.prefill.dense_groups import dense_groups
+from warmfront.shared.kernels.prefill.dense_groups import add_dense_groups
 from warmfront.shared.kernels.prefill.notes import NO_NOTES, Notes
 from warmfront.shared.kernels.prefill.routed_groups import (
     Routed,
@@ -289,7 +289,7 @@ def notes_of(w: Worker, layer: int) -> Notes:
 def prefill_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A prompt's tokens, which all use all groups."""
     low, high = share(groups, 1, rank, rank + 1, w.threads)
-    dense_groups(w.bundles, w.owned[rank], low, high, vectors_of(w, rank), tokens, w.ids[rank], notes_of(w, layer))
+    add_dense_groups(w.bundles, w.owned[rank], low, high, vectors_of(w, rank), tokens, w.ids[rank], notes_of(w, layer))
     w.counts[rank, GATES_OF_JOB] = w.counts[rank, NEURONS_OF_JOB] = (high - low) * GROUP
     return DONE
 

@@ -51,7 +51,8 @@ class WorkerCosts:
         self.job_ns, self.byte_ns = line.tolist()
 
 
-# Compiled: numpy took a third of a millisecond for the dozens of values of a worker's report (docs/log.md).
+# Compiled: numpy took a third of a millisecond for the dozens of values of a worker's report (docs/log.md). Number by
+# number: where arrays are assigned to arrays, numba compiles for seconds what it would say of shapes that differ.
 @kernel
 def _refit(x: Floats, y: Floats, moments: Floats, line: Floats, prior: float) -> None:
     """Take the points (x bytes, y ns) into `moments`, and replace `line`, (a, b), by the one through all points."""
@@ -59,14 +60,20 @@ def _refit(x: Floats, y: Floats, moments: Floats, line: Floats, prior: float) ->
     off = np.empty(count)
     for _ in range(_ROUNDS):
         # Relative to the median: one that has slowed down is off its old line in all layers, and none is an outlier.
-        off[:] = y / (line[0] + line[1] * x)
-        off[:] = off / np.median(off) - 1
+        for i in range(count):
+            off[i] = y[i] / (line[0] + line[1] * x[i])
+        middle = np.median(off)
+        for i in range(count):
+            off[i] = off[i] / middle - 1
         # 1.4826 times the median deviation is the standard deviation, for normally distributed points.
         spread = max(1.4826 * np.median(np.abs(off)), _MIN_SPREAD)
-        moments[:] = kept
+        for j in range(len(kept)):
+            moments[j] = kept[j]
         for i in range(count):
             weight = max(1 - (off[i] / (_OUTLIER * spread)) ** 2, 0.0) ** 2
-            moments += weight * np.array([1.0, x[i], y[i], x[i] * x[i], x[i] * y[i], y[i] * y[i]])
+            terms = (1.0, x[i], y[i], x[i] * x[i], x[i] * y[i], y[i] * y[i])
+            for j in range(len(kept)):
+                moments[j] += weight * terms[j]
         line[0], line[1] = _fit(moments, prior)
 
 

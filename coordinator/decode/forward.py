@@ -102,7 +102,7 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
     if matrix.kind != net.kinds[layer, Q]:
         x = packed_input(matrix.kind, x.at, address_of(st.packed[rank]), net.hidden, x.panels, x.lanes)
     y_at = address_of(st.qkv) + first * x.lanes * 4
-    linear(matrix, low - first, high - first, x, y_at, rows, address_of(st.scratch[rank]))
+    linear(st, matrix, low - first, high - first, x, y_at, rows, address_of(st.scratch[rank]))
     # Both rows of a rotated pair are this thread's, for ranges are cut at multiples of 8: no barrier before this.
     if part != V and not net.qk_norm:
         rotate(net, st, layer, first, low, high, x.lanes)
@@ -248,7 +248,7 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
     low, high = portion(st.cuts, net.vocab, 1, rank)
     normed = packed_input(net.head_kind, address_of(h), address_of(st.packed[rank]), net.hidden, tokens, 1)
     matrix = Matrix(net.head_kind, net.head, 0, net.vocab, net.hidden, net.ahead[MATRIX_ROWS, net.head_kind])
-    linear(matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
+    linear(st, matrix, low, high, normed, address_of(st.logits), net.vocab, 0)
     for token in range(tokens):
         logits = st.logits[token]
         if net.logit_scale != 1:
@@ -329,7 +329,7 @@ def forward(rank: int, net: Network, st: State, parts: Parts) -> int:
                 join(net, st, token, attended[token * q_rows : (token + 1) * q_rows])
         matrix = layer_matrix(net, layer, OUT, hidden, q_rows)
         mixed = packed_input(matrix.kind, address_of(attended), packed_at, q_rows, panels, lanes)
-        linear(matrix, low, high, mixed, address_of(st.proj), hidden, scratch_at)
+        linear(st, matrix, low, high, mixed, address_of(st.proj), hidden, scratch_at)
         _count(st.busy, rank, since)
         result = barrier(st.barrier)
         if result != DONE:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from warmfront.coordinator.decode.network import BIAS, Network
+from warmfront.coordinator.decode.network import BIAS, Network, State
 from warmfront.shared.kernels.atomics import address_of, floats_at
+from warmfront.shared.kernels.by_address.kernels import call_at, entry_of
 from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
@@ -16,7 +17,7 @@ from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised, wide
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["Input", "Matrix", "add_bias", "layer_matrix", "linear", "packed_input", "widen_row"]
+__all__ = ["Input", "Matrix", "add_bias", "entry_of_linear", "layer_matrix", "linear", "packed_input", "widen_row"]
 
 
 class Matrix(NamedTuple):
@@ -61,10 +62,7 @@ def _packed(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: in
 
 @inlined
 def packed_input(kind: int, x_at: int, out_at: int, cols: int, panels: int, lanes: int) -> Input:
-    """x [panels, cols, lanes] for one matrix of `kind` or several: quantised, or as pairs, in `out_at` if need be.
-
-    Inlined, so that a caller's constant 1 for `lanes` rids `linear` of its other half.
-    """
+    """x [panels, cols, lanes] for one matrix of `kind` or several: quantised, or as pairs, in `out_at` if need be."""
     packed_at, packed_row = _packed(kind, x_at, out_at, cols, panels, lanes)
     return Input(x_at, packed_at, packed_row, panels, lanes)
 
@@ -101,11 +99,7 @@ def add_bias(bias_at: int, low: int, high: int, y_at: int, rows: int, panels: in
 
 
 @kernel
-def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
-    """Rows low..high of a packed matrix times x into y [panels, rows, lanes], whose row 0 is at y_at.
-
-    `scratch_at`: float32 [8, cols] and `PRODUCT_FLOATS` for several tokens.
-    """
+def _linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> int:
     kind, cols, lanes = matrix.kind, matrix.cols, x.lanes
     stride = row_stride(kind, cols)
     tiled = matrix.rows // TILE * TILE if in_tiles(kind) else 0
@@ -124,6 +118,21 @@ def linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, 
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)
     add_bias(matrix.bias_at, low, high, y_at, rows, x.panels, lanes)
+    return 0
+
+
+def entry_of_linear() -> int:
+    """The address that `State.linear` is to hold."""
+    return entry_of(_linear, Matrix(*[0] * len(Matrix._fields)), 0, 0, Input(*[0] * len(Input._fields)), 0, 0, 0)
+
+
+@inlined
+def linear(st: State, matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int, scratch_at: int) -> None:
+    """Rows low..high of a packed matrix times x into y [panels, rows, lanes], whose row 0 is at y_at.
+
+    `scratch_at`: float32 [8, cols] and `PRODUCT_FLOATS` for several tokens.
+    """
+    call_at(st.linear[0], matrix, low, high, x, y_at, rows, scratch_at)
 
 
 @kernel

@@ -253,6 +253,8 @@ class Cache(NamedTuple):
 class State(NamedTuple):
     """What a team works on; but where it is said otherwise, by a row for each thread, which writes its own."""
 
+    # int64 [1]: the address of the product of a matrix, compiled apart since many parts of the pass call it.
+    linear: Any
     # How the threads divide rows, and meet.
     threads: int
     # int64 [threads + 1], and int64 [threads, 16] in ns: see `RowSplit`.

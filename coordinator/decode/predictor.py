@@ -63,7 +63,7 @@ def predict_lowrank(net: Network, st: State, layer: int, rank: int) -> int:
     for number in range(predictors):
         if uses_branch(routing, min(router.experts, 1 + number), tokens):
             begin, row = number * tokens * inner, number * inner
-            linear(first, row + low, row + high, x, address_of(st.inner) + (begin - row) * 4, inner, 0)
+            linear(st, first, row + low, row + high, x, address_of(st.inner) + (begin - row) * 4, inner, 0)
             if net.rectified:
                 for token in range(tokens):
                     for i in range(begin + token * inner + low, begin + token * inner + high):
@@ -96,7 +96,7 @@ def _fire(
     for group in range(groups[0], groups[1]):
         row = group * GROUP
         if in_tiles(kind):
-            linear(second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
+            linear(st, second, row, row + GROUP, x, scores_at - row * 4, GROUP, 0)
         else:
             for first_row in range(row, row + GROUP, ROWS):
                 row_at = second.at + first_row * stride

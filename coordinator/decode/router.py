@@ -160,7 +160,7 @@ def _score_experts(net: Network, st: State, layer: int, rank: int, values: Float
     matrix = Matrix(_F32, at, bias_at, rows, net.hidden, net.ahead[MATRIX_ROWS, _F32])
     low, high = portion(st.cuts, rows, 8, rank)
     x = packed_input(_F32, address_of(values), address_of(st.packed[rank]), net.hidden, panels, lanes)
-    linear(matrix, low, high, x, address_of(st.expert_scores), rows, address_of(st.scratch[rank]))
+    linear(st, matrix, low, high, x, address_of(st.expert_scores), rows, address_of(st.scratch[rank]))
 
 
 @inlined

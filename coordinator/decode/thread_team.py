@@ -10,6 +10,7 @@ from warmfront.coordinator.decode.attention import attend_batch, attend_panels
 from warmfront.coordinator.decode.footprint import chunks_of, scratch_shapes
 from warmfront.coordinator.decode.forward import serve_team
 from warmfront.coordinator.decode.kv.cache import KvCache
+from warmfront.coordinator.decode.linear import entry_of_linear
 from warmfront.coordinator.decode.network import (
     CAPTURE,
     COMPARE,
@@ -185,6 +186,7 @@ class ThreadTeam:
         barrier_at = address(self._lines) + 3 * LINE
         return by_address(
             State(
+                linear=np.zeros(1, np.int64),
                 threads=threads,
                 cuts=self._rows.cuts,
                 busy=self._rows.busy,
@@ -262,6 +264,8 @@ class ThreadTeam:
             self._weights.fill(rank)
             parts = self._parts()
             compile_for(serve_team, rank, self._network, self._state, parts)
+            # Last: the workers need most of it too, and may have compiled that by now.
+            self._state.linear[0] = entry_of_linear()
             self._serving[rank].set()
             serve_team(rank, self._network, self._state, parts)
         except BaseException as error:

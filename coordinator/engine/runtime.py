@@ -20,7 +20,7 @@ from warmfront.coordinator.engine.assignments import make_assignments
 from warmfront.coordinator.engine.memory import check_memory, check_nodes
 from warmfront.coordinator.engine.resolve import RunPlan
 from warmfront.coordinator.engine.uses import uses_of
-from warmfront.coordinator.hardware.fetching import distances_for
+from warmfront.coordinator.hardware.fetching import distances_for, kept_distances
 from warmfront.coordinator.hardware.node_bandwidth import worker_speeds
 from warmfront.coordinator.placement.expected_load import expected_bytes
 from warmfront.coordinator.placement.homes import most_active, place_homes, whole_layers
@@ -78,6 +78,10 @@ class Runtime:
         """Start everything and wait until it has loaded."""
         self._launch(say)
         self._wait(partial(progress, "loading"))
+        if self._tuned:
+            # Now that the run's kernels are compiled, and idle; the team reads what is chosen from this very table, the
+            # workers and its cache from the next start on.
+            self._distances[:] = distances_for(uses_of(self.model, self.plan), self.plan.cores.coordinator, say)
         self._open_ownership(say, partial(progress, "filling the GPU"))
 
     @property
@@ -86,6 +90,11 @@ class Runtime:
         if self.profiles:
             return Noted.FIRING
         return Noted.MAGNITUDES if Source.CORE in self.plan.selector.sources else Noted.NOTHING
+
+    @property
+    def _tuned(self) -> bool:
+        """Whether it matters how far ahead is fetched: a profile's jobs of many tokens read each row once for all."""
+        return self.plan.config.tuning and not self.profiles
 
     @property
     def max_tokens(self) -> int:
@@ -99,9 +108,8 @@ class Runtime:
         check_memory(model, plan, self.max_tokens)
         for note in plan.cores.notes:
             say(note)
-        # A profile is made by jobs of many tokens, which read each row once for all of them.
-        if plan.config.tuning and not self.profiles:
-            self._distances = distances_for(uses_of(model, plan), plan.cores.coordinator, say)
+        if self._tuned:
+            self._distances = kept_distances(plan.cores.coordinator)
         names, spec, layout = plan.worker_names, model.spec, model.layout
         self._home = place_homes(expected_bytes(model, plan.selector), worker_speeds(plan.cores))
         check_nodes(model, plan, self._home, say)

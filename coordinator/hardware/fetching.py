@@ -2,7 +2,8 @@
 
 {"<processor>, <cores> cores, kernels <digest>": {"scattered q8": [5120, 4], ...}, ...}
 
-A start that cannot measure, or is not to, fetches as is usual; it never fails by that.
+A start that cannot measure, or is not to, fetches as is usual; it never fails by that. The race is run behind the load,
+when the run's kernels, which are most of its own, are compiled.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ __all__ = [
     "every_use",
     "keep",
     "kept_choices",
+    "kept_distances",
     "measure",
     "measure_again",
     "winner",
@@ -120,6 +122,11 @@ def kept_choices(cpus: Iterable[int]) -> Choices:
                 if fetch in candidates:
                     found[Use(access, int(kind))] = fetch
     return found
+
+
+def kept_distances(cpus: Iterable[int]) -> Distances:
+    """The table for a run on `cpus` as far as was ever measured."""
+    return _table(kept_choices(cpus))
 
 
 def keep(cpus: Iterable[int], choices: Choices) -> None:

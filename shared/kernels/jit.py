@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core import ir
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.types.misc import unliteral
@@ -57,6 +58,10 @@ def _cache_folder() -> Path | None:
 
 
 _FOLDER = _cache_folder()
+
+# What numba inlines it copies block by block, and with each block, twice, all variables of the function and where they
+# stand in the source, which nobody changes afterwards: most of the time that inlining took.
+ir.Scope.__deepcopy__ = ir.Loc.__deepcopy__ = lambda self, memo: self
 
 
 def _distrust() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.core.types.misc import unliteral
 from numba.extending import intrinsic
 
@@ -33,6 +34,10 @@ def entry_of(function: Any, *arguments: object) -> int:
 def call_at(context, address, *arguments):
     """What the kernel at `address` returns for `arguments`."""
     kinds = tuple(map(unliteral, arguments))
+    for kind in kinds:
+        for field in kind if isinstance(kind, types.BaseTuple) else (kind,):
+            if isinstance(field, types.Integer) and unliteral(field) != types.int64:
+                raise TypingError(f"{field}, where the kernel that is called takes an int64")
 
     def build(ctx, builder, _signature, values):
         convention = ctx.call_conv

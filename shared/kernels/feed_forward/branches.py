@@ -13,7 +13,7 @@ from numba import carray
 from warmfront.shared.kernels.atomics import address_of, floats_at
 from warmfront.shared.kernels.feed_forward.bundles import Bundles
 from warmfront.shared.kernels.feed_forward.ffn import Batch, whole_groups
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.model.bundle import GROUP
 
 __all__ = ["branch_end", "listed_end", "users_groups", "uses_branch", "weighed"]
@@ -69,7 +69,7 @@ def _part(batch: Batch, first: int, last: int, hidden: int) -> Batch:
     return Batch(last - first, x, quantised, row, batch.inverse + first * 4, sums, batch.scratch)
 
 
-@kernel
+@inlined
 def users_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch, words: Any, computed: Any) -> int:
     """`whole_groups`, of one branch, for those tokens whose word [tokens, slots] of slot `low` is not 0.
 

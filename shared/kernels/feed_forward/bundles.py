@@ -176,6 +176,16 @@ def _gather(group: npt.NDArray[np.uint8], step: int, offset: int, size: int, out
             out[neuron, i] = group[neuron * step + offset + i]
 
 
+@inlined
+def _copied(at: int, count: int) -> Any:
+    """The bytes at `at`. One by one in the source: for an array given to a slice numba compiles, for four seconds, what
+    it would say of shapes that differ."""
+    group, kept = carray(bytes_at(at), (count,)), np.empty(count, np.uint8)
+    for i in range(count):
+        kept[i] = group[i]
+    return kept
+
+
 @kernel
 def tile_group(b: Bundles, at: int) -> None:
     """Turn the group at `at` into tiles: two of gate rows, two of up rows, one of down rows; then what was its tail.
@@ -183,9 +193,7 @@ def tile_group(b: Bundles, at: int) -> None:
     What begins at an offset in each bundle begins at 32 times that now: gate and up rows of floats stay rows, one
     behind the other, biases floats.
     """
-    kept = np.empty(b.tail_offset, np.uint8)
-    group = carray(bytes_at(at), (b.tail_offset,))
-    kept[:] = group
+    kept = _copied(at, b.tail_offset)
     for part in range(b.rows):
         rows_at = at + part * GROUP * b.row_bytes
         _gather(kept, b.bundle_bytes, part * b.row_bytes, b.row_bytes, rows_at)
@@ -205,8 +213,7 @@ def part_gates(b: Bundles, at: int) -> None:
     Gates that are a bundle apart are read at half the speed (AVX-512, 4 bits): rows multiplied one by one, and too far
     from each other for the hardware's own fetching.
     """
-    kept = np.empty(b.tail_offset, np.uint8)
-    kept[:] = carray(bytes_at(at), (b.tail_offset,))
+    kept = _copied(at, b.tail_offset)
     step = b.bundle_bytes + b.row_bytes
     _gather(kept, step, 0, b.row_bytes, at)
     if in_tiles(b.gate_kind):

@@ -13,7 +13,7 @@ from warmfront.shared.kernels.feed_forward.bundles import Bundles, Vectors, add_
 from warmfront.shared.kernels.feed_forward.down_rows import LIST_BYTES
 from warmfront.shared.kernels.feed_forward.down_tiles import down_in_bytes
 from warmfront.shared.kernels.gemm import Panels, Rows, gather_columns, pack_panels, panels_of
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK
 from warmfront.shared.kernels.prefill.byte_products import multiply_thirty_two, turn_tokens
 from warmfront.shared.kernels.prefill.down_bytes import (
@@ -33,7 +33,17 @@ from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.panels import LANES, whole_panels
 
-__all__ = ["Chosen", "Work", "add_groups", "all_tokens", "begin_job", "dense_groups", "end_job", "scratch_bytes"]
+__all__ = [
+    "Chosen",
+    "Work",
+    "add_dense_groups",
+    "add_groups",
+    "all_tokens",
+    "begin_job",
+    "dense_groups",
+    "end_job",
+    "scratch_bytes",
+]
 
 # Groups whose factors are kept until their down rows follow, and columns of floats that are widened at a time: 12
 # groups' factors for 48 tokens, 37 KB, and their 8 columns stay in the first cache, 64 columns in the second.
@@ -130,7 +140,7 @@ def _scale_tokens(at: int, inverse_at: int, panels: int) -> None:
                 values[panel, neuron, lane] *= inverse[panel, lane]
 
 
-@kernel
+@inlined
 def _keep(kind: int, factors: int, inverse: int, panels: int, blocks: int) -> None:
     """Make of a group's factors [panels, 32, 16] what its down rows want, in place; of Q4C as bytes to `blocks`."""
     if not down_in_bytes(kind):
@@ -140,7 +150,7 @@ def _keep(kind: int, factors: int, inverse: int, panels: int, blocks: int) -> No
         quantise_factors(kind, factors, inverse, address_of(_ONES), panels, blocks)
 
 
-@kernel
+@inlined
 def _factors(b: Bundles, at: int, some: Chosen, work: Work, out: int) -> None:
     """The factors of the neurons of the group at `at` for some tokens, in panels [32, 16] at `out`."""
     in_bytes = in_tiles(b.gate_kind)
@@ -169,7 +179,7 @@ def _factors(b: Bundles, at: int, some: Chosen, work: Work, out: int) -> None:
             kept[i] = values[i]
 
 
-@kernel
+@inlined
 def _add_widened(b: Bundles, slots: Ints, factors: Factors, sums_at: int, scratch_at: int) -> None:
     """Add the down rows of `slots` times their factors, as floats or pairs."""
     for first in range(0, b.hidden, _COLUMNS):
@@ -196,7 +206,7 @@ def _down_rows(b: Bundles, slots: Ints, i: int) -> DownRows:
     return DownRows(b.down_kind, rows_at, stride, at + b.tail_offset, b.hidden)
 
 
-@kernel
+@inlined
 def _add_bytes(b: Bundles, slots: Ints, some: Chosen, work: Work, blocks_at: int) -> None:
     """Add the down rows of `slots` times their factors, which are at `blocks_at` for Q4C, as bytes."""
     panels = panels_of(some.tokens)
@@ -215,7 +225,7 @@ def _add_bytes(b: Bundles, slots: Ints, some: Chosen, work: Work, blocks_at: int
                 add_down_bytes(_down_rows(b, slots, i), block, blocks, places, tokens, strip)
 
 
-@kernel
+@inlined
 def add_groups(b: Bundles, slots: Ints, low: int, high: int, some: Chosen, work: Work, ids: Ints, notes: Notes) -> None:
     """Add the outputs of slots low..high for some tokens of a job; `ids`: their groups' numbers, for the notes."""
     panels = panels_of(some.tokens)
@@ -238,18 +248,26 @@ def add_groups(b: Bundles, slots: Ints, low: int, high: int, some: Chosen, work:
             _add_widened(b, batch, Factors(work.factors, panels), some.sums, work.widened)
 
 
-@kernel
+@inlined
 def all_tokens(b: Bundles, vectors: Vectors, work: Work, tokens: int) -> Chosen:
     """All tokens of a job."""
     sums = work.strips if down_in_bytes(b.down_kind) else vectors.sums
     return Chosen(tokens, work.places, work.x, vectors.inverse, sums)
 
 
-@kernel
-def dense_groups(
+@inlined
+def add_dense_groups(
     b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, tokens: int, ids: Ints, notes: Notes
 ) -> None:
     """Add the outputs of slots low..high for so many tokens; `ids`, `notes`: as in `add_groups`."""
     work = begin_job(b, vectors, tokens)
     add_groups(b, slots, low, high, all_tokens(b, vectors, work, tokens), work, ids, notes)
     end_job(b, vectors, work)
+
+
+@kernel
+def dense_groups(
+    b: Bundles, slots: Ints, low: int, high: int, vectors: Vectors, tokens: int, ids: Ints, notes: Notes
+) -> None:
+    """`add_dense_groups`, where Python calls it."""
+    add_dense_groups(b, slots, low, high, vectors, tokens, ids, notes)
