@@ -72,12 +72,13 @@ CHAT |= {"stream_options": {"include_usage": True}, "max_completion_tokens": 2}
 PATHS = {
     "/v1/completions": TEXT,
     "/v1/chat/completions": CHAT,
+    "/v1/embeddings": {"input": ["The sea", "Hi"], "encoding_format": "float", "pooling": "last", "model": "default"},
     "/tokenize": {"content": "The sea", "add_special": True, "with_pieces": True},
     "/detokenize": {"tokens": [1, 2, 3]},
     "/apply-template": {"messages": CHAT["messages"], "tools": [TOOL]},
 }
 # Each render starts a process, and each grammar is compiled: fewer of these.
-WEIGHTS = [8, 2, 4, 4, 1]
+WEIGHTS = [8, 2, 2, 4, 4, 1]
 # What a request may not ask for by chance: thousands of tokens.
 MOST = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
 

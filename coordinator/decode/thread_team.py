@@ -367,6 +367,12 @@ class ThreadTeam:
         wide = self._state.captured[:, : size * hidden].reshape(layers, size // lanes, hidden, lanes)
         return np.ascontiguousarray(wide.swapaxes(2, 3).reshape(layers, -1, hidden)[:, :tokens])
 
+    def residual(self, tokens: int) -> npt.NDArray[np.float32]:
+        """Behind the last layer, of the last job, a prompt's without logits: float32 [tokens, hidden]."""
+        hidden, size = self._model.spec.hidden, whole_panels(tokens)
+        wide = self._state.x[0, : size * hidden].reshape(-1, hidden, LANES)
+        return np.ascontiguousarray(wide.swapaxes(1, 2).reshape(size, hidden)[:tokens])
+
     def _post(self, tokens: int, position: int, want_logits: bool) -> None:
         job = self._state.job
         job[TOKENS], job[POSITION], job[WANT_LOGITS] = tokens, position, want_logits

@@ -57,6 +57,7 @@ class TorchTeam:
         self._spans = np.zeros((model.spec.layers, len(dead), 2), np.int64)
         self._uses = np.zeros((model.spec.layers, board.sizes.branches), np.int64)
         self._captured: list[npt.NDArray[np.float32]] = []
+        self._residual = torch.empty(0)
         self._posted, self._lanes = 0, 1  # the last job's; see `shared/model/panels.py`
         self._pinned = self._stopping = False
         self._error: BaseException | None = None
@@ -164,6 +165,7 @@ class TorchTeam:
             x = network.add_feed_forward(layer, x, self._merged(x), routing)
             self._note(layer, "merge")
             self._spans[layer] = [record[:2] for record in self._board.record]
+        self._residual = x
         if want_logits:
             torch.from_numpy(self.logits[0]).copy_(network.logits(x))
             self._spoiled = not np.isfinite(self.logits).all()
@@ -257,6 +259,11 @@ class TorchTeam:
     def captured(self, tokens: int) -> npt.NDArray[np.float32]:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
         return np.stack(self._captured)[:, :tokens]
+
+    def residual(self, tokens: int) -> npt.NDArray[np.float32]:
+        """As `ThreadTeam.residual`."""
+        residual: npt.NDArray[np.float32] = self._residual[:tokens].cpu().numpy()
+        return residual
 
     def stop(self) -> None:
         """Tell the workers to quit their loops; harmless after an abort."""

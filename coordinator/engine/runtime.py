@@ -343,6 +343,17 @@ class Runtime:
         """The feed-forward inputs of the last job, run with `capture`: float32 [layers, tokens, hidden]."""
         return self.team.captured(tokens)
 
+    def hidden(self, tokens: int) -> npt.NDArray[np.float32]:
+        """What the head gets of each token, of the last job, a prompt's without logits: float32 [tokens, hidden]."""
+        x, model = self.team.residual(tokens), self.model
+        if "norm" not in model.entries:
+            return x
+        norm = model.spec.architecture.norm
+        if norm.kind == "layer":
+            x = x - x.mean(1, keepdims=True)
+        x = x / np.sqrt(np.square(x).mean(1, keepdims=True) + np.float32(norm.epsilon)) * model.floats("norm")
+        return np.asarray(x + model.floats("norm.bias") if "norm.bias" in model.entries else x)
+
     def fired(self, tokens: int) -> npt.NDArray[np.bool_]:
         """Which neurons each token of the last job fired, if it profiles: bool [layers, tokens, neurons]."""
         return self.board.fires(tokens)

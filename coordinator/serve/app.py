@@ -2,7 +2,9 @@
 
 GET   /health                             no key needed
 GET   /v1/models  /v1/models/{id}
-POST  /v1/chat/completions  /v1/completions
+POST  /v1/chat/completions  /v1/completions  /v1/embeddings
+POST  /tokenize  /detokenize  /apply-template
+GET   /metrics  /front, and the page       the page needs no key
 """
 
 import hmac
@@ -24,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from warmfront.coordinator.serve.api.chat import chat_completions
 from warmfront.coordinator.serve.api.completions import completions
+from warmfront.coordinator.serve.api.embeddings import embeddings
 from warmfront.coordinator.serve.api.texts import apply_template, detokenize, tokenize
 from warmfront.coordinator.serve.errors import ApiError
 from warmfront.coordinator.serve.live import PAGE, front_events, page_file
@@ -46,6 +49,7 @@ def make_app(service: Service, *, keys: Sequence[str] = (), origins: Sequence[st
         _route("/v1/models/{name:path}", _model, "GET"),
         _route("/v1/chat/completions", chat_completions, "POST"),
         _route("/v1/completions", completions, "POST"),
+        _route("/v1/embeddings", embeddings, "POST"),
         _route("/tokenize", tokenize, "POST"),
         _route("/detokenize", detokenize, "POST"),
         _route("/apply-template", apply_template, "POST"),

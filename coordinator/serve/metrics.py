@@ -48,6 +48,7 @@ class Metrics:
             "warmfront_prompt_tokens_cached", "Tokens of prompts that the KV cache held.", registry=kept
         )
         self._new = Counter("warmfront_generated_tokens", "Tokens of answers.", registry=kept)
+        self._embedded = Counter("warmfront_embedded_tokens", "Tokens of embedded texts.", registry=kept)
         self._batch = Histogram(
             "warmfront_tokens_per_pass",
             "Tokens that a decode pass gave.",
@@ -75,6 +76,10 @@ class Metrics:
         self._new.inc(stats.new_tokens)
         self._prompts += stats.prompt_tokens
         self._held += max(0, stats.prompt_tokens - stats.prefilled) if stats.new_tokens else 0
+
+    def embedded(self, tokens: int) -> None:
+        """Texts of so many tokens have become vectors."""
+        self._embedded.inc(tokens)
 
     @property
     def cached_share(self) -> float:

@@ -168,6 +168,23 @@ def test_what_ends_the_thread_ends_readers(model: str) -> None:
     asyncio.run(ended())
 
 
+@pytest.mark.parametrize("options", [{"attention": "host"}, {"selector": "core"}])
+def test_hidden_states_come_from_every_way_of_running(engine: AsyncEngine, model: str, options: dict[str, str]) -> None:
+    ids = [5 + i % 40 for i in range(300)]
+
+    async def states(engine: AsyncEngine) -> npt.NDArray[np.float32]:
+        return np.concatenate([some async for some in engine.hidden_states(ids)])
+
+    async def of_another() -> npt.NDArray[np.float32]:
+        async with await AsyncEngine.load(model, **options) as other:
+            await tokens_of(other, PROMPTS[0], 2)
+            return await states(other)
+
+    expected = asyncio.run(states(engine))
+    assert expected.shape == (300, 64)
+    np.testing.assert_allclose(asyncio.run(of_another()), expected, rtol=0.02, atol=0.02)
+
+
 def test_close_ends_readers(model: str) -> None:
     async def ended() -> None:
         async with await AsyncEngine.load(model) as engine:

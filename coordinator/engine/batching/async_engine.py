@@ -8,6 +8,8 @@ The interface that callers build on:
 
     AsyncEngine(engine, queue=64)     takes over a loaded Engine, and closes it; `load` loads one
     .generate(prompt, ...)            an `Answer`, queued at once; UsageError for a wrong request, BusyError when full
+    .hidden_states(prompt)            an async iterator of float32 [tokens, hidden], behind the last layer and its norm,
+                                      of all of the prompt's tokens, some at a time; queued when the first is asked for
     .waiting, .running                requests in the queue, and those that are being computed
     .failure                          the error after which nothing is computed any more, or None
     .after_pass                       called on the engine's thread with the tokens that each pass brought
@@ -31,7 +33,9 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from warmfront.coordinator.engine.batching.batcher import Batcher, Event, Request
+import numpy as np
+
+from warmfront.coordinator.engine.batching.batcher import Batcher, Event, Floats, Request
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.engine.stats import Stats, Token
 from warmfront.coordinator.models.default_model import DEFAULT_MODEL
@@ -48,10 +52,9 @@ Result = TypeVar("Result")
 class _Asked(Request):
     """A request of an event loop; it does not hold the `Answer`, whose end is the reader's."""
 
-    def __init__(self, engine: Engine, ids: list[int], wishes: Wishes) -> None:
-        super().__init__(engine, ids, wishes)
+    def __init__(self, engine: Engine, ids: list[int], wishes: Wishes, *, embeds: bool = False) -> None:
+        super().__init__(engine, ids, wishes, embeds=embeds)
         self.loop = asyncio.get_running_loop()
-        # Tokens; None at the end; an error instead.
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
 
@@ -77,6 +80,7 @@ class Answer(AsyncIterator[Token]):
         event = await self._request.events.get()
         if isinstance(event, Token):
             return event
+        assert not isinstance(event, np.ndarray)
         self._over = True
         if event is None:
             raise StopAsyncIteration
@@ -114,14 +118,32 @@ class AsyncEngine:
 
         Raises UsageError for a prompt that does not fit and BusyError if as many requests as may are waiting.
         """
-        request = _Asked(self.engine, self.engine.prompt_ids(prompt), Wishes(**wishes))
+        return Answer(self._queue(_Asked(self.engine, self.engine.prompt_ids(prompt), Wishes(**wishes))))
+
+    async def hidden_states(self, prompt: str | Sequence[int]) -> AsyncIterator[Floats]:
+        """Yield what the model makes of `prompt`: float32 [tokens, hidden], some tokens at a time, in their order.
+
+        Prompts are computed densely, whatever the selector. Raises as `generate` does; closing it cancels.
+        """
+        ids = self.engine.prompt_ids(prompt)
+        request = self._queue(_Asked(self.engine, ids, Wishes(max_new_tokens=1), embeds=True))
+        try:
+            while (event := await request.events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                assert isinstance(event, np.ndarray)
+                yield event
+        finally:
+            request.cancelled = True
+
+    def _queue(self, request: _Asked) -> _Asked:
         with self._lock:
             self._check_open()
             if self.waiting >= self._most:
                 raise BusyError(f"{self._most} requests are waiting already: try again later")
             self._queued.append(request)
             self._work.put(request)
-        return Answer(request)
+        return request
 
     @property
     def waiting(self) -> int:

@@ -20,17 +20,21 @@ from warmfront.coordinator.scheduling.turns import Admit, Decode, Idle, Limits, 
 from warmfront.coordinator.text.reply import Reply, Wishes
 from warmfront.shared.model.panels import BATCH, PRODUCT_TOKENS
 
-__all__ = ["Batcher", "Event", "Request"]
+__all__ = ["Batcher", "Event", "Floats", "Request"]
 
-# A token, the end, or an error instead.
-Event = Token | Exception | None
+Floats = npt.NDArray[np.float32]
+# A token, or hidden states of tokens, [tokens, hidden]; the end, or an error instead.
+Event = Token | Floats | Exception | None
 
 
 class Request:
-    """What is asked, and what has become of it; made by any thread."""
+    """What is asked, and what has become of it; made by any thread.
 
-    def __init__(self, engine: Engine, ids: list[int], wishes: Wishes) -> None:
-        self.ids = ids
+    `embeds`: no answer is wanted but the hidden states of all of its tokens, which are computed whatever is cached.
+    """
+
+    def __init__(self, engine: Engine, ids: list[int], wishes: Wishes, *, embeds: bool = False) -> None:
+        self.ids, self.embeds = ids, embeds
         self.reply = Reply(ids, engine.tokenizer, engine.plan.context, wishes)
         self.stats = Stats(load_s=engine.stats.load_s, prompt_tokens=len(ids))
         self.cancelled = False  # set by any thread
@@ -131,19 +135,24 @@ class Batcher:
             engine.statistics.begin_answer()
         if session.single:
             request.text = session.begin()
+            if request.embeds:
+                session.recall(request.text, request.ids, 0)
             request.unread = len(request.ids)
         else:
             request.text = session.new_text()
-            known = session.recall(request.text, request.ids, len(request.ids) - 1)
+            known = session.recall(request.text, request.ids, 0 if request.embeds else len(request.ids) - 1)
             request.text.reserve(request.until)
             request.unread = request.stats.prefilled = len(request.ids) - known
-        if self._engine.plan.speculates:
+        if self._engine.plan.speculates and not request.embeds:
             request.guessing = engine.guessing(request.ids)
         self.running.append(self.waiting.popleft())
 
     def _read(self, request: Request, tokens: int) -> None:
         session, text = self._session, request.text
         assert text is not None
+        if request.embeds:
+            self._embed(request, text, tokens)
+            return
         with session.alone():
             if session.single:
                 # What has a core is read in one go, and scored.
@@ -158,6 +167,16 @@ class Batcher:
                 now = time.monotonic()
                 request.stats.prefill_s, request.since = now - request.since, now
                 self._choose(request, logits)
+
+    def _embed(self, request: Request, text: Text, tokens: int) -> None:
+        """The next tokens' hidden states."""
+        with self._session.alone():
+            self._session.read(text, request.ids[len(text) :][:tokens], want_logits=False)
+            self._events.append((request, self._session.runtime.hidden(tokens)))
+        request.unread -= tokens
+        if request.unread == 0:
+            self._events.append((request, None))
+            self._drop([request])
 
     def _decode(self, batch: list[Request]) -> None:
         session = self._session
@@ -178,7 +197,7 @@ class Batcher:
         request.stats.drafted, request.stats.accepted = guessing.drafted, guessing.accepted
         self._choose(request, logits)
 
-    def _choose(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
+    def _choose(self, request: Request, logits: Floats) -> None:
         """Its next token."""
         reply, stats = request.reply, request.stats
         request.served = self._tokens = self._tokens + 1
