@@ -66,10 +66,9 @@ LRU, WINDOW, FREQUENCY, BALANCE = range(4)
 LEVELS = 16
 # Requests that may be outstanding; a power of two.
 RING = 1 << 14
-# Words of `Cache.state`: units that have no memory, and how many there may be; number
-# of the job; requests posted; units that this
-# token wanted and missed; the list that is looked through
-# next; groups of the job that are late.
+# Words of `Cache.state`: places without a unit, and how many there may be; number of the job; requests posted; units
+# that this token wanted and had, and wanted and missed; the list that is looked through next; groups of the job that
+# are late.
 FREE, CAPACITY, NOW, HEAD, _TOKEN_HITS, _TOKEN_MISSES, _HAND, LATE = range(8)
 STATE_WORDS = 8
 # Words of `Cache.counters`: see `shared/offload.py`.
@@ -228,6 +227,25 @@ def _reconsider(c: Cache, level: int) -> int:
 
 
 @kernel
+def _oldest_free(c: Cache, level: int) -> int:
+    """The first unit of a list that is free to go; -1 if all are in use.
+
+    Those in use before it become the last: what has come from a higher list stands behind them.
+    """
+    end = len(c.following) - LEVELS + level
+    last, unit = c.preceding[end], c.following[end]
+    while unit != end:
+        if _is_free_to_go(c, unit):
+            return int(unit)
+        _unlink(c, unit)
+        _link(c, unit, level)
+        if unit == last:
+            return -1
+        unit = c.following[end]
+    return -1
+
+
+@kernel
 def _victim(c: Cache) -> int:
     """The unit that is to go; -1 if all are in use."""
     if c.policy > WINDOW:
@@ -239,6 +257,10 @@ def _victim(c: Cache) -> int:
         if unit >= 0:
             return unit
         level = 1 if unit == -2 else level + 1
+    for every in range(LEVELS):
+        unit = _oldest_free(c, every)
+        if unit >= 0:
+            return unit
     return -1
 
 

@@ -69,12 +69,12 @@ class NeuronCache:
         self._file, alignment = _open_past_page_cache(model)
         try:
             chunk, capacity = self._divide(alignment)
-        except ResourceError:
+            self._memory = reserved(layers * groups * sizes.group_bytes)
+            if plan.memory_node >= 0 and bind(self._memory, plan.memory_node):
+                ensure_free(plan.memory_node, plan.ram_budget)
+        except BaseException:
             os.close(self._file)
             raise
-        self._memory = reserved(layers * groups * sizes.group_bytes)
-        if plan.memory_node >= 0 and bind(self._memory, plan.memory_node):
-            ensure_free(plan.memory_node, plan.ram_budget)
         self.slot = np.arange(layers * groups, dtype=np.int32).reshape(layers, groups)
         feed_forward, distances = model.spec.architecture.feed_forward, as_distances(plan.distances)
         dense, gates = work is Work.DENSE, work is Work.GATES
@@ -248,6 +248,7 @@ def _open_past_page_cache(model: PackedModel) -> tuple[int, int]:
             os.preadv(file, [buffer[:alignment].data], alignment)
         except OSError as error:
             if error.errno != errno.EINVAL:
+                os.close(file)
                 raise ResourceError(f"cannot read {model.path}: {error.strerror}") from error
         else:
             return file, alignment

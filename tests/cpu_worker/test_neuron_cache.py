@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.cpu_worker.cache_table import admit_units, begin_job, publish_requests, touch_units
 from warmfront.cpu_worker.neuron_cache import NeuronCache
 from warmfront.shared.errors import DamagedError, ResourceError, WarmfrontError
 from warmfront.shared.kernels.feed_forward.bundles import arrange_group, bundles_at
@@ -37,7 +38,7 @@ def model(tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
 class Opened:
     """A cache, and the word that ends it."""
 
-    def __init__(self, model: PackedModel, budget: int, selector: str = "core") -> None:
+    def __init__(self, model: PackedModel, budget: int, selector: str = "core", policy: str = "lru") -> None:
         shape = model.spec.layers, model.layout.groups
         plan = Assignment(
             index=0,
@@ -50,6 +51,7 @@ class Opened:
             slowdown=1.0,
             vram_budget=0,
             ram_budget=budget,
+            offload_policy=policy,
             distances=usual_distances().tobytes(),
         )
         self.quit = zeros(1, np.int64)
@@ -134,6 +136,29 @@ def test_a_budget_too_small_says_what_would_do(model: PackedModel, selector: str
     with Opened(model, told * 1_000_000, selector) as cache:
         cache.fill(0)
         cache.check()
+
+
+def test_what_is_wanted_finds_room(model: PackedModel) -> None:
+    """Also where what may go has come down to the list of what the job uses, and stands behind that."""
+    every = 0xFFFFFFFF
+    with Opened(model, budget=3_500_000, policy="balance") as cache:
+        cache.fill(0)
+        cache.check()
+        record = cache.record
+        groups = record.held.shape[1]
+        scores = record.score.reshape(2, -1)
+        for layer, score in ((1, 0.06), (0, 0.04)):
+            scores[layer] = score
+            begin_job(record, layer)
+            for group in range(groups):
+                touch_units(record, layer, group, every)
+            # As if some tokens had passed.
+            scores[1] = 0.05
+        for group in range(groups):
+            admit_units(record, 0, group, every)
+        publish_requests(record)
+        assert (record.held[0] == every).all()
+        assert 0 < np.bitwise_count(record.held[1]).sum() < groups * GROUP
 
 
 def _replace(cache: NeuronCache, path: Path, flags: int) -> None:
