@@ -1,4 +1,8 @@
-"""The workers' costs, fitted to what they report."""
+"""The workers' costs, fitted to what they report.
+
+Apart from `cost_model`, which is compiled: what it imports is part of the cache's digest, and each change of a message
+would have every kernel compiled anew.
+"""
 
 from collections.abc import Mapping
 

@@ -16,6 +16,7 @@ those that call them: what is in `by_address/` spares both.
 """
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -46,6 +47,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Caches that are kept, so that two installations do not make each other compile anew.
 _KEPT = 4
+# The folder of our own functions.
+_TOP = f"{Path(__file__).parents[2]}{os.sep}"
 # What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
@@ -59,9 +62,22 @@ def _cache_folder() -> Path | None:
 
 _FOLDER = _cache_folder()
 
-# What numba inlines it copies block by block, and with each block, twice, all variables of the function and where they
-# stand in the source, which nobody changes afterwards: most of the time that inlining took.
-ir.Scope.__deepcopy__ = ir.Loc.__deepcopy__ = lambda self, memo: self
+
+def _copied(part: Any, memo: dict[int, Any]) -> Any:
+    """numba's `copy.deepcopy` of a Scope or Loc, which spares those of our functions.
+
+    What is inlined is copied block by block, and with each block, twice, all variables of the function and where they
+    stand in the source, which nobody changes afterwards: most of the time that inlining took.
+    """
+    place = part if isinstance(part, ir.Loc) else part.loc
+    if place.filename.startswith(_TOP):
+        return part
+    made = memo[id(part)] = object.__new__(type(part))
+    vars(made).update(copy.deepcopy(vars(part), memo))
+    return made
+
+
+ir.Scope.__deepcopy__ = ir.Loc.__deepcopy__ = _copied
 
 
 def _distrust() -> str:

@@ -150,17 +150,19 @@ def routed_groups(
     while start < high:
         branch, end = job.branches[start], branch_end(job.branches, start, high)
         count = buffers.counts[branch]
+        if branch != 0 and count == 0:
+            start = end
+            continue
         users = all_tokens(b, vectors, work, job.tokens)
-        if branch != 0 and count > 0:
+        if branch != 0:
             _gather(job, branch, work.x, packed_words(b.gate_kind, b.hidden), vectors.inverse)
             x_at, factors_at, sums_at = address_of(buffers.x), address_of(buffers.factors), work.strips
             if not in_strips:
                 buffers.sums[: panels_of(count) * LANES * b.hidden] = 0
                 sums_at = address_of(buffers.sums)
             users = Chosen(count, address_of(buffers.users[branch]), x_at, factors_at, sums_at)
-        if branch == 0 or count > 0:
-            add_groups(b, slots, start, end, users, work, ids, notes)
-        if branch != 0 and count > 0 and not in_strips:
+        add_groups(b, slots, start, end, users, work, ids, notes)
+        if branch != 0 and not in_strips:
             _scatter(buffers, branch, b.hidden, vectors.sums, job.tokens)
         start = end
     end_job(b, vectors, work)
