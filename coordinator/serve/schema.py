@@ -8,7 +8,7 @@ same API have beside them (top_k, min_p, repetition_penalty, ignore_eos, grammar
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "ChatRequest",
@@ -39,6 +39,11 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
 
 class StreamOptions(_Request):
     include_usage: bool = False
@@ -56,7 +61,7 @@ class GenerationRequest(_Request):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Annotated[list[str] | None, BeforeValidator(_listed), Field(max_length=_STOPS)] = None
+    stop: Annotated[Annotated[list[str], Field(max_length=_STOPS)] | None, BeforeValidator(_listed)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
