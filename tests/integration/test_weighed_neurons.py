@@ -20,6 +20,7 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.engine import load
 from warmfront.coordinator.selectors.calibration import calibrate
 from warmfront.shared.kernels.lowbit import unpack_lowbit
+from warmfront.shared.wire.board import ALL_NEURONS
 
 Make = Callable[..., Path]
 # Less than its whole weight is ever computed of a layer.
@@ -65,10 +66,11 @@ class Layer:
         return self._factors(exact).abs() * self.down.weight.norm(dim=0), self._factors(shifted).abs()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The feed-forward of the selected neurons alone, which are those above the threshold but for rounding."""
+        """The feed-forward of the selected neurons alone, which behind the prompt are those above the threshold but for
+        rounding."""
         wide = x[0].double()
-        _, scores = self.weights_and_scores(wide)
-        differ = (scores > self.threshold) != self.selected
+        scores = self.weights_and_scores(wide)[1][1:]
+        differ = (scores > self.threshold) != self.selected[1:]
         assert differ.double().mean() < 1e-3
         assert ((scores / self.threshold - 1).abs()[differ] < 1e-2).all()
         exact, _ = self.products(wide)
@@ -98,6 +100,7 @@ def test_logits_are_those_of_transformers_with_the_same_mask(
         for row in engine.forced_logits(IDS, 1):
             ours.append(row)
             masks.append(engine.session.runtime.board.mask[0].copy())
+        masks[0][:] = ALL_NEURONS  # a prompt, of one token too, is computed whole
         selected = np.unpackbits(np.stack(masks).view(np.uint8), axis=2, bitorder="little").astype(bool)
         for block, layer, own, x in zip(model.model.layers, layers, selected.swapaxes(0, 1), inputs, strict=True):
             assert_calibrated(layer, torch.from_numpy(x).double())
