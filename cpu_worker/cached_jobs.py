@@ -26,10 +26,19 @@ from warmfront.cpu_worker.cache_table import (
     touch_units,
     unit_at,
 )
-from warmfront.cpu_worker.executor import GATES_OF_JOB, NEURONS_OF_JOB, Worker, batch_of, notes_of, vectors_of
+from warmfront.cpu_worker.executor import (
+    GATES_OF_JOB,
+    NEURONS_OF_JOB,
+    Worker,
+    batch_of,
+    compute_listed,
+    find_open,
+    notes_of,
+    vectors_of,
+)
 from warmfront.shared.kernels.atomics import clock_ns, drop_pages, fetch_add, load_acquire, store_release
-from warmfront.shared.kernels.feed_forward.branches import listed_end, users_groups, weighed
-from warmfront.shared.kernels.feed_forward.ffn import Batch, Selection, listed_neurons, open_gates, open_neurons
+from warmfront.shared.kernels.feed_forward.branches import users_groups, weighed
+from warmfront.shared.kernels.feed_forward.ffn import Batch, open_neurons
 from warmfront.shared.kernels.feed_forward.neuron_lists import group_start, list_masked
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.prefill.dense_groups import add_dense_groups
@@ -116,19 +125,6 @@ def _list_group(word: Any, i: int, listed: Any) -> int:
 
 
 @kernel
-def _listed(w: Worker, rank: int, low: int, high: int, batch: Batch) -> int:
-    """Entries low..high of this thread's list, by branches."""
-    branches, listed, done = w.branches[rank], w.listed[rank], 0
-    selection = Selection(w.words[rank], w.skip, w.bits[rank])
-    while low < high:
-        end = listed_end(branches, listed, low, high)
-        own = weighed(batch, w.routing, branches[listed[low] // GROUP], w.factors[rank])
-        done += listed_neurons(w.bundles, w.owned[rank], listed, low, end, selection, own)
-        low = end
-    return done
-
-
-@kernel
 def cached_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """`executor.decode_listed`; the selection is not compared, for which all gates were to be read."""
     c, counts, listed = w.cache, w.counts[rank], w.listed[rank]
@@ -142,14 +138,14 @@ def cached_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) ->
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[GATES_OF_JOB] = high - low
-    counts[NEURONS_OF_JOB] = _listed(w, rank, low, high, batch)
+    counts[NEURONS_OF_JOB] = compute_listed(w, rank, low, high, batch)
     while True:
         i = _next_late(c, rank, layer, w.ids[rank], w.wanted[rank])
         if i < 0:
             return DONE if i == -1 else ABORTED
         count = _list_group(w.wanted[rank, i], i, listed)
         counts[GATES_OF_JOB] += count
-        counts[NEURONS_OF_JOB] += _listed(w, rank, 0, count, batch)
+        counts[NEURONS_OF_JOB] += compute_listed(w, rank, 0, count, batch)
 
 
 @kernel
@@ -188,16 +184,9 @@ def _opened(w: Worker, rank: int, other: int, start: int, end: int, batch: Batch
 @kernel
 def cached_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """`executor.decode_gates`: the gates are pinned, what they open may be late."""
-    c, b, words = w.cache, w.bundles, w.words[rank]
+    c = w.cache
     batch = batch_of(w, rank, tokens)
-    low, high = share(groups, 1, rank, rank + 1, w.threads)
-    users = 0
-    for token in range(batch.tokens):
-        for i in range(low, high):
-            users += words[token, i] != 0
-    w.counts[rank, GATES_OF_JOB] = users * GROUP
-    w.opened_count[rank, 0] = open_gates(b, w.owned[rank], low, high, batch, words, w.gates[rank], w.opened[rank])
-    result = barrier(w.barrier)
+    result = find_open(w, rank, groups, batch)
     if result != DONE:
         return result
     if rank == 0:

@@ -60,9 +60,11 @@ __all__ = [
     "SELECTED",
     "Worker",
     "batch_of",
+    "compute_listed",
     "decode_gates",
     "decode_listed",
     "decode_tiles",
+    "find_open",
     "notes_of",
     "prefill_dense",
     "prefill_routed",
@@ -197,21 +199,32 @@ def batch_of(w: Worker, rank: int, tokens: int) -> Batch:
 
 
 @kernel
-def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """A batch by `exact`.
+def find_open(w: Worker, rank: int, groups: int, batch: Batch) -> int:
+    """List the neurons that fire, of this thread's share of the groups, and wait for the others to do so.
 
-    The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
+    Returns DONE or ABORTED.
     """
-    b, slots, branches, words = w.bundles, w.owned[rank], w.branches[rank], w.words[rank]
-    batch = batch_of(w, rank, tokens)
+    words = w.words[rank]
     low, high = share(groups, 1, rank, rank + 1, w.threads)
     users = 0
     for token in range(batch.tokens):
         for i in range(low, high):
             users += words[token, i] != 0
     w.counts[rank, GATES_OF_JOB] = users * GROUP
-    w.opened_count[rank, 0] = open_gates(b, slots, low, high, batch, words, w.gates[rank], w.opened[rank])
-    result = barrier(w.barrier)
+    opened = open_gates(w.bundles, w.owned[rank], low, high, batch, words, w.gates[rank], w.opened[rank])
+    w.opened_count[rank, 0] = opened
+    return int(barrier(w.barrier))
+
+
+@kernel
+def decode_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
+    """A batch by `exact`.
+
+    The neurons that fire are counted over the threads before they are shared out: each thread would find more or fewer.
+    """
+    b, slots, branches = w.bundles, w.owned[rank], w.branches[rank]
+    batch = batch_of(w, rank, tokens)
+    result = find_open(w, rank, groups, batch)
     if result != DONE:
         return result
     total = 0
@@ -250,21 +263,28 @@ def decode_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
 
 
 @kernel
+def compute_listed(w: Worker, rank: int, low: int, high: int, batch: Batch) -> int:
+    """Entries low..high of this thread's list, by branches; returns how many needed more than their gates."""
+    branches, listed, done = w.branches[rank], w.listed[rank], 0
+    selection = Selection(w.words[rank], w.skip, w.bits[rank])
+    while low < high:
+        end = listed_end(branches, listed, low, high)
+        own = weighed(batch, w.routing, branches[listed[low] // GROUP], w.factors[rank])
+        done += listed_neurons(w.bundles, w.owned[rank], listed, low, end, selection, own)
+        low = end
+    return done
+
+
+@kernel
 def decode_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
     """A batch whose tokens want the neurons of the mask, or all in bundles."""
-    slots, branches, counts, listed = w.owned[rank], w.branches[rank], w.counts[rank], w.listed[rank]
+    slots, counts, listed = w.owned[rank], w.counts[rank], w.listed[rank]
     batch = batch_of(w, rank, tokens)
     count = list_masked(w.wanted[rank], groups, listed) if w.masked else groups * GROUP
     low, high = share(count, 1, rank, rank + 1, w.threads)
     low, high = group_start(listed, count, low), group_start(listed, count, high)
     counts[GATES_OF_JOB] = high - low
-    selection = Selection(w.words[rank], w.skip, w.bits[rank])
-    counts[NEURONS_OF_JOB] = 0
-    while low < high:
-        end = listed_end(branches, listed, low, high)
-        own = weighed(batch, w.routing, branches[listed[low] // GROUP], w.factors[rank])
-        counts[NEURONS_OF_JOB] += listed_neurons(w.bundles, slots, listed, low, end, selection, own)
-        low = end
+    counts[NEURONS_OF_JOB] = compute_listed(w, rank, low, high, batch)
     if w.descriptor[COMPARE_SELECTION] != 0:
         low, high = share(groups, 1, rank, rank + 1, w.threads)
         every = np.full((1, groups), 0xFFFFFFFF, np.uint32)
