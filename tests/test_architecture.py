@@ -288,6 +288,20 @@ def test_the_cpu_worker_loads_neither_torch_nor_the_coordinator() -> None:
     assert not loaded & {"torch", "cupy", "transformers", "warmfront.coordinator", "warmfront.gpu_worker"}
 
 
+@pytest.mark.parametrize("module", ["coordinator.decode.thread_team", "cpu_worker.worker", "gpu_worker.host"])
+def test_a_first_kernel_loads_no_linear_algebra(module: str) -> None:
+    """numba would; whoever multiplies matrices in the same process still can."""
+    code = f"""
+import numba, numpy
+import warmfront.{module}
+from warmfront.shared.kernels.rows import row_stride
+row_stride(0, 32)
+assert "scipy.linalg" not in sys.modules
+assert numba.njit(lambda a: numpy.dot(a, a))(numpy.full((2, 2), 2.0)).tolist() == [[8.0, 8.0], [8.0, 8.0]]
+"""
+    assert "scipy" in loaded_by(code)
+
+
 def test_the_gpu_worker_loads_no_torch_and_cupy_only_for_a_cuda_device() -> None:
     loaded = loaded_by("import warmfront.gpu_worker.worker, warmfront.gpu_worker.host")
     assert "warmfront.gpu_worker" in loaded
