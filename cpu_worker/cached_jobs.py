@@ -1,4 +1,4 @@
-"""Jobs of a CPU worker whose memory is a cache of the packed file: those of `executor.py`, in two parts each.
+"""Jobs of a CPU worker whose memory is a cache of the packed file: those of `jobs.py`, in two parts each.
 
     plan     the first thread: what of the wanted neurons is held, what is missing; that is asked for
     present  all threads: the groups whose wanted neurons are all there
@@ -26,16 +26,8 @@ from warmfront.cpu_worker.cache_table import (
     touch_units,
     unit_at,
 )
-from warmfront.cpu_worker.executor import (
-    GATES_OF_JOB,
-    NEURONS_OF_JOB,
-    Worker,
-    batch_of,
-    compute_listed,
-    find_open,
-    notes_of,
-    vectors_of,
-)
+from warmfront.cpu_worker.executor import GATES_OF_JOB, NEURONS_OF_JOB, Worker
+from warmfront.cpu_worker.jobs import batch_of, compute_listed, find_open, notes_of, vectors_of
 from warmfront.shared.kernels.atomics import clock_ns, drop_pages, fetch_add, load_acquire, store_release
 from warmfront.shared.kernels.feed_forward.branches import users_groups, weighed
 from warmfront.shared.kernels.feed_forward.ffn import Batch, open_neurons
@@ -126,7 +118,7 @@ def _list_group(word: Any, i: int, listed: Any) -> int:
 
 @kernel
 def cached_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """`executor.decode_listed`; the selection is not compared, for which all gates were to be read."""
+    """`jobs.decode_listed`; the selection is not compared, for which all gates were to be read."""
     c, counts, listed = w.cache, w.counts[rank], w.listed[rank]
     if rank == 0:
         _plan(c, layer, w.ids[0], w.wanted[0], groups)
@@ -150,7 +142,7 @@ def cached_listed(w: Worker, rank: int, layer: int, groups: int, tokens: int) ->
 
 @kernel
 def cached_tiles(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """`executor.decode_tiles`."""
+    """`jobs.decode_tiles`."""
     c, counts, branches = w.cache, w.counts[rank], w.branches[rank]
     if rank == 0:
         _plan(c, layer, w.ids[0], w.wanted[0], groups)
@@ -183,7 +175,7 @@ def _opened(w: Worker, rank: int, other: int, start: int, end: int, batch: Batch
 
 @kernel
 def cached_gates(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """`executor.decode_gates`: the gates are pinned, what they open may be late."""
+    """`jobs.decode_gates`: the gates are pinned, what they open may be late."""
     c = w.cache
     batch = batch_of(w, rank, tokens)
     result = find_open(w, rank, groups, batch)
@@ -292,7 +284,7 @@ def _end_chunk(c: Cache, w: Worker, rank: int, layer: int, start: int, groups: i
 
 @kernel
 def cached_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """`executor.prefill_dense`."""
+    """`jobs.prefill_dense`."""
     c, done = w.cache, 0
     for start in range(0, groups, c.chunk):
         low, high, result = _await_chunk(c, w, rank, layer, start, groups)
@@ -310,7 +302,7 @@ def cached_dense(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> 
 
 @kernel
 def cached_routed(w: Worker, rank: int, layer: int, groups: int, tokens: int) -> int:
-    """`executor.prefill_routed`."""
+    """`jobs.prefill_routed`."""
     c, done = w.cache, 0
     job = Routed(tokens, w.routing, w.branches[rank], buffers_of(w.routed, rank))
     list_users(w.routing, tokens, job.buffers)

@@ -8,20 +8,8 @@ import numpy.typing as npt
 
 import warmfront.shared.machine.quick_numba  # noqa: F401
 from warmfront.cpu_worker.cached_jobs import cached_dense, cached_gates, cached_listed, cached_routed, cached_tiles
-from warmfront.cpu_worker.executor import (
-    BUSY_NS,
-    BYTES,
-    COMPARED,
-    JOBS,
-    NEURONS,
-    Worker,
-    decode_gates,
-    decode_listed,
-    decode_tiles,
-    prefill_dense,
-    prefill_routed,
-    serve,
-)
+from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
+from warmfront.cpu_worker.jobs import decode_gates, decode_listed, decode_tiles, prefill_dense, prefill_routed
 from warmfront.cpu_worker.neuron_cache import NeuronCache
 from warmfront.cpu_worker.resident_groups import ResidentGroups
 from warmfront.shared.kernels.by_address.kernels import entry_of
