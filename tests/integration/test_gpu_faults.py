@@ -18,6 +18,7 @@ import pytest
 from tests.integration.command import MARK, find_module
 from tests.integration.faults import LIMIT_S
 from tests.integration.gpu import Restless, budget_for, watch
+from tests.leak_check import assert_nothing_left, snapshot
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.errors import WorkerError
 from warmfront.shared.wire.messages import Move
@@ -105,94 +106,108 @@ def worker_neurons(engine: Engine, name: str) -> int:
     return next(worker.neurons for worker in engine.statistics.workers() if worker.name == name)
 
 
-@pytest.fixture
-def restless(endless: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Groups move to and from the emulated GPU at every token, and the tables are checked at every boundary."""
+@pytest.fixture(scope="class")
+def engine(endless: Path) -> Iterator[Engine]:
+    """One for all tests after which the GPU worker is back. Nothing is left when it is closed."""
+    before = snapshot()
     with Engine.load(str(endless), **GPU) as engine:
-        watch(engine, Restless(1), monkeypatch)
         yield engine
+    assert_nothing_left(before)
 
 
-def test_ctrl_c_waits_until_the_tables_agree(
-    restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ownership, presses = restless.ownership, []
-    arrived = ownership._arrived
-
-    def pressed(*arguments: Any) -> None:
-        presses.append(signal.raise_signal(signal.SIGINT))
-        arrived(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ownership, "_arrived", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            restless.decode_ids(PROMPT, 500)
-    assert presses
-    ownership.boundary()
-    assert restless.decode_ids(PROMPT, 100) == undisturbed["short"][:100]
+@pytest.fixture
+def restless(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Groups move to and from the emulated GPU at every token, and the tables are checked at every boundary."""
+    engine.reset()
+    watch(engine, Restless(1), monkeypatch)
+    return engine
 
 
-@pytest.mark.stress
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
-def test_a_gpu_worker_may_die_at_any_moment(restless: Engine, undisturbed: dict[str, list[int]], seed: int) -> None:
-    chance, victim = random.Random(seed), Victim(restless)
+class TestRestless:
+    """Groups move whatever happens."""
 
-    def strike() -> None:
-        time.sleep(chance.uniform(0, 0.05))
-        victim.kill()
+    @pytest.fixture(autouse=True)
+    def no_leaks(self) -> None:
+        """The shared engine has another process for its GPU worker after a test: `engine` looks in its place."""
 
-    assert_it_goes_on(restless, victim, undisturbed["short"], chance.randrange(2, 200), strike)
+    def test_ctrl_c_waits_until_the_tables_agree(
+        self, restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ownership, presses = restless.ownership, []
+        arrived = ownership._arrived
 
+        def pressed(*arguments: Any) -> None:
+            presses.append(signal.raise_signal(signal.SIGINT))
+            arrived(*arguments)
 
-@pytest.mark.stress
-@pytest.mark.slow
-@pytest.mark.parametrize("pause", [0.0, 0.1, 0.5, 1.0, 1.5])
-def test_its_successor_may_die_too(restless: Engine, undisturbed: dict[str, list[int]], pause: float) -> None:
-    """Before it has said Hello, while it loads, while it is refilled."""
-    victim = Victim(restless)
-    assert_it_goes_on(restless, victim, undisturbed["short"], 20, lambda: victim.kill_next(pause))
-    assert len(set(victim.killed)) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(ownership, "_arrived", pressed)
+            with pytest.raises(KeyboardInterrupt):
+                restless.decode_ids(PROMPT, 500)
+        assert presses
+        ownership.boundary()
+        assert restless.decode_ids(PROMPT, 100) == undisturbed["short"][:100]
 
+    @pytest.mark.stress
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(12))
+    def test_a_gpu_worker_may_die_at_any_moment(
+        self, restless: Engine, undisturbed: dict[str, list[int]], seed: int
+    ) -> None:
+        chance, victim = random.Random(seed), Victim(restless)
 
-@pytest.mark.stress
-@pytest.mark.slow
-@pytest.mark.parametrize("nth", [1, 5, 20])
-def test_a_gpu_worker_may_die_during_a_move(
-    restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, nth: int
-) -> None:
-    """A batch is in flight when the process dies."""
-    victim, supervisor, moves = Victim(restless), restless.session.runtime.supervisor, []
-    move = supervisor.move
-
-    def deadly(worker: str, message: Move) -> None:
-        move(worker, message)
-        moves.append(message)
-        if len(moves) == nth:
+        def strike() -> None:
+            time.sleep(chance.uniform(0, 0.05))
             victim.kill()
 
-    monkeypatch.setattr(supervisor, "move", deadly)
-    assert_it_goes_on(restless, victim, undisturbed["short"])
-    assert len(moves) > nth
+        assert_it_goes_on(restless, victim, undisturbed["short"], chance.randrange(2, 200), strike)
 
+    @pytest.mark.stress
+    @pytest.mark.slow
+    @pytest.mark.parametrize("pause", [0.0, 0.1, 0.5, 1.0, 1.5])
+    def test_its_successor_may_die_too(self, restless: Engine, undisturbed: dict[str, list[int]], pause: float) -> None:
+        """Before it has said Hello, while it loads, while it is refilled."""
+        victim = Victim(restless)
+        assert_it_goes_on(restless, victim, undisturbed["short"], 20, lambda: victim.kill_next(pause))
+        assert len(set(victim.killed)) == 2
 
-@pytest.mark.stress
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", [0.0, 0.3, 0.6, 0.9])
-def test_a_gpu_worker_may_die_during_the_prefill(
-    restless: Engine, undisturbed: dict[str, list[int]], moment: float
-) -> None:
-    victim = Victim(restless)
-    restless.decode_ids(LONG_PROMPT, 1)
-    killer = threading.Timer(moment * restless.stats.prefill_s, victim.kill)
-    restless.reset()
-    killer.start()
-    start = time.monotonic()
-    answer = restless.decode_ids(LONG_PROMPT, 200)
-    killer.join()
-    assert answer == undisturbed["long"]
-    assert time.monotonic() - start < 30
-    assert_it_goes_on(restless, victim, undisturbed["short"])
+    @pytest.mark.stress
+    @pytest.mark.slow
+    @pytest.mark.parametrize("nth", [1, 5, 20])
+    def test_a_gpu_worker_may_die_during_a_move(
+        self, restless: Engine, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, nth: int
+    ) -> None:
+        """A batch is in flight when the process dies."""
+        victim, supervisor, moves = Victim(restless), restless.session.runtime.supervisor, []
+        move = supervisor.move
+
+        def deadly(worker: str, message: Move) -> None:
+            move(worker, message)
+            moves.append(message)
+            if len(moves) == nth:
+                victim.kill()
+
+        monkeypatch.setattr(supervisor, "move", deadly)
+        assert_it_goes_on(restless, victim, undisturbed["short"])
+        assert len(moves) > nth
+
+    @pytest.mark.stress
+    @pytest.mark.slow
+    @pytest.mark.parametrize("moment", [0.0, 0.3, 0.6, 0.9])
+    def test_a_gpu_worker_may_die_during_the_prefill(
+        self, restless: Engine, undisturbed: dict[str, list[int]], moment: float
+    ) -> None:
+        victim = Victim(restless)
+        restless.decode_ids(LONG_PROMPT, 1)
+        killer = threading.Timer(moment * restless.stats.prefill_s, victim.kill)
+        restless.reset()
+        killer.start()
+        start = time.monotonic()
+        answer = restless.decode_ids(LONG_PROMPT, 200)
+        killer.join()
+        assert answer == undisturbed["long"]
+        assert time.monotonic() - start < 30
+        assert_it_goes_on(restless, victim, undisturbed["short"])
 
 
 @pytest.mark.stress

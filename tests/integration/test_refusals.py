@@ -17,7 +17,7 @@ import pytest
 from tests.integration.command import CORES, WARMFRONT, assert_refused, link_cache, prepack, run
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.machine.driver import find_driver
-from warmfront.shared.model.store import FORMAT, PackedModel
+from warmfront.shared.model.store import PackedModel
 from warmfront.shared.paths import cache_root
 
 # A command that sees a folder, the next word, as one that cannot be written, whoever runs it.
@@ -151,7 +151,7 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
     (tmp_path / "bare" / "model.safetensors").touch()
     tiny_gguf("bloom.gguf", architecture="bloom")
     tiny_gguf("part.gguf", without=["blk.0.ffn_up.weight"])
-    for name, words in {
+    refusals = {
         "absent": ["no such model", "smollm2-135m"],
         "empty": ["no config.json", "GGUF file"],
         "text.txt": ["is not a GGUF file"],
@@ -161,11 +161,13 @@ def test_wrong_models(command: list[str], tmp_path: Path, tiny_gguf: Callable[..
         "bare": ["field hidden_size is missing"],
         "bloom.gguf": ["'bloom' is not supported", "llama, ", "gemma3"],
         "part.gguf": ["is missing", "incomplete"],
-    }.items():
-        assert_refused(run(*command, tmp_path / name), 1, *words)
+    }
+    # All commands open a model alike: one tries them all.
+    for name in refusals if command == ["info"] else ("absent", "part.gguf"):
+        assert_refused(run(*command, tmp_path / name), 1, *refusals[name])
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 1000, 0.5, -1])
+@pytest.mark.parametrize("kept", [7, 0.5])
 def test_truncated_gguf(tiny_gguf: Callable[..., Path], kept: float) -> None:
     path = tiny_gguf()
     data = path.read_bytes()
@@ -181,7 +183,7 @@ def test_without_a_tokenizer(tiny_gguf: Callable[..., Path]) -> None:
 
 
 class TestCache:
-    """A cache that is damaged, full or cannot be written."""
+    """A cache that is damaged, full or cannot be written; what counts as damage is in shared/model/test_store.py."""
 
     @pytest.fixture
     def home(self, tmp_path: Path) -> Path:
@@ -218,22 +220,21 @@ class TestCache:
         assert set(rest) <= {"profiling which neurons fire (first load only)"}
         assert packed.read_bytes() == whole
 
-    @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
-    def test_packed_file_is_truncated(self, relu: Path, home: Path, packed: Path, kept: float) -> None:
+    def test_packed_file_is_truncated(self, relu: Path, home: Path, packed: Path) -> None:
         data = packed.read_bytes()
-        packed.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+        packed.write_bytes(data[: len(data) // 2])
         self.assert_mended(home, relu, packed, data)
 
-    @pytest.mark.parametrize("at", [0, 8, 9, 300])
-    def test_head_of_the_packed_file_is_damaged(self, relu: Path, home: Path, packed: Path, at: int) -> None:
+    def test_head_of_the_packed_file_is_damaged(self, relu: Path, home: Path, packed: Path) -> None:
         data = bytearray(whole := packed.read_bytes())
-        data[at : at + 4] = b"\xff\xfe\x01}"
+        data[9:13] = b"\xff\xfe\x01}"
         packed.write_bytes(data)
         self.assert_mended(home, relu, packed, whole)
 
-    @pytest.mark.parametrize("name", ["embed", "layers.1.o", "layers.0.ffn", "layers.1.ffn", "tokenizer", "norm"])
+    @pytest.mark.parametrize("name", ["layers.1.o", "layers.0.ffn", "tokenizer"])
     def test_pages_of_the_packed_file_are_zero(self, relu: Path, home: Path, packed: Path, name: str) -> None:
-        """As a power cut may leave it: of the right size, with the right header."""
+        """As a power cut may leave it: of the right size, with the right header. Threads of the coordinator find it, a
+        worker, or the tokenizer."""
         with PackedModel(packed) as model:
             entry = model.entries[name]
         data = bytearray(whole := packed.read_bytes())
@@ -241,11 +242,6 @@ class TestCache:
         assert any(data[at : at + 128])
         data[at : at + 128] = bytes(128)
         packed.write_bytes(data)
-        self.assert_mended(home, relu, packed, whole)
-
-    def test_another_version_s_packed_file(self, relu: Path, home: Path, packed: Path) -> None:
-        whole = packed.read_bytes()
-        packed.write_bytes(whole.replace(FORMAT.encode(), b"warmfront-00", 1))
         self.assert_mended(home, relu, packed, whole)
 
     def test_copies_of_the_gates_are_damaged(self, relu: Path, home: Path, packed: Path) -> None:
