@@ -10,7 +10,7 @@ has 8 bits, so a term is off by up to 2^-8 and a long sum by far less: its terms
 float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ __all__ = [
     "pack_panels",
     "paired",
     "panels_of",
+    "parts_in_registers",
 ]
 
 ROWS = 8
@@ -225,14 +226,9 @@ def _products(context, pairs, left, x, y, adds, panels):
         rows = [b.add(w, b.mul(row_step, long(r))) for r in range(ROWS)]
 
         def emit(pairs: bool, count: int) -> None:
-            if pairs and not multiplies_bfloat(context):
-                return
-            # 8 x 3 sums stay in registers beside 3 vectors of inputs and a weight: 28 of AVX-512's 32. With 16 that
-            # hold half as much 4 x 1 sums take 8: from memory, most of 48 would come with each weight.
-            together, side_by_side = (ROWS, count) if has(context, "avx512f") else (ROWS // 2, 1)
-            for row in range(0, ROWS, together):
-                for panel in range(0, count, side_by_side):
-                    emit_part(pairs, range(row, row + together), range(panel, panel + side_by_side))
+            if not pairs or multiplies_bfloat(context):
+                for some, beside in parts_in_registers(context, count):
+                    emit_part(pairs, some, beside)
 
         def emit_part(pairs: bool, some: range, beside: range) -> None:
             sums = {(r, p): simd.zeros(b) for r in some for p in beside}
@@ -256,6 +252,16 @@ def _products(context, pairs, left, x, y, adds, panels):
         return context.get_dummy_value()
 
     return types.void(types.boolean, left, x, y, types.boolean, types.int64), build
+
+
+def parts_in_registers(context: Any, panels: int) -> Iterator[tuple[range, range]]:
+    """Which of 8 rows and of some panels have their sums in registers at the same time."""
+    # 8 x 3 sums stay there beside 3 vectors of inputs and a weight: 28 of AVX-512's 32. With 16 that hold half as much
+    # 4 x 1 sums take 8: from memory, most of 48 would come with each weight.
+    rows, beside = (ROWS, panels) if has(context, "avx512f") else (ROWS // 2, 1)
+    for panel in range(0, panels, beside):
+        for row in range(0, ROWS, rows):
+            yield range(row, row + rows), range(panel, panel + beside)
 
 
 def accumulate(b: Any, sums: Any, weight: Any, tokens: Any, pairs: bool) -> Any:

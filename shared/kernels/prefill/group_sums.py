@@ -13,7 +13,16 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.exact_sums import add_to_sums
-from warmfront.shared.kernels.gemm import PANELS, ROWS, Panels, accumulate, by_panels, in_pairs, multiplies_bfloat
+from warmfront.shared.kernels.gemm import (
+    PANELS,
+    ROWS,
+    Panels,
+    accumulate,
+    by_panels,
+    in_pairs,
+    multiplies_bfloat,
+    parts_in_registers,
+)
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, load, long, splat, vector
 from warmfront.shared.model.bundle import GROUP
@@ -53,26 +62,28 @@ def _products(context, pairs, left, x, y, groups, panels):
         left, x, y = (cgutils.unpack_tuple(b, each) for each in tuples)
 
         def emit(pairs: bool, count: int) -> None:
-            if pairs and not multiplies_bfloat(context):
-                return
-            sums = [[simd.zeros(b) for _ in range(count)] for _ in range(ROWS)]
+            if not pairs or multiplies_bfloat(context):
+                for some, beside in parts_in_registers(context, count):
+                    emit_part(pairs, some, beside)
+
+        def emit_part(pairs: bool, some: range, beside: range) -> None:
+            sums = {(r, p): simd.zeros(b) for r in some for p in beside}
             element, terms = (I32, GROUP // 2) if pairs else (FLOAT, GROUP)
             with cgutils.for_range(b, groups, intp=I64) as group:
                 weights = b.add(left[0], b.mul(group.index, left[1]))
                 factors = b.add(x[0], b.mul(group.index, x[1]))
-                for cell in (cell for row in sums for cell in row):
-                    b.store(simd.constants(0.0), cell)
+                for total in sums.values():
+                    b.store(simd.constants(0.0), total)
                 with cgutils.for_range(b, long(terms), intp=I64) as loop:
                     at, k = b.mul(loop.index, long(64)), b.mul(loop.index, left[2])
-                    tokens = [load(b, factors, b.add(b.mul(x[2], long(p)), at), vector(element)) for p in range(count)]
-                    for r in range(ROWS):
+                    tokens = {p: load(b, factors, b.add(b.mul(x[2], long(p)), at), vector(element)) for p in beside}
+                    for r in some:
                         weight = splat(b, load(b, weights, b.add(k, long(4 * r)), element))
-                        for p in range(count):
-                            b.store(accumulate(b, b.load(sums[r][p]), weight, tokens[p], pairs), sums[r][p])
-                for r in range(ROWS):
-                    for p in range(count):
-                        place = b.add(b.mul(y[1], long(p)), long(128 * r))
-                        add_to_sums(context, b, y[0], place, b.load(sums[r][p]))
+                        for p in beside:
+                            b.store(accumulate(b, b.load(sums[r, p]), weight, tokens[p], pairs), sums[r, p])
+                for (r, p), total in sums.items():
+                    place = b.add(b.mul(y[1], long(p)), long(128 * r))
+                    add_to_sums(context, b, y[0], place, b.load(total))
 
         by_panels(b, pairs, panels, emit)
         return context.get_dummy_value()
