@@ -4,6 +4,8 @@
     the rest of one is to come  its answer went out before all of it was read
     data is to be taken         more than the transport's buffer is ready, or the last of an answer is
 
+Of `MOST` connections at once, further ones are told that there are too many; of twice as many, they are closed.
+
 A client that sends a byte now and then gains no time. The body of a request that is being read has a limit of its own
 (`transport.read`), and what is computed for a client that takes nothing ends with the connection.
 """
@@ -11,9 +13,22 @@ A client that sends a byte now and then gains no time. The body of a request tha
 import asyncio
 from typing import cast
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Connection"]
+from warmfront.coordinator.serve.errors import ApiError
+
+__all__ = ["MOST", "Connection"]
+
+# A process has 1,024 descriptors where nothing else is set; a page holds two connections.
+MOST = 400
+
+
+async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
+    error = ApiError(503, f"{MOST} connections are open: try again later", code="too_many_connections")
+    response = error.response()
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send)
 
 
 class Connection(H11Protocol):
@@ -24,6 +39,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As in asyncio.Protocol, like all of these."""
         super().connection_made(cast(asyncio.Transport, transport))
+        if len(self.connections) > MOST:
+            self.app = _too_many
+        if len(self.connections) > 2 * MOST:
+            self.transport.abort()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -26,9 +26,9 @@ from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.serve.connections import Connection
 from warmfront.coordinator.serve.live import attach
 from warmfront.coordinator.serve.service import Service
-from warmfront.shared.errors import ResourceError, UsageError
+from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 
-__all__ = ["bound", "keys_of", "serve"]
+__all__ = ["HttpServer", "bound", "keys_of", "serve"]
 
 _LOOK_S = 0.2
 _BACKLOG = 256
@@ -52,7 +52,7 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server:
+class HttpServer:
     """uvicorn on a thread of its own."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket, drain_s: float, client_s: float) -> None:
@@ -68,11 +68,15 @@ class _Server:
             ws="none",
         )
         self._server, self._listener = uvicorn.Server(config), listener
+        self.error: Exception | None = None  # what has ended it without being asked to
         self._thread = threading.Thread(target=self._run, name="warmfront-http", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve([self._listener]))
+        try:
+            asyncio.run(self._server.serve([self._listener]))
+        except Exception as error:
+            self.error = error
 
     @property
     def alive(self) -> bool:
@@ -114,22 +118,25 @@ def serve(
     drain_s: float,
     load: Callable[[], Engine],
     say: Callable[[str], None],
-    ready: Callable[[AsyncEngine], None] = lambda _engine: None,
+    prepare: Callable[[Engine], None] = lambda _engine: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve `app` on `listener` until a signal. `load` gives the engine; `ready` is told when it is there.
+    """Serve `app` on `listener` until a signal. `load` gives the engine, `prepare` is told of it before
+    the first request, `ready` when requests are taken.
 
     Raises what loading raises; nothing is left running.
     """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    server, engine = _Server(app, listener, drain_s, service.limits.client_s), None
+    server, engine = HttpServer(app, listener, drain_s, service.limits.client_s), None
     try:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             engine = AsyncEngine(load(), queue=service.limits.queue)
         finally:
             signal.signal(signal.SIGTERM, before)
-        ready(engine)
+        prepare(engine.engine)
         attach(service, engine)
+        ready()
         _until_signal(service, server, engine, drain_s, say)
     finally:
         service.draining = True
@@ -141,7 +148,7 @@ def serve(
 
 
 def _until_signal(
-    service: Service, server: _Server, engine: AsyncEngine, drain_s: float, say: Callable[[str], None]
+    service: Service, server: HttpServer, engine: AsyncEngine, drain_s: float, say: Callable[[str], None]
 ) -> None:
     """Wait for the end that a signal asks for. Raises what has ended the engine before."""
     signals = 0
@@ -155,8 +162,9 @@ def _until_signal(
             time.sleep(_LOOK_S)
             if engine.failure is not None:
                 raise engine.failure
-        if server.alive:
-            say(f"shutting down: answers under way have {drain_s:.0f} s; once more ends them")
+        if not server.alive:
+            raise WarmfrontError(f"the HTTP server has ended: {server.error or 'for no reason that it gave'}")
+        say(f"shutting down: answers under way have {drain_s:.0f} s; once more ends them")
         service.draining = True
         server.stop(at_once=False)
         while server.alive:

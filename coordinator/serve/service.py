@@ -13,6 +13,7 @@ from warmfront.coordinator.serve.front import Live
 from warmfront.coordinator.serve.grammar import Grammars
 from warmfront.coordinator.serve.metrics import Metrics
 from warmfront.coordinator.serve.schema import GenerationRequest, Message, Tool
+from warmfront.coordinator.text.constraint import Constraint
 from warmfront.shared.config import Sampling
 
 __all__ = ["Limits", "Service", "template_messages"]
@@ -77,6 +78,10 @@ class Service:
     def generate(self, ids: Sequence[int], **options: Any) -> Answer:
         """Queue an answer, with the options of `AsyncEngine.generate`."""
         return self.engine.generate(ids, **options)
+
+    async def constraint(self, grammar: str | None, thinks: bool) -> Constraint | None:
+        """What holds one answer to a grammar, if there is one; see `Grammars.constraint`."""
+        return None if grammar is None else await self.aside(self.grammars.constraint, grammar, thinks)
 
     def check_model(self, wanted: str | None) -> None:
         """Raise ApiError if a request names another model; its name in any form that clients use will do."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,14 @@ from tests.integration.command import assert_refused, run
 from tests.integration.server import Server, eventually, serving
 from warmfront.coordinator.engine.batching.batcher import Batcher
 from warmfront.coordinator.engine.engine import Engine
+from warmfront.coordinator.serve import connections
 from warmfront.coordinator.serve.app import make_app
-from warmfront.coordinator.serve.run import bound, serve
+from warmfront.coordinator.serve.run import HttpServer, bound, serve
 from warmfront.coordinator.serve.service import Service
+from warmfront.shared.errors import WarmfrontError
 
 openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.usefixtures("compiled")
 
 WEATHER = {
@@ -304,6 +308,54 @@ def test_the_server_ends_with_its_engine(tiny_llama: Callable[..., Path], monkey
     load = partial(Engine.load, str(tiny_llama(hidden_act="relu")))
     with pytest.raises(ZeroDivisionError):
         serve(service, make_app(service), bound("127.0.0.1", 0), drain_s=1, load=load, say=print)
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_the_server_ends_with_its_listener(
+    raises: bool, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def end(_server: uvicorn.Server, *_: Any, **__: Any) -> None:
+        if raises:
+            raise OSError("no network")
+
+    monkeypatch.setattr(uvicorn.Server, "startup" if raises else "main_loop", end)
+    service = Service("tiny")
+    load = partial(Engine.load, str(tiny_llama(hidden_act="relu")))
+    with pytest.raises(WarmfrontError, match="no network" if raises else "no reason"):
+        serve(service, make_app(service), bound("127.0.0.1", 0), drain_s=1, load=load, say=print)
+
+
+def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST", 2)
+    listener = bound("127.0.0.1", 0)
+    address = listener.getsockname()
+    server = HttpServer(make_app(Service("tiny")), listener, 1, 30)
+
+    def health(connection: socket.socket) -> bytes:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = b""
+        while not found.endswith(b"}"):
+            found += connection.recv(65536)
+        return found
+
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+            with suppress(ConnectionResetError):
+                assert opened[4].recv(1) == b""
+            assert b'"loading"' in health(opened[0])
+            assert b"too_many_connections" in health(opened[2])
+            assert opened[2].recv(1) == b""
+
+        def room() -> bool:
+            with socket.create_connection(address, 10) as connection:
+                return b'"loading"' in health(connection)
+
+        eventually(room)
+    finally:
+        server.stop(at_once=True)
+        server.join()
+        listener.close()
 
 
 def test_what_is_under_way_ends_before_the_server(smollm2: Path) -> None:

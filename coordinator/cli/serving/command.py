@@ -93,7 +93,6 @@ def _serve(
 
     with hold_interrupts():
         from warmfront.coordinator.cli.chat import use_template
-        from warmfront.coordinator.engine.batching.async_engine import AsyncEngine
         from warmfront.coordinator.engine.engine import Engine
         from warmfront.coordinator.serve.app import make_app
         from warmfront.coordinator.serve.run import bound, keys_of, serve
@@ -108,9 +107,11 @@ def _serve(
     local = _is_loopback(listener.getsockname()[0])
     app = make_app(service, keys=keys, origins=origins, local=local)
 
-    def ready(engine: AsyncEngine) -> None:
+    def prepare(engine: Engine) -> None:
         bars.close()
-        use_template(engine.engine, template)
+        use_template(engine, template)
+
+    def ready() -> None:
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {service.model} at http://{shown}:{listener.getsockname()[1]}")
         if not local and not keys:
@@ -119,7 +120,7 @@ def _serve(
     with Bars() as bars:
         load = partial(Engine.load, model, **overrides, say=say, progress=bars.show)
         serve_until = partial(serve, service, app, listener, drain_s=drain, say=say)
-        serve_until(load=load, ready=ready)
+        serve_until(load=load, prepare=prepare, ready=ready)
 
 
 def _is_loopback(address: str) -> bool:

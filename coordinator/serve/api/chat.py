@@ -56,7 +56,7 @@ async def _begin(service: Service, wanted: ChatRequest) -> tuple[list[int], list
             stop=stop,
             ignore_eos=bool(wanted.ignore_eos),
             logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
-            constraint=service.grammars.constraint(grammar, tail.rstrip().endswith("<think>")) if grammar else None,
+            constraint=await service.constraint(grammar, tail.rstrip().endswith("<think>")),
         )
         parser = CallParser(names) if names else None
         choices.append(Choice(index, answer, service.metrics, Reasoning(tail), parser))

@@ -1,0 +1,1 @@
+"""A server of a script's own, and requests whose tokens are timed."""
