@@ -181,9 +181,7 @@ def _row_block(context: Any, b: Any, form: RowFormat, row: Any, tail: Any, cols:
     if form.kind != Kind.Q4C:
         return list(halves)
     starts = (b.add(b.mul(block, long(64)), long(32 * half)) for half in (0, 1))
-    return [
-        fma(b, numbers, *column_scales(context, b, tail, cols, at)) for numbers, at in zip(halves, starts, strict=True)
-    ]
+    return [fma(b, each, *column_scales(context, b, tail, cols, at)) for each, at in zip(halves, starts, strict=True)]
 
 
 @intrinsic
@@ -256,8 +254,7 @@ def _products(context, pairs, left, x, y, adds, panels):
 
 def parts_in_registers(context: Any, panels: int) -> Iterator[tuple[range, range]]:
     """Which of 8 rows and of some panels have their sums in registers at the same time."""
-    # 8 x 3 sums stay there beside 3 vectors of inputs and a weight: 28 of AVX-512's 32. With 16 that hold half as much
-    # 4 x 1 sums take 8: from memory, most of 48 would come with each weight.
+    # 8 x 3 sums beside 3 vectors of inputs and a weight are 28 of AVX-512's 32. Of 16 half as wide 4 x 1 take 8.
     rows, beside = (ROWS, panels) if has(context, "avx512f") else (ROWS // 2, 1)
     for panel in range(0, panels, beside):
         for row in range(0, ROWS, rows):
