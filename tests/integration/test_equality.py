@@ -138,18 +138,19 @@ def assert_equal_throughout(engine: Engine, model: Any) -> None:
     assert sum(lengths) > 5, "the answers are too short to tell anything: change the prompts"
 
 
+@pytest.mark.parametrize("selector", ["all", "exact"])
 @pytest.mark.parametrize(
-    ("selector", "overrides"),
+    "overrides",
     [
-        ("exact", {"workers": 1}),
-        pytest.param("exact", {"workers": 2}, marks=needs_two_cores),
-        ("exact", {"workers": 1, **GPU, "vram_budget": TINY_THIRD}),
-        pytest.param("all", {"workers": 2, **GPU, "vram_budget": TINY_THIRD}, marks=needs_two_cores),
+        {"workers": 1},
+        pytest.param({"workers": 2}, marks=needs_two_cores),
+        {"workers": 1, **GPU, "vram_budget": TINY_THIRD},
+        pytest.param({"workers": 2, **GPU, "vram_budget": TINY_THIRD}, marks=needs_two_cores),
     ],
     ids=["one worker", "two workers", "gpu", "two workers and gpu"],
 )
 def test_relu(
-    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], selector: str, overrides: dict[str, Any]
+    tiny_llama: Callable[..., Path], in_transformers: Callable[[Path], Any], overrides: dict[str, Any], selector: str
 ) -> None:
     folder = tiny_llama(**RELU)
     with Engine.load(str(folder), dtype="f32", selector=selector, **overrides) as engine:

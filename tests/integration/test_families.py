@@ -138,7 +138,7 @@ def some_memory(name: str) -> int:
 
 
 @needs_two_cores
-@pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt behind", "falcon new", "glm4 moe"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "opt behind", "falcon new", "glm4 moe"])
 def test_on_two_workers_and_a_gpu(tiny_family: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With activations that always fire, with and without gates: groups change their workers at every token."""
     folder = tiny_family(name, seed=1)
@@ -191,10 +191,14 @@ def test_narrower_weights(tiny_family: Make, name: str, dtype: str) -> None:
         assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
+# One of each family.
+EACH = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "stablelm", "granite", "llama yarn")
+
+
 @needs_two_cores
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "mixtral", "qwen2 moe", "qwen2 moe dense", "smallthinker"])
+@pytest.mark.parametrize("name", [*EACH, "mixtral", "qwen2 moe", "qwen2 moe dense", "smallthinker"])
 def test_with_relu_on_two_workers_and_a_gpu(tiny_family: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what fires is computed, wherever it is; what the other families' neurons read is predicted with below."""
+    """Only what fires is computed, wherever it is: groups change their workers at every token."""
     folder = tiny_family(name, seed=1, hidden_act="relu", hidden_activation="relu")
     where = {"workers": 2, "gpu": "host", "vram_budget": some_memory(name)}
     with Engine.load(str(folder), dtype="f32", activation="relu", verify=True, **where) as engine:
@@ -256,17 +260,9 @@ MIXTURES = [
     ("smallthinker softmax", "q4"),
     ("smallthinker", "bf16"),
 ]
-DENSE_MODELS = [
-    ("qwen3", "q8"),
-    ("gemma3", "q4"),
-    ("phi3", "f16"),
-    ("olmo2", "bf16"),
-    ("stablelm", "q8"),
-    ("granite", "q4"),
-]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*DENSE_MODELS, *MIXTURES])
+@pytest.mark.parametrize(("name", "dtype"), [*zip(EACH, ("q8", "q4", "f16", "bf16") * 3, strict=False), *MIXTURES])
 def test_in_other_weight_types(tiny_family: Make, name: str, dtype: str) -> None:
     """Rounded weights are computed with as they are; what goes into them is rounded to 15 bits where bytes are."""
     folder = tiny_family(name, seed=2)
