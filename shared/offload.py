@@ -6,7 +6,7 @@ balanced      two fifths of them              the same
 min-memory    a fifth of them                 what the last 5 tokens did not use, at once
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from warmfront.shared.errors import UsageError
 
@@ -69,6 +69,16 @@ class CacheCounters:
         """From the numbers of a `LoadReport`."""
         hits, misses, evicted, requests, bytes_read, reading_ns, stall_ns, tokens, *shares = numbers
         return cls(hits, misses, evicted, requests, bytes_read, reading_ns, stall_ns, tokens, tuple(shares))
+
+    def since(self, earlier: "CacheCounters") -> "CacheCounters":
+        """What was counted after `earlier`."""
+        pairs = zip(self._numbers(), earlier._numbers(), strict=True)
+        return CacheCounters.of([later - before for later, before in pairs])
+
+    def _numbers(self) -> list[int]:
+        """As `of` takes them."""
+        *numbers, shares = astuple(self)
+        return [*numbers, *shares]
 
     @property
     def hit_share(self) -> float:

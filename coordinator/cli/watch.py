@@ -1,8 +1,8 @@
 """`generate --watch`: which worker computes what, drawn in the terminal with rich, ten times a second.
 
 A line for each layer shows how the bytes of the last token's active neurons were divided over the workers. Below, a
-line for each worker shows how much of the pass's time it computed; above are tokens and moves a second. The answer
-is at the bottom.
+line for each worker shows how much of the pass's time it computed; above are tokens and moves a second, and with a RAM
+budget what the cache did since the last drawing. The answer is at the bottom.
 """
 
 import time
@@ -39,6 +39,8 @@ class Watch:
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
         self._text, self._drawn_at = "", 0.0
         self._front = Front(engine)
+        self._counted = engine.statistics.cache()
+        self._cache = ""
 
     def show(self, text: str) -> None:
         """Take account of a token with this text, and draw if it is time."""
@@ -46,8 +48,15 @@ class Watch:
         self._text += text
         if time.monotonic() - self._drawn_at >= _PERIOD_S:
             self._front.note_moves()
+            self._note_cache()
             self._drawn_at = time.monotonic()
             self._live.update(self._frame(), refresh=True)
+
+    def _note_cache(self) -> None:
+        """Describe what the caches did since the last time, if a token has begun since."""
+        counted = self._engine.statistics.cache()
+        if counted is not None and self._counted is not None and counted.tokens > self._counted.tokens:
+            self._cache, self._counted = counted.since(self._counted).described(), counted
 
     def _frame(self) -> RenderableType:
         ownership, width, front = self._engine.ownership, self._console.width, self._front
@@ -56,12 +65,14 @@ class Watch:
             f"{ownership.flow.flips} changes of owner without a copy · policy {self._engine.plan.config.policy}",
             style="bold",
         )
+        if self._cache:
+            head.append(f"\n{self._cache}", style="not bold")
         table = Table.grid(padding=(0, 1))
         columns = max(10, width - 12)
         assert front.shares is not None
         assert front.busy is not None
         # Where the terminal is too low for all layers, the first ones are shown.
-        other_lines = -(-len(head) // width) + len(ownership.names) + 5
+        other_lines = -(-len(head) // width) + len(ownership.names) + 5 + bool(self._cache)
         for layer, shares in enumerate(front.shares[: max(1, self._console.height - other_lines)]):
             table.add_row(f"layer {layer:3}", self._parts(shares, columns))
         for worker, (name, busy) in enumerate(zip(ownership.names, front.busy, strict=True)):

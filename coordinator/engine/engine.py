@@ -163,11 +163,14 @@ class Engine:
         with self.session.text() as text:
             self.session.check_room(len(ids), count)
             logits, answer = self._prefill(text, ids), []
+            before = self.statistics.cache()
             started = time.monotonic()
             for _ in range(count):
                 answer.append(int(np.argmax(logits)))
                 logits = self.session.step(text, answer[-1])
-        stats.decode_s = time.monotonic() - started
+            stats.decode_s = time.monotonic() - started
+            after = self.statistics.cache()
+        stats.cache = after.since(before) if after is not None and before is not None else None
         return answer
 
     def forced_logits(self, ids: Sequence[int], prefill: int) -> Iterator[npt.NDArray[np.float32]]:

@@ -57,6 +57,8 @@ class Stats:
     # "stop" at an end-of-turn token or a stop string, "length" after the most tokens or at the context's end, None
     # while the answer goes on.
     finish_reason: str | None = None
+    # Of `decode_ids`, with a RAM budget: what the caches counted behind the prompt.
+    cache: CacheCounters | None = None
 
     @property
     def prefill_tps(self) -> float:

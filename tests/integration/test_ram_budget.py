@@ -4,6 +4,7 @@ Run: pytest tests/integration/test_ram_budget.py
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.integration.command import run
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator import Engine
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError, WarmfrontError
@@ -106,6 +108,20 @@ def test_a_window_holds_what_the_last_tokens_used(folder: Path) -> None:
     # A token fires a tenth, three of them less than three tenths.
     assert 0 < held < 0.3 * NEURONS * NEURON
     assert counters[1] > counters[0] / 4
+
+
+def test_bench_tells_what_the_disk_allows(folder: Path, in_memory: dict[str, Floats]) -> None:
+    options = ["--dtype=f32", "--gpu=none", f"--ram-budget={BUDGET}", "--selectors=lowrank"]
+    outcome = run("bench", folder, *options, "--contexts=8", "-n8", "--rounds=1", timeout=120)
+    assert outcome.code == 0, outcome.err
+    *_, told, result = outcome.out.splitlines()
+    disk = json.loads(result)["rows"][0]["disk"]
+    assert 0 < disk["hit_share"] < 1
+    assert 0 < disk["miss_share_p99"] < 1
+    # At most all that a token uses, a tenth of the neurons, and as much ahead in vain.
+    assert 0 < disk["bytes_per_token"] < 0.2 * NEURONS * NEURON
+    assert disk["roofline_tps"] == pytest.approx(disk["bandwidth"] / disk["bytes_per_token"], rel=0.01)
+    assert told.startswith("lowrank, context 8, from the disk: ")
 
 
 @pytest.mark.parametrize(

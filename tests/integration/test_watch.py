@@ -42,14 +42,14 @@ def command(model: Path, *more: str) -> list[str]:
 
 def test_watch_draws_and_the_answer_is_printed_whole(made: Path) -> None:
     answer = run(*command(made)[1:]).out
-    with Terminal(
-        ["/usr/bin/env", "TERM=xterm-256color", "COLUMNS=100", "LINES=40", *command(made, "--watch")]
-    ) as seen:
+    watching = command(made, "--watch", "--ram-budget=8MB")
+    with Terminal(["/usr/bin/env", "TERM=xterm-256color", "COLUMNS=100", "LINES=40", *watching]) as seen:
         assert seen.wait(60) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.text)
     for part in (
         r"\d+\.\d tok/s · \d+ moves/s",
         "policy balance",
+        r"from the disk \d+\.\d MB a token at \d+ MB/s",
         "layer   0 ",
         "layer   3 ",
         r"cpu0 +\d+%",

@@ -62,5 +62,9 @@ def test_counters() -> None:
         "from the disk 0.0 MB a token at 1500 MB/s · 90.0% of the neurons were in memory, of 99 % of the tokens 90% or "
         "more · waited 5.0 ms a token"
     )
+    later = CacheCounters.of([90, 20, 8, 20, 3_000_000, 2_000_000, 600_000_000, 101, *shares[:-1], 1])
+    since = later.since(counters)
+    assert (since.hits, since.misses, since.stall_ns, since.tokens) == (0, 10, 100_000_000, 1)
+    assert since.shares == (*[0] * 100, 1)
     nothing = CacheCounters.of([0] * (8 + 101))
     assert (nothing.hit_share, nothing.miss_share(0.99), nothing.bandwidth) == (0, 0, 0)
