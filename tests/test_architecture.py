@@ -36,6 +36,7 @@ LAYERS = {
         "profile": ["packing"],
         "selectors": ["packing"],
         "training": ["packing", "selectors"],
+        "converting": ["models", "packing"],
         "placement": ["extras", "profile"],
         "balancing": ["workers"],
         "decode": ["selectors"],
@@ -59,6 +60,7 @@ LAYERS = {
         "measure": ["hardware", "packing", "selectors", "placement", "decode", "engine"],
         "serve": ["extras", "models", "text", "engine"],
         "cli": [
+            "converting",
             "extras",
             "hardware",
             "models",

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from warmfront.coordinator.cli.cache import cache
+from warmfront.coordinator.cli.converting.command import convert
 from warmfront.coordinator.cli.measuring import bench, evaluate, tune
 from warmfront.coordinator.cli.options import (
     activation_option,
@@ -270,7 +271,7 @@ def topology(measure: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else "\n".join(render(facts)))
 
 
-for command in (cache, bench, evaluate, serve, train_predictor, tune):
+for command in (cache, bench, convert, evaluate, serve, train_predictor, tune):
     cli.add_command(command)
 
 

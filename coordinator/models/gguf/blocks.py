@@ -18,9 +18,10 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from warmfront.coordinator.models.gguf.mxfp4 import as_q8
-from warmfront.shared.model.formats import BLOCK, Kind, join_q4
+from warmfront.shared.model.formats import BLOCK, Kind, join_q4, row_bytes
+from warmfront.shared.model.formats import FLOATS as FLOAT_KINDS
 
-__all__ = ["FLOATS", "ROUNDED_TO_Q8", "kind_of", "repack"]
+__all__ = ["FLOATS", "ROUNDED_TO_Q8", "blocks_of", "kind_of", "repack", "type_of"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,6 +45,22 @@ def kind_of(block: Type) -> Kind | None:
 def repack(block: Type, kind: Kind) -> Callable[[Bytes], Bytes] | None:
     """The function that turns rows of such blocks into packed rows of `kind`; None if values must be rounded."""
     return _REPACK.get((block, kind))
+
+
+def type_of(kind: Kind) -> Type:
+    """The GGUF type that holds what rows of `kind`, any but Q4C, hold."""
+    return _TYPES[kind]
+
+
+def blocks_of(rows: Bytes, kind: Kind, cols: int) -> Bytes:
+    """Packed rows of `cols` weights as the rows of a GGUF file in `type_of(kind)`: the way back of `repack`."""
+    if kind in FLOAT_KINDS:
+        return rows[:, : row_bytes(kind, BLOCK) // BLOCK * cols]
+    blocks = cols // BLOCK
+    numbers = cols if kind == Kind.Q8 else cols // 2
+    parts = [rows[:, numbers + at : numbers + at + 2 * blocks] for at in range(0, rows.shape[1] - numbers, 2 * blocks)]
+    parts.append(rows[:, :numbers])
+    return np.concatenate([part.reshape(len(rows), blocks, -1) for part in parts], axis=2).reshape(len(rows), -1)
 
 
 def _q4_0(rows: Bytes) -> Bytes:
@@ -111,4 +128,12 @@ _REPACK: dict[tuple[Type, Kind], Callable[[Bytes], Bytes]] = {
     (Type.Q4_K, Kind.Q4): _q4_k,
     (Type.Q8_0, Kind.Q8): _q8_0,
     (Type.MXFP4, Kind.Q8): _mxfp4,
+}
+_TYPES = {
+    Kind.F32: Type.F32,
+    Kind.F16: Type.F16,
+    Kind.BF16: Type.BF16,
+    Kind.Q8: Type.Q8_0,
+    Kind.Q4: Type.Q4_1,
+    Kind.Q4S: Type.Q4_0,
 }
