@@ -4,14 +4,18 @@ The method of GPTQ (Frantar et al. 2023, arXiv:2210.17323), optimal brain surger
 moments of a matrix's inputs, the error of its products is tr(E H E^T) for an error E of the weights. Once column
 j is rounded, the best that the columns behind it can do is to move by -e_j U[j, j+1:] / U[j, j], where U is the upper
 Cholesky factor of H^-1; what is left of the error is e_j^2 / U[j, j]^2, which is why that weighs a block's search.
+Columns whose inputs are large come first (GPTQ's act-order), while there are many behind them to take up their error;
+where a block has inputs together, blocks by their largest.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from warmfront.coordinator.quantising.scales import round_blocks, searched
+from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.model.formats import BLOCK, Kind, join_nibbles, join_q4
 
 __all__ = ["Factor", "factor_of", "plainly", "with_feedback", "with_feedback_across"]
@@ -19,28 +23,38 @@ __all__ = ["Factor", "factor_of", "plainly", "with_feedback", "with_feedback_acr
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
+Order = npt.NDArray[np.int64]
 # Added to the diagonal of H, of its mean: with it fewer tokens than columns are enough, and columns that the sample
 # never used keep their weights.
 _DAMPING = 0.02
 
 
 class Factor(NamedTuple):
-    """U of a matrix's inputs, [cols, cols], and 1 / U[j, j]^2, the weight of an error in column j."""
+    """U of a matrix's inputs in `order`, [cols, cols], and 1 / U[j, j]^2, the weight of an error in column order[j]."""
 
     upper: Floats
     importance: Floats
+    order: Order
 
 
-def factor_of(inputs: Floats, cols: int) -> Factor:
-    """The factor for a matrix whose sampled inputs are [tokens, n]; columns n .. cols are padding."""
+def factor_of(inputs: Floats, cols: int, block: int = BLOCK) -> Factor:
+    """The factor for a matrix whose sampled inputs are [tokens, n]; columns n .. cols are padding.
+
+    `block`: how many neighbours stay together; 1: each column has its own place.
+    """
     moments = np.zeros((cols, cols), np.float64)
     moments[: inputs.shape[1], : inputs.shape[1]] = inputs.T @ inputs
     mean = float(np.trace(moments)) / inputs.shape[1]
     moments[np.diag_indices(cols)] += _DAMPING * mean if mean > 0 else 1.0
+    large = -np.diagonal(moments).reshape(-1, block)
+    first, within = np.argsort(large.min(1), kind="stable"), np.argsort(large, axis=1, kind="stable")
+    order = (block * first[:, None] + within[first]).reshape(-1)
     # The upper factor of the inverse: the lower one of the matrix read backwards, inverted and read backwards again.
-    lower = np.linalg.cholesky(moments[::-1, ::-1])
-    upper = np.linalg.inv(lower)[::-1, ::-1]
-    return Factor(np.triu(upper).astype(np.float32), np.asarray(1 / np.diagonal(upper) ** 2, np.float32))
+    backwards = torch.from_numpy(moments[order[::-1]][:, order[::-1]])
+    lower = torch.linalg.cholesky(backwards)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(cols, dtype=torch.float64), upper=False)
+    upper = np.triu(inverse.numpy()[::-1, ::-1])
+    return Factor(upper.astype(np.float32), np.asarray(1 / np.diagonal(upper) ** 2, np.float32), order)
 
 
 def plainly(weights: Floats, kind: Kind) -> Bytes:
@@ -50,29 +64,42 @@ def plainly(weights: Floats, kind: Kind) -> Bytes:
     return _joined(round_blocks(blocks, scale, minimum), scale, minimum, len(weights), kind)
 
 
+@kernel
+def _round_in_turn(part: Floats, scales: Floats, minima: Floats, upper: Floats, numbers: Bytes, errors: Floats) -> None:
+    """Round blocks [n, 32] column by column; `part` is used up. `errors`: of each column, over its U[j, j]."""
+    for i in range(len(part)):
+        inverse = 1 / scales[i] if scales[i] != 0 else np.float32(0)
+        for j in range(BLOCK):
+            number = min(max(np.rint((part[i, j] - minima[i]) * inverse), np.float32(0)), np.float32(15))
+            error = (part[i, j] - number * scales[i] - minima[i]) / upper[j, j]
+            numbers[i, j], errors[i, j] = number, error
+            for k in range(j + 1, BLOCK):
+                part[i, k] -= error * upper[j, k]
+
+
 def with_feedback(weights: Floats, factor: Factor, kind: Kind) -> Bytes:
     """Packed rows of float32 [rows, cols], whose blocks are of inputs."""
-    left, rows, cols = weights.copy(), *weights.shape
-    numbers = np.empty((rows, cols // BLOCK, BLOCK), np.uint8)
+    rows, cols = weights.shape
+    left = weights[:, factor.order]
+    numbers = np.empty((rows, cols), np.uint8)
     scales, minima = np.empty((2, rows, cols // BLOCK), np.float16)
-    for block, first in enumerate(range(0, cols, BLOCK)):
+    rounded, errors = np.empty((rows, BLOCK), np.uint8), np.empty((rows, BLOCK), np.float32)
+    for first in range(0, cols, BLOCK):
         here = slice(first, first + BLOCK)
-        part, upper = np.ascontiguousarray(left[:, here]), factor.upper[here, here]
+        part, upper = np.ascontiguousarray(left[:, here]), np.ascontiguousarray(factor.upper[here, here])
         scale, minimum = searched(part, np.broadcast_to(factor.importance[here], part.shape), kind)
-        errors = np.empty_like(part)
-        for j in range(BLOCK):
-            number = round_blocks(part[:, j, None], scale, minimum)
-            numbers[:, block, j] = number[:, 0]
-            errors[:, j] = (part[:, j] - _widened(number[:, 0], scale, minimum)) / upper[j, j]
-            part[:, j + 1 :] -= errors[:, j, None] * upper[j, j + 1 :]
+        _round_in_turn(part, scale.astype(np.float32), minimum.astype(np.float32), upper, rounded, errors)
+        numbers[:, factor.order[here]] = rounded
         left[:, first + BLOCK :] -= errors @ factor.upper[here, first + BLOCK :]
+        block = factor.order[first] // BLOCK
         scales[:, block], minima[:, block] = scale, minimum
     return _joined(numbers, scales.reshape(-1), minima.reshape(-1), rows, kind)
 
 
 def with_feedback_across(weights: Floats, factor: Factor, kind: Kind) -> Bytes:
     """The same where a row is of an input, as in down: a row's blocks are rounded at once."""
-    left, rows, cols = weights.copy(), *weights.shape
+    rows, cols = weights.shape
+    left = weights[factor.order]
     numbers = np.empty((rows, cols // BLOCK, BLOCK), np.uint8)
     scales, minima = np.empty((2, rows, cols // BLOCK), np.float16)
     even = np.ones((cols // BLOCK, BLOCK), np.float32)
@@ -81,13 +108,13 @@ def with_feedback_across(weights: Floats, factor: Factor, kind: Kind) -> Bytes:
         upper = factor.upper[first:last, first:last]
         part, errors = left[first:last], np.empty((last - first, cols), np.float32)
         for j, row in enumerate(part):
-            blocks = row.reshape(-1, BLOCK)
+            blocks, at = row.reshape(-1, BLOCK), factor.order[first + j]
             scale, minimum = searched(blocks, even, kind)
-            numbers[first + j] = number = round_blocks(blocks, scale, minimum)
+            numbers[at] = number = round_blocks(blocks, scale, minimum)
             widened = _widened(number, scale[:, None], minimum[:, None])
             errors[j] = (blocks - widened).reshape(-1) / upper[j, j]
             part[j + 1 :] -= upper[j, j + 1 :, None] * errors[j]
-            scales[first + j], minima[first + j] = scale, minimum
+            scales[at], minima[at] = scale, minimum
         left[last:] -= factor.upper[first:last, last:].T @ errors
     return _joined(numbers, scales.reshape(-1), minima.reshape(-1), rows, kind)
 

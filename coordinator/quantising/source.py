@@ -15,7 +15,7 @@ from warmfront.coordinator.quantising.feedback import (
 )
 from warmfront.coordinator.quantising.samples import Samples
 from warmfront.coordinator.quantising.scales import FOUR_BITS
-from warmfront.shared.model.formats import Kind, finite
+from warmfront.shared.model.formats import BLOCK, Kind, finite
 
 __all__ = ["QuantisedSource"]
 
@@ -46,7 +46,11 @@ class QuantisedSource:
         if self._samples is None or (place := self._samples.place_of(name)) is None:
             return None
         if self._last[:2] != (place, inputs):
-            self._last = place, inputs, factor_of(self._samples.at(place)[:, :inputs], inputs)
+            self._last = (
+                place,
+                inputs,
+                factor_of(self._samples.at(place)[:, :inputs], inputs, 1 if name.endswith(".down") else BLOCK),
+            )
         return self._last[2]
 
 

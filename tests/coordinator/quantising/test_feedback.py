@@ -5,7 +5,7 @@ import pytest
 
 from warmfront.coordinator.quantising.feedback import factor_of, plainly, with_feedback, with_feedback_across
 from warmfront.coordinator.quantising.scales import FOUR_BITS
-from warmfront.shared.model.formats import Kind, row_bytes, unpack
+from warmfront.shared.model.formats import BLOCK, Kind, row_bytes, unpack
 
 COLS, ROWS, TOKENS = 160, 96, 400
 
@@ -22,11 +22,22 @@ def weights(rows: int = ROWS, cols: int = COLS) -> np.ndarray:
     return np.random.default_rng(2).normal(size=(rows, cols)).astype(np.float32)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
+@pytest.mark.parametrize("block", [1, BLOCK])
+def test_the_factor_is_that_of_the_inverse(block: int) -> None:
+    """Of the columns by how large their inputs are, those of a block together."""
     x = sampled().astype(np.float64)
+    factor = factor_of(sampled(), COLS, block)
+    assert np.array_equal(np.sort(factor.order), np.arange(COLS))
+    size = np.square(x[:, factor.order]).sum(0).reshape(-1, block)
+    assert (np.diff(size.max(1)) <= 0).all()
+    assert (np.diff(size, axis=1) <= 0).all()
+    assert np.array_equal(
+        factor.order.reshape(-1, block) // block, factor.order[::block, None] // block + np.zeros(block)
+    )
+    x = x[:, factor.order]
     moments = x.T @ x
     moments[np.diag_indices(COLS)] += 0.02 * np.trace(moments) / COLS
-    upper = factor_of(sampled(), COLS).upper.astype(np.float64)
+    upper = factor.upper.astype(np.float64)
     assert not np.tril(upper, -1).any()
     inverse = np.linalg.inv(moments)
     np.testing.assert_allclose(upper.T @ upper, inverse, atol=1e-4 * np.abs(inverse).max())
@@ -52,7 +63,7 @@ def test_products_across_rows_keep_better(kind: Kind) -> None:
     """Rows of inputs, not a whole number of the panels they are taken in."""
     inputs, cols = 150, 64
     x, matrix = sampled(cols=inputs), weights(inputs, cols)
-    packed = with_feedback_across(matrix, factor_of(x, inputs), kind)
+    packed = with_feedback_across(matrix, factor_of(x, inputs, 1), kind)
 
     def error(data: np.ndarray) -> float:
         return float(((x.astype(np.float64) @ (unpack(data, kind, cols).astype(np.float64) - matrix)) ** 2).sum())

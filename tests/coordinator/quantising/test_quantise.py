@@ -69,9 +69,10 @@ def test_a_model_in_floats_is_rounded_by_what_it_reads(tiny_llama: Callable[...,
     assert steps == {"reading", "sampling", "packing"}
     assert len(said) == 1
     with PackedModel(path) as packed:
-        kinds = {entry.kind for entry in packed.entries.values() if entry.kind is not None}
-        assert kinds == {Kind.Q4S}
-        assert (packed.layout.gate_kind, packed.layout.down_kind) == (Kind.Q4S, Kind.Q4S)
+        assert {packed.entries[f"layers.1.{part}"].kind for part in "qkvo"} == {Kind.Q4S}
+        # What 0.3 bits a weight are spent on.
+        assert packed.entries["embed"].kind == packed.entries["head"].kind == Kind.Q4
+        assert (packed.layout.gate_kind, packed.layout.down_kind) == (Kind.Q4S, Kind.Q4)
         first = packed.bytes_of("layers.0.q").tobytes()
     assert {file.name for file in path.parent.iterdir()} == {path.name}, "nothing else is left"
     # The second time it is there.
@@ -98,3 +99,10 @@ def test_four_bits_are_not_rounded_again(tiny_gguf: Callable[..., Path]) -> None
     path.unlink()
     with PackedModel(ensure_packed(tiny_gguf(kind="Q4_1"), "q4f", quiet, quiet)) as packed:
         assert packed.bytes_of("layers.0.q").tobytes() == quantised
+
+
+def test_what_bits_are_left_v_gets(tiny_llama: Callable[..., Path]) -> None:
+    """Layer by layer: here they are enough for one of two."""
+    folder = tiny_llama(num_key_value_heads=1, tie_word_embeddings=True)
+    with PackedModel(ensure_quantised(folder, "q4f", quiet, quiet)) as packed:
+        assert [packed.entries[f"layers.{i}.v"].kind for i in range(2)] == [Kind.Q8, Kind.Q4S]
