@@ -3,25 +3,28 @@
 scripts/numa_vm.sh pytest -m numa tests/numa/test_workers.py
 """
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.numa.model import PROMPT
+from tests.numa.model import ANSWER, PROMPT, TOKENS, answer
 from warmfront.coordinator.balancing.baselines import Static
 from warmfront.coordinator.decode.thread_team import ThreadTeam
 from warmfront.coordinator.engine.engine import Engine
-from warmfront.cpu_worker.worker import CpuWorker
+from warmfront.coordinator.packing.packer import ensure_packed
+from warmfront.cpu_worker.resident_groups import ResidentGroups
 from warmfront.shared.errors import ResourceError
-from warmfront.shared.machine.memory import anonymous
+from warmfront.shared.kernels.fetching import usual_distances
 from warmfront.shared.machine.numa import free_on
 from warmfront.shared.machine.topology import Topology
+from warmfront.shared.model.store import PackedModel
+from warmfront.shared.wire.messages import Assignment
 
-TOKENS = 32
 LOCAL = 0.99
 
 pytestmark = pytest.mark.numa
@@ -44,10 +47,9 @@ def assert_memory_is_local(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def expected(two_nodes: Topology, model: Path) -> list[int]:
     """The answer of a single worker."""
-    with load(model, workers=1, threads=1) as engine:
-        answer = engine.decode_ids(PROMPT, TOKENS)
-    assert len(set(answer)) > 10
-    return answer
+    found: list[int] = json.loads(ANSWER.read_text()) if ANSWER.exists() else answer(model, workers=1)
+    assert len(set(found)) > 10
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +80,46 @@ def test_groups_that_move_between_the_nodes_change_nothing(engine: Engine, expec
     assert np.count_nonzero(engine.ownership.home == 1) > np.count_nonzero(first == 1)
 
 
-def binding(groups: int, group_bytes: int, spare: int) -> Any:
-    """What `CpuWorker._bind` needs of a worker."""
-    layout = SimpleNamespace(group_bytes=group_bytes)
-    return SimpleNamespace(
-        _places=range(groups), _model=SimpleNamespace(layout=layout), _spare=spare, _weights=anonymous(1 << 20)
+@pytest.fixture
+def packed(two_nodes: Topology, model: Path) -> Iterator[PackedModel]:
+    with PackedModel(ensure_packed(model, "f16", print, lambda _done, _total: None)) as packed:
+        yield packed
+
+
+def resident(model: PackedModel, weights: int, spare: int) -> ResidentGroups:
+    """The memory of a worker on node 1 that is the home of groups of `weights` bytes, none of them read."""
+    group = model.layout.group_bytes
+    plan = Assignment(
+        index=0,
+        model=os.fspath(model.path),
+        neuron_order=model.order,
+        cpus=[1],
+        selector="all",
+        home=b"",
+        spare_slots=spare // group,
+        slowdown=1.0,
+        vram_budget=0,
+        memory_node=1,
+        distances=usual_distances().tobytes(),
     )
+    return ResidentGroups(plan, model, np.zeros((weights // group, 2), np.int64), None)
 
 
-def test_a_worker_refuses_what_its_node_cannot_hold(two_nodes: Topology) -> None:
+def test_a_worker_refuses_what_its_node_cannot_hold(two_nodes: Topology, packed: PackedModel) -> None:
     """The kernel would kill it."""
     with pytest.raises(ResourceError, match=r"^NUMA node 1 is to hold \d\.\d GB, but has \d\.\d GB free: use a"):
-        CpuWorker._bind(binding(11, two_nodes.nodes[1].total_bytes // 10, 0), 1)
+        resident(packed, two_nodes.nodes[1].total_bytes * 11 // 10, 0)
 
 
-def test_a_worker_offers_no_more_slots_than_its_node_can_hold(two_nodes: Topology) -> None:
-    group = free_on(1) // 20
-    roomy, tight = binding(10, group, 5), binding(15, group, 8)
-    CpuWorker._bind(roomy, 1)
-    CpuWorker._bind(tight, 1)
-    assert roomy._spare == 5
-    assert 3 <= tight._spare <= 5
+def test_a_worker_offers_no_more_slots_than_its_node_can_hold(packed: PackedModel) -> None:
+    free, group = free_on(1), packed.layout.group_bytes
+
+    def spare(weights: int, asked: int) -> int:
+        slots, _pages = resident(packed, weights, asked).capacity()
+        return (slots - weights // group) * group
+
+    assert spare(free // 2, free // 4) == free // 4 // group * group
+    assert 0.15 * free < spare(free * 3 // 4, free * 2 // 5) <= 0.26 * free
 
 
 def test_a_worker_without_memory_takes_its_neighbours(without_memory: Topology, model: Path) -> None:
