@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import warmfront.shared.machine.quick_numba  # noqa: F401
 from warmfront.cpu_worker.cached_jobs import cached_dense, cached_gates, cached_listed, cached_routed, cached_tiles
 from warmfront.cpu_worker.executor import BUSY_NS, BYTES, COMPARED, JOBS, NEURONS, Worker, serve
 from warmfront.cpu_worker.jobs import decode_gates, decode_listed, decode_tiles, prefill_dense, prefill_routed

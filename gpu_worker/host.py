@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import warmfront.shared.machine.quick_numba  # noqa: F401
 from warmfront.gpu_worker.arithmetic import HostWorkspace, Tokens, add_masked, add_whole
 from warmfront.gpu_worker.device import STAGING_BYTES, Bytes, Floats, Ints, Ledger, Longs, Words, ensure_fits, runs
 from warmfront.shared.kernels.by_address.records import by_address

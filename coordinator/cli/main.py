@@ -39,7 +39,13 @@ from warmfront.coordinator.extras import require
 from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import ResourceError, UsageError, WarmfrontError
 from warmfront.shared.files import check_writable
-from warmfront.shared.machine.process import ensure_address_space, ensure_files, hold_interrupts, open_standard_files
+from warmfront.shared.machine.process import (
+    collect_seldom,
+    ensure_address_space,
+    ensure_files,
+    hold_interrupts,
+    open_standard_files,
+)
 
 __all__ = ["cli", "main"]
 
@@ -278,6 +284,7 @@ for command in (cache, bench, convert, evaluate, serve, train_predictor, tune):
 def main() -> None:
     """Run the command line and exit: the entry point of the console script."""
     open_standard_files()
+    collect_seldom()
     sys.exit(_run())
 
 

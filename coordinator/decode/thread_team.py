@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-import warmfront.shared.machine.quick_numba  # noqa: F401
 from warmfront.coordinator.decode.attention import attend_batch, attend_panels
 from warmfront.coordinator.decode.footprint import chunks_of, scratch_shapes
 from warmfront.coordinator.decode.forward import serve_team

@@ -135,7 +135,8 @@ class Runtime:
             assign=self._assign,
             on_lost=self._lose,
             on_abort=self._abort,
-            environment={"WARMFRONT_GPU": plan.gpu or ""},
+            # numpy's BLAS would start a thread for each core, which spins; workers multiply nothing with it.
+            environment={"WARMFRONT_GPU": plan.gpu or "", "OPENBLAS_NUM_THREADS": "1"},
             optional=names,
             required=[name for name in names if name.startswith("cpu")],
         )

@@ -26,12 +26,16 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 from numba.core import ir
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.core.types.misc import unliteral
 
@@ -120,6 +124,24 @@ def _prune(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@cache
+def _look_for_no_blas() -> None:
+    """Spare a process that compiles its first kernel the half second in which numba imports scipy's linear algebra.
+
+    It does so, if scipy is installed, to find a BLAS for products of matrices that no kernel here makes. Whether scipy
+    is there can be told without. Who compiles such a product in the same process gets what numba does otherwise.
+    """
+
+    def ensure_scipy() -> None:
+        if find_spec("scipy") is None:
+            raise ImportError("scipy is not installed")
+
+    linalg: Any = import_module("numba.np.linalg")
+    ensure_blas, linalg.ensure_blas = linalg.ensure_blas, ensure_scipy
+    import_module("numba.np.arraymath")  # it is this one that looks, once
+    linalg.ensure_blas = ensure_blas
+
+
 class _Cache:
     """The compiled forms of one kernel, as numba's dispatcher asks for them and hands them over."""
 
@@ -128,10 +150,18 @@ class _Cache:
         self.cache_path = str(_FOLDER)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        """The form compiled for `signature`; None if the cache has none that is whole."""
-        context.refresh()
-        if _distrust():
-            return None
+        """The form compiled for `signature`; None if the cache has none that is whole.
+
+        numba would first load and register all that compiling needs, which takes longer than loading every kernel of a
+        process; what is compiled already needs its memory management alone.
+        """
+        rtsys.initialize(context)
+        kept = None if _distrust() else self._kept(signature, context)
+        if kept is None:
+            _look_for_no_blas()
+        return kept
+
+    def _kept(self, signature: Any, context: Any) -> Any:
         # Whatever is wrong with a file, the way out is the same.
         with contextlib.suppress(Exception):
             key = self._key(signature, context.codegen())

@@ -1,46 +1,62 @@
 """Which compiled code this is: a digest, known without importing what compiles it."""
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 __all__ = ["digest"]
 
 _TOP = Path(__file__).parents[2]
 _PACKAGES = ("shared", "coordinator", "cpu_worker", "gpu_worker")
-_COMPILED = re.compile(r"^ *@(kernel|inlined|intrinsic)\b", re.MULTILINE)
+_COMPILED = (b"@kernel", b"@inlined", b"@intrinsic")
 # At the top of a module, where what a kernel uses is imported: from which module, which names, or plain modules.
-_IMPORT = re.compile(r"^(?:from +warmfront([.\w]*) +import +(\([^)]*\)|.*)|import +(.*))", re.MULTILINE)
+_IMPORT = re.compile(rb"^(?:from +warmfront([.\w]*) +import +(\([^)]*\)|.*)|import +(.*))", re.MULTILINE)
 
 
-def _imported(text: str) -> Iterator[Path]:
-    """Where the modules of warmfront may lie that a module imports, with the packages on the way to them."""
+def _modules() -> dict[str, bytes]:
+    """The sources of all modules, by their names below warmfront, of a package by its own: ".shared.kernels.jit".
+
+    Every process reads them before its first kernel, so by the plainest means: the path objects alone would take as
+    long as all the rest.
+    """
+    found = {}
+    for package in _PACKAGES:
+        for folder, _folders, files in os.walk(_TOP / package):
+            place = folder[len(str(_TOP)) :].replace(os.sep, ".")
+            for file in files:
+                name, kind = os.path.splitext(file)
+                if kind == ".py":
+                    with open(os.path.join(folder, file), "rb") as source:
+                        found[place if name == "__init__" else f"{place}.{name}"] = source.read()
+    return found
+
+
+def _imported(text: bytes) -> Iterator[str]:
+    """What a module may import, with the packages on the way to it."""
     for module, names, plain in _IMPORT.findall(text):
-        imported = [f"{module}.{name}" for name in re.findall(r"\w+", names)]  # a name may be a module's
-        for each in imported + re.findall(r"\bwarmfront([.\w]+)", plain):
-            place = _TOP
-            for part in filter(None, each.split(".")):
-                place /= part
-                yield from (place.with_suffix(".py"), place / "__init__.py")
+        imported = [b".".join((module, name)) for name in re.findall(rb"\w+", names)]  # a name may be a module's
+        for each in imported + re.findall(rb"\bwarmfront([.\w]+)", plain):
+            yield from accumulate(f".{part}" for part in each.decode().split(".")[1:])
 
 
 @cache
 def digest() -> str:
     """Of all sources that hold compiled code, of those that they import, and of the versions of what compiles them."""
-    files = [file for package in _PACKAGES for file in (_TOP / package).rglob("*.py")]
-    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    modules = _modules()
     # Constants and types that compiled code imports are compiled in, however far they come.
-    found: set[Path] = set()
-    ahead = [file for file, text in texts.items() if _COMPILED.search(text)]
+    found: set[str] = set()
+    ahead = [name for name, text in modules.items() if any(mark in text for mark in _COMPILED)]
     while ahead:
-        if (file := ahead.pop()) in texts and file not in found:
-            found.add(file)
-            ahead += _imported(texts[file])
+        if (name := ahead.pop()) in modules and name not in found:
+            found.add(name)
+            ahead += _imported(modules[name])
     total = hashlib.sha256(f"{sys.version} {version('numba')} {version('llvmlite')}".encode())
-    for file in sorted(found):
-        total.update(f"\0{file.relative_to(_TOP)}\0{texts[file]}".encode())
+    for name in sorted(found):
+        total.update(b"\0%s\0%s" % (name.encode(), modules[name]))
     return total.hexdigest()[:16]

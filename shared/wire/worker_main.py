@@ -19,7 +19,14 @@ import numpy.typing as npt
 
 from warmfront.shared.errors import ModelError, WorkerError
 from warmfront.shared.machine.memory import map_shared
-from warmfront.shared.machine.process import die_with_parent, ignore_interrupts, leave, open_standard_files, set_name
+from warmfront.shared.machine.process import (
+    collect_seldom,
+    die_with_parent,
+    ignore_interrupts,
+    leave,
+    open_standard_files,
+    set_name,
+)
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.wire.board import Board
 from warmfront.shared.wire.channel import PARENT_VARIABLE, WorkerChannel
@@ -86,6 +93,7 @@ def run(describe: Callable[[], tuple[str, int]], make: Callable[[Assignment, Boa
     `describe`: returns the device's name and its free bytes; `make`: builds the service.
     """
     open_standard_files()
+    collect_seldom()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or len(sys.argv) < 3:
         print("a worker is started by the coordinator: run `warmfront` instead", file=sys.stderr)

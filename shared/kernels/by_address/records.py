@@ -6,6 +6,7 @@ NamedTuple, whose fields never change. Inner NamedTuples are by address too. The
 the `Struct` keeps them alive.
 """
 
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import numba
@@ -15,7 +16,6 @@ from numba.core import cgutils
 from numba.core.datamodel.models import OpaqueModel
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, register_model, typeof_impl, unbox
-from numba.np.arrayobj import make_array, populate_array
 
 from warmfront.shared.kernels.simd import I64, long
 from warmfront.shared.machine.memory import address
@@ -124,8 +124,10 @@ def _field(context: Any, builder: Any, struct: _StructType, value: Any, name: st
         return builder.bitcast(builder.gep(words, [long(place)]), cgutils.voidptr_t)
     if not isinstance(kind, types.Array):
         return context.data_model_manager[kind].from_data(builder, word(0, context.get_data_type(kind)))
-    array = make_array(kind)(context, builder)
-    populate_array(
+    # Imported where something is compiled, which most starts do not: it takes a tenth of them.
+    arrays = import_module("numba.np.arrayobj")
+    array = arrays.make_array(kind)(context, builder)
+    arrays.populate_array(
         array,
         data=builder.inttoptr(word(0), context.get_data_type(kind.dtype).as_pointer()),
         shape=[word(1 + i) for i in range(kind.ndim)],
