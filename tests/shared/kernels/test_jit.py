@@ -37,6 +37,11 @@ from warmfront.shared.kernels.rows import row_stride
 compile_for(row_stride, 0, 32)
 print(cache_is_cold(row_stride), row_stride.signatures == [(numba.int64, numba.int64)])
 """
+# What compiling needs, and what numba looks for a BLAS in.
+IMPORTED = """
+import sys
+print("numba.np.arraymath" in sys.modules, "scipy.linalg" in sys.modules)
+"""
 CONSTANTS = """
 from warmfront.shared.kernels.jit import inlined, kernel
 
@@ -106,6 +111,12 @@ def append(source: Path) -> None:
 def test_a_kernel_is_compiled_once_for_all_processes(copy: Path) -> None:
     assert run(RUN, copy) == ["True", "128", "False", "True", "0"]
     assert run(RUN, copy) == ["False", "128", "False", "True", "1"]
+
+
+def test_only_what_a_process_needs_is_imported(copy: Path) -> None:
+    """By a kernel that is compiled, and by one that is there."""
+    assert run(RUN + IMPORTED, copy)[-2:] == ["True", "False"]
+    assert run(RUN + IMPORTED, copy)[-2:] == ["False", "False"]
 
 
 def test_compile_without_a_call(copy: Path) -> None:
