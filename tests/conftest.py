@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.leak_check import no_leaks  # noqa: F401
+from warmfront.shared.machine.process import collect_seldom
 
 CORPUS = """The lighthouse keeper wrote in his diary that the sea had been calm for 12 days.
 def front(x: int) -> int:\n    return x * 2  # warm\n"""
@@ -20,6 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
+collect_seldom()
 # A shell's background job, or one of nohup's, ignores these, and children would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
