@@ -8,7 +8,8 @@
     STOPPING --every worker has exited--> STOPPED, or FAILED if there was an error
 
 Each worker may be silent only for a limited time: until its Hello, between two messages, between two steps of loading.
-While it loads, heartbeats do not count: a worker that hangs in a read still sends them. The shutdown ladder is
+While it loads, heartbeats do not count: a worker that hangs in a read still sends them. What counts is what it has
+loaded, or that it works: on a slow or busy machine it may compile kernels for minutes. The shutdown ladder is
 Shutdown, 1 s, SIGTERM, 0.5 s, SIGKILL; it begins with SIGTERM for a worker that is not ready, which hears no message.
 
 The driver (`supervisor.py`) calls `handle(Tick(), now)` at least every half second and hands over the messages of a
@@ -63,8 +64,9 @@ from warmfront.shared.wire.messages import (
 
 MAX_STEP_S = 1.0
 START_LIMIT_S = 30.0
-# Between two steps of loading; the longest is compiling kernels on a slow or busy machine.
-LOAD_LIMIT_S = 240.0
+LOAD_LIMIT_S = 120.0
+# Processor time that is a sign of life; reporting progress takes some ms a second.
+WORK_NS = 2_000_000_000
 SILENCE_LIMIT_S = 20.0
 TERMINATE_AFTER_S = 1.0
 KILL_AFTER_S = 1.5
@@ -109,6 +111,7 @@ class _Worker:
     hello: Hello | None = None
     done: int = -1  # bytes loaded; -1: none reported, so that a report of 0 is progress
     total: int = 0
+    worked: int = 0  # ns of processor time at the last sign of life
     ready: Ready | None = None
     starts: int = 0  # in a row, without a Ready
     restart: bool = False  # requested
@@ -184,8 +187,8 @@ class Lifecycle:
                 )
             case Hello(), _Stage.STARTING:
                 return self._welcome(name, worker, message)
-            case Progress(done, total), _Stage.LOADING:
-                return self._progressed(worker, done, total)
+            case Progress(), _Stage.LOADING:
+                return self._progressed(worker, message)
             case Ready(), _Stage.LOADING:
                 return self._loaded(name, worker, message)
             case Moved(), _Stage.READY:
@@ -216,10 +219,10 @@ class Lifecycle:
             self._workers[name].stage, self._workers[name].sign_at = _Stage.LOADING, self._clock
         return [SendMessage(name, assignment) for name, assignment in assignments.items()]
 
-    def _progressed(self, worker: _Worker, done: int, total: int) -> list[Instruction]:
-        if done > worker.done:
-            worker.sign_at = self._clock
-        worker.done, worker.total = done, total
+    def _progressed(self, worker: _Worker, now: Progress) -> list[Instruction]:
+        if now.done > worker.done or now.worked >= worker.worked + WORK_NS:
+            worker.sign_at, worker.worked = self._clock, now.worked
+        worker.done, worker.total = now.done, now.total
         workers = self._workers.values()
         return [ReportProgress(sum(max(each.done, 0) for each in workers), sum(each.total for each in workers))]
 

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Raised with every change of a message or of the board. `Hello` itself never changes, so that both sides can tell.
-PROTOCOL = 10
+PROTOCOL = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class Progress:
 
     done: int  # bytes
     total: int
+    worked: int = 0  # ns of processor time since the process started: it may be compiling
 
 
 @dataclass(frozen=True, slots=True)

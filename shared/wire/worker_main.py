@@ -10,6 +10,7 @@ a compilation it hears no message.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -127,7 +128,7 @@ def _serve(
     try:
         while not service.ready():
             channel.receive(_PROGRESS_S)
-            channel.send(Progress(*service.progress()))
+            channel.send(Progress(*service.progress(), time.process_time_ns()))
         channel.send(Ready(*service.capacity()))
         while not isinstance(message := channel.receive(_HEARTBEAT_S), Shutdown):
             if not service.ready():

@@ -46,7 +46,7 @@ def test_round_trip(message: Message) -> None:
 
 
 def test_exact_bytes() -> None:
-    assert encode(Progress(1, 300)) == b"\x93\xa8Progress\x01\xcd\x01\x2c"
+    assert encode(Progress(1, 300, 7)) == b"\x94\xa8Progress\x01\xcd\x01\x2c\x07"
     assignment = Assignment(
         1, "m", "", [7], "all", b"\x00", 2, 1.5, 0, -1, True, 100, "relu", 4096, "lru", 5, True, b"\x05"
     )
@@ -83,7 +83,7 @@ def test_path_that_is_not_utf8_survives() -> None:
         {"Heartbeat": 1},
         {0: "Heartbeat"},
         ["Progress", 1],
-        ["Progress", 1, 2, 3],
+        ["Progress", 1, 2, 3, 4],
         ["Progress", 1, 2.0],
         ["Progress", 1, True],
         ["Progress", 1, "2"],
