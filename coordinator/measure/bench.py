@@ -14,6 +14,7 @@ from it. What the decode read is counted without the prompt's reads, and past th
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 from warmfront.coordinator.decode.footprint import attended_bytes
@@ -150,14 +151,18 @@ def render(result: dict[str, Any], width: int) -> Iterator[str]:
     lines = [head, *_table(result)]
     yield from lines if max(map(len, lines)) <= width else _paragraphs(result)
     for row in result["rows"]:
-        if disk := row["disk"]:
-            yield (
-                f"{row['selector']}, context {row['context']}, from the disk: {disk['bytes_per_token'] / 1e6:.1f} MB a "
-                f"token in {disk['reads_per_token']:.0f} reads, of which it gives {disk['bandwidth'] / 1e6:.0f} MB/s: "
-                f"at most {disk['roofline_tps']:.1f} tok/s · {disk['hit_share']:.1%} of the neurons were in memory, of "
-                f"99 % of the tokens {1 - disk['miss_share_p99']:.0%} or more · waited "
-                f"{disk['stall_ms_per_token']:.1f} ms a token"
-            )
+        if row["disk"]:
+            yield from wrap(_from_disk(row), width, subsequent_indent="  ")
+
+
+def _from_disk(row: dict[str, Any]) -> str:
+    disk = row["disk"]
+    return (
+        f"{row['selector']}, context {row['context']}, from the disk: {disk['bytes_per_token'] / 1e6:.1f} MB a token "
+        f"in {disk['reads_per_token']:.0f} reads, of which it gives {disk['bandwidth'] / 1e6:.0f} MB/s: at most "
+        f"{disk['roofline_tps']:.1f} tok/s · {disk['hit_share']:.1%} of the neurons were in memory, of 99 % of the "
+        f"tokens {1 - disk['miss_share_p99']:.0%} or more · waited {disk['stall_ms_per_token']:.1f} ms a token"
+    )
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:

@@ -65,10 +65,15 @@ def test_a_plan_stays_in_its_columns(width: int) -> None:
 def test_a_benchmark_is_a_table_or_paragraphs() -> None:
     row = {"selector": "exact", "context": 16, "prefill_tps": 1234.5, "decode_tps": 99.9, "decode_range": [90.1, 100.0]}
     row |= {"read": 10.4, "bandwidth": 12.5, "roofline_share": 0.83}
-    row |= {"bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}}
-    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": [row, row], "caches": {}}
-    wide = list(bench.render(result, 200))
-    assert len(wide) == 4
+    row |= {"bytes_per_token": {"attention": 1e8, "head": 2e7, "kv": 0}, "disk": {}}
+    disk = {"bytes_per_token": 14.7e6, "reads_per_token": 1171, "bandwidth": 2.1e8, "roofline_tps": 14.3}
+    disk |= {"hit_share": 0.93, "miss_share_p99": 0.1, "stall_ms_per_token": 19.2}
+    rows = [row, row | {"disk": disk}]
+    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": rows, "caches": {}}
+    wide = list(bench.render(result, 250))
+    assert len(wide) == 5
+    for figure in ("14.7 MB", "1171 reads", "210 MB/s", "14.3 tok/s", "93.0%", "90%", "19.2 ms"):
+        assert figure in wide[4]
     assert len(wide[2]) > 80
     narrow = list(bench.render(result, 40))[1:]
     assert max(map(len, narrow)) <= 40
