@@ -33,8 +33,11 @@ def _quiet(_line: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UsageError if a file cannot be written to the folder of `path`."""
+    """Raise UsageError if no file can be put in the place of `path`: devices and pipes are not replaced."""
     folder = path.parent
+    # /dev/stdout may lead to a file, and yet be no place for one.
+    if not path.name or (path.exists() and not path.is_file()) or folder.resolve() == Path("/dev"):
+        raise UsageError(f"cannot write {path}: it is no file; name another one")
     if not folder.is_dir():
         raise UsageError(f"cannot write {path}: there is no folder {folder}; make it, or name another file")
     if not os.access(folder, os.W_OK):

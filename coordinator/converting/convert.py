@@ -76,7 +76,8 @@ def convert(
             # The writer opens a path: that of the file, which has no name yet.
             _write(Path(f"/proc/self/fd/{fd}"), architecture, fields, tensors, lambda *done: progress("writing", *done))
     except OSError as error:
-        raise ResourceError(f"cannot write {out}: {error.strerror}") from error
+        # numpy's say what is wrong, and have no number.
+        raise ResourceError(f"cannot write {out}: {error.strerror or error}") from error
     nbytes, weights = out.stat().st_size, sum(math.prod(tensor.shape) for tensor in tensors)
     bits = 8 * sum(_size(tensor) for tensor in tensors) / weights
     return f"{out}: {nbytes / 1e6:.1f} MB, {len(tensors)} tensors, {bits:.2f} bits a weight"

@@ -14,7 +14,7 @@ from warmfront.coordinator.converting.convert import convert
 from warmfront.coordinator.models.gguf.file import GgufFile
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.source import Source
-from warmfront.shared.errors import ModelError, UsageError
+from warmfront.shared.errors import ModelError, ResourceError, UsageError
 from warmfront.shared.model.formats import Kind, pack, unpack
 
 Make = Callable[..., Path]
@@ -127,3 +127,16 @@ def test_what_cannot_be_written(tiny_llama: Make, tiny_family: Make, tmp_path: P
         _converted(out, out)
     with pytest.raises(UsageError, match="a GGUF file takes --dtype q4"):
         _converted(plain, out, "q4f")
+
+
+def test_a_full_disk(tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's error has no number."""
+    plain, out = tiny_llama(), tmp_path / "model.gguf"
+
+    def full(*_: object) -> None:
+        raise OSError("34816 requested and 3136 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(ResourceError, match=r"cannot write .*model\.gguf: 34816 requested and 3136 written"):
+        _converted(plain, out)
+    assert not [*tmp_path.iterdir()]

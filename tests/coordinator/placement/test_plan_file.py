@@ -133,6 +133,10 @@ def test_where_nothing_can_be_written(model: PackedModel, tmp_path: Path) -> Non
         check_writable(tmp_path / "absent" / "x.json")
     with pytest.raises(ResourceError, match=r"cannot write .*x\.json.* -o FILE"):
         write_plan(tmp_path / "absent" / "x.json", model, 1, np.ones((1, 16), np.bool_), {})
+    os.mkfifo(tmp_path / "pipe")
+    for none in (Path(), tmp_path, tmp_path / "pipe", Path("/dev/stdout")):
+        with pytest.raises(UsageError, match=r"cannot write .* it is no file"):
+            check_writable(none)
     check_writable(tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
