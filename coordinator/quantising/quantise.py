@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from warmfront.coordinator.models.source import Source, padded
 from warmfront.coordinator.packing.packer import FITTED, ensure_packed, kind_for, pack_source, predictor_kind
@@ -90,6 +89,8 @@ def _texts(model: PackedModel) -> Sequence[Sequence[int]]:
 
     The text alone has fewer tokens than a matrix has columns, and what it does not show is rounded blindly.
     """
+    from pydoc_data.topics import topics  # 0.7 MB of text, which no other start needs
+
     tokenizer, piece = Tokenizer(model), min(_PIECE, model.spec.context)
     ids = tokenizer.encode(SAMPLE_TEXT)
     texts = [ids[at : at + piece] for at in range(0, len(ids), piece)]

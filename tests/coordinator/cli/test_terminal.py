@@ -69,7 +69,7 @@ def test_a_benchmark_is_a_table_or_paragraphs() -> None:
     disk = {"bytes_per_token": 14.7e6, "reads_per_token": 1171, "bandwidth": 2.1e8, "roofline_tps": 14.3}
     disk |= {"hit_share": 0.93, "miss_share_p99": 0.1, "stall_ms_per_token": 19.2}
     rows = [row, row | {"disk": disk}]
-    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": rows, "caches": {}}
+    result = {"name": "model", "dtype": "q8", "threads": 2, "rounds": 5, "rows": rows}
     wide = list(bench.render(result, 250))
     assert len(wide) == 5
     for figure in ("14.7 MB", "1171 reads", "210 MB/s", "14.3 tok/s", "93.0%", "90%", "19.2 ms"):
