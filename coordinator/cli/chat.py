@@ -3,21 +3,20 @@
 import io
 import os
 import sys
+from itertools import chain
 
 import click
 
 from warmfront.coordinator.cli.report import fault_of, rates
 from warmfront.coordinator.cli.terminal import say
 from warmfront.coordinator.engine.engine import Engine
-from warmfront.coordinator.text.reasoning import Reasoning
+from warmfront.coordinator.text.parts import Parts
 from warmfront.shared.config import Sampling
 from warmfront.shared.errors import UsageError
 
 __all__ = ["converse", "opening", "use_template"]
 
 Messages = list[dict[str, str]]
-# Tokens at the end of a prompt in which the template may have opened the reasoning.
-_TAIL = 16
 
 
 def opening(system: str | None) -> Messages:
@@ -93,12 +92,15 @@ def _answer(engine: Engine, messages: Messages, sampling: Sampling, stop: tuple[
     try:
         prompt = engine.tokenizer.chat_ids(messages)
         stop += engine.tokenizer.chat_stops
-        reasoning = Reasoning(engine.tokenizer.decode(prompt[-_TAIL:]))
-        for token in engine.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop):
-            pieces.append(token.text)
-            for text, dim in reasoning.push(token.text):
-                _show(text, dim)
-        _show(*reasoning.rest())
+        parts = Parts(engine.tokenizer, prompt)
+        tokens, reasons = engine.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop), False
+        for part in chain(chain.from_iterable(parts.push(token.id, token.text) for token in tokens), parts.rest()):
+            if parts.in_channels and reasons and not part.is_reasoning:
+                click.echo("\n")  # other models write it themselves
+            reasons = part.is_reasoning
+            _show(part.text, reasons)
+            # Templates take reasoning as the model wrote it, with its tags; harmony's want it left out.
+            pieces.append("" if reasons and parts.in_channels else part.text)
     except KeyboardInterrupt:
         pass
     click.echo()

@@ -11,7 +11,8 @@ from warmfront.coordinator.engine.batching.async_engine import Answer
 from warmfront.coordinator.engine.stats import Token
 from warmfront.coordinator.serve.metrics import Metrics
 from warmfront.coordinator.serve.tools import Call, CallParser
-from warmfront.coordinator.text.reasoning import Reasoning
+from warmfront.coordinator.text.harmony import Part
+from warmfront.coordinator.text.parts import Parts
 from warmfront.coordinator.text.tokenizer import Tokenizer
 
 __all__ = ["Choice", "Piece", "chat_logprobs", "merged", "usage"]
@@ -37,12 +38,12 @@ class Choice:
         index: int,
         answer: Answer,
         metrics: Metrics,
-        reasoning: Reasoning | None = None,
+        parts: Parts | None = None,
         parser: CallParser | None = None,
     ) -> None:
         self.index, self.answer = index, answer
         self._metrics, self._asked_at = metrics, time.monotonic()
-        self._reasoning, self._parser = reasoning, parser
+        self._parts, self._parser = parts, parser
         self.called = 0
 
     @property
@@ -61,9 +62,15 @@ class Choice:
                 else:
                     self._metrics.first_token(at - self._asked_at)
                 last_at = at
-                yield self._divide(self._thoughts(token.text), Piece(token=token))
-            rest = self._reasoning.rest() if self._reasoning is not None else ("", False)
-            last = self._divide(iter([rest]), Piece())
+                piece = Piece(token=token)
+                if self._parts is None:
+                    piece.text = token.text
+                else:
+                    self._divide(self._parts.push(token.id, token.text), piece)
+                yield piece
+            last = Piece()
+            if self._parts is not None:
+                self._divide(self._parts.rest(), last)
             if self._parser is not None:
                 self._add(self._parser.rest(), last)
             if last.text or last.reasoning or last.calls:
@@ -72,20 +79,20 @@ class Choice:
             await self.answer.aclose()
             self._metrics.answered(self.answer.stats, time.monotonic() - self._asked_at)
 
-    def _thoughts(self, text: str) -> Iterator[tuple[str, bool]]:
-        return iter([(text, False)]) if self._reasoning is None else self._reasoning.push(text)
-
-    def _divide(self, parts: Iterator[tuple[str, bool]], piece: Piece) -> Piece:
-        for text, is_reasoning in parts:
-            if is_reasoning:
+    def _divide(self, parts: Iterator[Part], piece: Piece) -> None:
+        for part in parts:
+            call = self._parser.message(part.recipient, part.text) if self._parser and part.recipient else None
+            if call is not None:
+                self._add(iter([call]), piece)
+            elif part.is_reasoning:
+                text = part.text
                 for tag in _TAGS:
                     text = text.replace(tag, "")
                 piece.reasoning += text
-            elif self._parser is None:
-                piece.text += text
+            elif self._parser is None or part.recipient:
+                piece.text += part.text
             else:
-                self._add(self._parser.push(text), piece)
-        return piece
+                self._add(self._parser.push(part.text), piece)
 
     def _add(self, found: Iterator[str | Call], piece: Piece) -> None:
         for each in found:

@@ -13,13 +13,15 @@ from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.serve.errors import invalid
 from warmfront.coordinator.serve.schema import ChatRequest, GenerationRequest, NamedTool, Tool
 from warmfront.coordinator.text.constraint import FORBIDDEN
+from warmfront.coordinator.text.parts import Parts
 from warmfront.shared.errors import ModelError
 
 __all__ = ["Grammars"]
 
 # White space where JSON allows any: a small model may write nothing else for ever.
 _COMPACT: Any = {"whitespace_flexible": False}
-_THOUGHT = "</think>"
+# Letters of what an answer begins with, such as </think> or the head of a message.
+_HEAD = 128
 Floats = npt.NDArray[np.float32]
 
 
@@ -50,9 +52,9 @@ class Grammars:
             raise invalid("response_format: json_schema needs a schema", "response_format")
         return self._schema(form.json_schema.schema_, "response_format")
 
-    def constraint(self, grammar: str, thinks: bool) -> "_Held":
-        """A constraint for one answer; `thinks`: only what comes behind its reasoning is held to it."""
-        return _Held(llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0), self._engine, thinks)
+    def constraint(self, grammar: str, parts: Parts | None) -> "_Held":
+        """A constraint for one answer, of which only what comes behind its reasoning is held to it."""
+        return _Held(llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0), self._engine, parts)
 
     def _schema(self, schema: dict[str, Any] | bool, param: str) -> str:
         try:
@@ -139,13 +141,14 @@ def _schema_of_calls(tools: Sequence[Tool]) -> dict[str, Any]:
 class _Held:
     """The state of one answer; a `Constraint`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, engine: Engine, thinks: bool) -> None:
-        self._matcher, self._engine = matcher, engine
-        self._text = engine.tokenizer.stream() if thinks else None
-        self._tail = ""
+    def __init__(self, matcher: llguidance.LLMatcher, engine: Engine, parts: Parts | None) -> None:
+        self._matcher = matcher
+        self._before = None if parts is None else parts.begins  # None: it is held to the grammar
+        self._marks = {} if parts is None else parts.marks
+        self._text, self._tail = engine.tokenizer.stream(), ""
 
     def allowed(self, logits: Floats) -> Floats:
-        if self._text is not None:
+        if self._before is not None:
             return logits
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         may = np.unpackbits(bits, bitorder="little", count=min(logits.size, 8 * bits.size)).astype(bool)
@@ -156,10 +159,10 @@ class _Held:
         return masked
 
     def push(self, token: int) -> bool:
-        if self._text is not None:
-            self._tail = (self._tail + self._text.push(token))[-2 * len(_THOUGHT) :]
-            if _THOUGHT in self._tail:
-                self._text = None
+        if self._before is not None:
+            self._tail = (self._tail + (self._marks.get(token) or self._text.push(token)))[-_HEAD:]
+            if self._before.search(self._tail):
+                self._before = None
             return False
         self._matcher.consume_token(token)
         return bool(self._matcher.is_stopped())

@@ -14,6 +14,7 @@ from warmfront.coordinator.serve.grammar import Grammars
 from warmfront.coordinator.serve.metrics import Metrics
 from warmfront.coordinator.serve.schema import GenerationRequest, Message, Tool
 from warmfront.coordinator.text.constraint import Constraint
+from warmfront.coordinator.text.parts import Parts
 from warmfront.shared.config import Sampling
 
 __all__ = ["Limits", "Service", "template_messages"]
@@ -79,9 +80,9 @@ class Service:
         """Queue an answer, with the options of `AsyncEngine.generate`."""
         return self.engine.generate(ids, **options)
 
-    async def constraint(self, grammar: str | None, thinks: bool) -> Constraint | None:
+    async def constraint(self, grammar: str | None, parts: Parts | None = None) -> Constraint | None:
         """What holds one answer to a grammar, if there is one; see `Grammars.constraint`."""
-        return None if grammar is None else await self.aside(self.grammars.constraint, grammar, thinks)
+        return None if grammar is None else await self.aside(self.grammars.constraint, grammar, parts)
 
     def check_model(self, wanted: str | None) -> None:
         """Raise ApiError if a request names another model; its name in any form that clients use will do."""
@@ -145,6 +146,8 @@ def _template_message(message: Message) -> dict[str, Any]:
     plain: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
     if message.role == "developer":
         plain["role"] = "system"
+    if message.reasoning_content and not message.content:
+        plain["thinking"] = message.reasoning_content  # as harmony's templates call what led to a call of a tool
     if isinstance(message.content, list):
         for part in message.content:
             if part.type != "text" or part.text is None:

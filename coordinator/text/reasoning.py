@@ -17,6 +17,11 @@ class Reasoning:
         self._tag: str | None = _CLOSE if prompt.rstrip().endswith(_OPEN) else _OPEN  # the next; None behind the last
         self._held = ""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the answer is in the middle of its reasoning."""
+        return self._tag == _CLOSE
+
     def push(self, piece: str) -> Iterator[tuple[str, bool]]:
         """What may be shown after `piece`, and whether it is reasoning; a part that may become a tag is held back."""
         text, self._held = self._held + piece, ""
@@ -43,4 +48,4 @@ class Reasoning:
     def rest(self) -> tuple[str, bool]:
         """What was held back at the end of the answer."""
         held, self._held = self._held, ""
-        return held, self._tag == _CLOSE
+        return held, self.is_open

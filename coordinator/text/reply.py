@@ -52,6 +52,7 @@ class Reply:
     def __init__(self, ids: Sequence[int], tokenizer: Tokenizer, context: int, wishes: Wishes) -> None:
         self._sampler, self._seen, self._wishes = Sampler(wishes.sampling or Sampling()), list(ids), wishes
         self._stream, self._stops = tokenizer.stream(ids), StopText(wishes.stop)
+        self._bytes_of = tokenizer.bytes_of
         self._ends = frozenset[int]() if wishes.ignore_eos else tokenizer.end_ids
         self.most = min(wishes.max_new_tokens, context - len(ids))  # tokens that may come
         self.count = 0
@@ -73,7 +74,10 @@ class Reply:
         complete = constraint is not None and constraint.push(token)
         ended = token in self._ends
         last = ended or complete or self.count == self.most
-        piece = self._stops.push(self._stream.rest() if ended else self._stream.push(token))
+        text = self._stream.rest() if ended else self._stream.push(token)
+        piece = self._stops.push(text)
+        if not text and not self._bytes_of(token):  # a special token, which no stop string spans
+            piece += self._stops.rest()
         if last and not ended:
             piece += self._stops.push(self._stream.rest())
         if last or self._stops.found:

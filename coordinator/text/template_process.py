@@ -25,6 +25,23 @@ MEMORY = 1 << 30  # bytes of address space
 MAX_CHARACTERS = 1 << 26  # of a prompt: far more than any context holds
 
 
+class Arguments(dict[str, Any]):
+    """Arguments of a call: some templates take an object, which others expect as a text of JSON."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __radd__(self, text: str) -> str:
+        return text + str(self)
+
+    def __add__(self, text: str) -> str:
+        return str(self) + text
+
+
+class Absent(str):
+    """The text of a message that is calls alone: some templates ask whether it is none, others look into it."""
+
+
 class Generation(Extension):
     """{% generation %} marks what the model learns in training; in a prompt only its content matters."""
 
@@ -56,8 +73,15 @@ def render(template: str, variables: dict[str, Any], now: datetime) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
+    environment.tests["none"] = lambda value: value is None or isinstance(value, Absent)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = now.strftime
+    for message in variables["messages"]:
+        if message.get("tool_calls"):
+            message["content"] = message.get("content") or Absent()
+        for call in message.get("tool_calls", ()):
+            if isinstance(call["function"].get("arguments"), dict):
+                call["function"]["arguments"] = Arguments(call["function"]["arguments"])
     text = environment.from_string(template).render(**variables)
     if len(text) > MAX_CHARACTERS:
         raise TemplateError(f"it writes {len(text):,} characters")

@@ -89,6 +89,16 @@ class Tokenizer:
         """What a token adds to an answer's bytes, perhaps a part of a character; nothing if it is special."""
         return b"" if self._fast is None else self._spellings(token)
 
+    def ids_of(self, texts: Iterable[str]) -> dict[int, str]:
+        """Those of `texts` that are added tokens, special or not, by their ids."""
+        wanted = set(texts)
+        return {token: text for token, text in self._added.items() if text in wanted}
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        added = {} if self._fast is None else self._fast.get_added_tokens_decoder()
+        return {token: entry.content for token, entry in added.items()}
+
     @cached_property
     def _spellings(self) -> Callable[[int], bytes]:
         return token_speller(self._fast)

@@ -12,14 +12,11 @@ from warmfront.coordinator.serve.answers import Choice, Piece, chat_logprobs, me
 from warmfront.coordinator.serve.errors import invalid
 from warmfront.coordinator.serve.schema import ChatRequest
 from warmfront.coordinator.serve.service import Service
-from warmfront.coordinator.serve.tools import CallParser
+from warmfront.coordinator.serve.tools import MARKS, CallParser
 from warmfront.coordinator.serve.transport import Events, as_event, read, while_connected
-from warmfront.coordinator.text.reasoning import Reasoning
+from warmfront.coordinator.text.parts import Parts
 
 __all__ = ["chat_completions"]
-
-# Tokens at the end of a prompt in which the template may have opened the reasoning.
-_TAIL = 16
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
@@ -43,12 +40,12 @@ async def _begin(service: Service, wanted: ChatRequest) -> tuple[list[int], list
     tools = wanted.tools if wanted.tool_choice != "none" else None
     grammar = await service.aside(service.grammars.wanted, wanted)
     ids = await service.chat_ids(wanted.messages, tools)
-    tail = engine.engine.tokenizer.decode(ids[-_TAIL:])
     most = service.most_tokens(wanted.max_completion_tokens or wanted.max_tokens, len(ids))
     stop = (*(wanted.stop or ()), *service.stop, *engine.engine.tokenizer.chat_stops)
     names = {tool.function.name for tool in tools or ()}
     choices: list[Choice] = []
     for index in range(wanted.n or 1):
+        parts = Parts(engine.engine.tokenizer, ids, MARKS if names else ())
         answer = service.generate(
             ids,
             max_new_tokens=most,
@@ -56,10 +53,10 @@ async def _begin(service: Service, wanted: ChatRequest) -> tuple[list[int], list
             stop=stop,
             ignore_eos=bool(wanted.ignore_eos),
             logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
-            constraint=await service.constraint(grammar, tail.rstrip().endswith("<think>")),
+            constraint=await service.constraint(grammar, parts),
         )
         parser = CallParser(names) if names else None
-        choices.append(Choice(index, answer, service.metrics, Reasoning(tail), parser))
+        choices.append(Choice(index, answer, service.metrics, parts, parser))
     return ids, choices
 
 

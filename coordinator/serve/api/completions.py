@@ -62,7 +62,7 @@ async def _begin(service: Service, wanted: CompletionRequest) -> tuple[list[list
                 stop=(*(wanted.stop or ()), *service.stop),
                 ignore_eos=bool(wanted.ignore_eos),
                 logprobs=wanted.logprobs,
-                constraint=await service.constraint(grammar, False),
+                constraint=await service.constraint(grammar),
             )
             choices.append(Choice(len(choices), answer, service.metrics))
     return prompts, choices

@@ -82,6 +82,34 @@ def test_templates_render_as_in_transformers(theirs: Any, name: str) -> None:
     assert ours(TEMPLATES[name]) == theirs(TEMPLATES[name])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ call.arguments | tojson }}",
+        "{{ '' + call.arguments }}",
+        "{{ call.arguments }}",
+        "{{ call.arguments ~ '' }}",
+        '{"a": "{{ call.arguments.a }}"}',
+        "{% for name, value in call.arguments.items() %}{{ {name: value} | tojson }}{% endfor %}",
+        "{{ call.arguments if call.arguments is string else call.arguments | tojson }}",
+    ],
+)
+def test_arguments_of_calls_are_objects_and_texts(template: str) -> None:
+    calls = [{"function": {"name": "f", "arguments": {"a": "é"}}}]
+    messages: list[Any] = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert ours("{% set call = messages[0].tool_calls[0].function %}" + template, messages) == '{"a": "é"}'
+
+
+def test_a_message_that_is_calls_alone_has_no_text_and_an_empty_one() -> None:
+    messages: list[Any] = [{"role": "assistant", "content": "", "tool_calls": []}] * 2
+    messages[1] = {**messages[0], "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked = (
+        "{{ [m.content is none, m['content'] is not none, 'x' in m.content, m.content + 'a', m.content is string] }}"
+    )
+    found = ours("{% for m in messages %}" + asked + "{% endfor %}", messages)
+    assert found == "[False, True, False, 'a', True][True, False, False, 'a', True]"
+
+
 def test_the_date_is_today() -> None:
     before = datetime.now()
     shown = datetime.fromisoformat(ours("{{ strftime_now('%Y-%m-%dT%H:%M:%S.%f') }}"))
