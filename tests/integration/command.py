@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import pytest
 
+from tests.integration.forks import COMMAND, current
 from warmfront.coordinator.hardware.fetching import CANDIDATES, every_use, keep
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.machine.topology import read_topology
@@ -28,8 +30,30 @@ class Outcome(NamedTuple):
 
 
 def run(*args: str | Path, timeout: float = 60, **options: Any) -> Outcome:
-    """Run `warmfront ARGS` to its end; `options` as of subprocess.run."""
-    options = {"stdin": subprocess.DEVNULL} | options
+    """Run `warmfront ARGS` to its end; `options` as of subprocess.run. Forked (`forks.py`) unless they say more than
+    `input`, `env` and `cwd`."""
+    forks, environment = current(), options.get("env", os.environ)
+    if forks is None or options.keys() - {"input", "env", "cwd"} or not forks.fit(environment):
+        return run_anew(*args, timeout=timeout, **options)
+    with TemporaryFile("w+") as stdin, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        stdin.write(options.get("input", ""))
+        stdin.seek(0)
+        files = [file.fileno() for file in (stdin, out, err)]
+        words = [COMMAND, *(os.fspath(arg) for arg in args)]
+        process = forks.start(words, environment, files, os.fspath(options.get("cwd", os.getcwd())))
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        return Outcome(code, out.read(), err.read())
+
+
+def run_anew(*args: str | Path, timeout: float = 60, **options: Any) -> Outcome:
+    """The same with a process of its own, started as users do."""
+    options = {"stdin": None if "input" in options else subprocess.DEVNULL} | options
     done = subprocess.run([WARMFRONT, *args], capture_output=True, text=True, timeout=timeout, check=False, **options)
     return Outcome(done.returncode, done.stdout, done.stderr)
 

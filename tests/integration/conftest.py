@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.command import link_cache, prepack, run
+from tests.integration.command import link_cache, prepack, run_anew
+from tests.integration.forks import forking
 from tests.integration.reference import llama_from_gguf
 from warmfront.coordinator.engine.engine import Engine
 
@@ -25,12 +26,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     shutil.rmtree(home / "warmfront" / "models", ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _forking(_own_cache: None) -> Iterator[None]:
+    """Workers and commands are forked."""
+    with forking():
+        yield
+
+
 @pytest.fixture(scope="session")
 def compiled(_own_cache: None, tiny_llama: Callable[..., Path]) -> None:
     """The kernels are compiled, so that no command spends time on it or says so."""
     model = tiny_llama(hidden_act="relu")
     for options in ([], ["--gpu", "host"]):
-        assert run("generate", "-m", model, "-p", "Hello", "-n", "2", *options, timeout=900).code == 0
+        assert run_anew("generate", "-m", model, "-p", "Hello", "-n", "2", *options, timeout=900).code == 0
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def answers_of(model: Path, *questions: str, most: int, system: str | None = Non
 
 def test_two_turns_through_a_pipe(talker: Path) -> None:
     questions = ["What is the capital of France?", "And of Italy?"]
-    outcome = run("chat", "-m", talker, "--stats", "-n", "12", stdin=None, input="\n".join(["", *questions]))
+    outcome = run("chat", "-m", talker, "--stats", "-n", "12", input="\n".join(["", *questions]))
     assert outcome.code == 0
     rates = [line for line in outcome.err.splitlines() if line.startswith("load ")]
     assert len(rates) == 2
@@ -54,7 +54,7 @@ def test_two_turns_through_a_pipe(talker: Path) -> None:
 def test_an_answer_that_ends_is_remembered(scripted: Callable[..., Path]) -> None:
     """The answer goes into the next prompt, with the end that the template gives it; only new tokens are computed."""
     model = scripted("a", "b", "c", "<|im_end|>")
-    outcome = run("chat", "-m", model, "--stats", stdin=None, input="hi\nhi\nhi\n")
+    outcome = run("chat", "-m", model, "--stats", input="hi\nhi\nhi\n")
     assert (outcome.code, outcome.out) == (0, "abc\n" * 3)
     tokenizer = FastTokenizer.from_file(str(model / "tokenizer.json"))
     turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -67,7 +67,7 @@ def test_the_system_prompt_and_stop_strings_count(talker: Path) -> None:
     question = "What is the capital of France?"
 
     def ask(*args: str) -> str:
-        return run("chat", "-m", talker, "-n", "24", *args, stdin=None, input=question).out
+        return run("chat", "-m", talker, "-n", "24", *args, input=question).out
 
     plain = ask()
     assert plain == f"{answers_of(talker, question, most=24)[0][0]}\n"
@@ -115,9 +115,7 @@ def test_input_that_is_no_text(tiny_llama: Callable[..., Path]) -> None:
 def test_conversation_that_outgrows_the_context(tiny_llama: Callable[..., Path]) -> None:
     """A line that is too long is refused and forgotten; the chat goes on."""
     lines = ["word " * 40, "hi"]
-    outcome = run(
-        "chat", "-m", prepack(tiny_llama(hidden_act="relu")), "--ctx", "60", stdin=None, input="\n".join(lines)
-    )
+    outcome = run("chat", "-m", prepack(tiny_llama(hidden_act="relu")), "--ctx", "60", input="\n".join(lines))
     assert outcome.code == 0
     assert outcome.err.startswith("warmfront: the prompt has ")
     assert outcome.err.count("\n") == 1
@@ -162,7 +160,7 @@ def test_reasoning_is_dimmed_on_a_terminal(scripted: Callable[..., Path], tmp_pa
     )  # Jinja drops the last line break
     model = scripted("a", *"</think>", "b", "<|im_end|>")
     args = ["chat", "-m", os.fspath(model), "--chat-template", os.fspath(template)]
-    assert run(*args, stdin=None, input="hi\n").out == "a</think>b\n"
+    assert run(*args, input="hi\n").out == "a</think>b\n"
     with Terminal([WARMFRONT, *args], "xterm") as terminal:
         terminal.read_until("> ")
         terminal.press("hi\n")
@@ -185,7 +183,7 @@ def test_a_model_without_a_template_is_asked_as_chatml(scripted: Callable[..., P
     assert plain.err.endswith(said)
     assert plain.err.count("\n") == 1
     assert json.loads(plain.out)["prompt_ids"] == json.loads(asked.out)["prompt_ids"]
-    assert run("chat", "-m", model, stdin=None, input="hi\n").err.endswith(said)
+    assert run("chat", "-m", model, input="hi\n").err.endswith(said)
     file = tmp_path / "template"
     file.write_text("{{ messages[0].content }}")
     own = run("generate", "-m", model, "--chat", "--chat-template", file, "-p", "hi", "--json")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.command import WARMFRONT, Outcome, prepack, run
+from tests.integration.command import WARMFRONT, Outcome, prepack, run, run_anew
 from warmfront.shared.config import DTYPES
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -41,7 +41,7 @@ def test_help_comes_at_once(args: list[str]) -> None:
     times = []
     for _ in range(3):
         start = time.monotonic()
-        outcome = succeeded(run(*args))
+        outcome = succeeded(run_anew(*args))
         times.append(time.monotonic() - start)
         assert outcome.err == ""
         assert "warmfront, version 0." in outcome.out if "--version" in args else "Usage: warmfront" in outcome.out
@@ -84,7 +84,7 @@ def test_completion(shell: str) -> None:
 def test_generate_prints_the_text_alone(model: Path) -> None:
     text = answer(model, "-p", "The sea", "-n", "12")["text"]
     assert text
-    outcome = succeeded(run("generate", "-m", model, "-p", "The sea", "-n", "12"))
+    outcome = succeeded(run_anew("generate", "-m", model, "-p", "The sea", "-n", "12"))
     assert outcome.out == f"{text}\n"
     assert outcome.err == ""
 
@@ -115,7 +115,7 @@ def test_text_and_ids_are_the_same_prompt(model: Path) -> None:
 
 
 def test_stats_name_every_worker(model: Path) -> None:
-    outcome = succeeded(run("generate", "-m", model, "-p", "The sea", "-n", "9", "--stats", "--gpu", "host"))
+    outcome = succeeded(run_anew("generate", "-m", model, "-p", "The sea", "-n", "9", "--stats", "--gpu", "host"))
     rates, selector, *workers = outcome.err.splitlines()
     assert "tok/s" in rates
     assert "prefill" in rates
@@ -180,7 +180,7 @@ def test_info(model: Path) -> None:
     assert found["sparse"]
     assert found["selectors"] == ["exact", "lowbit", "all", "core", "core|lowbit"]
     assert found["bytes"]["feed-forward"] == 2 * 96 * 3 * 64 * 4
-    text = succeeded(run("info", model, "--dtype", "q4")).out
+    text = succeeded(run_anew("info", model, "--dtype", "q4")).out
     assert "relu" in text
     assert "q4" in text
 

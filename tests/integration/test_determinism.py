@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.command import needs_two_cores, run
+from tests.integration.command import needs_two_cores, run_anew
 from tests.integration.gpu import Restless, budget_for, watch
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.shared.config import Sampling
@@ -136,7 +136,7 @@ def test_twenty_of_twenty(smollm2: Path) -> None:
                 answers.append([token.id for token in tokens])
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (OVERRIDES | SAMPLING).items()]
     for _ in range(COMMANDS):
-        outcome = run("generate", "-m", smollm2, "-p", PROMPT, f"-n{NEW_TOKENS}", "--json", *options)
+        outcome = run_anew("generate", "-m", smollm2, "-p", PROMPT, f"-n{NEW_TOKENS}", "--json", *options)
         answers.append(json.loads(outcome.out)["token_ids"])
     assert len(answers) == 20
     assert [answer == answers[0] for answer in answers] == [True] * 20

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.command import assert_refused, prepack, run
+from tests.integration.command import assert_refused, prepack, run, run_anew
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator import Engine
 from warmfront.coordinator.measure import evaluate as module
@@ -253,7 +253,9 @@ def test_the_command(relu: Path, tmp_path: Path) -> None:
     prepack(relu)
     text, plot = tmp_path / "text.txt", tmp_path / "plot.svg"
     text.write_text(SAMPLE_TEXT[:300])
-    outcome = run("eval", relu, "--text", text, "--selector=exact,lowbit:0.9", "--ctx=100", "--plot", plot, "--json")
+    outcome = run_anew(
+        "eval", relu, "--text", text, "--selector=exact,lowbit:0.9", "--ctx=100", "--plot", plot, "--json"
+    )
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
     assert list(result["perplexity"]) == ["dense", "exact", "lowbit:0.9"]

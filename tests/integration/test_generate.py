@@ -174,12 +174,12 @@ class TestPrompt:
         (tmp_path / "FILE").write_text(self.TEXT)
         options = {"input": self.TEXT} if "FILE" not in args else {}
         where = [str(tmp_path / arg) if arg == "FILE" else arg for arg in args]
-        found = said(run("generate", "-m", plain, "-n", "1", "--json", *where, stdin=None, **options))
+        found = said(run("generate", "-m", plain, "-n", "1", "--json", *where, **options))
         assert found["prompt_ids"] == self.ids(plain, self.TEXT)
 
     def test_it_may_be_long(self, plain: Path) -> None:
         text = "a b " * 75_000
-        outcome = run("generate", "-m", plain, "--json", stdin=None, input=text)
+        outcome = run("generate", "-m", plain, "--json", input=text)
         assert_refused(outcome, 2, f"the prompt has {len(self.ids(plain, text))} tokens")
 
     @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def test_a_damaged_kernel_is_compiled_anew_by_a_worker(model: Path, answer: str,
         os.truncate(file, 10)
     outcome = run("generate", "-m", model, *IDS, timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     assert outcome == (0, answer, "")
-    assert all(file.stat().st_size > 10 for file in kernels.glob("*serve.*"))
+    # There is another form where somebody ran with a --ram-budget.
+    assert any(file.stat().st_size > 10 for file in kernels.glob("warmfront.cpu_worker.executor.serve.*.nbc"))
 
 
 @pytest.mark.parametrize("way", ["model", "prompt"])

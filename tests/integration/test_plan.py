@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.command import assert_refused, prepack, run
+from tests.integration.command import assert_refused, prepack, run, run_anew
 from warmfront.coordinator import Engine
 from warmfront.coordinator.measure.measured_costs import key_of, load_costs, measure_costs, save_costs
 from warmfront.coordinator.packing.packer import ensure_packed
@@ -64,7 +64,7 @@ def test_the_workers_are_measured_once(model: Path, tmp_path: Path) -> None:
 def test_a_plan_and_a_run_by_it(model: Path, tmp_path: Path) -> None:
     """Costs with which the GPU pays for a part of the neurons: the run gives it just these."""
     keep_costs(model, DeviceCosts(1000, 0.1, 3000, 0.05))
-    outcome = run("plan", model, *HOST, "--json", "--exact", "--plot", "plan.png", cwd=tmp_path)
+    outcome = run_anew("plan", model, *HOST, "--json", "--exact", "--plot", "plan.png", cwd=tmp_path)
     assert outcome.code == 0, outcome
     figures = json.loads(outcome.out)
     path = tmp_path / figures["file"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.command import WARMFRONT, assert_refused, link_cache, prepack, run
+from tests.integration.command import WARMFRONT, assert_refused, link_cache, prepack, run, run_anew
 from tests.integration.reference import llama_from_folder
 from tests.integration.terminal import CTRL_C, Terminal
 from warmfront.coordinator import Engine
@@ -278,7 +278,7 @@ def test_a_single_token(model: Path, texts: list[Path]) -> None:
 
 
 def test_what_it_prints(model: Path, texts: list[Path]) -> None:
-    outcome = run("profile", prepack(model), *options_of(texts[:2]), "--tokens", "300")
+    outcome = run_anew("profile", prepack(model), *options_of(texts[:2]), "--tokens", "300")
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     for words in ("300 tokens of first.txt", "80 %", "ordered anew", os.fspath(packed_of(model))):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import assert_refused, prepack, run
+from tests.integration.command import assert_refused, prepack, run, run_anew
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -21,7 +21,7 @@ def test_sweep(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
         "-n4",
         "--rounds=1",
     ]
-    outcome = run("bench", model, "--sweep", *options, "--plot", plot, timeout=120)
+    outcome = run_anew("bench", model, "--sweep", *options, "--plot", plot, timeout=120)
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out.splitlines()[-1])
     rows = {(row["selector"], row["vram_budget"]): row for row in result["rows"]}

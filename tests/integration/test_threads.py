@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.command import CORES, assert_refused, needs_two_cores, prepack, run
+from tests.integration.command import CORES, assert_refused, needs_two_cores, prepack, run, run_anew
 from tests.integration.reference import choices, llama_from_folder
 from warmfront.coordinator.decode.row_split import WHOLE
 from warmfront.coordinator.engine.engine import Engine
@@ -96,7 +96,7 @@ def test_tune_is_taken_by_default(
     model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plot = tmp_path / "tok_s.png"
-    outcome = run("tune", model, "--dtype", "f32", "--json", "--plot", plot, timeout=180)
+    outcome = run_anew("tune", model, "--dtype", "f32", "--json", "--plot", plot, timeout=180)
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
     try:

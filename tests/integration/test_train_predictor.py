@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.integration.command import assert_refused, prepack, run
+from tests.integration.command import assert_refused, prepack, run, run_anew
 from tests.integration.reference import all_logits, llama_from_folder
 from warmfront.coordinator import Engine
 from warmfront.coordinator.cli.training.train_predictor import Request, render, train
@@ -65,7 +65,7 @@ def trained(made: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("trained") / "p.safetensors"
     plot = out.with_suffix(".png")
     options = ["--recall=0.99", "-o", out, "--plot", plot, "--json"]
-    outcome = run("train-predictor", prepack(made), "--text", text, *options, timeout=170)
+    outcome = run_anew("train-predictor", prepack(made), "--text", text, *options, timeout=170)
     assert outcome.code == 0, outcome.err
     assert f"the inputs of {TOKENS:,} tokens take 0.00 GB of disk until the file is written" in outcome.err
     assert plot.read_bytes().startswith(b"\x89PNG")
