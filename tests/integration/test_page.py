@@ -1,9 +1,8 @@
 """The page in a real browser: Debian's Chromium without a screen, driven by playwright.
 
-pytest tests/integration/test_page.py      WARMFRONT_SCREENSHOTS=FOLDER keeps pictures
+pytest tests/integration/test_page.py
 """
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -57,11 +56,6 @@ def until(page: Any, expression: str) -> None:
         page.wait_for_timeout(50)
 
 
-def shot(page: Any, name: str) -> None:
-    if folder := os.environ.get("WARMFRONT_SCREENSHOTS"):
-        page.screenshot(path=os.path.join(folder, name))
-
-
 @pytest.mark.parametrize("width", [1280, 360])
 def test_a_chat_beside_the_front(server: Server, browser: Any, width: int) -> None:
     """By the keyboard: a question, its answer as it comes, stop, again; the front is drawn meanwhile."""
@@ -90,7 +84,6 @@ def test_a_chat_beside_the_front(server: Server, browser: Any, width: int) -> No
     early = answer.text_content()
     until(page, "Number(document.querySelector('#figures dd')?.textContent) > 0")
     until(page, "document.querySelectorAll('.worker').length === 2")
-    shot(page, f"page-{width}.png")
     # Escape stops it; what came stays.
     page.keyboard.press("Escape")
     until(page, "!document.querySelector('#send').disabled")
