@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.integration.reference import all_logits
@@ -23,16 +24,29 @@ TEXT = (
 )
 
 
+def decoded(engine: Engine, ids: list[int], prefill: int) -> npt.NDArray[np.float32]:
+    """As `forced_logits`, several tokens at a time: bit for bit those of one by one (`test_batches.py`)."""
+    session, at = engine.session, prefill
+    with session.text() as text:
+        rows = [session.prefill(text, ids[:prefill])[0][None].copy()]
+        while at < len(ids):
+            rows.append(session.verify(text, ids[at : at + session.runtime.batch]).copy())
+            for _ in rows[-1][1:]:
+                session.accept(text)
+            at += len(rows[-1])
+    return np.concatenate(rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "least"), [("auto", 0.98), ("q8", 0.93), ("f16", 0.99), ("bf16", 0.99), ("q4", 0.75)]
 )
 def test_most_probable_token(smollm2: Path, smollm2_in_transformers: Any, dtype: str, least: float) -> None:
-    """The share of 200 tokens, decoded one by one, whose most probable next token is that of the float32 model."""
+    """The share of 200 tokens, decoded as one by one, whose most probable next token is that of the float32 model."""
     with Engine.load(str(smollm2), dtype=dtype) as engine:
         ids = engine.prompt_ids(TEXT)[:TOKENS]
         assert len(ids) == TOKENS
-        ours = np.array([int(logits.argmax()) for logits in engine.forced_logits(ids, prefill=1)])
+        ours = decoded(engine, ids, prefill=1).argmax(1)
     theirs = all_logits(smollm2_in_transformers, ids).argmax(1)
     agreement = float((ours == theirs).mean())
     print(f"\n{dtype}: the most probable token agrees {agreement:.1%} of the time")
@@ -41,14 +55,14 @@ def test_most_probable_token(smollm2: Path, smollm2_in_transformers: Any, dtype:
 
 @pytest.mark.slow
 def test_keys_and_values_in_8_bits(smollm2: Path) -> None:
-    """Perplexity over 800 tokens of the licence, decoded one by one; over 3,000 it is 0.05 % above f16's (docs/log.md),
-    and on fewer it scatters more."""
+    """Perplexity over 800 tokens of the licence, decoded as one by one. Over 3,000 it is 0.05 % above f16's, and on
+    fewer it scatters more (docs/log.md)."""
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     perplexity = {}
     for kv in ("f16", "q8"):
         with Engine.load(str(smollm2), kv=kv, context=1101) as engine:
             ids = engine.tokenizer.encode(text)[:1100]
-            logits = np.array(list(engine.forced_logits(ids, prefill=300)), np.float64)[:-1]
+            logits = decoded(engine, ids, prefill=300)[:-1].astype(np.float64)
         top = logits.max(1)
         losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(800), ids[300:]]
         perplexity[kv] = np.exp(losses.mean())

@@ -53,9 +53,9 @@ def plain(smollm2: Path) -> dict[str, Any]:
     """Answers of SmolLM2 without speculation."""
     with Engine.load(str(smollm2), speculate="off") as engine:
         return {
-            "long": answers(engine, max_new_tokens=60),
-            "stopped": answers(engine, max_new_tokens=60, stop=["second)", " sea"], logprobs=2),
-            "endless": answers(engine, max_new_tokens=40, ignore_eos=True),
+            "long": answers(engine, max_new_tokens=40),
+            "stopped": answers(engine, max_new_tokens=40, stop=["second)", " sea"], logprobs=2),
+            "endless": answers(engine, max_new_tokens=24, ignore_eos=True),
         }
 
 
@@ -64,9 +64,9 @@ def test_smollm2(smollm2: Path, plain: dict[str, Any], forced: bool, request: py
     if forced:
         request.getfixturevalue("always")
     with Engine.load(str(smollm2), speculate="ngram") as engine:
-        assert answers(engine, max_new_tokens=60) == plain["long"]
-        assert answers(engine, max_new_tokens=60, stop=["second)", " sea"], logprobs=2) == plain["stopped"]
-        assert answers(engine, max_new_tokens=40, ignore_eos=True) == plain["endless"]
+        assert answers(engine, max_new_tokens=40) == plain["long"]
+        assert answers(engine, max_new_tokens=40, stop=["second)", " sea"], logprobs=2) == plain["stopped"]
+        assert answers(engine, max_new_tokens=24, ignore_eos=True) == plain["endless"]
         list(engine.generate(PROMPTS[0], max_new_tokens=60))
         assert 0 < engine.stats.accepted <= engine.stats.drafted
 
