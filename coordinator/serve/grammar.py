@@ -16,10 +16,14 @@ from warmfront.coordinator.text.constraint import FORBIDDEN
 from warmfront.coordinator.text.parts import Parts
 from warmfront.shared.errors import ModelError
 
-__all__ = ["Grammars"]
+__all__ = ["Grammar", "Grammars"]
+
+Grammar = llguidance.LLMatcher
 
 # White space where JSON allows any: a small model may write nothing else for ever.
 _COMPACT: Any = {"whitespace_flexible": False}
+# Symbols of a grammar, about 15 for a property of a schema: a second to prepare, and its square for more.
+_LIMITS = llguidance.LLParserLimits(max_grammar_size=25_000)
 # Letters of what an answer begins with, such as </think> or the head of a message.
 _HEAD = 128
 Floats = npt.NDArray[np.float32]
@@ -32,8 +36,8 @@ class Grammars:
         self._engine, self._lock = engine, threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
 
-    def wanted(self, request: GenerationRequest) -> str | None:
-        """The grammar that a request asks for, as llguidance has them; None if it asks for none.
+    def wanted(self, request: GenerationRequest) -> Grammar | None:
+        """The grammar that a request asks for, before its first token; None if it asks for none.
 
         Raises ApiError for one that is none.
         """
@@ -52,22 +56,22 @@ class Grammars:
             raise invalid("response_format: json_schema needs a schema", "response_format")
         return self._schema(form.json_schema.schema_, "response_format")
 
-    def constraint(self, grammar: str, parts: Parts | None) -> "_Held":
+    def constraint(self, grammar: Grammar, parts: Parts | None) -> "_Held":
         """A constraint for one answer, of which only what comes behind its reasoning is held to it."""
-        return _Held(llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0), self._engine, parts)
+        return _Held(grammar.deep_copy(), self._engine, parts)
 
-    def _schema(self, schema: dict[str, Any] | bool, param: str) -> str:
+    def _schema(self, schema: dict[str, Any] | bool, param: str) -> Grammar:
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
         except (ValueError, RecursionError) as error:
             raise invalid(f"{param}: {_first_line(error)}", param) from None
         return self._checked(grammar, param)
 
-    def _checked(self, grammar: str, param: str) -> str:
-        matcher = llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0)
+    def _checked(self, grammar: str, param: str) -> Grammar:
+        matcher = llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise invalid(f"{param}: {_first_line(matcher.get_error())}", param)
-        return grammar
+        return matcher
 
     def _vocabulary(self) -> llguidance.LLTokenizer:
         with self._lock:
@@ -141,7 +145,7 @@ def _schema_of_calls(tools: Sequence[Tool]) -> dict[str, Any]:
 class _Held:
     """The state of one answer; a `Constraint`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, engine: Engine, parts: Parts | None) -> None:
+    def __init__(self, matcher: Grammar, engine: Engine, parts: Parts | None) -> None:
         self._matcher = matcher
         self._before = None if parts is None else parts.begins  # None: it is held to the grammar
         self._marks = {} if parts is None else parts.marks

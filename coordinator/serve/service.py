@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from warmfront.coordinator.engine.batching.async_engine import Answer, AsyncEngine
 from warmfront.coordinator.serve.errors import ApiError
 from warmfront.coordinator.serve.front import Live
-from warmfront.coordinator.serve.grammar import Grammars
+from warmfront.coordinator.serve.grammar import Grammar, Grammars
 from warmfront.coordinator.serve.metrics import Metrics
 from warmfront.coordinator.serve.schema import GenerationRequest, Message, Tool
 from warmfront.coordinator.text.constraint import Constraint
@@ -80,7 +80,7 @@ class Service:
         """Queue an answer, with the options of `AsyncEngine.generate`."""
         return self.engine.generate(ids, **options)
 
-    async def constraint(self, grammar: str | None, parts: Parts | None = None) -> Constraint | None:
+    async def constraint(self, grammar: Grammar | None, parts: Parts | None = None) -> Constraint | None:
         """What holds one answer to a grammar, if there is one; see `Grammars.constraint`."""
         return None if grammar is None else await self.aside(self.grammars.constraint, grammar, parts)
 

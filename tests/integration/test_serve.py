@@ -46,6 +46,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+LARGE = {"function": {"name": "f", "parameters": {"properties": {str(i): {"type": "string"} for i in range(9000)}}}}
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 KEY = "a-key-for-tests"
 
@@ -224,6 +225,13 @@ def test_who_leaves_is_not_computed_for(server: Server, client: Any) -> None:
             {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}},
             400,
             "response_format",
+        ),
+        # It would take minutes to prepare, on threads that others wait for.
+        (
+            "/v1/chat/completions",
+            {"messages": QUESTION, "tools": [LARGE], "tool_choice": "required"},
+            400,
+            "too big",
         ),
         ("/v1/nothing", {}, 404, "/v1/nothing"),
     ],
