@@ -45,6 +45,23 @@ def last_norm(net: Network) -> Norm:
 
 
 @kernel
+def _add_up(values: Floats, mean: Any, squared: bool) -> Any:
+    """The sum of value - mean, or of its square: sixteen sums, or each addition would wait for the last."""
+    sums, total = np.zeros(LANES, np.float32), np.float32(0)
+    whole = len(values) // LANES * LANES
+    for first in range(0, whole, LANES):
+        for lane in range(LANES):
+            value = values[first + lane] - mean
+            sums[lane] += value * value if squared else value
+    for k in range(whole, len(values)):
+        value = values[k] - mean
+        sums[k - whole] += value * value if squared else value
+    for lane in range(LANES):
+        total += sums[lane]
+    return total
+
+
+@kernel
 def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
     """Norm of every token of x [panels, size, lanes] into `out`, which may be x; without a norm, a copy."""
     if norm.weight_at == 0:
@@ -55,14 +72,10 @@ def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes:
     if lanes == 1:
         for token in range(panels):
             own, result = x[token * size : (token + 1) * size], out[token * size : (token + 1) * size]
-            mean, total = np.float32(0), np.float32(0)
+            mean = np.float32(0)
             if norm.kind == _LAYER:
-                for k in range(size):
-                    mean += own[k]
-                mean /= np.float32(size)
-            for k in range(size):
-                total += (own[k] - mean) * (own[k] - mean)
-            factor = np.float32(1) / np.sqrt(total / np.float32(size) + norm.epsilon)
+                mean = _add_up(own, np.float32(0), False) / np.float32(size)
+            factor = np.float32(1) / np.sqrt(_add_up(own, mean, True) / np.float32(size) + norm.epsilon)
             for k in range(size):
                 result[k] = (own[k] - mean) * factor * weight[k]
     else:

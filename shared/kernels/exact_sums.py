@@ -68,18 +68,17 @@ def _by_doubles(b: Any, values: Any) -> Any:
     """16 floats below 2^62 as integers, in two halves: 1.5 * 2^52 added, the last place of a double is 1.
 
     Its bits are then the integer beside those of that number. What is added to the high half has more: shifted up, it
-    takes those of the low half away. All steps but the last rounding are exact. The flags are not those of the kernels,
-    which would allow the compiler to cancel what is added and subtracted.
+    takes those of the low half away. All steps but the last rounding are exact.
     """
-    double, wide, flags = vector(DOUBLE), vector(I64), ("nsz",)
+    double, wide = vector(DOUBLE), vector(I64)
     magic = 1.5 * 2.0**52
     low_magic, high_magic, per_high_unit, minus_high_unit = (
         constants(value, double) for value in (magic, magic + 2.0**32 - (0x4338 << 16), 2.0**-32, -(2.0**32))
     )
     number = b.fpext(values, double)
     high = call(b, "llvm.fmuladd.v16f64", double, number, per_high_unit, high_magic)
-    rest = call(b, "llvm.fmuladd.v16f64", double, b.fsub(high, high_magic, flags=flags), minus_high_unit, number)
-    low = b.fadd(rest, low_magic, flags=flags)
+    rest = call(b, "llvm.fmuladd.v16f64", double, b.fsub(high, high_magic), minus_high_unit, number)
+    low = b.fadd(rest, low_magic)
     return b.add(b.shl(b.bitcast(high, wide), constants(32, wide)), b.bitcast(low, wide))
 
 

@@ -53,8 +53,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 _KEPT = 4
 # The folder of our own functions.
 _TOP = f"{Path(__file__).parents[2]}{os.sep}"
-# What arithmetic may assume: reassociation and contraction, yet infinities and NaN keep their meaning.
-_FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
 def _cache_folder() -> Path | None:
@@ -242,7 +240,9 @@ def kernel(function: F) -> F:
     """Compile `function` on first call: no GIL, result cached across processes."""
     if numba.config.DISABLE_JIT:
         raise UsageError("numba is told to compile nothing, which warmfront cannot do without: unset NUMBA_DISABLE_JIT")
-    compiled: Any = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", no_cfunc_wrapper=True)(function)
+    # No fastmath: what may be reassociated or contracted comes out one way or the other as a kernel is inlined into its
+    # caller or not, which follows from what was cached when that was compiled: the bits would differ between starts.
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
     compiled._cache = _Cache(function)
     resolve, compile_now = compiled.get_call_template, compiled.compile
     # Else numba would compile it anew for each constant that a caller passes.

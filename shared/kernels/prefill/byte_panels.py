@@ -40,7 +40,6 @@ __all__ = [
     "OFFSETS",
     "PANEL_BLOCK",
     "SCALES",
-    "STRICT",
     "Quantised",
     "quantise_panels",
     "quantised",
@@ -51,8 +50,6 @@ __all__ = [
 V64, VI32 = vector(I8, 64), vector(I32)
 # A panel's block: numbers, scales, offsets.
 SCALES, OFFSETS, PANEL_BLOCK = 16 * BLOCK, 16 * BLOCK + 64, 16 * BLOCK + 128
-# LLVM may not reorder what has its own flags: products of one panel and of three must be the same to the bit.
-STRICT = ("nsz",)
 
 
 @intrinsic
@@ -113,12 +110,12 @@ def quantised(context: Any, b: Any, values: list[Any]) -> Quantised:
     largest = _largest(b, values)
     # A block of zeros has scale 0, whose inverse would make NaN of it.
     not_zero = b.fcmp_unordered("!=", largest, constants(0.0))
-    inverse = b.select(not_zero, b.fdiv(constants(127.0), largest, flags=STRICT), constants(0.0))
+    inverse = b.select(not_zero, b.fdiv(constants(127.0), largest), constants(0.0))
     words, total = [], Products(context, 1)
     for k in range(0, BLOCK, 4):
-        words.append(_bytes_of(context, b, [b.fmul(each, inverse, flags=STRICT) for each in values[k : k + 4]]))
+        words.append(_bytes_of(context, b, [b.fmul(each, inverse) for each in values[k : k + 4]]))
         total.add(b, Left(constants(1, V64)), b.bitcast(words[-1], V64))
-    return Quantised(words, b.fmul(largest, constants(1 / 127), flags=STRICT), total.total(b))
+    return Quantised(words, b.fmul(largest, constants(1 / 127)), total.total(b))
 
 
 def store_block(b: Any, out: Any, numbers: Quantised, offsets: Any) -> None:
@@ -132,7 +129,7 @@ def store_block(b: Any, out: Any, numbers: Quantised, offsets: Any) -> None:
 def _quantise_block(context: Any, b: Any, x: Any, out: Any, zero: Any) -> None:
     numbers = quantised(context, b, [load(b, x, long(64 * k), V16) for k in range(BLOCK)])
     start = b.sub(constants(0, VI32), b.mul(numbers.total, splat(b, b.trunc(zero, I32))))
-    feature_sum = b.bitcast(b.fmul(b.sitofp(numbers.total, V16), numbers.scale, flags=STRICT), VI32)
+    feature_sum = b.bitcast(b.fmul(b.sitofp(numbers.total, V16), numbers.scale), VI32)
     minima = b.icmp_signed("==", zero, long(-1))
     store_block(b, out, numbers, b.select(minima, feature_sum, start))
 

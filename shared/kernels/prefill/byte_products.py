@@ -23,7 +23,7 @@ from warmfront.shared.kernels.byte_dot import Left, Products, adds_in_words, mul
 from warmfront.shared.kernels.fp16 import from_half
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.prefill.byte_panels import OFFSETS, PANEL_BLOCK, SCALES, STRICT
+from warmfront.shared.kernels.prefill.byte_panels import OFFSETS, PANEL_BLOCK, SCALES
 from warmfront.shared.kernels.row_formats import TILED, RowFormat, block_bytes, by_kind
 from warmfront.shared.kernels.simd import (
     FLOAT,
@@ -31,9 +31,9 @@ from warmfront.shared.kernels.simd import (
     I32,
     I64,
     V16,
-    call,
     constants,
     fetch,
+    fma,
     load,
     long,
     splat,
@@ -146,10 +146,10 @@ def _add_block(
         products = multiplied(context, b, form, [half.numbers for half in halves], token, starts)
         for i, (half, whole) in enumerate(zip(halves, products, strict=True)):
             place = b.add(b.mul(number, long(8 * TILE)), long(4 * TILE * i))
-            value = b.fmul(b.sitofp(whole, V16), scale, flags=STRICT)
-            total = call(b, "llvm.fma.v16f32", V16, value, half.scales, load(b, sums, place, V16))
+            value = b.fmul(b.sitofp(whole, V16), scale)
+            total = fma(b, value, half.scales, load(b, sums, place, V16))
             for minimum in half.minima:
-                total = call(b, "llvm.fma.v16f32", V16, b.bitcast(offset, V16), minimum, total)
+                total = fma(b, b.bitcast(offset, V16), minimum, total)
             store(b, sums, place, total)
 
 

@@ -29,7 +29,6 @@ from warmfront.shared.kernels.prefill.byte_panels import (
     OFFSETS,
     PANEL_BLOCK,
     SCALES,
-    STRICT,
     quantised,
     store_block,
     zero_of,
@@ -42,9 +41,9 @@ from warmfront.shared.kernels.simd import (
     I32,
     I64,
     V16,
-    call,
     constants,
     fetch,
+    fma,
     load,
     long,
     splat,
@@ -161,17 +160,15 @@ def _quantise(context, x, inverse, scales, zero, out):
         def product(k: int, at: Any) -> tuple[Any, Any]:
             return load(b, x, long(64 * k), V16), splat(b, load(b, at, long(4 * k), FLOAT))
 
-        numbers = quantised(context, b, [b.fmul(*product(k, scales), flags=STRICT) for k in range(GROUP)])
-        total = b.fmul(b.sitofp(numbers.total, V16), numbers.scale, flags=STRICT)
-        offsets = cgutils.alloca_once_value(
-            b, b.fmul(total, splat(b, b.fsub(ir.Constant(FLOAT, 0.0), zero)), flags=STRICT)
-        )
+        numbers = quantised(context, b, [b.fmul(*product(k, scales)) for k in range(GROUP)])
+        total = b.fmul(b.sitofp(numbers.total, V16), numbers.scale)
+        offsets = cgutils.alloca_once_value(b, b.fmul(total, splat(b, b.fsub(ir.Constant(FLOAT, 0.0), zero))))
         with b.if_then(b.icmp_signed("!=", minima, long(0))):
             for k in range(GROUP):
-                b.store(call(b, "llvm.fma.v16f32", V16, *product(k, minima), b.load(offsets)), offsets)
+                b.store(fma(b, *product(k, minima), b.load(offsets)), offsets)
         # The inverse of a token's unit is a power of two, or NaN: here it is the same as in each of the factors.
         per_unit = load(b, inverse, long(0), V16)
-        scale, offset = (b.fmul(each, per_unit, flags=STRICT) for each in (numbers.scale, b.load(offsets)))
+        scale, offset = (b.fmul(each, per_unit) for each in (numbers.scale, b.load(offsets)))
         store_block(b, out, numbers._replace(scale=scale), offset)
         return context.get_dummy_value()
 
@@ -241,10 +238,10 @@ def _add_token(context: Any, b: Any, form: RowFormat, halves: Any, place: Any) -
         value = b.sitofp(whole, V16)
         if columns:
             factor, minimum = columns[half]
-            lowest = b.fmul(offset, minimum, flags=STRICT)
-            value = call(b, "llvm.fma.v16f32", V16, b.fmul(value, scale, flags=STRICT), factor, lowest)
+            lowest = b.fmul(offset, minimum)
+            value = fma(b, b.fmul(value, scale), factor, lowest)
         else:
-            value = call(b, "llvm.fma.v16f32", V16, value, scale, offset)
+            value = fma(b, value, scale, offset)
         add_to_sums(context, b, sums, long(8 * LANES * half), value)
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from warmfront.shared.kernels import jit
@@ -316,3 +317,21 @@ def test_ctrl_c_waits_for_the_compilation(copy: Path) -> None:
     """In LLVM's callbacks it would be dropped."""
     (copy.parent / "pressed.py").write_text(PRESSED)
     assert run("import pressed", copy) == ["interrupted", "with", "1", "compiled"]
+
+
+@jit.kernel
+def add_squares(values: Any, total: Any) -> Any:
+    for value in values:
+        total += value * value
+    return total
+
+
+def test_arithmetic_is_done_as_it_is_written() -> None:
+    """In its order, each step rounded: what the compiler may choose would follow from what it inlines."""
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    expected = np.float32(0)
+    for value in values:
+        expected += value * value
+    assert add_squares(values, np.float32(0)) == expected
+    # In one step a square of 1 + 2^-12 would keep its 2^-24.
+    assert add_squares(np.array([1 + 2**-12], np.float32), np.float32(-1 - 2**-11)) == 0
