@@ -14,7 +14,7 @@ from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
 from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised, widen
-from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, widen_tiled_row
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tiles, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 
 __all__ = ["Input", "Matrix", "add_bias", "entry_of_linear", "layer_matrix", "linear", "packed_input", "widen_row"]
@@ -72,8 +72,15 @@ def _multiply_tiles(matrix: Matrix, low: int, high: int, x: Input, y_at: int, ro
     """Rows low..high of a matrix in tiles times a batch's quantised inputs into float32 y [tokens, rows]."""
     stride = row_stride(matrix.kind, matrix.cols)
     inputs = Panels(x.packed_at, x.packed_row, x.panels)
+    # Two at a time, one from each half of the tiles of which all rows are wanted.
+    begin, half = -(-low // TILE) * TILE, max(high // TILE - -(-low // TILE), 0) // 2 * TILE
+    for first in range(begin, begin + half, TILE):
+        at, y = matrix.at + first * stride, Panels(y_at + first * 4, rows * 4, x.panels)
+        multiply_tiles(matrix.kind, (at, at + half * stride), matrix.cols, inputs, y, y.at + half * 4, matrix.ahead)
     part = np.empty((x.panels, TILE), np.float32)
     for first in range(low // TILE * TILE, high, TILE):
+        if begin <= first < begin + 2 * half:
+            continue
         # Where the threads' ranges cut a tile, both compute all of it and keep what is theirs.
         whole = first >= low and first + TILE <= high
         out = Panels(y_at + first * 4, rows * 4, x.panels) if whole else Panels(address_of(part), TILE * 4, x.panels)

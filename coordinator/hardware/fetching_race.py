@@ -43,7 +43,7 @@ from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.lowbit import lowbit_bytes, lowbit_dot
 from warmfront.shared.kernels.rows import dot, prefetch, row_stride
-from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tiles
 from warmfront.shared.machine.memory import address, anonymous, zeros
 from warmfront.shared.machine.process import pin
 from warmfront.shared.machine.topology import read_caches, read_topology
@@ -78,12 +78,14 @@ _RELU = FeedForward(activation="relu")
 
 @kernel
 def _multiply(kind: int, at: int, rows: int, x: int, q: int, ahead: int) -> Any:
-    """Rows, a multiple of 16, of a matrix times a vector, as `decode/linear.py` does it; the sum of some."""
-    stride, total, part = row_stride(kind, _COLS), np.float32(0), np.empty(TILE, np.float32)
+    """Rows, a multiple of 32, of a matrix times a vector, as `decode/linear.py` does it; the sum of some."""
+    stride, total, part = row_stride(kind, _COLS), np.float32(0), np.empty((2, TILE), np.float32)
     if in_tiles(kind):
-        for r in range(0, rows, TILE):
-            multiply_tile(kind, at + r * stride, _COLS, Panels(q, 0, 1), Panels(address_of(part), 0, 1), ahead)
-            total += part[0]
+        half = rows // (2 * TILE) * TILE
+        for r in range(0, half, TILE):
+            tiles, out = (at + r * stride, at + (r + half) * stride), Panels(address_of(part), 0, 1)
+            multiply_tiles(kind, tiles, _COLS, Panels(q, 0, 1), out, out.at + TILE * 4, ahead)
+            total += part[0, 0] + part[1, 0]
     else:
         for r in range(rows):
             total += dot(kind, at + r * stride, x, q, _COLS, ahead)
@@ -143,7 +145,7 @@ class _Reader:
         return rows, rows * stride
 
     def _matrix(self, kind: int) -> Turn:
-        rows, size = self._places(row_bytes(kind, _COLS), TILE)
+        rows, size = self._places(row_bytes(kind, _COLS), 2 * TILE)
 
         def turn(fetch: Fetch, part: int) -> int:
             _multiply(kind, self._at + part * size, rows, address(self._x), self._quantised_at, fetch.ahead)

@@ -15,7 +15,7 @@ stream, which no fetching ahead of the first one meets (measured from memory: 1.
 The rows behind the last 16 stay rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -62,10 +62,12 @@ from warmfront.shared.model.panels import LANES
 
 __all__ = [
     "TILE",
+    "Pair",
     "in_order",
     "in_tiles",
     "interleave",
     "multiply_tile",
+    "multiply_tiles",
     "numbers_of",
     "scales_of",
     "split_bytes",
@@ -75,6 +77,8 @@ __all__ = [
 
 # Rows of a tile: one for each lane.
 TILE = LANES
+# Addresses of two tiles.
+Pair = tuple[int, int]
 V64 = vector(I8, 64)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 
@@ -174,63 +178,82 @@ def scales_of(context: Any, b: Any, form: RowFormat, tile: Any, block: Any) -> l
     return [widened(context, b, load(b, at, long(first + 2 * TILE * i), vector(I16))) for i in range(count)]
 
 
-def _tile_dot(context: Any, b: Any, form: RowFormat, tile: Any, cols: Any, pairs: list[Any], ahead: Any) -> None:
-    """A tile times quantised inputs; `pairs`: the addresses of each input and of its 16 sums.
+def _tile_dot(
+    context: Any,
+    b: Any,
+    form: RowFormat,
+    tiles: Sequence[Any],
+    cols: Any,
+    inputs: list[Any],
+    outs: list[Any],
+    ahead: Any,
+) -> None:
+    """Tiles times quantised inputs; `outs`: for each tile the addresses of each input's 16 sums.
 
-    The numbers of a block are loaded and unpacked once for all of them. Each input has sums of its own, made in the
-    same steps however many inputs there are.
+    The numbers of a block are loaded and unpacked once for all inputs. A row has a sum of its own for each input, made
+    in the same steps however many tiles and inputs there are.
     """
-    inputs = [(q, *quantised_parts(b, q, cols)) for q, _ in pairs]
-    sums = [simd.zeros(b) for _ in pairs]
-    seven = constants(7, vector(I32))
+    parts = [(q, *quantised_parts(b, q, cols)) for q in inputs]
+    sums = [[simd.zeros(b) for _ in inputs] for _ in tiles]
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-        block = loop.index
-        next_at = b.add(_block_at(b, form, tile, block), ahead)
-        place, four_bytes = block_offset(b, block), b.mul(block, long(4))
-        parts = [[Products(context, form.largest) for _ in (0, 1)] for _ in pairs]
-        for turn, (i, numbers) in enumerate(numbers_of(context, b, form, tile, block)):
-            simd.fetch_part(b, next_at, TILE * block_bytes(form.kind), turn, 8)
-            # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
-            at = b.add(place, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
-            for (*starts, _, _), products in zip(inputs, parts, strict=True):
-                for half, start in enumerate(starts):
-                    four = b.bitcast(splat(b, load(b, start, at, I32)), V64)
-                    products[half].add(b, numbers, four)
-        row_scale, *row_minima = scales_of(context, b, form, tile, block)
-        for (*_, input_scales, input_sums), products, total_at in zip(inputs, parts, sums, strict=True):
-            high, low = (each.total(b) for each in products)
-            whole = b.add(b.shl(high, seven), low)
-            scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
-            block_sum = splat(b, load(b, input_sums, four_bytes, I32))
-            if zero := zero_number(context, form):
-                # What the numbers' offset has added, exactly: number - zero is the weight.
-                whole = b.sub(whole, b.mul(block_sum, constants(zero, vector(I32))))
-            total = fma(b, b.fmul(b.sitofp(whole, V16), scale), row_scale, b.load(total_at))
-            for minimum in row_minima:
-                total = fma(b, b.fmul(b.sitofp(block_sum, V16), scale), minimum, total)
-            b.store(total, total_at)
-    for (_, y), total_at in zip(pairs, sums, strict=True):
-        store(b, y, long(0), b.load(total_at))
+        for tile, totals in zip(tiles, sums, strict=True):
+            _add_block(context, b, form, (tile, loop.index), parts, totals, ahead)
+    for places, totals in zip(outs, sums, strict=True):
+        for y, total in zip(places, totals, strict=True):
+            store(b, y, long(0), b.load(total))
+
+
+def _add_block(
+    context: Any, b: Any, form: RowFormat, place: tuple[Any, Any], inputs: list[Any], totals: list[Any], ahead: Any
+) -> None:
+    """Add what a block, place: tile and number, gives for each input."""
+    tile, block = place
+    next_at = b.add(_block_at(b, form, tile, block), ahead)
+    start, four_bytes = block_offset(b, block), b.mul(block, long(4))
+    parts = [[Products(context, form.largest) for _ in (0, 1)] for _ in inputs]
+    for turn, (i, numbers) in enumerate(numbers_of(context, b, form, tile, block)):
+        simd.fetch_part(b, next_at, TILE * block_bytes(form.kind), turn, 8)
+        # The 4 bytes of the input that these columns meet; the second half of a block is 32 bytes on.
+        at = b.add(start, long(4 * i if i < 4 else 32 + 4 * (i - 4)))
+        for (*halves, _, _), products in zip(inputs, parts, strict=True):
+            for half, half_at in enumerate(halves):
+                four = b.bitcast(splat(b, load(b, half_at, at, I32)), V64)
+                products[half].add(b, numbers, four)
+    row_scale, *row_minima = scales_of(context, b, form, tile, block)
+    for (*_, input_scales, input_sums), products, total_at in zip(inputs, parts, totals, strict=True):
+        high, low = (each.total(b) for each in products)
+        whole = b.add(b.shl(high, constants(7, vector(I32))), low)
+        scale = splat(b, load(b, input_scales, four_bytes, simd.FLOAT))
+        block_sum = splat(b, load(b, input_sums, four_bytes, I32))
+        if zero := zero_number(context, form):
+            # What the numbers' offset has added, exactly: number - zero is the weight.
+            whole = b.sub(whole, b.mul(block_sum, constants(zero, vector(I32))))
+        total = fma(b, b.fmul(b.sitofp(whole, V16), scale), row_scale, b.load(total_at))
+        for minimum in row_minima:
+            total = fma(b, b.fmul(b.sitofp(block_sum, V16), scale), minimum, total)
+        b.store(total, total_at)
 
 
 def _make_tile(count: int) -> Any:
     @intrinsic
-    def tile_dot(context, kind, tile, cols, x, y, ahead):
-        """`count` inputs; `x`, `y`: address of the first's, bytes to the next's."""
+    def tile_dot(context, kind, tiles, cols, x, y, ahead):
+        """`count` inputs. `tiles`: addresses; `x`: address of the first input, bytes to the next; `y`: for each tile
+        the address of the first's sums, then bytes to the next's."""
 
         def build(context, b, _signature, arguments):
-            kind, tile, cols, x, y, ahead = arguments
-            (x_at, x_step), (y_at, y_step) = (cgutils.unpack_tuple(b, each, 2) for each in (x, y))
-            pairs = [(b.add(x_at, b.mul(x_step, long(i))), b.add(y_at, b.mul(y_step, long(i)))) for i in range(count)]
+            kind, tiles, cols, x, y, ahead = arguments
+            tiles, (x_at, x_step), (*outs, y_step) = (cgutils.unpack_tuple(b, each) for each in (tiles, x, y))
+            inputs = [b.add(x_at, b.mul(x_step, long(i))) for i in range(count)]
+            places = [[b.add(at, b.mul(y_step, long(i))) for i in range(count)] for at in outs]
 
             def emit(form: RowFormat) -> None:
                 if multiplies_bytes(context) and count <= most_inputs(context):
-                    _tile_dot(context, b, form, tile, cols, pairs, ahead)
+                    _tile_dot(context, b, form, tiles, cols, inputs, places, ahead)
 
             by_kind(b, kind, TILED, emit)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, x, y, types.int64), build
+        return types.void(types.int64, tiles, types.int64, x, y, types.int64), build
 
     return tile_dot
 
@@ -250,14 +273,28 @@ def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: 
         some = min(y.panels - token, most)
         x_at, y_at = x.at + token * x.step, y.at + token * y.step
         if some == 4:
-            _tile_4(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
+            _tile_4(kind, (tile,), cols, (x_at, x.step), (y_at, y.step), ahead)
         elif some > 1:
-            _tile_2(kind, tile, cols, (x_at, x.step), (y_at, y.step), ahead)
+            _tile_2(kind, (tile,), cols, (x_at, x.step), (y_at, y.step), ahead)
         if some % 2 == 1:
             last = some - 1
             last_ahead = ahead if some == 1 else 0
-            _tile_1(kind, tile, cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), last_ahead)
+            _tile_1(kind, (tile,), cols, (x_at + last * x.step, x.step), (y_at + last * y.step, y.step), last_ahead)
         ahead = 0
+
+
+@kernel
+def multiply_tiles(kind: int, tiles: Pair, cols: int, x: Panels, y: Panels, other_y: int, ahead: int) -> None:
+    """`multiply_tile` for two tiles; the second one's sums go to `other_y`, as far apart as the first's.
+
+    For one token block by block in turns: memory is read faster in two places at once (docs/log.md), and several tokens
+    have enough to compute.
+    """
+    if y.panels == 1:
+        _tile_1(kind, tiles, cols, (x.at, x.step), (y.at, other_y, y.step), ahead)
+        return
+    multiply_tile(kind, tiles[0], cols, x, y, ahead)
+    multiply_tile(kind, tiles[1], cols, x, Panels(other_y, y.step, y.panels), ahead)
 
 
 @kernel

@@ -15,7 +15,7 @@ the factor before, so the factors are quantised anew for each 32 columns; of Q4C
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,12 +68,20 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.kernels.simd import (
     total as total_of,
 )
-from warmfront.shared.kernels.tiles import in_tiles, zero_number
+from warmfront.shared.kernels.tiles import Pair, in_tiles, zero_number
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, FLOATS, Kind
 from warmfront.shared.model.panels import LANES
 
-__all__ = ["add_down_tile", "down_in_bytes", "down_in_tiles", "interleave_down", "neuron_scales", "numbers_of"]
+__all__ = [
+    "add_down_tile",
+    "add_down_tiles",
+    "down_in_bytes",
+    "down_in_tiles",
+    "interleave_down",
+    "neuron_scales",
+    "numbers_of",
+]
 
 V64 = vector(I8, 64)
 _Q8, _Q4, _Q4C = int(Kind.Q8), int(Kind.Q4), int(Kind.Q4C)
@@ -185,45 +193,67 @@ def _products(
     return [[b.add(b.shl(high.total(b), seven), low.total(b)) for high, low in own] for own in sums]
 
 
-def _add_tokens(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any], pairs: list[Any]) -> None:
-    """A tile's sums for some tokens; pairs: each token's factors and sums.
+class _Group(NamedTuple):
+    """A tile, the tail of its group, and where each token's factors are."""
 
-    place: tile, tail of the group, columns, and how many bytes ahead to fetch. The numbers of 32 columns are loaded and
-    unpacked once for all tokens; the steps of a token's sums are the same however many there are.
+    tile: Any
+    tail: Any
+    factors: list[Any]
+
+
+def _add_numbers(
+    context: Any, b: Any, form: RowFormat, groups: list[_Group], cols: Any, sums: list[Any], ahead: Any
+) -> None:
+    """What groups' tiles add to the sums of some tokens; `ahead`: how many bytes ahead to fetch.
+
+    The numbers of 32 columns are loaded and unpacked once for all tokens; the steps of what a group adds to a token's
+    sums are the same however many there are of each.
     """
-    tile, tail, cols, ahead = place
     blocks, last = b.udiv(cols, long(BLOCK)), b.sub(b.udiv(cols, long(BLOCK)), long(1))
-    factors = [_Factors(b, [load(b, at, long(64 * half), V16) for half in (0, 1)]) for at, _ in pairs]
+    quantised = [
+        [_Factors(b, [load(b, at, long(64 * half), V16) for half in (0, 1)]) for at in group.factors]
+        for group in groups
+    ]
 
     def quantise(block: Any) -> None:
-        parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, tile, block)
-        for own in factors:
-            own.quantise(b, parts, block)
+        for group, tokens in zip(groups, quantised, strict=True):
+            parts = [] if form.kind == Kind.Q4C else neuron_scales(context, b, form, group.tile, block)
+            for own in tokens:
+                own.quantise(b, parts, block)
 
     quantise(long(0))
     with cgutils.for_range(b, blocks, intp=I64) as loop:
         block = loop.index
-        parts = [own.take(b, long(0) if form.kind == Kind.Q4C else block) for own in factors]
+        taken = [[own.take(b, long(0) if form.kind == Kind.Q4C else block) for own in tokens] for tokens in quantised]
         if form.kind != Kind.Q4C:
             # Meanwhile those of the next columns: alone, a chain of a hundred cycles.
             quantise(b.select(b.icmp_signed("<", block, last), b.add(block, long(1)), last))
-        next_at = b.add(_block_at(b, form, tile, block), ahead)
-        sums = _products(context, b, form, (tile, block), [at for at, *_ in parts], next_at)
-        for half in (0, 1):
+        for group, parts in zip(groups, taken, strict=True):
+            _add_block(context, b, form, (group, cols, block), parts, sums, ahead)
+
+
+def _add_block(
+    context: Any, b: Any, form: RowFormat, place: tuple[_Group, Any, Any], parts: list[Any], sums: list[Any], ahead: Any
+) -> None:
+    """Add what 32 columns of a tile give for each token; place: group, columns, block; parts: from `_Factors.take`."""
+    group, cols, block = place
+    next_at = b.add(_block_at(b, form, group.tile, block), ahead)
+    products = _products(context, b, form, (group.tile, block), [at for at, *_ in parts], next_at)
+    for half in (0, 1):
+        if form.kind == Kind.Q4C:
+            at = b.add(b.mul(block, long(64)), long(32 * half))
+            scale, minimum = column_scales(context, b, group.tail, cols, at)
+        for sums_at, (_, step, total, offset), wholes in zip(sums, parts, products, strict=True):
+            whole = wholes[half]
+            if zero := 8 if form.kind == Kind.Q4 else zero_number(context, form):
+                whole = b.sub(whole, splat(b, b.mul(total, ir.Constant(I32, zero))))
+            value = b.fmul(b.sitofp(whole, V16), splat(b, step))
             if form.kind == Kind.Q4C:
-                at = b.add(b.mul(block, long(64)), long(32 * half))
-                scale, minimum = column_scales(context, b, tail, cols, at)
-            for (_, sums_at), (_, step, total, offset), wholes in zip(pairs, parts, sums, strict=True):
-                whole = wholes[half]
-                if zero := 8 if form.kind == Kind.Q4 else zero_number(context, form):
-                    whole = b.sub(whole, splat(b, b.mul(total, ir.Constant(I32, zero))))
-                value = b.fmul(b.sitofp(whole, V16), splat(b, step))
-                if form.kind == Kind.Q4C:
-                    factor_sum = splat(b, b.fmul(b.sitofp(total, FLOAT), step))
-                    value = fma(b, value, scale, b.fmul(minimum, factor_sum))
-                if form.kind == Kind.Q4:
-                    value = b.fadd(value, splat(b, offset))
-                add_to_sums(context, b, sums_at, b.add(b.mul(block, long(256)), long(128 * half)), value)
+                factor_sum = splat(b, b.fmul(b.sitofp(total, FLOAT), step))
+                value = fma(b, value, scale, b.fmul(minimum, factor_sum))
+            if form.kind == Kind.Q4:
+                value = b.fadd(value, splat(b, offset))
+            add_to_sums(context, b, sums_at, b.add(b.mul(block, long(256)), long(128 * half)), value)
 
 
 class _Factors:
@@ -261,46 +291,64 @@ class _Factors:
         return self._place(b, block), b.load(self._step), b.load(self._total), b.load(self._offset)
 
 
-def _add_floats(context: Any, b: Any, form: RowFormat, place: tuple[Any, Any, Any, Any, Any]) -> None:
-    tile, factors, sums, cols, ahead = place
+def _add_floats(
+    context: Any, b: Any, form: RowFormat, groups: list[_Group], cols: Any, sums: list[Any], ahead: Any
+) -> None:
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-        # Two sums for each half: a multiply-add takes four cycles.
-        totals = [[simd.zeros(b) for _ in range(2)] for _ in range(2)]
-        with cgutils.for_range(b, long(GROUP // 4), intp=I64) as four:
-            first = b.add(b.mul(loop.index, long(GROUP)), b.mul(four.index, long(4)))
-            for i in range(4):
-                fetch_blocks(b, form.kind, tile, ahead, b.add(first, long(i)))
-                factor = splat(b, load(b, factors, b.add(b.mul(four.index, long(16)), long(4 * i)), FLOAT))
-                halves = form.weights(context, b, tile, cols, b.add(first, long(i)))
-                for weights, total in zip(halves, totals[i % 2], strict=True):
-                    b.store(fma(b, weights, factor, b.load(total)), total)
-        for half, two in enumerate(zip(*totals, strict=True)):
-            at = b.add(b.mul(loop.index, long(256)), long(128 * half))
-            add_to_sums(context, b, sums, at, b.fadd(*(b.load(total) for total in two)))
+        for group in groups:
+            for token, (factors, sums_at) in enumerate(zip(group.factors, sums, strict=True)):
+                own_ahead = long(0) if token else ahead
+                _add_float_block(context, b, form, (group.tile, loop.index), factors, sums_at, own_ahead)
+
+
+def _add_float_block(
+    context: Any, b: Any, form: RowFormat, place: tuple[Any, Any], factors: Any, sums: Any, ahead: Any
+) -> None:
+    tile, block = place
+    # Two sums for each half: a multiply-add takes four cycles.
+    totals = [[simd.zeros(b) for _ in range(2)] for _ in range(2)]
+    with cgutils.for_range(b, long(GROUP // 4), intp=I64) as four:
+        first = b.add(b.mul(block, long(GROUP)), b.mul(four.index, long(4)))
+        for i in range(4):
+            fetch_blocks(b, form.kind, tile, ahead, b.add(first, long(i)))
+            factor = splat(b, load(b, factors, b.add(b.mul(four.index, long(16)), long(4 * i)), FLOAT))
+            # A tile of floats is one row of so many blocks.
+            halves = form.weights(context, b, tile, long(0), b.add(first, long(i)))
+            for weights, total in zip(halves, totals[i % 2], strict=True):
+                b.store(fma(b, weights, factor, b.load(total)), total)
+    for half, two in enumerate(zip(*totals, strict=True)):
+        at = b.add(b.mul(block, long(256)), long(128 * half))
+        add_to_sums(context, b, sums, at, b.fadd(*(b.load(total) for total in two)))
 
 
 def _make_adder(count: int) -> Any:
     @intrinsic
-    def add_tile(context, kind, place, factors, sums):
-        """`count` tokens; `factors`, `sums`: address of the first token's, bytes to the next's."""
+    def add_tile(context, kind, tiles, tail, cols, factors, sums, ahead):
+        """`count` tokens. `tiles`: addresses; `tail`: how far behind each its group's tail is; `factors`: for each tile
+        the address of the first token's, then bytes to the next's; `sums`: address of the first's, bytes to the
+        next's."""
 
         def build(context, b, _signature, arguments):
-            kind, *tuples = arguments
-            (tile, tail, cols, ahead), *vectors = (cgutils.unpack_tuple(b, each) for each in tuples)
-            pairs = [[b.add(at, b.mul(step, long(i))) for at, step in vectors] for i in range(count)]
+            kind, tiles, tail, cols, factors, sums, ahead = arguments
+            tiles, (*firsts, step), (sums_at, sums_step) = (
+                cgutils.unpack_tuple(b, each) for each in (tiles, factors, sums)
+            )
+            own_sums = [b.add(sums_at, b.mul(sums_step, long(i))) for i in range(count)]
+            groups = [
+                _Group(tile, b.add(tile, tail), [b.add(first, b.mul(step, long(i))) for i in range(count)])
+                for tile, first in zip(tiles, firsts, strict=True)
+            ]
 
             def emit(form: RowFormat) -> None:
-                if form.kind in FLOATS:
-                    for i, (factors, sums) in enumerate(pairs):
-                        _add_floats(context, b, form, (tile, factors, sums, cols, long(0) if i else ahead))
-                elif multiplies_bytes(context):
-                    _add_tokens(context, b, form, (tile, tail, cols, ahead), pairs)
+                add = _add_floats if form.kind in FLOATS else _add_numbers
+                if form.kind in FLOATS or multiplies_bytes(context):
+                    add(context, b, form, groups, cols, own_sums, ahead)
 
             if count <= most_inputs(context):
                 by_kind(b, kind, [form for form in FORMATS if form.kind in FLOATS or form in DOWN_TILED], emit)
             return context.get_dummy_value()
 
-        return types.void(types.int64, place, factors, sums), build
+        return types.void(types.int64, tiles, types.int64, types.int64, factors, sums, types.int64), build
 
     return add_tile
 
@@ -309,22 +357,33 @@ _add_1, _add_2, _add_4 = (_make_adder(count) for count in (1, 2, 4))
 
 
 @kernel
-def add_down_tile(kind: int, tile_at: int, tail_at: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
+def add_down_tile(kind: int, tile_at: int, tail: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
     """For each token of a batch, add the sum of factor times row over the 32 rows of a tile to its int64 sums [cols].
 
-    `factors`: float32 [32] of each token; `tail_at`: the group's tail, for Q4C; `ahead`: how many bytes ahead to
-    fetch. A token's sums have the same bits whatever tokens are beside it.
+    `factors`: float32 [32] of each token; `tail`: how far behind the tile its group's tail is, for Q4C; `ahead`: how
+    many bytes ahead to fetch. A token's sums have the same bits whatever tokens are beside it.
     """
     most = inputs_at_once()
     for token in range(0, sums.panels, most):
         some = min(sums.panels - token, most)
         factors_at, sums_at = factors.at + token * factors.step, sums.at + token * sums.step
         if some == 4:
-            _add_4(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
+            _add_4(kind, (tile_at,), tail, cols, (factors_at, factors.step), (sums_at, sums.step), ahead)
         elif some > 1:
-            _add_2(kind, (tile_at, tail_at, cols, ahead), (factors_at, factors.step), (sums_at, sums.step))
+            _add_2(kind, (tile_at,), tail, cols, (factors_at, factors.step), (sums_at, sums.step), ahead)
         if some % 2 == 1:
             factors_at, sums_at = factors_at + (some - 1) * factors.step, sums_at + (some - 1) * sums.step
-            place = (tile_at, tail_at, cols, ahead if some == 1 else 0)
-            _add_1(kind, place, (factors_at, factors.step), (sums_at, sums.step))
+            own_ahead = ahead if some == 1 else 0
+            _add_1(kind, (tile_at,), tail, cols, (factors_at, factors.step), (sums_at, sums.step), own_ahead)
         ahead = 0
+
+
+@kernel
+def add_down_tiles(kind: int, tiles: Pair, tail: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
+    """`add_down_tile` for two tiles; the second one's factors lie behind those of all tokens for the first."""
+    others = factors.at + sums.panels * factors.step
+    if sums.panels == 1:
+        _add_1(kind, tiles, tail, cols, (factors.at, others, factors.step), (sums.at, sums.step), ahead)
+        return
+    add_down_tile(kind, tiles[0], tail, factors, sums, cols, ahead)
+    add_down_tile(kind, tiles[1], tail, Panels(others, factors.step, factors.panels), sums, cols, ahead)

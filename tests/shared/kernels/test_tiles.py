@@ -13,6 +13,7 @@ from warmfront.shared.kernels.tiles import (
     in_tiles,
     interleave,
     multiply_tile,
+    multiply_tiles,
     widen_tiled_row,
 )
 from warmfront.shared.machine.memory import address
@@ -41,16 +42,20 @@ class Tiles:
         assert (self._memory[:64] == 0xFF).all()
         assert (self._memory[-64:] == 0xFF).all()
 
-    def times(self, x: np.ndarray, ahead: int = 0) -> np.ndarray:
-        """The products [tokens, rows] with float32 [tokens, cols]."""
+    def times(self, x: np.ndarray, ahead: int = 0, two: bool = False) -> np.ndarray:
+        """The products [tokens, rows] with float32 [tokens, cols]; two: of the first and the last tile at once."""
         tokens, cols = x.shape
         quantised = np.full(tokens * quantised_bytes(cols), 0xFF, np.uint8)
         q_at, q_row = quantise_batch(address(x), address(quantised), cols, tokens)
         y = np.full((tokens, ROWS + 2), np.nan, np.float32)
-        for row in range(0, ROWS, TILE):
-            tile_at, out_at = self.rows.at + row * self.rows.stride, address(y) + 4 * (1 + row)
-            inputs, out = Panels(q_at, q_row, tokens), Panels(out_at, 4 * (ROWS + 2), tokens)
-            multiply_tile(self.rows.kind, tile_at, cols, inputs, out, ahead)
+        inputs, kind = Panels(q_at, q_row, tokens), self.rows.kind
+        tiles = [self.rows.at + row * self.rows.stride for row in range(0, ROWS, TILE)]
+        outs = [Panels(address(y) + 4 * (1 + row), 4 * (ROWS + 2), tokens) for row in range(0, ROWS, TILE)]
+        if two:
+            multiply_tiles(kind, (tiles[0], tiles.pop()), cols, inputs, outs[0], outs.pop().at, ahead)
+            del tiles[0], outs[0]
+        for tile, out in zip(tiles, outs, strict=True):
+            multiply_tile(kind, tile, cols, inputs, out, ahead)
         assert np.isnan(y[:, [0, -1]]).all()
         return y[:, 1:-1]
 
@@ -79,6 +84,12 @@ def test_fetching_ahead_changes_no_bit(tiles: Tiles) -> None:
     x = np.random.default_rng(3).standard_normal((1, tiles.rows.cols)).astype(np.float32)
     for ahead in (1, 4096, -(1 << 40)):
         np.testing.assert_array_equal(tiles.times(x), tiles.times(x, ahead))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_two_tiles_at_once_are_one_after_the_other(tiles: Tiles, tokens: int) -> None:
+    x = np.random.default_rng(4).standard_normal((tokens, tiles.rows.cols)).astype(np.float32)
+    np.testing.assert_array_equal(tiles.times(x, 4096, two=True), tiles.times(x))
 
 
 def test_infinities_and_nan_reach_every_row(tiles: Tiles) -> None:

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile, down_in_bytes, interleave_down
+from warmfront.shared.kernels.feed_forward.down_tiles import (
+    add_down_tile,
+    add_down_tiles,
+    down_in_bytes,
+    down_in_tiles,
+    interleave_down,
+)
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK
 from warmfront.shared.kernels.prefill.down_bytes import (
@@ -43,7 +49,11 @@ class Down:
         self.stride = rows.shape[1] + PADDING
         self.rows = np.full((GROUPS * 32, self.stride), 0xFF, np.uint8)
         self.rows[:, : rows.shape[1]] = rows
-        self.tiles = np.full((GROUPS, 32 * rows.shape[1] + PADDING), 0xFF, np.uint8)
+        # Tiles and, some bytes behind them, tails, as in a group.
+        self.tail = 32 * rows.shape[1] + PADDING
+        self.memory = np.full((GROUPS, self.tail + self.tails[0].nbytes), 0xFF, np.uint8)
+        self.memory[:, self.tail :] = self.tails.reshape(GROUPS, -1).view(np.uint8)
+        self.tiles = self.memory[:, : self.tail]
         for group, tile in enumerate(self.tiles):
             interleave_down(kind, self.rows[32 * group :].reshape(-1), self.stride, COLS, address(tile))
         assert (self.tiles[:, -PADDING:] == 0xFF).all()
@@ -55,11 +65,25 @@ class Down:
     def of_one(self, group: int, factors: np.ndarray) -> np.ndarray:
         """What `add_down_tile` adds for float32 [32] factors, in float64."""
         scaled, sums = factors * INVERSE, np.full(COLS + 2, 7, np.int64)
-        tile, tail = address(self.tiles[group]), address(self.tails[group])
         factors, out = Panels(address(scaled), 0, 1), Panels(address(sums[1:]), 0, 1)
-        add_down_tile(int(self.kind), tile, tail, factors, out, COLS, 0)
+        add_down_tile(int(self.kind), address(self.memory[group]), self.tail, factors, out, COLS, 0)
         assert sums[0] == sums[-1] == 7
         return (sums[1:-1] - 7) / np.float64(INVERSE)
+
+    def of_two(self, factors: np.ndarray, at_once: bool) -> np.ndarray:
+        """The int64 sums [tokens, COLS] of the first and the last group, for float32 [2, tokens, 32] factors."""
+        tokens, kind, scaled = factors.shape[1], int(self.kind), factors * INVERSE
+        sums = np.full((tokens, COLS + 2), 7, np.int64)
+        out = Panels(address(sums) + 8, 8 * (COLS + 2), tokens)
+        parts = [Panels(address(each), 4 * 32, tokens) for each in scaled]
+        first, last = address(self.memory[0]), address(self.memory[-1])
+        if at_once:
+            add_down_tiles(kind, (first, last), self.tail, parts[0], out, COLS, 4096)
+        else:
+            add_down_tile(kind, last, self.tail, parts[1], out, COLS, 0)
+            add_down_tile(kind, first, self.tail, parts[0], out, COLS, 0)
+        assert (sums[:, [0, -1]] == 7).all()
+        return sums[:, 1:-1]
 
     def of_several(self, factors: np.ndarray, tiled: bool) -> np.ndarray:
         """The int64 sums [tokens, COLS] of all groups, for float32 [tokens, groups, 32] factors."""
@@ -90,6 +114,12 @@ def down(request: pytest.FixtureRequest) -> Down:
     return Down(request.param)
 
 
+@pytest.fixture(scope="module", params=[kind for kind in Kind if down_in_tiles(int(kind))], ids=str)
+def any_down(request: pytest.FixtureRequest) -> Down:
+    """Of a type that single tokens take from tiles: on every CPU those of floats."""
+    return Down(request.param)
+
+
 def factors_of(tokens: int) -> np.ndarray:
     return np.random.default_rng(tokens).standard_normal((tokens, GROUPS, 32)).astype(np.float32)
 
@@ -102,6 +132,12 @@ def test_one_token(down: Down) -> None:
             size = np.abs(factors.astype(np.float64)) @ np.abs(values)
             # The factors have 15 bits of the largest of them times its scale.
             np.testing.assert_allclose(down.of_one(group, factors), expected, rtol=0, atol=1e-3 * size.max() + 1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_two_groups_at_once_are_one_after_the_other(any_down: Down, tokens: int) -> None:
+    factors = np.random.default_rng(tokens).standard_normal((2, tokens, 32)).astype(np.float32)
+    np.testing.assert_array_equal(any_down.of_two(factors, True), any_down.of_two(factors, False))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 33, 70])
