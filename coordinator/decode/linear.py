@@ -13,7 +13,7 @@ from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import inlined, kernel
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
-from warmfront.shared.kernels.rows import dot, row_stride, takes_quantised, widen
+from warmfront.shared.kernels.rows import dot_two, row_stride, takes_quantised, widen
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tiles, widen_tiled_row
 from warmfront.shared.model.panels import LANES
 
@@ -114,13 +114,15 @@ def _linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int,
         middle = min(max(low, tiled), high)
         if low < middle:
             _multiply_tiles(matrix, low, middle, x, y_at, rows)
-        y = carray(floats_at(y_at), (x.panels * rows,))
-        for r in range(middle, high):
+        # Two at a time, as tiles.
+        half = (high - middle) // 2
+        for r in range(middle, high - half):
+            at, other = matrix.at + r * stride, matrix.at + (r + half) * stride
             # A row comes from memory once for all tokens.
             for token in range(x.panels):
                 x_at, packed_at = x.at + token * cols * 4, x.packed_at + token * x.packed_row
-                ahead = matrix.ahead if token == 0 else 0
-                y[token * rows + r] = dot(kind, matrix.at + r * stride, x_at, packed_at, cols, ahead)
+                out, ahead = y_at + (token * rows + r) * 4, matrix.ahead if token == 0 else 0
+                dot_two(kind, (at, other), x_at, packed_at, cols, (out, out + half * 4), ahead)
     else:
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)

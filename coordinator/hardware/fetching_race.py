@@ -42,7 +42,7 @@ from warmfront.shared.kernels.fetching import (
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.lowbit import lowbit_bytes, lowbit_dot
-from warmfront.shared.kernels.rows import dot, prefetch, row_stride
+from warmfront.shared.kernels.rows import dot_two, prefetch, row_stride
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tiles
 from warmfront.shared.machine.memory import address, anonymous, zeros
 from warmfront.shared.machine.process import pin
@@ -87,8 +87,11 @@ def _multiply(kind: int, at: int, rows: int, x: int, q: int, ahead: int) -> Any:
             multiply_tiles(kind, tiles, _COLS, Panels(q, 0, 1), out, out.at + TILE * 4, ahead)
             total += part[0, 0] + part[1, 0]
     else:
-        for r in range(rows):
-            total += dot(kind, at + r * stride, x, q, _COLS, ahead)
+        half = rows // 2
+        for r in range(half):
+            both, out = (at + r * stride, at + (r + half) * stride), address_of(part)
+            dot_two(kind, both, x, q, _COLS, (out, out + 4), ahead)
+            total += part[0, 0] + part[0, 1]
     return total
 
 

@@ -7,11 +7,12 @@ take the input quantised where the CPU multiplies bytes (`byte_dot.py`); elsewhe
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
+from warmfront.shared.kernels.atomics import floats_at
 from warmfront.shared.kernels.byte_dot import byte_dot, multiplies_bytes
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import (
@@ -24,11 +25,13 @@ from warmfront.shared.kernels.row_formats import (
     stride,
 )
 from warmfront.shared.kernels.simd import I64, V16, fma, load, long, store
-from warmfront.shared.model.formats import BLOCK
+from warmfront.shared.model.formats import BLOCK, FLOATS
 
 __all__ = [
+    "Pair",
     "bits_of",
     "dot",
+    "dot_two",
     "prefetch",
     "row_stride",
     "share",
@@ -36,16 +39,22 @@ __all__ = [
     "widen",
 ]
 
+# Addresses of two rows, or tiles.
+Pair = tuple[int, int]
+_FLOATS = tuple(int(kind) for kind in FLOATS)
+_FLOAT_FORMATS = [form for form in PLAIN if form.kind in FLOATS]
 
-def _float_dot(context: Any, b: Any, form: RowFormat, row: Any, x: Any, cols: Any, ahead: Any) -> Any:
-    # Two sums: a multiply-add takes four cycles, and with one sum each would wait for the one before.
-    sums = (simd.zeros(b), simd.zeros(b))
+
+def _float_dots(context: Any, b: Any, form: RowFormat, rows: list[Any], x: Any, cols: Any, ahead: Any) -> list[Any]:
+    # Two sums of each: a multiply-add takes four cycles, and with one sum each would wait for the one before.
+    sums = [(simd.zeros(b), simd.zeros(b)) for _ in rows]
     with cgutils.for_range(b, b.udiv(cols, long(BLOCK)), intp=I64) as loop:
-        fetch_blocks(b, form.kind, row, ahead, loop.index)
-        for half, weights in enumerate(form.weights(context, b, row, cols, loop.index)):
-            at = b.add(b.mul(loop.index, long(128)), long(64 * half))
-            b.store(fma(b, weights, load(b, x, at, V16), b.load(sums[half])), sums[half])
-    return simd.total(b, b.fadd(b.load(sums[0]), b.load(sums[1])))
+        for row, totals in zip(rows, sums, strict=True):
+            fetch_blocks(b, form.kind, row, ahead, loop.index)
+            for half, weights in enumerate(form.weights(context, b, row, cols, loop.index)):
+                at = b.add(b.mul(loop.index, long(128)), long(64 * half))
+                b.store(fma(b, weights, load(b, x, at, V16), b.load(totals[half])), totals[half])
+    return [simd.total(b, b.fadd(b.load(first), b.load(second))) for first, second in sums]
 
 
 def _byte_dot(
@@ -71,11 +80,27 @@ def _dot(context, kind, row, x, q, cols, ahead):
         def emit(form: RowFormat) -> Any:
             if form.bytes is not None and multiplies_bytes(context):
                 return _byte_dot(context, b, form, form.bytes, row, q, cols, ahead)
-            return _float_dot(context, b, form, row, x, cols, ahead)
+            return _float_dots(context, b, form, [row], x, cols, ahead)[0]
 
         return by_kind(b, kind, PLAIN, emit)
 
     return types.float32(*[types.int64] * 6), build
+
+
+@intrinsic
+def _dot_two(context, kind, rows, x, cols, outs, ahead):
+    def build(context, b, _signature, arguments):
+        kind, rows, x, cols, outs, ahead = arguments
+        rows, outs = (cgutils.unpack_tuple(b, each, 2) for each in (rows, outs))
+
+        def emit(form: RowFormat) -> None:
+            for result, out in zip(_float_dots(context, b, form, rows, x, cols, ahead), outs, strict=True):
+                store(b, out, long(0), result)
+
+        by_kind(b, kind, _FLOAT_FORMATS, emit)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, rows, types.int64, types.int64, outs, types.int64), build
 
 
 @intrinsic
@@ -125,6 +150,19 @@ def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
     `q`: what `quantise_input` returned for x; used only if `takes_quantised(kind)`.
     """
     return _dot(kind, row, x, q, cols, ahead)
+
+
+@kernel
+def dot_two(kind: int, rows: Pair, x: int, q: int, cols: int, outs: Pair, ahead: int) -> None:
+    """`dot` of two rows with one input, into the float32 at two addresses.
+
+    Rows of floats block by block in turns: where these lie apart, memory is read faster (docs/log.md).
+    """
+    if kind in _FLOATS:
+        _dot_two(kind, rows, x, cols, outs, ahead)
+        return
+    for i in range(2):
+        carray(floats_at(outs[i]), (1,))[0] = dot(kind, rows[i], x, q, cols, ahead)
 
 
 @kernel

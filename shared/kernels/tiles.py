@@ -42,7 +42,7 @@ from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import Panels, Rows
 from warmfront.shared.kernels.jit import kernel
 from warmfront.shared.kernels.row_formats import FORMATS, TILED, RowFormat, block_bytes, by_kind
-from warmfront.shared.kernels.rows import row_stride
+from warmfront.shared.kernels.rows import Pair, row_stride
 from warmfront.shared.kernels.simd import (
     I8,
     I16,
@@ -62,7 +62,6 @@ from warmfront.shared.model.panels import LANES
 
 __all__ = [
     "TILE",
-    "Pair",
     "in_order",
     "in_tiles",
     "interleave",
@@ -77,8 +76,6 @@ __all__ = [
 
 # Rows of a tile: one for each lane.
 TILE = LANES
-# Addresses of two tiles.
-Pair = tuple[int, int]
 V64 = vector(I8, 64)
 _Q8, _Q4 = int(Kind.Q8), int(Kind.Q4)
 

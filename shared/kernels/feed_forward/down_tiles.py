@@ -48,7 +48,7 @@ from warmfront.shared.kernels.row_formats import (
     column_scales,
     fetch_blocks,
 )
-from warmfront.shared.kernels.rows import row_stride
+from warmfront.shared.kernels.rows import Pair, row_stride
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -68,7 +68,7 @@ from warmfront.shared.kernels.simd import (
 from warmfront.shared.kernels.simd import (
     total as total_of,
 )
-from warmfront.shared.kernels.tiles import Pair, in_tiles, zero_number
+from warmfront.shared.kernels.tiles import in_tiles, zero_number
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import BLOCK, FLOATS, Kind
 from warmfront.shared.model.panels import LANES

@@ -40,8 +40,8 @@ from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile, add_
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
 from warmfront.shared.kernels.gemm import Panels
 from warmfront.shared.kernels.jit import kernel
-from warmfront.shared.kernels.rows import dot, prefetch
-from warmfront.shared.kernels.tiles import TILE, Pair, in_tiles, multiply_tile, multiply_tiles
+from warmfront.shared.kernels.rows import Pair, dot, dot_two, prefetch
+from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tiles
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import BATCH
 
@@ -107,12 +107,13 @@ def _multiply_rows(b: Bundles, at: Pair, batch: Batch, out_at: int, other_out: i
         return
     for row in range(TILE):
         for token in range(batch.tokens):
-            place, own_ahead = 4 * (token * GROUP + row), ahead if token == 0 else 0
-            out = carray(floats_at(out_at + place), (1,))
-            out[0] = _dot(b, first + row * b.row_bytes, batch, token, own_ahead)
+            start, place, own_ahead = row * b.row_bytes, 4 * (token * GROUP + row), ahead if token == 0 else 0
             if second != 0:
-                out = carray(floats_at(other_out + place), (1,))
-                out[0] = _dot(b, second + row * b.row_bytes, batch, token, own_ahead)
+                rows, outs = (first + start, second + start), (out_at + place, other_out + place)
+                x_at, q_at = batch.x + token * b.hidden * 4, batch.quantised + token * batch.quantised_row
+                dot_two(b.gate_kind, rows, x_at, q_at, b.hidden, outs, own_ahead)
+            else:
+                carray(floats_at(out_at + place), (1,))[0] = _dot(b, first + start, batch, token, own_ahead)
 
 
 @kernel

@@ -64,6 +64,18 @@ def test_dot_and_widen(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
+def test_two_rows_at_once_are_one_after_the_other(kind: Kind) -> None:
+    packed, _ = rows_of(kind)
+    x, out = np.random.default_rng(9).standard_normal(COLS).astype(np.float32), np.full(4, np.nan, np.float32)
+    prepared = np.zeros(byte_dot.quantised_bytes(COLS), np.uint8)
+    q = byte_dot.quantise_input(address(x), address(prepared), COLS)
+    both, outs = (address(packed[5]), address(packed[2])), (address(out[2:]), address(out[1:]))
+    rows.dot_two(kind, both, address(x), q, COLS, outs, 4096)
+    assert out[1:3].tolist() == [dot(kind, address(packed[2]), x), dot(kind, address(packed[5]), x)]
+    assert np.isnan(out[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
 def test_what_a_longer_input_left_behind_counts_for_nothing(kind: Kind) -> None:
     """One buffer is prepared for inputs of several lengths: here all that is not written reads as NaN."""
     packed, values = rows_of(kind)
