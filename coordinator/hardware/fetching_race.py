@@ -1,9 +1,9 @@
 """The race of distances of fetching ahead: the kernels that a run uses read memory that no cache holds, in turns.
 
 A thread on each cpu, pinned, has a share of a block that is larger than the caches. A turn reads a part of it: weights
-one behind the other, or half of a random tenth of the neurons in ascending order; as many turns on end as there are
-parts read different ones. The candidates of one use alternate, so that what else the machine does meets all alike, and
-a thread's time is its processor's: while others have its core, it reads nothing. Who is far behind drops out.
+one behind the other, or a random tenth of the neurons in ascending order; as many turns on end as there are parts read
+different ones. The candidates of one use alternate, so that what else the machine does meets all alike, and a thread's
+time is its processor's: while others have its core, it reads nothing. Who is far behind drops out.
 """
 
 import threading
@@ -64,7 +64,8 @@ Rates = dict[Fetch, list[float]]
 ROUNDS = 5
 # After so many rounds one that was never faster than this, relative to the fastest, drops out: more than what disturbs.
 _TRIAL, _BEHIND = 2, 0.85
-_PARTS = 32
+# Parts of a share, so large that the call of a kernel, 0.1 ms, is little beside what it reads.
+_PARTS = 8
 # Weights of a row: as models of a few billion weights have them.
 _COLS = 2048
 # Cached keys and values: tiles of each, numbers of a head, and query heads that share them.
@@ -226,8 +227,7 @@ class _Reader:
     def _scattered(self, kind: int) -> Turn:
         layout, _ = self._neurons(kind)
         neurons = np.random.default_rng(0).permutation(layout.ffn).astype(np.int32)
-        tenths = (np.sort(tenth) for tenth in np.array_split(neurons, _PARTS // 2))
-        return self._listed(layout, SCATTERED, [half for tenth in tenths for half in np.array_split(tenth, 2)])
+        return self._listed(layout, SCATTERED, [np.sort(tenth) for tenth in np.array_split(neurons, 10)])
 
     def _gates(self, kind: int) -> Turn:
         layout, groups = self._neurons(kind)
