@@ -121,8 +121,8 @@ def _linear(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int,
             # A row comes from memory once for all tokens.
             for token in range(x.panels):
                 x_at, packed_at = x.at + token * cols * 4, x.packed_at + token * x.packed_row
-                out, ahead = y_at + (token * rows + r) * 4, matrix.ahead if token == 0 else 0
-                dot_two(kind, (at, other), x_at, packed_at, cols, (out, out + half * 4), ahead)
+                first_at, ahead = y_at + (token * rows + r) * 4, matrix.ahead if token == 0 else 0
+                dot_two(kind, (at, other), x_at, packed_at, cols, (first_at, first_at + half * 4), ahead)
     else:
         out = Panels(y_at, rows * LANES * 4, x.panels)
         multiply_tokens(Rows(kind, matrix.at, stride, cols), tiled, low, high, x.packed_at, out, scratch_at)
