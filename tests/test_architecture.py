@@ -326,9 +326,8 @@ def test_a_worker_starts_without_numba(package: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--nonsense"]])
 def test_the_command_line_answers_before_anything_heavy_is_loaded(arguments: list[str]) -> None:
-    code = f"sys.argv = ['warmfront', *{arguments}]\nfrom warmfront.coordinator.cli.main import main\n"
-    code += "try:\n    main()\nexcept SystemExit:\n    pass"
-    loaded = loaded_by(code)
+    command = f"sys.argv = ['warmfront', *{arguments}]"
+    loaded = loaded_by(f"{command}\nfrom warmfront.coordinator.cli.main import _run\n_run()")
     assert "click" in loaded
     assert not loaded & {"numba", "numpy", "torch", "zmq", "tokenizers", "transformers", "gguf", "huggingface_hub"}
 

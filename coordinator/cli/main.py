@@ -6,12 +6,13 @@ Text goes to stdout as it is made; progress, notes and statistics go to stderr. 
 in the module of its name, which is imported when the command runs: the help must come at once.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -44,6 +45,7 @@ from warmfront.shared.machine.process import (
     ensure_address_space,
     ensure_files,
     hold_interrupts,
+    leave,
     open_standard_files,
 )
 
@@ -281,11 +283,14 @@ for command in (cache, bench, convert, evaluate, serve, train_predictor, tune):
     cli.add_command(command)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line and exit: the entry point of the console script."""
     open_standard_files()
     collect_seldom()
-    sys.exit(_run())
+    code = _run()
+    with contextlib.suppress(OSError):  # what is left to print cannot be, which was told
+        leave(code)
+    os._exit(code)
 
 
 def _run() -> int:
@@ -293,6 +298,7 @@ def _run() -> int:
     prepare_output()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (click.Abort, KeyboardInterrupt):
         return 130

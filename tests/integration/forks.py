@@ -13,7 +13,6 @@ Started in full are commands and workers whose environment may matter to what is
 `run_anew` or `subprocess`, as it does each command at least once, and all in tests outside this folder.
 """
 
-import atexit
 import ctypes
 import gc
 import os
@@ -35,7 +34,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 from warmfront.coordinator.workers import supervisor
-from warmfront.shared.machine.process import die_with_parent, ignore_interrupts, leave
+from warmfront.shared.machine.process import die_with_parent, ignore_interrupts
 from warmfront.shared.paths import cache_root
 
 COMMAND = "warmfront"
@@ -226,19 +225,8 @@ def _become(files: list[int], words: list[str], environment: dict[str, str], fol
         _open_streams()
         _fork_server(environment)
         sys.modules["__main__"] = ModuleType("__main__")  # the program's name is that of its first word
-        _end_as_main()
-    raise AssertionError("it has not ended")
-
-
-def _end_as_main() -> NoReturn:
-    """What an interpreter does at its end but for tidying up, which takes half a second with all that is loaded."""
-    try:
         import_module("warmfront.coordinator.cli.main").main()
-    except SystemExit as end:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        leave(int(end.code or 0))
-    raise AssertionError("main has not ended the process")
+    raise AssertionError("it has not ended")
 
 
 def _open_streams() -> None:
