@@ -183,9 +183,7 @@ def _load() -> None:
         for function in vars(import_module(f"warmfront.{name}")).values():
             if isinstance(cache := getattr(function, "_cache", None), jit._Cache):
                 for path in folder.glob(f"{cache._file().stem}.*.nbc"):
-                    signature = pickle.loads(path.read_bytes())[3]
-                    if form := cache.load_overload(signature.args, function.targetctx):
-                        function.add_overload(form)
+                    function.compile(pickle.loads(path.read_bytes())[3].args)
 
 
 def _serve(requests: socket.socket, parent: int) -> None:
