@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.forks import COMMAND, current
+from tests.integration.forks import COMMAND, MARK, current
 from warmfront.coordinator.hardware.fetching import CANDIDATES, every_use, keep
 from warmfront.coordinator.packing.packer import ensure_packed
 from warmfront.shared.machine.topology import read_topology
 from warmfront.shared.paths import cache_root
 
 WARMFRONT = os.fspath(Path(sys.executable).with_name("warmfront"))
-MARK = "WARMFRONT_TEST_COMMAND"
 CORES = sum(len(node.cores) for node in read_topology().nodes)
 needs_two_cores = pytest.mark.skipif(CORES < 2, reason="two workers need two cores")
 

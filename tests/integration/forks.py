@@ -38,6 +38,8 @@ from warmfront.shared.machine.process import die_with_parent, ignore_interrupts
 from warmfront.shared.paths import cache_root
 
 COMMAND = "warmfront"
+# A variable by which the processes of a command, or of an engine, are found.
+MARK = "WARMFRONT_TEST_COMMAND"
 _PR_SET_CHILD_SUBREAPER = 36
 _MOST = 1 << 17  # bytes of a request
 _libc = ctypes.CDLL(None)
@@ -106,8 +108,15 @@ class Forks:
         self._kernels = _kernels(environment)
 
     def fit(self, environment: Mapping[str, str]) -> bool:
-        """Whether what is imported and loaded with `environment` is what the server has."""
-        return _lasting(environment) == self._environment and _kernels(environment) == self._kernels
+        """Whether what is imported and loaded with `environment` is what the server has.
+
+        What is marked is looked for by its command and environment, which are the server's of what is forked.
+        """
+        return (
+            MARK not in environment
+            and _lasting(environment) == self._environment
+            and _kernels(environment) == self._kernels
+        )
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], files: Sequence[int], folder: str) -> Forked:
         """Run the module `words[0]` with the others as its arguments; `files`: stdin, stdout, stderr, others.
