@@ -3,6 +3,7 @@
 Each replica loads a model of its own and answers as the server does; who started it chooses which gets a request.
 """
 
+import dataclasses
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.serve.app import make_app
 from warmfront.coordinator.serve.live import attach
 from warmfront.coordinator.serve.service import Service
+from warmfront.shared.config import EngineConfig
 from warmfront.shared.errors import UsageError
 
 __all__ = ["make_replica", "replica_options"]
@@ -51,7 +53,7 @@ def replica_options(arguments: Mapping[str, str]) -> tuple[dict[str, Any], dict[
     """
     rest = dict(arguments)
     model = rest.pop("model", "smollm2-135m")
-    name, key = rest.pop("name", model.rpartition("/")[2]), rest.pop("api_key", "")
+    name, key = rest.pop("name", model.rstrip("/").rpartition("/")[2]), rest.pop("api_key", "")
     low, _, high = rest.pop("replicas", "1").partition(":")
     try:
         scaling = {
@@ -62,6 +64,11 @@ def replica_options(arguments: Mapping[str, str]) -> tuple[dict[str, Any], dict[
         actor = {"num_cpus": float(rest.pop("cpus", "1")), "num_gpus": float(rest.pop("gpus", "0"))}
     except ValueError as error:
         raise UsageError(f"replicas, cpus and gpus are numbers: {error}") from None
+    if not 1 <= scaling["min_replicas"] <= scaling["max_replicas"]:
+        raise UsageError(f"replicas={low}:{high}: 1 or more, and the lower number first")
+    # Told here, once: each replica would fail, and be replaced by another that does.
+    if unknown := rest.keys() - {field.name for field in dataclasses.fields(EngineConfig)}:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
     options = {field: int(value) if value.isdecimal() else value for field, value in rest.items()}
     settings = {"autoscaling_config": scaling, "ray_actor_options": actor, "max_ongoing_requests": _MOST}
     return {"model": model, "name": name, "keys": (key,) if key else (), "options": options}, settings

@@ -23,6 +23,15 @@ def test_keys_and_a_fixed_number() -> None:
     assert settings["autoscaling_config"]["min_replicas"] == settings["autoscaling_config"]["max_replicas"] == 2
 
 
-def test_what_is_no_number() -> None:
-    with pytest.raises(UsageError, match="replicas, cpus and gpus are numbers"):
-        replica_options({"replicas": "many"})
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"replicas": "many"}, "replicas, cpus and gpus are numbers"),
+        ({"replicas": "4:1"}, "the lower number first"),
+        ({"replicas": "0"}, "1 or more"),
+        ({"thread": "4"}, "no such setting: thread"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_replica_starts(arguments: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        replica_options(arguments)
