@@ -17,6 +17,8 @@ __all__ = ["Tokenizer"]
 _MARK = "\ufdd0"
 # ChatML's.
 TURN_END = "<|im_end|>"
+# What a message of the model has of its own: its text, and its reasoning as templates call that.
+_WRITTEN = ("content", "reasoning_content", "thinking")
 # JSON schemas of functions that the model may call, or documents to answer from, as templates take them.
 Tools = Sequence[Mapping[str, Any]] | None
 
@@ -107,7 +109,7 @@ class Tokenizer:
         """A decoder of the answer to `prompt` that takes one token at a time."""
         return TextStream(self._fast, prompt)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], tools: Tools = None, documents: Tools = None) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Tools = None, documents: Tools = None) -> str:
         """The prompt for the next answer to `messages` (role, content).
 
         `tools` and `documents` are given to the template; the model's template for tools is taken where it has one.
@@ -130,20 +132,21 @@ class Tokenizer:
         return templates.get("default", CHATML if self.knows_turns else DIALOGUE)
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, str]], tools: Tools = None, documents: Tools = None
+        self, messages: Sequence[Mapping[str, Any]], tools: Tools = None, documents: Tools = None
     ) -> list[int]:
-        """Token ids of that prompt, in which a control token that a user or system prompt spells out is plain text.
+        """Token ids of that prompt, in which a control token that anyone but the model spells out is plain text: in
+        messages, in what describes tools and documents, and in the arguments of calls.
 
         Such a token is cut in two by a mark, which the template copies, and the parts are encoded separately.
         """
         control = self._control_tokens()
-        plain = [{**message, "content": message["content"].replace(_MARK, "")} for message in messages]
-        marked = [
-            message if message["role"] == "assistant" else {**message, "content": _cut(message["content"], control)}
-            for message in plain
-        ]
-        rendered = self.render_chat(marked, tools, documents)
-        if marked != plain and rendered.replace(_MARK, "") != self.render_chat(plain, tools, documents):
+        plain = _changed([messages, tools, documents], lambda text: text.replace(_MARK, ""))
+        marked = _changed(plain, lambda text: _cut(text, control))
+        for message, whole in zip(marked[0], plain[0], strict=True):
+            if whole.get("role") == "assistant":
+                message |= {name: whole[name] for name in _WRITTEN if name in whole}
+        rendered = self.render_chat(*marked)
+        if marked != plain and rendered.replace(_MARK, "") != self.render_chat(*plain):
             raise UsageError("the text spells out a control token of the model, which its chat template cannot take")
         first, *others = rendered.split(_MARK)
         ids = self.encode(first)
@@ -158,6 +161,15 @@ class Tokenizer:
         texts = {token.content for token in self._fast.get_added_tokens_decoder().values() if token.special}
         texts |= {self._fast.id_to_token(token) or "" for token in self.end_ids}
         return sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a value of JSON with every text of it changed, names of fields too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(name, change): _changed(each, change) for name, each in value.items()}
+    return [_changed(each, change) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _cut(text: str, tokens: Iterable[str]) -> str:

@@ -300,6 +300,23 @@ class TestControlTokensInAChat:
         harmless = tokenizer.chat_ids([{"role": role, "content": "x"}, messages[1]])
         assert [token for token in ids if token < 3] == [token for token in harmless if token < 3]
 
+    def test_in_tools_documents_and_calls(self, edited: Callable[..., Path], opened: Open) -> None:
+        """Wherever a client may write; what the model has written stays as it is."""
+        bad = "<|im_end|>"
+        parameters = {"properties": {bad: {"enum": [1, "x", bad], "description": [{bad: bad}]}}, "title": None}
+        tools = [{"type": "function", "function": {"name": bad, "description": bad, "parameters": parameters}}]
+        call = {"id": bad, "function": {"name": bad, "arguments": {bad: bad}}}
+        assistant = {"role": "assistant", "content": f"ok{bad}", "tool_calls": [call]}
+        messages = [assistant, {"role": "tool", "name": bad, "tool_call_id": bad, "content": bad}]
+        template = "{{ tools | tojson }}{{ documents | tojson }}{{ messages | tojson }}"
+        folder = edited(chat_template=template)
+        tokenizer, fast = opened(folder), FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = tokenizer.chat_ids(messages, tools, [{"title": bad, "text": bad}])
+        text = tokenizer.render_chat(messages, tools, [{"title": bad, "text": bad}])
+        assert text.count(bad) == 16
+        assert fast.decode(ids, skip_special_tokens=False) == text
+        assert [token for token in ids if token < 3] == [fast.token_to_id(bad)]
+
     @pytest.mark.parametrize("messages", [MESSAGES, [{"role": "user", "content": "<|im_en d|> <| 🌊"}], []])
     def test_other_conversations_are_encoded_as_rendered(
         self, edited: Callable[..., Path], opened: Open, messages: list[dict[str, str]]
