@@ -5,6 +5,9 @@
     python scripts/bench_server.py batch -m smollm2-135m      eight streams' tok/s against one's, in turns
     python scripts/bench_server.py prefix -m smollm2-135m     200 requests that share a text of 500 tokens: the first
                                                               token of the first one against that of the others
+    python scripts/bench_server.py peer -m smollm2-135m       eight streams' tok/s against those of llama.cpp's server,
+                                                              in turns; a GGUF file, and the path of `llama-server` in
+                                                              WARMFRONT_LLAMA_SERVER
 
 A stream's client runs on the same cores, and what it takes is a part of the ratio; so is what else runs there: believe
 a quiet minute. The last line is JSON.
@@ -12,6 +15,7 @@ a quiet minute. The last line is JSON.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -21,10 +25,14 @@ import time
 from typing import Any
 
 from serving.client import Reply, complete
-from serving.process import Server, serving
+from serving.process import Server, serving, started
+
+from warmfront.coordinator.models.find import find_model
 
 PROMPT = "The lighthouse keeper"
 STREAMS, REQUESTS, PREFIX = 8, 200, 500
+CONTEXT = 1024  # of a slot
+PEER = "WARMFRONT_LLAMA_SERVER"
 
 
 def _body(prompt: str | list[int], tokens: int) -> dict[str, Any]:
@@ -56,6 +64,22 @@ def batch(server: Server, _options: list[str], given: argparse.Namespace) -> dic
     return _compared(rates, "eight", "one")
 
 
+def peer(server: Server, _options: list[str], given: argparse.Namespace) -> dict[str, Any]:
+    """Eight streams here against eight of llama.cpp's server, with as many slots, threads and tokens of context."""
+    program, cores = os.environ.get(PEER, ""), str(len(os.sched_getaffinity(0)))
+    if not os.access(program, os.X_OK):
+        raise SystemExit(f"{PEER} must be the path of llama.cpp's `llama-server`")
+    model = find_model(given.model, print, lambda *_: None)
+    command = f"{program} --port 0 --no-webui -t {cores} -np {STREAMS} -c {STREAMS * CONTEXT} -m".split()
+    rates: dict[str, list[float]] = {"warmfront": [], "llama.cpp": []}
+    with started([*command, str(model)], r"listening on (http://\S+)") as other:
+        _rate_of(other, STREAMS, 32)
+        for _ in range(given.turns):
+            rates["warmfront"].append(_rate_of(server, STREAMS, given.tokens))
+            rates["llama.cpp"].append(_rate_of(other, STREAMS, given.tokens))
+    return _compared(rates, "warmfront", "llama.cpp")
+
+
 def _rate_of(server: Server, count: int, tokens: int) -> float:
     """Tokens a second of so many streams at once, from the request to the last token."""
     replies: list[Reply] = []
@@ -69,7 +93,7 @@ def _rate_of(server: Server, count: int, tokens: int) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(reply.whole for reply in replies), replies
+    assert [reply.whole for reply in replies] == [True] * count, replies
     return count * tokens / (time.perf_counter() - begun)
 
 
@@ -94,17 +118,21 @@ def _compared(rates: dict[str, list[float]], what: str, to: str) -> dict[str, An
     return shown | {"ratio": round(statistics.median(rates[what]) / statistics.median(rates[to]), 3)}
 
 
+# How each is measured, and with how many slots.
+MEASURES = {"stream": (stream, 1), "batch": (batch, STREAMS), "prefix": (prefix, 1), "peer": (peer, STREAMS)}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("what", choices=["stream", "batch", "prefix"])
+    arguments.add_argument("what", choices=list(MEASURES))
     arguments.add_argument("-m", "--model", required=True)
     arguments.add_argument("--tokens", type=int, default=256)
     arguments.add_argument("--turns", type=int, default=5)
     arguments.add_argument("--selector", default="auto")
     given = arguments.parse_args()
-    options = ["-m", given.model, "--ctx", "4096" if given.what == "batch" else "1024", "--selector", given.selector]
-    measure = {"stream": stream, "batch": batch, "prefix": prefix}[given.what]
-    with serving([*options, "--parallel", str(STREAMS if given.what == "batch" else 1)]) as server:
+    options = ["-m", given.model, "--ctx", str(CONTEXT), "--selector", given.selector]
+    measure, slots = MEASURES[given.what]
+    with serving([*options, "--parallel", str(slots)]) as server:
         complete(server.address, _body(PROMPT, 32))
         print(json.dumps({"what": given.what} | measure(server, options, given)))
 

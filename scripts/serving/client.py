@@ -83,9 +83,9 @@ def _read(found: bytes, streamed: bool, first_s: float, total_s: float) -> Reply
     elif streamed:
         ended = False
         for event in _unchunked(body).decode().split("\n\n"):
-            content = event.removeprefix("data: ")
+            kind, _, content = event.partition(": ")  # or a comment, by which a server shows that it is there
             ended = ended or content == "[DONE]"
-            if content and content != "[DONE]":
+            if kind == "data" and content != "[DONE]":
                 _add(reply, json.loads(content))
         reply.finish = reply.finish if ended else None
     else:

@@ -1,16 +1,17 @@
-"""`warmfront serve` as a script's own process: started, asked for its workers and its memory, ended."""
+"""`warmfront serve`, or a peer's server, as a script's own process: started, asked for its memory, ended."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-__all__ = ["Server", "serving"]
+__all__ = ["Server", "serving", "started"]
 
 
 class Server:
@@ -41,23 +42,33 @@ class Server:
 def serving(options: Sequence[str]) -> Iterator[Server]:
     """A server with these options on a port of its own. Raises SystemExit if it does not start or end well."""
     command = [sys.executable, "-m", "warmfront", "serve", "--port", "0", *options]
+    with started(command, r"serving .* at (http://\S+)") as server:
+        yield server
+
+
+@contextmanager
+def started(command: Sequence[str], says: str) -> Iterator[Server]:
+    """A server of any kind, whose stderr tells its address as the group of the pattern `says`. Raises as `serving`."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
     assert process.stderr is not None
-    said = []
+    said: list[str] = []
+    listening = threading.Thread(target=said.extend, args=(process.stderr,))  # a full pipe would hold it up
     try:
         for line in process.stderr:
             said.append(line)
-            if found := re.search(r"serving .* at (http://\S+)", line):
+            if found := re.search(says, line):
                 url = urlsplit(found[1])
+                listening.start()
                 yield Server(process, (url.hostname or "", url.port or 0))
                 break
         process.send_signal(signal.SIGTERM)
-        said += process.stderr.readlines()
         if process.wait() != 0:
             raise SystemExit("".join(said))
     finally:
         process.kill()
         process.wait()
+        if listening.ident is not None:
+            listening.join()
         process.stderr.close()
 
 
