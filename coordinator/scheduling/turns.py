@@ -68,7 +68,7 @@ Step = Admit | Read | Decode | Idle
 def decide(fits: bool, running: Sequence[Running], limits: Limits, *, read_last: bool) -> Step:
     """What to do next.
 
-    `fits`: a request waits, and there is room for it; `read_last`: the last step was to read.
+    `fits`: a request waits, and there is room for it; `read_last`: the last step that computed was to read.
     """
     reading = next((i for i, each in enumerate(running) if each.unread), None)
     decoding = [i for i, each in enumerate(running) if not each.unread]

@@ -13,8 +13,10 @@ import numpy.typing as npt
 import pytest
 
 from warmfront.coordinator.engine.batching.async_engine import Answer, AsyncEngine
+from warmfront.coordinator.engine.batching.batcher import Batcher, Request
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.coordinator.text.constraint import FORBIDDEN
+from warmfront.coordinator.text.reply import Wishes
 from warmfront.shared.errors import BusyError, UsageError
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -183,6 +185,24 @@ def test_hidden_states_come_from_every_way_of_running(engine: AsyncEngine, model
     expected = asyncio.run(states(engine))
     assert expected.shape == (300, 64)
     np.testing.assert_allclose(asyncio.run(of_another()), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+def test_short_prompts_do_not_hold_up_an_answer(engine: AsyncEngine, embeds: bool) -> None:
+    """However many wait, a token of those that decode comes between two of them."""
+    plain, order = engine.engine, list[str]()
+    batcher = Batcher(plain)
+    batcher.waiting.append(Request(plain, PROMPTS[0], Wishes(max_new_tokens=20, ignore_eos=True)))
+    while not batcher.step():
+        pass
+    batcher.waiting += [Request(plain, [14 + i, 5], Wishes(max_new_tokens=1), embeds=embeds) for i in range(6)]
+    long = batcher.running[0]
+    while batcher.waiting or len(batcher.running) > 1:
+        came = batcher.step() or ()
+        order += ["token" if request is long else "other" for request, event in came if event is not None]
+    while batcher.step() is not None:
+        pass
+    assert order[:12] in (["other", "token"] * 6, ["token", "other"] * 6)
 
 
 def test_close_ends_readers(model: str) -> None:

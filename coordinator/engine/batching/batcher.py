@@ -70,7 +70,8 @@ class Batcher:
             self.waiting.remove(request)
         running = [Running(each.unread, each.served) for each in self.running]
         step = decide(self._fits(), running, self._limits, read_last=self._read_last)
-        self._read_last = isinstance(step, Read)
+        if not isinstance(step, Admit):  # or prompts that are read in one job each would follow upon another
+            self._read_last = isinstance(step, Read)
         match step:
             case Idle():
                 return None
