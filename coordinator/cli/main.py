@@ -136,7 +136,7 @@ def profile(
     order: Path | None,
     as_json: bool,
 ) -> None:
-    """Count which neurons of MODEL fire, and order them by it.
+    """Count which neurons of MODEL fire, and order them by it; of a mixture, which experts are chosen.
 
     On texts of your own, which should resemble your use.
     """

@@ -1,25 +1,31 @@
-"""`warmfront profile`: counts which neurons fire on the user's texts, and orders the model's neurons accordingly.
+"""`warmfront profile`: counts which neurons fire on the user's texts, and orders the model's neurons accordingly; of a
+mixture of experts it counts which experts are chosen.
 
-The counts are saved beside the packed model every few seconds and when the run is interrupted; the next run on the
-same texts continues from there.
+The counts of neurons are saved beside the packed model every few seconds and when the run is interrupted; the next run
+on the same texts continues from there.
 """
 
 import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from warmfront.coordinator.engine.load import open_for_profiling, opened, settled
+from warmfront.coordinator.engine.stats import Statistics
 from warmfront.coordinator.models.find import find_model
 from warmfront.coordinator.models.published_order import read_order
 from warmfront.coordinator.packing.arrays import load_arrays, save_arrays
 from warmfront.coordinator.packing.packer import mended
 from warmfront.coordinator.profile.counting import JOB_TOKENS, Job, count, empty_profile, jobs_of
 from warmfront.coordinator.profile.counts import MAX_TOKENS, Profile
+from warmfront.coordinator.profile.expert_uses import ExpertUses, count_experts, keep_expert_uses
 from warmfront.coordinator.profile.kept import keep_profile
 from warmfront.coordinator.profile.reorder import reorder
 from warmfront.coordinator.quantising.quantise import ensure_quantised
@@ -32,6 +38,7 @@ from warmfront.shared.model.store import PackedModel
 __all__ = ["Partial", "encoded", "profile", "read_texts", "render"]
 
 _SAVE_EVERY_S = 5.0
+_LISTED = 6  # experts of a layer that are named
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
@@ -70,6 +77,11 @@ def _profile(
     config = settled(path, config, say, progress)
     with opened(path, config) as packed:
         ids = encoded(packed, [text for _, text in texts], tokens, say)
+        if packed.spec.architecture.feed_forward.experts is not None:
+            if order is not None:
+                raise UsageError(f"--order, but {packed.spec.name} is a mixture of experts: its neurons stay in order")
+            named = [(name, some) for (name, _), some in zip(texts, ids, strict=True)]
+            return _expert_facts(model, packed, _count_experts(path, config, named, say, progress, counted))
         jobs = jobs_of(ids, min(JOB_TOKENS, packed.spec.context))
         partial = Partial.open(packed, jobs, [name for (name, _), some in zip(texts, ids, strict=True) if some])
         before = packed.order
@@ -106,12 +118,10 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 def encoded(model: PackedModel, texts: Sequence[str], limit: int | None, say: Say) -> list[list[int]]:
     """Token ids of the texts, `limit` of them at most."""
     spec, tokenizer = model.spec, Tokenizer(model)
-    if not spec.profiled:
+    if not spec.profiled and spec.architecture.feed_forward.experts is None:
         raise UsageError(
             f"{spec.name} {spec.why_unprofiled}; its neurons are not chosen one by one, there is nothing to profile"
         )
-    if not tokenizer.present:
-        raise UsageError(f"{spec.name} came without a tokenizer.json: there is no way to read text with it")
     ids = [tokenizer.encode(text) for text in texts]
     if not any(ids):
         raise UsageError("the texts have no token that the model knows: give others")
@@ -198,6 +208,48 @@ def _count(
         count(session.firing, partial.profile, jobs[first:], after)
 
 
+def _count_experts(
+    path: Path,
+    config: EngineConfig,
+    texts: Sequence[tuple[str, list[int]]],
+    say: Say,
+    progress: Progress,
+    counted: Progress,
+) -> ExpertUses:
+    total, longest = sum(len(ids) for _, ids in texts), max(len(ids) for _, ids in texts)
+    how = replace(config, gpu="none", policy="static", context=min(JOB_TOKENS, longest))
+    with open_for_profiling(path, how, say, progress, profiles=False) as session:
+        statistics = Statistics(session)
+
+        def read(ids: Sequence[int]) -> None:
+            with session.text() as text:
+                session.forget(text, 0)
+                session.read(text, list(ids), want_logits=False)
+
+        def uses() -> npt.NDArray[np.int64]:
+            known = statistics.expert_uses()
+            assert known is not None
+            return known
+
+        most = min(JOB_TOKENS, session.plan.context)
+        return count_experts(read, uses, texts, most, lambda done: counted("profiling", done, total))
+
+
+def _expert_facts(model: str, packed: PackedModel, counted: ExpertUses) -> dict[str, Any]:
+    experts, busiest = packed.spec.architecture.feed_forward.experts, counted.busiest()
+    assert experts is not None
+    return {
+        "model": model,
+        "tokens": counted.tokens,
+        "texts": counted.texts,
+        "experts": experts.number,
+        "active": experts.active,
+        "busiest_tenth": {"least": busiest.min(), "mean": busiest.mean(), "most": busiest.max()},
+        "shares": counted.shares().tolist(),
+        "path": keep_expert_uses(packed, counted),
+    }
+
+
 def _facts(model: str, path: Path, counted: Profile, changed: bool) -> dict[str, Any]:
     active, hot = counted.active(), counted.hot_share()
     return {
@@ -214,6 +266,8 @@ def _facts(model: str, path: Path, counted: Profile, changed: bool) -> dict[str,
 
 def render(facts: dict[str, Any]) -> str:
     """The facts as lines for people."""
+    if "experts" in facts:
+        return "\n".join(_expert_lines(facts))
     firing, hot = (
         f"{shares['mean']:.1%} of the neurons (by layer {shares['least']:.1%} to {shares['most']:.1%})"
         for shares in (facts["firing"], facts["hot"])
@@ -227,3 +281,20 @@ def render(facts: dict[str, Any]) -> str:
             f"  written    {facts['path']}, neurons {how}",
         )
     )
+
+
+def _expert_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """A line for each layer that has experts: what the busiest tenth got, and the shares of the busiest."""
+    number, busiest = facts["experts"], facts["busiest_tenth"]
+    tenth = max(1, number // 10)
+    yield f"  counted    {facts['tokens']:,} tokens of {', '.join(facts['texts'])}"
+    yield (
+        f"  the {tenth} busiest of {number} experts get {busiest['mean']:.1%} of the choices "
+        f"(by layer {busiest['least']:.1%} to {busiest['most']:.1%}; alike: {tenth / number:.1%})"
+    )
+    for layer, shares in enumerate(facts["shares"]):
+        if any(shares):
+            order = sorted(range(number), key=lambda expert: -shares[expert])
+            most = ", ".join(f"{expert} {shares[expert]:.1%}" for expert in order[:_LISTED])
+            yield f"  layer {layer:4} {sum(shares[expert] for expert in order[:tenth]):6.1%}: {most}"
+    yield f"  written    {facts['path']}"

@@ -110,12 +110,14 @@ def opened(path: Path, config: EngineConfig) -> PackedModel:
     return model
 
 
-def open_for_profiling(path: Path, config: EngineConfig, say: Say, progress: Progress) -> Session:
-    """A session on the packed model at `path` as it is, that can say which neurons fire."""
+def open_for_profiling(
+    path: Path, config: EngineConfig, say: Say, progress: Progress, *, profiles: bool = True
+) -> Session:
+    """A session on the packed model at `path` as it is, that can say which neurons fire if it `profiles`."""
     devices = resolve_devices(config, say)
     model = opened(path, config)
     try:
-        session = Session(model, resolve(with_budgets(config, model), devices, model, say), profiles=True)
+        session = Session(model, resolve(with_budgets(config, model), devices, model, say), profiles=profiles)
     except BaseException:
         model.close()
         raise

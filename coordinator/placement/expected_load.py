@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from warmfront.coordinator.profile.counts import Profile
+from warmfront.coordinator.profile.expert_uses import kept_expert_uses
 from warmfront.shared.model.branches import bounds_of, groups_of, has_experts
 from warmfront.shared.model.bundle import GROUP, BundleLayout
-from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.selector import Selector, Work
 
-__all__ = ["expected_bytes", "firing_of", "load_of", "neurons_of"]
+__all__ = ["expected_bytes", "firing_of", "load_of", "neurons_of", "use_bytes"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -25,18 +25,24 @@ def firing_of(model: PackedModel) -> Floats:
     profile = Profile.of(model)
     if profile is not None:
         return profile.group_firing()
-    return neurons_of(model.layout) * _use(model.spec)
+    return neurons_of(model.layout) * _use(model)
 
 
-def _use(spec: ModelSpec) -> Floats:
+def _use(model: PackedModel) -> Floats:
     """How often a token uses each group, float64 [layers, groups]: if nothing is known of the experts, all equally
     often."""
+    spec = model.spec
     bounds, experts = bounds_of(spec), spec.architecture.feed_forward.experts
     use = np.ones((spec.layers, bounds[-1]))
+    counted = None if experts is None else kept_expert_uses(model)
     for layer in range(spec.layers):
         use[layer, groups_of(spec, layer) :] = 0
         if experts is not None and has_experts(spec, layer):
-            use[layer, bounds[1] : bounds[1 + experts.number]] = experts.active / experts.number
+            chances = np.full(experts.number, experts.active / experts.number)
+            if counted is not None:
+                chances = counted.chances(experts.active)[layer]
+            sizes = np.diff(bounds[1 : 2 + experts.number])
+            use[layer, bounds[1] : bounds[1 + experts.number]] = np.repeat(chances, sizes)
     return use
 
 
@@ -53,5 +59,10 @@ def load_of(layout: BundleLayout, selector: Selector, firing: Floats) -> Floats:
 
 def expected_bytes(model: PackedModel, selector: Selector) -> Floats:
     """Bytes that a token is expected to read of each group, by the model's profile: float64 [layers, groups]."""
-    use = _use(model.spec)
-    return load_of(model.layout, selector, firing_of(model) / np.where(use > 0, use, 1)) * use
+    return use_bytes(model, selector) * _use(model)
+
+
+def use_bytes(model: PackedModel, selector: Selector) -> Floats:
+    """The same of each group of a token that uses it, which of an expert's not every token does."""
+    use = _use(model)
+    return load_of(model.layout, selector, firing_of(model) / np.where(use > 0, use, 1))

@@ -19,7 +19,7 @@ from warmfront.coordinator.profile.counts import Profile
 from warmfront.shared.model.store import PackedModel
 from warmfront.shared.paths import cache_root
 
-__all__ = ["KeptProfile", "keep_profile", "kept_profile"]
+__all__ = ["KeptProfile", "keep_profile", "kept_profile", "profile_file"]
 
 
 class KeptProfile(NamedTuple):
@@ -30,14 +30,14 @@ class KeptProfile(NamedTuple):
     order: str  # the name of that order
 
 
-def _file_of(packed: Path) -> Path:
-    """Named by weight type and content, with which the packed file's name ends."""
+def profile_file(packed: Path) -> Path:
+    """Where the profile of a packed model is kept: by weight type and content, with which the file's name ends."""
     return cache_root() / "profiles" / f"{'-'.join(packed.stem.rsplit('-', 2)[1:])}.npz"
 
 
 def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
     """Keep the profile that `model` has; `say` gets a line if the cache cannot be written."""
-    counted, file = Profile.of(model), _file_of(model.path)
+    counted, file = Profile.of(model), profile_file(model.path)
     assert counted is not None
     facts = counted.facts | {"order": model.order, "model": model.spec.name}
     try:
@@ -49,7 +49,7 @@ def keep_profile(model: PackedModel, say: Callable[[str], None]) -> None:
 def kept_profile(model: PackedModel) -> KeptProfile | None:
     """The profile kept for content, weight type and activation of `model`; None if there is none, or it is damaged."""
     neurons = np.arange(model.places().shape[1])
-    kept = load_arrays(_file_of(model.path))
+    kept = load_arrays(profile_file(model.path))
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no file, or not one of ours
         facts, counts, places = json.loads(str(kept["facts"])), kept["counts"], kept["places"].astype(np.int64)
         profile = Profile.restored(counts, model.spec.ffn, facts)
