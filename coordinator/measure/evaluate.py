@@ -125,10 +125,6 @@ def _settings_of(engine: Engine, dense: _Run, span: Span) -> dict[str, Any]:
 
 def _pieces(engine: Engine, texts: Sequence[str], span: Span, say: Say) -> Pieces:
     tokenizer = engine.tokenizer
-    if texts and not tokenizer.present:
-        raise UsageError(
-            f"{engine.model.spec.name} came without a tokenizer.json: there is no way to read text with it"
-        )
     if texts:
         start, ids = tokenizer.encode(""), [tokenizer.encode(text) for text in texts]
     else:
@@ -233,7 +229,6 @@ class _Course:
 
     def run(self, engine: Engine, run: _Run, counted: Progress) -> list[Measured]:
         """Compute the pieces that are missing."""
-        experts = engine.model.spec.architecture.feed_forward.experts
         number = len(self._pieces)
         looked = set(np.linspace(0, number - 1, min(_PIECES_LOOKED_AT, number)).astype(int).tolist())
         for at, piece in enumerate(self._pieces):
@@ -244,7 +239,7 @@ class _Course:
                 engine.session,
                 piece,
                 self._forced_from,
-                _LOOKED_AT if at in looked and experts is None else 0,
+                _LOOKED_AT if at in looked else 0,
                 expected,
                 lambda done: counted("decoding", self._done + done, self._total),
             )

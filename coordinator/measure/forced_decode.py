@@ -8,6 +8,7 @@ what errors add up to over the layers and tokens is in the losses.
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from warmfront.coordinator.engine.session import Session
 from warmfront.coordinator.selectors.calibration import masses
 from warmfront.coordinator.selectors.divergence import log_softmax
-from warmfront.shared.model.branches import parts_of
+from warmfront.shared.model.branches import bounds_of, parts_of
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.spec import ModelSpec
 from warmfront.shared.model.store import PackedModel
@@ -62,7 +63,8 @@ class Measured(NamedTuple):
     # int64 [layers]: neurons selected, summed over the tokens.
     kept: npt.NDArray[np.int64]
     # How many tokens were looked at, and sums over them, float64 [layers, 4]: neurons that fire, those of them that
-    # were selected, what all weigh and what the selected weigh (|h_i| * ||down_i||).
+    # were selected, what all weigh and what the selected weigh (|h_i| * ||down_i||). Of a mixture only neurons of the
+    # experts that a token uses, all of which count as if they had the same weight.
     looked_at: int
     found: Doubles
     # Of decoding alone.
@@ -114,8 +116,8 @@ def decode_piece(
 ) -> tuple[Measured, Reference]:
     """Prefill the first `forced_from` tokens of `ids`, and decode the rest but for the last, which is only predicted.
 
-    `looked_at`: of so many tokens, evenly spread, which neurons matter is compared with the selection; not of a mixture
-    of experts. `reference`: what to compare with; None: this run is the reference, and its distributions are returned.
+    `looked_at`: of so many tokens, evenly spread, which neurons matter is compared with the selection. `reference`:
+    what to compare with; None: this run is the reference, and its distributions are returned.
     `progress` gets the tokens decoded so far.
     """
     model = session.model
@@ -123,7 +125,7 @@ def decode_piece(
     marks = set(np.linspace(0, count - 1, min(looked_at, count)).astype(int).tolist())
     valid = neurons_of(model.spec, model.layout.groups)
     kept = np.zeros(model.spec.layers, np.int64)
-    losses, rows, inputs, words = [], [], [], []
+    losses, rows, inputs, words, uses = [], [], [], [], []
     compared: list[Comparison] = []
     seconds = 0.0
     with session.text() as text:
@@ -141,6 +143,7 @@ def decode_piece(
             if at in marks:
                 inputs.append(x.copy())
                 words.append(selected)
+                uses.append(session.runtime.board.uses[0].copy())
             logprobs = log_softmax(logits)
             losses.append(-logprobs[ids[forced_from + at + 1]])
             if reference is None:
@@ -151,7 +154,9 @@ def decode_piece(
             progress(at + 1)
     if reference is None:
         reference = Reference(*(np.stack(column) for column in zip(*rows, strict=True)))
-    found = _found(model, np.stack(inputs), np.stack(words)) if inputs else np.zeros((model.spec.layers, 4))
+    found = np.zeros((model.spec.layers, 4))
+    if inputs:
+        found = _found(model, np.stack(inputs), np.stack(words), np.stack(uses))
     measured = Measured(
         np.array(losses),
         np.array([each.divergence for each in compared]),
@@ -164,19 +169,29 @@ def decode_piece(
     return measured, reference
 
 
-def _found(model: PackedModel, inputs: npt.NDArray[np.float32], words: npt.NDArray[np.uint32]) -> Doubles:
-    """Of `inputs` [tokens, layers, hidden] and selected `words` [tokens, layers, groups]: see `Measured.found`."""
+def _found(
+    model: PackedModel,
+    inputs: npt.NDArray[np.float32],
+    words: npt.NDArray[np.uint32],
+    uses: npt.NDArray[np.uint8],
+) -> Doubles:
+    """Of `inputs` [tokens, layers, hidden], selected `words` [tokens, layers, groups] and, of a mixture, the branches
+    that tokens use, `uses` [tokens, layers, branches]: see `Measured.found`."""
     found = np.zeros((model.spec.layers, 4))
+    parts = list(pairwise(bounds_of(model.spec).tolist()))
     for layer in range(model.spec.layers):
-        mass = masses(model, layer, np.ascontiguousarray(inputs[:, layer]))
-        selected = np.unpackbits(
-            np.ascontiguousarray(words[:, layer]).view(np.uint8), axis=1, bitorder="little"
-        ).astype(bool)
-        fires = mass > 0
-        found[layer] = (
-            np.count_nonzero(fires),
-            np.count_nonzero(fires & selected),
-            mass.sum(dtype=np.float64),
-            mass[selected].sum(dtype=np.float64),
-        )
+        for branch, (first, end) in enumerate(parts):
+            users = uses[:, layer, branch] != 0 if len(parts) > 1 else np.ones(len(inputs), np.bool_)
+            if first == end or not users.any():
+                continue
+            mass = masses(model, layer, np.ascontiguousarray(inputs[users, layer]), first, end)
+            bits = np.ascontiguousarray(words[users, layer, first:end]).view(np.uint8)
+            selected = np.unpackbits(bits, axis=1, bitorder="little").astype(bool)
+            fires = mass > 0
+            found[layer] += (
+                np.count_nonzero(fires),
+                np.count_nonzero(fires & selected),
+                mass.sum(dtype=np.float64),
+                mass[selected].sum(dtype=np.float64),
+            )
     return found

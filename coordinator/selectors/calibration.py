@@ -32,14 +32,14 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def down_norms(model: PackedModel, groups: Bytes) -> Floats:
-    """float32 [groups * 32]: the length of each neuron's down row."""
+    """float32 [neurons]: the length of each neuron's down row, of `groups`, uint8 [neurons / 32, group_bytes]."""
     layout = model.layout
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
     rows = bundles[:, layout.down_offset : layout.down_offset + layout.down_row_bytes]
     if layout.down_kind != Kind.Q4C:
         return np.asarray(np.linalg.norm(unpack(rows, layout.down_kind, layout.hidden), axis=1), np.float32)
-    nibbles = rows.reshape(layout.groups, GROUP, -1, 16)
-    q = np.concatenate((nibbles & 15, nibbles >> 4), axis=3).reshape(layout.groups, GROUP, layout.hidden)
+    nibbles = rows.reshape(len(groups), GROUP, -1, 16)
+    q = np.concatenate((nibbles & 15, nibbles >> 4), axis=3).reshape(len(groups), GROUP, layout.hidden)
     tail = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden]
     scale, minimum = np.split(np.ascontiguousarray(tail).view(np.float16).astype(np.float32), 2, axis=1)
     return np.asarray(np.linalg.norm(q * scale[:, None] + minimum[:, None], axis=2).reshape(-1), np.float32)
@@ -92,9 +92,12 @@ def _scores(feed_forward: FeedForward, products: Sequence[Floats], offsets: Sequ
     return shifted[0] if feed_forward.sparse else _magnitudes(feed_forward, shifted)
 
 
-def masses(model: PackedModel, layer: int, x: Floats) -> Floats:
-    """What every neuron weighs for `x` [tokens, hidden], |h_i| * ||down_i||: float32 [tokens, neurons]."""
-    groups = groups_of(model, layer)
+def masses(model: PackedModel, layer: int, x: Floats, first: int = 0, end: int | None = None) -> Floats:
+    """What every neuron weighs for `x` [tokens, hidden], |h_i| * ||down_i||: float32 [tokens, neurons].
+
+    Of the groups from `first` to before `end`, by default all.
+    """
+    groups = groups_of(model, layer, first, end)
     products = matrix_products(model, groups, x)
     return _magnitudes(model.spec.architecture.feed_forward, products) * down_norms(model, groups)
 

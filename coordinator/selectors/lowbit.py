@@ -123,10 +123,11 @@ def _copied(model: PackedModel, layer: int, bits: int, parts: tuple[str, ...]) -
     return np.stack([pack_lowbit(some, bits).reshape(len(groups), GROUP, -1) for some in rows], axis=1)
 
 
-def groups_of(model: PackedModel, layer: int) -> Bytes:
-    """uint8 [groups, group_bytes] of a layer."""
-    groups = np.empty((model.layout.groups, model.layout.group_bytes), np.uint8)
-    model.read_groups(layer, 0, groups)
+def groups_of(model: PackedModel, layer: int, first: int = 0, end: int | None = None) -> Bytes:
+    """uint8 [groups, group_bytes] of a layer: those from `first` to before `end`, by default all."""
+    count = (model.layout.groups if end is None else end) - first
+    groups = np.empty((count, model.layout.group_bytes), np.uint8)
+    model.read_groups(layer, first, groups)
     return groups
 
 

@@ -8,7 +8,7 @@ from warmfront.coordinator.models.tokenizer_json import one_line_errors
 from warmfront.coordinator.text.chat_template import CHATML, DIALOGUE, DIALOGUE_END, render
 from warmfront.coordinator.text.merging import MergingTokenizer
 from warmfront.coordinator.text.stream import TextStream, token_speller
-from warmfront.shared.errors import ModelError, UsageError
+from warmfront.shared.errors import UsageError
 from warmfront.shared.model.store import PackedModel
 
 __all__ = ["Tokenizer"]
@@ -71,7 +71,10 @@ class Tokenizer:
     def encode(self, text: str, *, with_start: bool = True) -> list[int]:
         """Token ids of `text`, after the beginning-of-text token if the model has one and `with_start`."""
         if self._fast is None:
-            raise ModelError(f"{self._name} came without a tokenizer.json: use warmfront generate --prompt-ids 1,2")
+            raise UsageError(
+                f"{self._name} came without a tokenizer.json: there is no way to read text with it; "
+                "warmfront generate --prompt-ids 1,2 takes token ids"
+            )
         try:  # Python keeps bytes of the command line that are not text in its locale as surrogates
             text = text.encode(errors="surrogateescape").decode()
         except UnicodeError:

@@ -18,9 +18,13 @@ from warmfront.coordinator import Engine
 from warmfront.coordinator.measure import evaluate as module
 from warmfront.coordinator.measure.evaluate import Span, evaluate
 from warmfront.coordinator.measure.evaluation_report import render
+from warmfront.coordinator.measure.forced_decode import _found
 from warmfront.coordinator.profile.sample_text import SAMPLE_TEXT
+from warmfront.coordinator.selectors.calibration import masses
 from warmfront.shared.errors import UsageError
 from warmfront.shared.kernels.lowbit import pack_lowbit, unpack_lowbit
+from warmfront.shared.model.branches import bounds_of
+from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.paths import cache_root
 
 CONTEXT, FORCED_FROM = 96, 20
@@ -185,14 +189,32 @@ def order_of(engine: Engine, gates: np.ndarray) -> np.ndarray:
 
 def test_keys_and_values_and_mixtures(tiny_family: Make) -> None:
     """Narrow keys and values count as a loss too, against the usual ones. Without a tokenizer it is the model's own
-    text; and of experts no recall is told."""
+    text; and nothing is missed of the experts that are used."""
     arguments = {"dtype": "f32", "kv": "q8"}, SPAN, no_progress, no_progress, no_progress
     result = evaluate(str(tiny_family("mixtral")), [], ["all"], *arguments)
     dense, narrow = result["rows"]
     assert narrow["divergence"] > 0
     # 2 of 5 experts.
     assert dense["kept"] == narrow["kept"] == 0.4
-    assert narrow["recall_by_mass"] is None
+    assert narrow["recall_by_mass"] == 1
+
+
+def test_of_a_mixture_neurons_of_the_experts_that_are_used_count(tiny_family: Make) -> None:
+    rng = np.random.default_rng(0)
+    with Engine.load(str(tiny_family("mixtral", hidden_act="relu")), dtype="f32", gpu="none") as engine:
+        model = engine.model
+        bounds, shape = bounds_of(model.spec), (9, model.spec.layers)
+        inputs = rng.standard_normal((*shape, model.spec.hidden), np.float32)
+        words = rng.integers(0, 1 << 32, (*shape, model.layout.groups), np.uint32)
+        uses = (rng.random((*shape, len(bounds) - 1)) < 0.4).astype(np.uint8)
+        found = _found(model, inputs, words, uses)
+        for layer, sums in enumerate(found):
+            mass = masses(model, layer, inputs[:, layer].copy())
+            mass[~np.repeat(uses[:, layer] != 0, GROUP * np.diff(bounds), axis=1)] = 0
+            bits = np.unpackbits(words[:, layer].copy().view(np.uint8), axis=1, bitorder="little") != 0
+            expected = (mass > 0).sum(), ((mass > 0) & bits).sum(), mass.sum(), mass[bits].sum()
+            np.testing.assert_allclose(sums, expected, rtol=1e-5)
+        assert 0 < found[:, 1].sum() < found[:, 0].sum()
 
 
 def folders() -> list[Path]:

@@ -175,11 +175,21 @@ def test_truncated_gguf(tiny_gguf: Callable[..., Path], kept: float) -> None:
     assert_refused(run("generate", "-m", path, "--prompt-ids", "1"), 1, path.name)
 
 
-def test_without_a_tokenizer(tiny_gguf: Callable[..., Path]) -> None:
+def test_without_a_tokenizer(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
     path = prepack(tiny_gguf())
     assert run("generate", "-m", path, "--prompt-ids", "1", "-n", "2").code == 0
-    assert_refused(run("generate", "-m", path, "-p", "x"), 1, "without a tokenizer", "--prompt-ids")
-    assert_refused(run("chat", "-m", path), 1, "without a tokenizer", "warmfront generate --prompt-ids")
+    words = "without a tokenizer", "warmfront generate --prompt-ids"
+    assert_refused(run("generate", "-m", path, "-p", "x"), 2, *words)
+    assert_refused(run("chat", "-m", path), 2, *words)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words of no use.\n" * 40)
+    for command in ("cluster", "eval", "profile", "train-predictor"):
+        # Some say before what they find out of the model, such as its activation.
+        outcome = run(command, path, "--text", text, "--activation", "relu")
+        *_, line = outcome.err.splitlines()
+        assert (outcome.code, outcome.out) == (2, ""), outcome
+        assert line.startswith("warmfront: ")
+        assert all(word in line for word in words)
 
 
 class TestCache:
