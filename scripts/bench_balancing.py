@@ -10,7 +10,8 @@ tokens, so that other load on the machine affects all alike; those that wait sle
 
 topics   replays the ids of a trace of `record_firing.py`. `oracle` is the best single split for the whole trace, from
          its own frequencies and the measured costs of the workers; `profile` the same from another trace (`--profile`);
-         `random` as many groups at random; none of these moves.
+         `random` as many groups at random; none of these moves. With `--prompt N` the first N tokens of each topic
+         are read as a prompt, and only what follows them is measured.
 shift    a busy process is put on the first worker's core and removed again: `balance` against the frozen split
          (`static`, which starts from the shares that balance had found).
 cost     what observing and deciding take of the coordinator's time, alone, without a model: `--shape` is layers,
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +76,11 @@ class Runner:
         hit = float(self.engine.ownership.share()[-1])
         self.tokens.append(Token(seconds, hit, flow.moves - before.moves, flow.flips - before.flips, busy))
         return int(np.argmax(logits))
+
+    def read(self, ids: list[int]) -> None:
+        """Compute a prompt behind what has been decoded."""
+        with self.engine.session.text() as text:
+            self.engine.session.read(text, ids, want_logits=False)
 
     def rate(self, low: int = 0, high: int | None = None) -> float:
         """Tokens a second of tokens low..high, by their median time: single disturbances do not count."""
@@ -136,11 +143,17 @@ def topics(options: argparse.Namespace) -> dict[str, Any]:
                 plan = Path(stack.enter_context(scratch())) / f"{name}.json"
                 split(runners[0].engine, fired.get(name), costs, options.vram, plan)
                 runners.append(load(name, policy="static", plan=str(plan)))
-        for start in range(0, len(ids), TURN):
-            for runner in runners:
-                for token in ids[start : start + TURN]:
-                    runner.step(token)
-        policies = {each.name: summary(each, switches) for each in runners}
+        for start, end in pairwise([*switches, len(ids)]):
+            first = min(start + options.prompt, end)
+            if first > start:
+                for runner in runners:
+                    runner.read(ids[start:first])
+            for at in range(first, end, TURN):
+                for runner in runners:
+                    for token in ids[at : min(at + TURN, end)]:
+                        runner.step(token)
+        decoded = [at - part * options.prompt for part, at in enumerate(switches)]
+        policies = {each.name: summary(each, decoded) for each in runners}
         return {"times": costs._asdict(), "device": device_of(runners), "policies": policies}
 
 
@@ -294,6 +307,7 @@ def main() -> None:
     parser.add_argument("--slow", default="cpu0:4")
     parser.add_argument("--policies", type=lambda text: text.split(","), default="balance,oracle,ema,random")
     parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of each topic; default: %(default)s")
     parser.add_argument("--warm", type=int, default=128)
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--workers", type=int, default=None)

@@ -14,10 +14,10 @@ constant. Copies run beside it at the link's speed, plus 17 us a batch, and coun
 come; they take memory bandwidth from the CPU workers, which is the stall that is shown. Workers report their times with
 2 % of noise, one in a hundred ten times too long, and the costs are fitted to that. How many copies may begin at once
 is the engine's rule (`interface.copy_budget`). The devices' figures are in `balancing_simulator/devices.py`. Beside the
-policies there are `prompt`, which places anew at each topic by its first 128 tokens, known beforehand and copied at no
-cost, and then changes nothing; `random`, random groups in the slots; and `oracle static`, the best single split for the
-trace by its own frequencies, with the GPU's part of a layer up to the balance of the means, or 5, 10 or 20 % above,
-whichever is fastest.
+policies there are `random`, random groups in the slots, and `oracle static`, the best single split for the trace by its
+own frequencies, with the GPU's part of a layer up to the balance of the means, or 5, 10 or 20 % above, whichever is
+fastest. The policy `prompt` is told of a prompt before each topic, of 128 tokens that use what its first tokens will
+use; with `--prompts` all policies are, and without it they see a topic that changes in the middle of a text.
 
 The last line of stdout is JSON.
 """
@@ -175,6 +175,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--policies", default=",".join(name for name in ALL if name != "other profile"), help="default: %(default)s"
     )
+    parser.add_argument(
+        "--prompts", action="store_true", help="each topic has a prompt, of which all policies are told"
+    )
     parser.add_argument("--json", action="store_true", help="only the JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args(arguments)
@@ -207,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results: dict[float, dict[str, Result]] = {}
         for vram in options.vram:
             results[vram] = {
-                name: simulate(name, trace, options.device, vram, options.gpus, options.shift)
+                name: simulate(
+                    name, trace, options.device, vram, options.gpus, options.shift, prompts=options.prompts or None
+                )
                 for name in options.policies
             }
             figures = {name: summary(result, trace) for name, result in results[vram].items()}

@@ -7,7 +7,8 @@ its usual files; attention, head and KV cache are on the card and leave the rest
 is placed and copied whole. Which experts a token chooses is made up: four topics follow each other, in each of which
 another tenth of a layer's experts gets 80 % of the choices, evenly; `--flat` makes all experts alike. `by-layer` is
 llama.cpp's --n-cpu-moe, `profile` a static placement by a profile of these topics, `other profile` by one of another
-topic, `prompt` places anew at each topic and then changes nothing, `oracle static` knows the whole trace.
+topic, `oracle static` knows the whole trace. `prompt` and `balance, prompts` are told of a prompt before each topic, of
+128 tokens that use what its first tokens will use; all others see a topic that changes in the middle of a text.
 
 `fetched` is what PCIe alone would allow: the experts that `balance` does not have on the card are copied there for each
 token that uses them, and the CPU computes nothing. The last line of stdout is JSON. Nothing here is measured.
@@ -32,6 +33,7 @@ POLICIES = (
     "ema",
     "prompt",
     "balance",
+    "balance, prompts",
     "oracle static",
 )
 RESERVED = 1.0e9  # bytes of the card: display, CUDA, buffers
@@ -79,7 +81,8 @@ def simulated(model: Mixture, card: Card, trace: Trace) -> dict[str, Any]:
     share = min(1.0, max(0.0, free / (model.layers * model.experts * model.expert_bytes)))
     figures: dict[str, Any] = {"held": round(share, 3), "tok_s": {}}
     for name in POLICIES:
-        result = simulate(name, trace, device, share)
+        told = name == "balance, prompts" or None
+        result = simulate("balance" if told else name, trace, device, share, prompts=told)
         figures["tok_s"][NAMES.get(name, name)] = round(len(result.seconds) / sum(result.seconds), 1)
         if name == "balance":
             figures |= {"hit_share": round(float(np.mean(result.hits)), 3), "moves": result.moves}

@@ -50,7 +50,7 @@ KV_TYPES = ("auto", "f32", "f16", "q8")
 # How tokens are guessed that are computed before they are known to come.
 SPECULATIONS = ("ngram", "off")
 # How groups move between the workers; the names of coordinator/balancing/policies.py.
-POLICIES = ("balance", "static", "by-layer", "lru", "ema", "ema-published", "core")
+POLICIES = ("balance", "static", "by-layer", "prompt", "lru", "ema", "ema-published", "core")
 # The wishes that say which threads run.
 THREADING = ("workers", "threads", "coordinator_threads", "spins", "force", "pin")
 GPU_PATTERN = re.compile(r"auto|none|host|cuda:\d+")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from warmfront.coordinator.balancing.interface import BalancerState, Floats, Masks, Owners, Used
+from warmfront.coordinator.balancing.interface import BalancerState, Floats, Masks, Owners, PromptLoad, Used
 from warmfront.shared.kernels.atomics import address_of
 from warmfront.shared.kernels.jit import compile_for, inlined, kernel
 from warmfront.shared.kernels.rows import bits_of, prefetch
@@ -141,16 +141,19 @@ class ActivityEstimate:
     about 0 while nothing changes and 1 after a change of topic.
     """
 
-    def __init__(self, long_run: Floats, long_tokens: float, short_tokens: float, trust_tokens: float) -> None:
+    def __init__(
+        self, long_run: Floats, long_tokens: float, short_tokens: float, trust_tokens: float, *, unit: float = 0.0
+    ) -> None:
         """`long_run` [L, G]: bytes per token by the profile; time constants of the averages and of s, in tokens that
-        are observed: nothing is known of others, however many go by."""
+        are observed: nothing is known of others, however many go by. `unit`: bytes that are read at a time, until
+        tokens tell."""
         start = long_run.astype(np.float32)
         self.averages = Averages(start, start.copy(), np.ones(2), np.full(3, float((long_run * long_run).sum())))
         self._kept = 1 - 1 / long_tokens, 1 - 1 / short_tokens, 1 - 1 / trust_tokens
         # Moving averages of the regression of (token - long) on (short - long): s is their quotient.
         self._cross = self._square = 0.0
         # Likewise, of a token's bytes and their squares.
-        self._bytes = self._squares = 0.0
+        self._bytes, self._squares = 1.0, float(unit)
         self._times = long_tokens, short_tokens
         self._gaps = np.zeros(len(long_run))
         self._sides = _Sides(np.zeros(long_run.shape, np.uint8), 0, 0.0, 0.0)
@@ -166,6 +169,27 @@ class ActivityEstimate:
         home, cache = (float(1 / (1 / byte_ns[side]).sum()) if side.any() else 0.0 for side in (is_home, ~is_home))
         both = bool(home and cache)
         self._sides = _Sides(owner, int(is_home.sum()), home * both, cache * both)
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Take in a prompt's tokens, as so many that all read their mean.
+
+        How far to trust the short average follows from the distance d between the two, as the prompt leaves them: from
+        d . (mean - long), but for what chance adds to that. The mean of n tokens scatters by the unit times its bytes
+        over n, and has gone into both averages.
+        """
+        mean, tokens = prompt.bytes_read, prompt.tokens
+        kept_long, kept_short, kept = (each**tokens for each in self._kept)
+        averages = self.averages
+        for average, scale, part in ((averages.long, 0, kept_long), (averages.short, 1, kept_short)):
+            average *= np.float32(averages.scales[scale] * part)
+            average += ((1 - part) * mean).astype(np.float32)
+            averages.scales[scale] = 1.0
+        long, short = averages.long.astype(np.float64), averages.short.astype(np.float64)
+        averages.dots[:] = np.vdot(long, long), np.vdot(long, short), np.vdot(short, short)
+        chance = (kept_long - kept_short) * self._unit * mean.sum() / tokens
+        cross, square = np.vdot(mean - long, short - long) - chance, np.vdot(short - long, short - long)
+        self._cross += (1 - kept) * (float(cross) - self._cross)
+        self._square += (1 - kept) * (float(square) - self._square)
 
     def observe(self, used: Used) -> Floats:
         """Take in what a token used. Returns by how many ns the homes were later than the caches, [L], valid until the
@@ -189,6 +213,10 @@ class ActivityEstimate:
         return min(max(self._cross / self._square, 0.0), 1.0) if self._square > 0 else 0.0
 
     @property
+    def _unit(self) -> float:
+        return self._squares / self._bytes if self._bytes > 0 else 0.0
+
+    @property
     def blend(self) -> tuple[float, float]:
         """What is expected of each group: these parts of the arrays of the averages, long and short, in bytes."""
         return (1 - self._share) * float(self.averages.scales[0]), self._share * float(self.averages.scales[1])
@@ -201,9 +229,8 @@ class ActivityEstimate:
         E[x^2] is nearly all: a unit times E[x], whose unit, as large as what is read at a time, is taken to be that of
         all groups. An average over T tokens has 1 / 2T of it.
         """
-        unit = self._squares / self._bytes if self._bytes > 0 else 0.0
         (long, short), share = self._times, self._share
-        return unit * ((1 - share) ** 2 / (2 * long) + share**2 / (2 * short))
+        return self._unit * ((1 - share) ** 2 / (2 * long) + share**2 / (2 * short))
 
 
 class Margin:

@@ -34,6 +34,7 @@ from warmfront.coordinator.balancing.interface import (
     Floats,
     Ints,
     Owners,
+    PromptLoad,
     Rebalance,
     Used,
     make_rebalance,
@@ -96,12 +97,18 @@ class Balance:
         tuning = tuning or Tuning()
         self.tuning = tuning
         self.interval, self.stride = tuning.interval, 1
-        self._activity = ActivityEstimate(long_run, tuning.long_tokens, tuning.short_tokens, tuning.trust_tokens)
+        times = tuning.long_tokens, tuning.short_tokens, tuning.trust_tokens
+        self._activity = ActivityEstimate(long_run, *times, unit=group_bytes)
         self._margin = Margin(len(long_run), tuning.noise_tokens)
         self._surveyor = Surveyor(*long_run.shape)
         # Compiled now, not between two tokens.
         select_heaviest(np.ones((1, 1)), even_loads(np.ones((1, 2)), np.ones(1))[0], np.ones((1, 1), np.bool_))
         self._was_slow: Bools = np.zeros((1, 1), np.bool_)  # [homes, L]: slow at the last decision
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Learn what is read; the next token but one finds it where it belongs, as far as copies come."""
+        self._activity.read(prompt)
+        self.interval = 1
 
     def observe(self, used: Used) -> None:
         """Learn what is read."""

@@ -1,5 +1,5 @@
-"""Policies to compare with: `static` and `by-layer`, and what others published: `lru` (SparseFlow), `ema` (SparkInfer,
-Kairox), as published and mended, and `core` (CoreInfer).
+"""Policies to compare with: `static` and `by-layer`; `prompt`; and what others published: `lru` (SparseFlow), `ema`
+(SparkInfer, Kairox), as published and mended, and `core` (CoreInfer).
 
 They do not look at the balance: what is in a slot is computed there. A copy that is replaced is given up when the copy
 into its slot begins.
@@ -13,22 +13,28 @@ from warmfront.coordinator.balancing.interface import (
     Floats,
     Ints,
     Owners,
+    PromptLoad,
     Rebalance,
     Used,
     make_rebalance,
 )
 
-__all__ = ["ByLayer", "Core", "Ema", "EmaPublished", "Lru", "Static"]
+__all__ = ["ByLayer", "ByPrompt", "Core", "Ema", "EmaPublished", "Lru", "Static"]
+
+_NEVER = 1 << 30
 
 
 class Static:
     """Changes nothing: the GPU keeps what it begins with, which is what the profile or a plan says."""
 
     name = "static"
-    interval = stride = 1 << 30
+    interval = stride = _NEVER
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
         pass
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Nothing to learn."""
 
     def observe(self, used: Used) -> None:
         """Nothing to learn."""
@@ -54,6 +60,9 @@ class Lru:
         self._token = 0
         self._used = np.full(long_run.shape, -1, np.int64)  # [L, G]: the token of the last use, -1 = never
         self._active = np.zeros(long_run.shape)
+
+    def read(self, prompt: PromptLoad) -> None:
+        """A prompt uses nearly everything: what it used last, or most, is no part of the cache as published."""
 
     def observe(self, used: Used) -> None:
         """Note which groups were used."""
@@ -91,8 +100,15 @@ class Ema:
     _KEPT = 0.67
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
+        self._group_bytes = group_bytes
         self._score = long_run / group_bytes
         self._swaps: Floats | None = None  # [L]
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Update the scores as by so many tokens that all used the same."""
+        kept = self._KEPT**prompt.tokens
+        self._score *= kept
+        self._score += (1 - kept) * prompt.bytes_read / self._group_bytes
 
     def observe(self, used: Used) -> None:
         """Update the scores."""
@@ -137,27 +153,17 @@ class EmaPublished(Ema):
         return np.floor(swaps)
 
 
-class Core:
-    """CoreInfer's: behind a prompt the GPU takes the text's core, the groups with the most of its neurons.
+class _Ranked:
+    """The slots are to hold the groups that are first in a ranking; what they do not hold is computed at home."""
 
-    It keeps that until another core is chosen. What the slots do not hold of it is computed at home.
-    """
-
-    name = "core"
     interval = stride = 1
 
     def __init__(self, long_run: Floats, group_bytes: int) -> None:
-        # Between groups with as many neurons of the core; below 1, so that these go first.
-        self._activity = long_run / (long_run.max() + 1)
-        self._asked = np.zeros(0, np.uint32)
         self._rank: Ints = np.zeros(long_run.shape, np.int64)  # [L, G]: 0 for the group that is wanted most
 
-    def observe(self, used: Used) -> None:
-        """Rank the groups anew if the core is another."""
-        if not np.array_equal(used.asked, self._asked):
-            self._asked = used.asked.copy()
-            wanted = np.bitwise_count(used.asked) + self._activity
-            self._rank.flat[np.argsort(-wanted, axis=None, kind="stable")] = np.arange(wanted.size)
+    def _order(self, order: Ints) -> None:
+        """Rank the groups: their numbers, counted through all layers, the one that is wanted most first."""
+        self._rank.flat[order] = np.arange(order.size)
 
     def decide(self, state: BalancerState) -> Rebalance:
         """Copy what is wanted most into free slots and those of groups that are not."""
@@ -174,6 +180,68 @@ class Core:
             moves.append(_rows(worker, chosen))
             drops.append(_rows(worker, old[: max(0, len(chosen) - free)]))
         return make_rebalance(owner, state.home, drops, moves)
+
+
+class Core(_Ranked):
+    """CoreInfer's: behind a prompt the GPU takes the text's core, the groups with the most of its neurons.
+
+    It keeps that until another core is chosen.
+    """
+
+    name = "core"
+
+    def __init__(self, long_run: Floats, group_bytes: int) -> None:
+        super().__init__(long_run, group_bytes)
+        # Between groups with as many neurons of the core; below 1, so that these go first.
+        self._activity = long_run / (long_run.max() + 1)
+        self._asked = np.zeros(0, np.uint32)
+
+    def read(self, prompt: PromptLoad) -> None:
+        """The core says all."""
+
+    def observe(self, used: Used) -> None:
+        """Rank the groups anew if the core is another."""
+        if not np.array_equal(used.asked, self._asked):
+            self._asked = used.asked.copy()
+            wanted = np.bitwise_count(used.asked) + self._activity
+            self._order(np.argsort(-wanted, axis=None, kind="stable"))
+
+
+class ByPrompt(_Ranked):
+    """Behind a prompt the GPU takes what the prompt's tokens have read most, and keeps that until the next prompt."""
+
+    name = "prompt"
+
+    def __init__(self, long_run: Floats, group_bytes: int) -> None:
+        super().__init__(long_run, group_bytes)
+        self.interval = _NEVER
+        self._long_run = long_run.ravel()
+        self._read = np.zeros(long_run.shape)  # bytes, by the prompt so far
+        self._is_new = self._is_over = False  # the prompt has not been decided on; tokens have been decoded since
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Add up the jobs of a prompt."""
+        if self._is_over:
+            self._read[:] = 0
+        self._read += prompt.tokens * prompt.bytes_read
+        self.interval, self._is_new, self._is_over = 1, True, False
+
+    def observe(self, used: Used) -> None:
+        """The prompt has ended."""
+        self._is_over = True
+
+    def decide(self, state: BalancerState) -> Rebalance:
+        """With the first token behind a prompt rank the groups, then copy until all are there."""
+        if not self._is_over:
+            return make_rebalance(state.owner.copy(), state.home, [], [])
+        if self._is_new:
+            held = _cached(state.resident | state.in_flight, state).any(0)
+            self._order(np.lexsort((~held.ravel(), -self._long_run, -self._read.ravel())))
+            self._is_new = False
+        decision = super().decide(state)
+        if not (len(decision.moves) or state.in_flight.any()):
+            self.interval = _NEVER
+        return decision
 
 
 def _cached(copies: Bools, state: BalancerState) -> Bools:

@@ -8,7 +8,9 @@ free slot. A layer takes as long as its slowest worker, each of which takes `job
 
 A policy is a state machine without I/O, threads or clock. The engine calls, from one thread:
 
-    observe(used)                 after a decoded token (not during prefill): after every `stride`-th
+    read(prompt)                  after a job of a prompt's tokens, where it is known what they used: which experts they
+                                  chose; which neurons fired only for the policy `prompt`
+    observe(used)                 after a decoded token: after every `stride`-th
     decide(state) -> Rebalance    between two tokens, once `interval` tokens have been decoded since the last call
 
 What both are told is valid during the call, for it is the engine's own, and not to be changed. What `decide` may rely
@@ -45,6 +47,7 @@ __all__ = [
     "Owners",
     "Policy",
     "PolicyClass",
+    "PromptLoad",
     "Reals",
     "Rebalance",
     "Used",
@@ -84,6 +87,15 @@ class Used(NamedTuple):
         return np.asarray(np.bitwise_count(self.computed & self.asked) / GROUP)
 
 
+class PromptLoad(NamedTuple):
+    """What the tokens of a prompt's job used."""
+
+    tokens: int
+    # [L, G]: bytes that one of them would have read on average, had it been decoded. Exact, but for experts of which a
+    # token computes only some neurons: of these it is the uses times what the profile expects of one.
+    bytes_read: Floats
+
+
 class BalancerState(NamedTuple):
     """What is true between two tokens."""
 
@@ -115,6 +127,9 @@ class Policy(Protocol):
     name: str  # as in `--policy`
     interval: int  # tokens between decisions; may change with every decision
     stride: int  # tokens between observations, likewise
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Learn from what a prompt's tokens used."""
 
     def observe(self, used: Used) -> None:
         """Learn from what a token used."""

@@ -96,7 +96,7 @@ class Ownership:
         part, the second is set by whoever sees it die and cleared here. `say` gets a line at a loss and at a return.
         """
         self._board, self._layout, self.names = board, layout, list(names)
-        self._supervisor, self._policy, self._predicted = supervisor, policy, predicted
+        self._supervisor, self.policy, self._predicted = supervisor, policy, predicted
         self._present, self._dead, self._say = present, dead, say
         self.home = home.copy()
         self.is_home: Bools = np.array([name.startswith("cpu") for name in names])
@@ -165,15 +165,15 @@ class Ownership:
         if len(self.names) == 1:
             return
         self._take_news()
-        if self._tokens_since >= self._policy.interval:
+        if self._tokens_since >= self.policy.interval:
             self._tokens_since, began = 0, time.monotonic_ns()
             reports = self._supervisor.reported()
             if reports is not None:
                 self.update_costs(reports)
-            self._apply(self._policy.decide(self._state()))
+            self._apply(self.policy.decide(self._state()))
             self.deciding_ns += _NEW * (time.monotonic_ns() - began - self.deciding_ns)
         # Asked for at the decision the reports would be one interval old: so they answer while a token is made.
-        if self._tokens_since + max(1, self._tokens_of_job) >= self._policy.interval:
+        if self._tokens_since + max(1, self._tokens_of_job) >= self.policy.interval:
             self._request_reports()
         self._token_at, self._tokens_of_job = time.monotonic_ns(), 0
 
@@ -192,9 +192,9 @@ class Ownership:
         now = time.monotonic_ns()
         taken, self._token_at = now - self._token_at, now
         self._token_ns += (taken - self._token_ns) * (0.1 if self._token_ns else 1.0)
-        if self._unobserved >= self._policy.stride:
+        if self._unobserved >= self.policy.stride:
             used = self._used(token)
-            self._policy.observe(used)
+            self.policy.observe(used)
             self._unobserved = 0
             if len(self._unfired):
                 self._unfired = self._unfired[~self._fired_there(used)]
@@ -267,7 +267,7 @@ class Ownership:
 
     def _copy_budget(self) -> int:
         in_flight = sum(len(batch.places) for batch in self._batches.values())
-        return copy_budget(self._token_ns * self._policy.interval, self.transfer_ns, in_flight)
+        return copy_budget(self._token_ns * self.policy.interval, self.transfer_ns, in_flight)
 
     def _apply(self, decision: Rebalance) -> None:
         """Carry out a decision: change owners, free the slots of what is dropped, begin the copies."""

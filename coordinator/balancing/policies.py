@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 
 from warmfront.coordinator.balancing.balance import Balance
-from warmfront.coordinator.balancing.baselines import ByLayer, Core, Ema, EmaPublished, Lru, Static
+from warmfront.coordinator.balancing.baselines import ByLayer, ByPrompt, Core, Ema, EmaPublished, Lru, Static
 from warmfront.coordinator.balancing.interface import Floats, Policy, PolicyClass
 from warmfront.shared.errors import UsageError
 
 __all__ = ["POLICIES", "make_policy"]
 
 # The command line lists the same names without importing numpy: POLICIES in shared/config.py; a test compares the two.
-_CLASSES: tuple[PolicyClass, ...] = (Balance, Static, ByLayer, Lru, Ema, EmaPublished, Core)
+_CLASSES: tuple[PolicyClass, ...] = (Balance, Static, ByLayer, ByPrompt, Lru, Ema, EmaPublished, Core)
 POLICIES: Mapping[str, PolicyClass] = {each.name: each for each in _CLASSES}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
+from warmfront.coordinator.balancing.prompts import load_by_choices, load_by_firing
 from warmfront.coordinator.decode.network import LOST
 from warmfront.coordinator.decode.team_config import Place, TeamConfig
 from warmfront.coordinator.engine.assignments import make_assignments
@@ -22,7 +23,7 @@ from warmfront.coordinator.engine.resolve import RunPlan
 from warmfront.coordinator.engine.uses import uses_of
 from warmfront.coordinator.hardware.fetching import distances_for, kept_distances
 from warmfront.coordinator.hardware.node_bandwidth import worker_speeds
-from warmfront.coordinator.placement.expected_load import expected_bytes
+from warmfront.coordinator.placement.expected_load import expected_bytes, load_of, use_bytes
 from warmfront.coordinator.placement.homes import most_active, place_homes, whole_layers
 from warmfront.coordinator.placement.plan_file import read_plan
 from warmfront.coordinator.workers.supervisor import Supervisor
@@ -87,9 +88,15 @@ class Runtime:
     @property
     def _noted(self) -> Noted:
         """What the CPU workers note of a prompt's neurons."""
-        if self.profiles:
+        if self.profiles or self._places_by_firing:
             return Noted.FIRING
         return Noted.MAGNITUDES if Source.CORE in self.plan.selector.sources else Noted.NOTHING
+
+    @property
+    def _places_by_firing(self) -> bool:
+        """Whether the policy needs to know what a prompt's tokens fire: experts are known by what the router chose."""
+        spec = self.model.spec
+        return self.plan.config.policy == "prompt" and spec.sparse and spec.architecture.feed_forward.experts is None
 
     @property
     def _tuned(self) -> bool:
@@ -210,6 +217,7 @@ class Runtime:
         self._attention_bytes = 0
         layout, names = self.model.layout, list(self.supervisor.hellos)
         expected = expected_bytes(self.model, self.plan.selector)
+        self._use_bytes = use_bytes(self.model, self.plan.selector)
         self.ownership = Ownership(
             board=self.board,
             layout=layout,
@@ -276,7 +284,7 @@ class Runtime:
         """One job of `tokens` at `places`, with the moves of neurons before and after it; see `ThreadTeam.run`.
 
         Of a batch those of the numbers `observed` are taken for tokens of a text: see `observe`. `noted`: the CPU
-        workers compute all of it, for a GPU notes nothing.
+        workers compute all of it, for a GPU notes nothing. Of a prompt's job the policy is told what it used.
         A job that a worker's death has ended is run again, once another process has its neurons.
         Raises what ended the workers. No Ctrl-C may leave it half done: hold interrupts.
         """
@@ -285,10 +293,11 @@ class Runtime:
         self.ownership.boundary()
         self.ownership.await_homes()
         owners = self.ownership.owners()
+        noted |= self._places_by_firing and not decode
         if noted:
             self.ownership.hand_over(self.ownership.home)
         options = {"decode": decode, "compare_selection": compare_selection, "capture": capture}
-        losses = 0
+        losses, uses = 0, self._uses(decode)
         while (result := self.team.run(tokens, places, want_logits, **options)) != 0:
             if result != LOST or not self.ownership.await_loss():
                 self.supervisor.wait_for_error()
@@ -296,6 +305,7 @@ class Runtime:
             if losses == _LOSSES:
                 raise WorkerError(f"a job was given up: {losses} times a worker died of it; see the output above")
             self.ownership.await_homes()
+            uses = self._uses(decode)
         if noted:
             # A worker that was lost meanwhile holds nothing any more.
             self.ownership.hand_over(np.where(self.ownership.holds(owners), owners, self.ownership.home))
@@ -304,6 +314,22 @@ class Runtime:
                 self.observe(token)
             if self.plan.config.verify:
                 self.ownership.verify(len(tokens))
+        else:
+            self._tell_prompt(len(tokens), self._uses(decode) - uses)
+
+    def _uses(self, decode: bool) -> npt.NDArray[np.int64]:
+        """How many tokens have used each branch [layers, branches], if that is asked for a prompt's job."""
+        return np.zeros(0, np.int64) if decode else self.team.uses().copy()
+
+    def _tell_prompt(self, tokens: int, uses: npt.NDArray[np.int64]) -> None:
+        """The policy learns what a prompt's job used, as far as that is known: `uses` [layers, branches]."""
+        if len(self.ownership.names) == 1:
+            return
+        if self.board.sizes.branches > 1:
+            self.ownership.policy.read(load_by_choices(tokens, uses, bounds_of(self.model.spec), self._use_bytes))
+        elif self._places_by_firing and tokens > 1:  # a single token is decoded, and not noted
+            load = partial(load_of, self.model.layout, self.plan.selector)
+            self.ownership.policy.read(load_by_firing(tokens, self.board.noted, load))
 
     def select(self, words: npt.NDArray[np.uint32] | None) -> None:
         """From now on decoded tokens compute these neurons, uint32 [layers, groups], beside those that are predicted;

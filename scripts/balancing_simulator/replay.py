@@ -10,15 +10,15 @@ import numpy.typing as npt
 from balancing_simulator.devices import Device
 from balancing_simulator.traces import GROUP, Floats, Trace
 from warmfront.coordinator.balancing.cost_model import WorkerCosts
-from warmfront.coordinator.balancing.interface import BalancerState, Policy, Rebalance, Used, copy_budget
+from warmfront.coordinator.balancing.interface import BalancerState, Policy, PromptLoad, Rebalance, Used, copy_budget
 from warmfront.coordinator.balancing.policies import POLICIES, make_policy
 from warmfront.coordinator.balancing.water_filling import even_loads, job_ns
 from warmfront.shared.errors import UsageError
 
 # A word with so many bits set.
 WORDS = np.array([(1 << count) - 1 for count in range(GROUP + 1)], np.uint32)
-PROMPT = 128  # tokens of a topic that "prompt" knows before they come
-ALL = (*POLICIES, "other profile", "prompt", "random", "oracle static")
+PROMPT = 128  # tokens of a topic that are its prompt, for those policies that are told
+ALL = (*POLICIES, "other profile", "random", "oracle static")
 COPY_CALL_NS = 17_000.0  # of a batch of copies, beside its bytes
 NOISE, HICCUPS = 0.02, 0.01  # of reported times: their deviation; the share that is ten times too long
 REPORT_INTERVAL = 8  # tokens
@@ -94,8 +94,8 @@ class Replay:
         self.batches: list[tuple[float, npt.NDArray[np.int64]]] = []  # done at, ns; moves
         self.fresh = np.zeros_like(self.resident)  # copied to a cache and not yet used there
 
-    def run(self, policy: Policy, renew: bool = False) -> Result:
-        """All tokens. `renew`: at each topic all begins anew, from its first tokens."""
+    def run(self, policy: Policy, prompts: bool = False) -> Result:
+        """All tokens. `prompts`: before each topic comes a prompt of tokens that use the same as its first ones."""
         now, stall, deciding, decisions = 0.0, 0.0, 0.0, 0
         seconds, hits = [], []
         token_ns, since = self.device.coordinator_ns, 0
@@ -103,9 +103,9 @@ class Replay:
             for at, worker, factor in self.shifts:
                 if at == token:
                     self.costs[worker, 1] = self.base[worker, 1] * factor
-            if renew and token in (0, *self.trace.switches):
-                prompt = self.trace.counts[token : token + PROMPT].mean(0)
-                self.start(prompt, prompt)
+            if prompts and token in (0, *self.trace.switches):
+                prompt = self.trace.counts[token : token + PROMPT]
+                policy.read(PromptLoad(len(prompt), prompt.mean(0) * self.trace.neuron_bytes))
             self.land(now)
             own = self.device.coordinator_ns
             if since >= policy.interval:
@@ -239,10 +239,12 @@ def simulate(
     gpus: int = 1,
     shifts: Sequence[tuple[int, int, float]] = (),
     policy: Callable[[Floats], Policy] | None = None,
+    prompts: bool | None = None,
 ) -> Result:
     """Replay `trace` under the policy `name`, one of ALL, with slots for the share `vram` of all groups.
 
-    `shifts`: as in `Replay`; `policy`: makes another policy, from the long run's bytes [L, G].
+    `shifts`: as in `Replay`; `policy`: makes another policy, from the long run's bytes [L, G]; `prompts`: as in
+    `Replay.run`, None: for the policy `prompt` alone.
     """
     slots = [int(vram * trace.profile.size) // gpus] * gpus
     long_run = trace.profile * trace.neuron_bytes
@@ -265,5 +267,5 @@ def simulate(
         replay.start(weights, rates, reach)
         known = name if name in POLICIES else "static"
         made = policy(long_run) if policy else make_policy(known, long_run, replay.group_bytes)
-        results.append(replay.run(made, renew=name == "prompt"))
+        results.append(replay.run(made, prompts=name == "prompt" if prompts is None else prompts))
     return min(results, key=lambda result: sum(result.seconds))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tables import assert_tables_hold
-from warmfront.coordinator.balancing.interface import BalancerState, Rebalance, Used, make_rebalance
+from warmfront.coordinator.balancing.interface import BalancerState, PromptLoad, Rebalance, Used, make_rebalance
 from warmfront.coordinator.engine.engine import Engine
 from warmfront.gpu_worker.host import HostDevice
 from warmfront.shared.model.bundle import BundleLayout
@@ -33,6 +33,9 @@ class Restless:
     def __init__(self, seed: int = 0, *, interval: int = 1, some: float = 0.1) -> None:
         self.interval, self._some = interval, some
         self._rng = np.random.default_rng(seed)
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Nor here."""
 
     def observe(self, used: Used) -> None:
         """Nothing is learnt."""
@@ -74,5 +77,5 @@ def watch(engine: Engine, policy: Any, patch: pytest.MonkeyPatch) -> None:
             {name: engine.session.runtime.supervisor.readies[name].slots for name, present in there if present},
         )
 
-    ownership._policy = policy
+    ownership.policy = policy
     patch.setattr(ownership, "boundary", checked)

@@ -170,5 +170,5 @@ def test_every_policy_leaves_the_tokens_as_they_are(
     made: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     with load(made, policy=policy, **GPU) as engine:
-        watch(engine, engine.ownership._policy, monkeypatch)
+        watch(engine, engine.ownership.policy, monkeypatch)
         assert_greedy(reference, engine.decode_ids(PROMPT, TOKENS))

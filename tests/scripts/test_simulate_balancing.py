@@ -195,7 +195,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout.splitlines()[-1])
     assert [entry["vram"] for entry in report["runs"]] == [0.2, 0.5]
-    assert list(report["runs"][0]["policies"]) == [*POLICIES, "prompt", "random", "oracle static"]
+    assert list(report["runs"][0]["policies"]) == [*POLICIES, "random", "oracle static"]
     assert all(row["tokens_per_s"] > 0 for row in report["runs"][0]["policies"].values())
     assert plot.read_bytes().startswith(b"\x89PNG")
 

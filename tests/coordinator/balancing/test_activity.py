@@ -5,7 +5,7 @@ import pytest
 
 from tests.coordinator.balancing.world import used
 from warmfront.coordinator.balancing.activity import ActivityEstimate, Margin
-from warmfront.coordinator.balancing.interface import BalancerState
+from warmfront.coordinator.balancing.interface import BalancerState, PromptLoad
 
 SHAPE = (4, 50)
 
@@ -51,6 +51,40 @@ def test_after_a_change_the_last_tokens_are() -> None:
             # The last tokens know all but exp(-32 / 20), and are trusted.
             assert error(estimate, true) < 0.4 * before
     assert error(estimate, true) < 0.3 * before
+
+
+def test_a_prompt_counts_as_its_tokens() -> None:
+    """All alike they leave the same averages, and the products that go with them: later tokens are judged the same."""
+    rng, counts = np.random.default_rng(0), rng_counts(3)
+    first, second = (ActivityEstimate(bytes_of(rates(1)), 50, 20, 16) for _ in range(2))
+    for _ in range(30):
+        drawn = used(rng.binomial(32, rates(1)))
+        first.observe(drawn)
+        second.observe(drawn)
+    for _ in range(25):
+        first.observe(used(counts))
+    second.read(PromptLoad(25, used(counts).bytes_read()))
+    for ours, theirs, scale in zip(second.averages[:2], first.averages[:2], first.averages.scales, strict=True):
+        np.testing.assert_allclose(ours, scale * theirs, rtol=1e-4, atol=1)
+    np.testing.assert_allclose(second.averages.dots, first.averages.dots, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("topic", "trusted"), [(1, False), (2, True)])
+def test_behind_a_prompt_its_own_is_expected_where_it_is_another_topic(topic: int, trusted: bool) -> None:
+    rng, long = np.random.default_rng(0), bytes_of(rates(1))
+    # Whole groups are used, as of experts, or not at all.
+    estimate = ActivityEstimate(long, 512, 20, 16, unit=float(used(np.full(SHAPE, 32)).bytes_read().max()))
+    tokens = 32 * (rng.random((100, *SHAPE)) < rates(topic))
+    estimate.read(PromptLoad(100, np.mean([used(counts).bytes_read() for counts in tokens], axis=0)))
+    long_part, short_part = estimate.blend
+    assert (short_part > 0.8) if trusted else (short_part < 0.2)
+    assert long_part + short_part == pytest.approx(1)
+    assert error(estimate, rates(topic)) < 0.25
+
+
+def rng_counts(seed: int) -> np.ndarray:
+    """Of one token, by chance."""
+    return np.random.default_rng(seed).binomial(32, rates(seed))
 
 
 def test_what_few_groups_are_used_for_counts_as_in_averages_of_all() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.coordinator.balancing.world import GROUP_BYTES, GROUPS, LAYERS, World, policy_for, skewed, used
+from warmfront.coordinator.balancing.interface import PromptLoad
 from warmfront.coordinator.balancing.policies import make_policy
 
 
@@ -68,6 +69,51 @@ def test_by_layer_is_another_beginning_of_static() -> None:
     decision = policy_for("by-layer", world).decide(world.state())
     np.testing.assert_array_equal(decision.owner, world.owner)
     assert decision.drops.shape == decision.moves.shape == (0, 3)
+
+
+def test_prompt_takes_what_the_last_prompt_has_read_most_and_keeps_it() -> None:
+    world = World(skewed(), 1, 20)
+    world.budget = 8
+    policy = policy_for("prompt", world)
+    before = world.resident.copy()
+    world.run(policy, 4)
+    np.testing.assert_array_equal(world.resident, before)
+    for seed in (1, 2):
+        # Two jobs, of which the larger one counts for more; all that is decoded is of another topic.
+        jobs = [PromptLoad(tokens, GROUP_BYTES * skewed(seed + part)) for part, tokens in ((0, 90), (5, 10))]
+        for job in jobs:
+            policy.read(job)
+            nothing = policy.decide(world.state())  # between two jobs of a prompt
+            assert len(nothing.moves) == len(nothing.drops) == 0
+        world.run(policy, 12)
+        read = sum(job.tokens * job.bytes_read for job in jobs)
+        assert world.resident[1].sum() == 20
+        np.testing.assert_allclose(np.sort(read[world.resident[1]]), np.sort(read, axis=None)[-20:])
+        np.testing.assert_array_equal(world.owner == 1, world.resident[1])
+        moves = world.moves
+        assert policy.interval > 1000
+        world.run(policy, 5)
+        assert world.moves == moves
+
+
+def test_of_groups_that_a_prompt_reads_alike_those_that_are_there_stay() -> None:
+    world = World(skewed(), 1, 20)
+    policy = policy_for("prompt", World(np.ones_like(skewed()), 1, 20))
+    policy.read(PromptLoad(10, np.ones((LAYERS, GROUPS))))
+    world.run(policy, 4)
+    assert world.moves == 0
+
+
+def test_ema_takes_a_prompt_for_its_tokens() -> None:
+    world = World(skewed(), 1, 20)
+    policies = [policy_for("ema", world) for _ in range(2)]
+    token = used(np.rint(32 * skewed(1)).astype(int))
+    for _ in range(3):
+        policies[0].observe(token)
+    policies[1].read(PromptLoad(3, token.bytes_read()))
+    decisions = [policy.decide(world.state()) for policy in policies]
+    assert len(decisions[0].moves) > 0
+    np.testing.assert_array_equal(decisions[0].moves, decisions[1].moves)
 
 
 def test_core_takes_the_groups_with_the_most_neurons_of_a_core_and_keeps_them_until_it_is_another() -> None:

@@ -7,7 +7,8 @@ test_balance.py and test_baselines.py.
 import numpy as np
 import pytest
 
-from tests.coordinator.balancing.world import World, policy_for, skewed
+from tests.coordinator.balancing.world import GROUP_BYTES, World, policy_for, skewed
+from warmfront.coordinator.balancing.interface import PromptLoad
 from warmfront.coordinator.balancing.policies import POLICIES, make_policy
 from warmfront.shared import config
 from warmfront.shared.errors import UsageError
@@ -32,6 +33,7 @@ def test_rules_hold_whatever_fires(name: str, homes: int, caches: int, slots: in
     for seed in range(4):
         world.rates = skewed(seed)
         world.costs[:, 1] = world.rng.uniform(0.01, 0.3, world.workers)
+        policy.read(PromptLoad(3, GROUP_BYTES * world.rates))
         world.run(policy, 48)
 
 
