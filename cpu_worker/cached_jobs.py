@@ -266,6 +266,9 @@ def _await_chunk(c: Cache, w: Worker, rank: int, layer: int, start: int, groups:
             begin_job(c, -1)
             _stage(c, layer, ids, 0, end)
         _stage(c, layer, ids, end, min(end + c.chunk, groups))
+    # What goes as the job begins is not to be taken for there.
+    if start == 0 and barrier(w.barrier) != DONE:
+        return 0, 0, ABORTED
     low, high = share(end - start, 1, rank, rank + 1, w.threads)
     for i in range(start + low, start + high):
         if _await_units(c, rank, layer, ids[i], int(every)) != DONE:

@@ -101,6 +101,16 @@ def test_logits_are_those_of_a_model_in_memory(
         assert hits / (hits + misses) > 0.85
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_window_of_no_tokens_holds_nothing(folder: Path, in_memory: dict[str, Floats], asynchronous: bool) -> None:
+    """What a prompt finds there goes before any of its threads takes it for there."""
+    options = {"ram_budget": BUDGET, "offload_policy": "window", "offload_window": 0}
+    got, counters, held = decoded(folder, selector="lowrank", offload_asynchronous=asynchronous, **options)
+    np.testing.assert_array_equal(got, in_memory["lowrank"])
+    assert counters[0] == 0 < counters[1]
+    assert 0 < held < 0.1 * NEURONS * NEURON
+
+
 def test_a_window_holds_what_the_last_tokens_used(folder: Path) -> None:
     _, counters, held = decoded(
         folder, selector="lowrank", ram_budget=BUDGET, offload_policy="window", offload_window=2
