@@ -73,7 +73,7 @@ from warmfront.shared.kernels.by_address.kernels import call_at
 from warmfront.shared.kernels.exact_sums import inverse_unit, merge_sums
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import panels_of
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import apart, inlined, kernel
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.board import ANNOUNCED_NS, COMPARE_SELECTION, JOB_LANES, JOB_TOKENS, LAYER, QUIT
 from warmfront.shared.wire.handoff import ABORTED, DONE, LINE, announce, await_sequence, barrier, passed
@@ -87,7 +87,7 @@ _MERGED = 512
 _START, _QKV, _ATTENTION, _OUTPUT, _PREDICTOR, _POST, _MERGE = range(len(STEPS))
 
 
-@kernel
+@apart
 def _project(net: Network, st: State, layer: int, part: int, first: int, count: int, rank: int, x: Input) -> None:
     """This thread's share of the rows of q, k or v: rows first .. first + count of the joint q, k, v vector.
 
@@ -108,7 +108,7 @@ def _project(net: Network, st: State, layer: int, part: int, first: int, count: 
         rotate(net, st, layer, first, low, high, x.lanes)
 
 
-@kernel
+@apart
 def _note_units(
     inverse: Floats, reach: float, degree: int, biased: int, x: Floats, panels: int, hidden: int, lanes: int
 ) -> None:
@@ -261,7 +261,7 @@ def _output(net: Network, st: State, rank: int, lanes: int) -> None:
                 logits[i] = net.logit_cap * np.tanh(logits[i] / net.logit_cap)
 
 
-@kernel
+@apart
 def _add_workers(net: Network, st: State, layer: int, rank: int, panels: int, lanes: int) -> None:
     """Add the feed-forward's output to the residual."""
     x, h = st.x[rank], st.h[rank]

@@ -11,7 +11,7 @@ from warmfront.shared.kernels.by_address.kernels import call_at, entry_of
 from warmfront.shared.kernels.byte_dot import quantise_batch
 from warmfront.shared.kernels.fetching import MATRIX_ROWS
 from warmfront.shared.kernels.gemm import Panels, Rows
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import apart, inlined, kernel
 from warmfront.shared.kernels.prefill.matrix import multiply_tokens, pack_tokens
 from warmfront.shared.kernels.rows import dot_two, row_stride, takes_quantised, widen
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tiles, widen_tiled_row
@@ -67,7 +67,7 @@ def packed_input(kind: int, x_at: int, out_at: int, cols: int, panels: int, lane
     return Input(x_at, packed_at, packed_row, panels, lanes)
 
 
-@kernel
+@apart
 def _multiply_tiles(matrix: Matrix, low: int, high: int, x: Input, y_at: int, rows: int) -> None:
     """Rows low..high of a matrix in tiles times a batch's quantised inputs into float32 y [tokens, rows]."""
     stride = row_stride(matrix.kind, matrix.cols)
@@ -144,7 +144,7 @@ def linear(st: State, matrix: Matrix, low: int, high: int, x: Input, y_at: int, 
     call_at(st.linear[0], matrix, low, high, x, y_at, rows, scratch_at)
 
 
-@kernel
+@apart
 def widen_row(matrix: Matrix, row: int, out_at: int) -> None:
     """Write a row of a packed matrix as float32 [cols] to `out_at`."""
     rows = Rows(matrix.kind, matrix.at, row_stride(matrix.kind, matrix.cols), matrix.cols)

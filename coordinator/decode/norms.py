@@ -9,7 +9,7 @@ from numba import carray
 from warmfront.coordinator.decode.linear import add_bias
 from warmfront.coordinator.decode.network import BIAS, DECODE, K_NORM, POSITION, Q_NORM, TOKENS, Network, State
 from warmfront.shared.kernels.atomics import address_of, floats_at
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import apart, inlined, kernel
 from warmfront.shared.model.architecture import NORMS
 from warmfront.shared.model.panels import LANES
 from warmfront.shared.wire.handoff import barrier
@@ -61,7 +61,7 @@ def _add_up(values: Floats, mean: Any, squared: bool) -> Any:
     return total
 
 
-@kernel
+@apart
 def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes: int) -> None:
     """Norm of every token of x [panels, size, lanes] into `out`, which may be x; without a norm, a copy."""
     if norm.weight_at == 0:
@@ -104,7 +104,7 @@ def normalise(norm: Norm, size: int, x: Floats, out: Floats, panels: int, lanes:
     add_bias(norm.bias_at, 0, size, address_of(out), size, panels, lanes)
 
 
-@kernel
+@apart
 def add_block(net: Network, norm: Norm, values: Floats, h: Floats, x: Floats, panels: int, lanes: int) -> None:
     """Add a block's output to the residual x, normed and scaled as the model has it; `h` gets what is normed."""
     part = values

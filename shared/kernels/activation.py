@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import apart, inlined, kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, V16, call, constants, fma, load, long, splat, store, vector
 from warmfront.shared.model.architecture import ACTIVATIONS, FeedForward
 from warmfront.shared.model.panels import LANES
@@ -243,7 +243,7 @@ def factor(activation: Activation, gate: Any, up: Any) -> Any:
     return _activate(activation, gate) * (up if up_fires(activation, up) else np.float32(0))
 
 
-@kernel
+@apart
 def activate_times(activation: Activation, gates: int, ups: int, count: int) -> None:
     """gates = factors of `count` neurons, a multiple of 16, with these gates and ups."""
     if activation.code == _SILU:

@@ -19,7 +19,7 @@ from numba.extending import intrinsic, register_jitable
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.simd import (
     FLOAT,
     I8,
@@ -252,7 +252,7 @@ def quantise_input(x: int, out: int, cols: int) -> Any:
     return _quantise(x, out, cols)
 
 
-@kernel
+@apart
 def quantise_batch(x: int, out: int, cols: int, tokens: int) -> tuple[int, int]:
     """Quantise float32 [tokens, cols] at `x` in `out` [tokens, quantised_bytes(cols)].
 

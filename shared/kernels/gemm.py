@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.fp16 import has
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.row_formats import FORMATS, PLAIN, RowFormat, by_kind, column_scales
 from warmfront.shared.kernels.rows import widen
 from warmfront.shared.kernels.simd import (
@@ -314,7 +314,7 @@ class Left(NamedTuple):
     terms: int
 
 
-@kernel
+@apart
 def multiply(pairs: bool, left: Left, x: Panels, y: Panels, adds: bool) -> None:
     """8 rows times panels of features, or pairs: y[p][r] = sum_k left[r][k] * x[p][k], or += if it `adds`."""
     for p in range(0, x.panels, PANELS):
@@ -331,7 +331,7 @@ def pack_panels(kind: int, x: int, out: int, features: int, panels: int) -> int:
     return out
 
 
-@kernel
+@apart
 def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
     """8 packed rows times as many panels as `y` has: y[p][r][lane].
 
@@ -348,7 +348,7 @@ def multiply_rows(rows: Rows, x: int, y: Panels, scratch: int) -> None:
         multiply(False, Left(scratch, cols * 4, 4, cols), Panels(x, cols * LANES * 4, y.panels), y, False)
 
 
-@kernel
+@apart
 def gather_columns(rows: Rows, count: int, tail: int, out: int, first: int, columns: int, apart: int) -> Any:
     """Widen `columns` columns, from column `first` on (multiples of 32), of `count` packed rows (an even number).
 
@@ -380,7 +380,7 @@ class Gathered(NamedTuple):
     cols: int
 
 
-@kernel
+@apart
 def multiply_columns(left: Gathered, x: int, x_rows: int, y: Panels) -> None:
     """Add to y[p][column] the sum over the gathered rows of row[column] * x[p][row].
 

@@ -12,11 +12,12 @@ What is missing or damaged is compiled anew and replaced; where nothing can be k
 The oldest folders are removed when a new one is made.
 
 What costs most to compile is tuples of arrays, hundreds of fields each, and kernels that are compiled once more into
-those that call them: what is in `by_address/` spares both.
+those that call them, and so on upwards: what is in `by_address/` spares the one, kernels that are `apart` the other.
 """
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import inspect
 import json
@@ -30,10 +31,12 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import ir
+from llvmlite import binding
+from llvmlite import ir as llvm
+from numba.core import cgutils, ir, sigutils
 from numba.core.compiler import CompileResult
 from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
@@ -45,7 +48,7 @@ from warmfront.shared.kernels.version import digest
 from warmfront.shared.machine.process import hold_interrupts
 from warmfront.shared.paths import cache_root
 
-__all__ = ["cache_is_cold", "compile_for", "compiling_note", "inlined", "kernel"]
+__all__ = ["apart", "cache_is_cold", "compile_for", "compiling_note", "inlined", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -165,14 +168,19 @@ class _Cache:
             key = self._key(signature, context.codegen())
             data = self._file(key).read_bytes()
             if hashlib.sha256(data).hexdigest() == self._index()[key]:
-                return CompileResult._rebuild(context, *pickle.loads(data))
+                called, reduced = pickle.loads(data)
+                for module, name, arguments in called:
+                    getattr(import_module(module), name).compile(arguments)
+                return CompileResult._rebuild(context, *reduced)
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Keep what was compiled for `signature`, if that can be."""
         if result.lifted or result.library.has_dynamic_globals or _refusal():
             return
-        data = dumps(result._reduce())
+        names = (each.name for each in result.library._final_module.global_variables)
+        called = [_apart[name].source for name in names if name in _apart]
+        data = dumps((called, result._reduce()))
         with contextlib.suppress(OSError):  # a full disk; a kernel that no file holds
             key = self._key(signature, result.codegen)
             _replace(self._file(key), data)
@@ -234,6 +242,65 @@ def inlined(function: F) -> F:
     """
     piece: F = numba.njit(inline="always")(function)
     return piece
+
+
+class _Apart:
+    """Where compiled code finds a kernel that is `apart`: the symbol of a word with its address."""
+
+    def __init__(self, symbol: str, function: Callable[..., Any], result: CompileResult) -> None:
+        # From where another process gets the kernel.
+        self.source = function.__module__, function.__qualname__, result.signature.args
+        # Kept, for its memory is.
+        self._library = result.library
+        self._word = ctypes.c_uint64(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+        binding.add_symbol(symbol, ctypes.addressof(self._word))
+
+
+# By symbol.
+_apart: dict[str, _Apart] = {}
+
+
+def _calls_through(symbol: str, described: Any) -> Callable[..., Any]:
+    """What numba is to write where a kernel calls that of the symbol; `described`: numba's description of it."""
+
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kinds, result = described.argtypes, described.restype
+        word = builder.module.globals.get(symbol)
+        if word is None:
+            word = llvm.GlobalVariable(builder.module, llvm.IntType(64), symbol)
+        kernel_type = context.call_conv.get_function_type(result, kinds)
+        function = builder.inttoptr(builder.load(word), kernel_type.as_pointer())
+        status, value = context.call_conv.call_function(builder, function, result, kinds, arguments)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return value
+
+    emit.signature, emit.libs = described.argtypes, ()  # type: ignore[attr-defined]
+    return emit
+
+
+def apart(function: F) -> F:
+    """As `kernel`, called by its address by other kernels, into which it is not compiled once more.
+
+    For those that have work for some hundred nanoseconds, and kernels above them.
+    """
+    compiled: Any = kernel(function)
+    compile_now = compiled.compile
+
+    def compile_apart(signature: Any) -> Any:
+        entry = compile_now(signature)
+        result = compiled.overloads[tuple(sigutils.normalize_signature(signature)[0])]
+        kind = hashlib.sha256(repr(result.signature.args).encode()).hexdigest()[:16]
+        symbol = f"{function.__module__}.{function.__qualname__}.{kind}"
+        if symbol not in _apart:
+            _apart[symbol] = _Apart(symbol, function, result)
+            compiled.targetctx.remove_user_function(entry)
+            calls = _calls_through(symbol, result.fndesc)
+            compiled.targetctx._defns[entry].append(calls, calls.signature)
+        return entry
+
+    compiled.compile = hold_interrupts()(compile_apart)
+    return cast(F, compiled)
 
 
 def kernel(function: F) -> F:

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.atomics import floats_at
 from warmfront.shared.kernels.byte_dot import byte_dot, multiplies_bytes
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.row_formats import (
     FORMATS,
     PLAIN,
@@ -142,7 +142,7 @@ def takes_quantised(kind: int) -> bool:
     return _takes_quantised(kind)
 
 
-@kernel
+@apart
 def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
     """Inner product of the packed row at `row` with float32 [cols] at `x`.
 
@@ -152,7 +152,7 @@ def dot(kind: int, row: int, x: int, q: int, cols: int, ahead: int) -> Any:
     return _dot(kind, row, x, q, cols, ahead)
 
 
-@kernel
+@apart
 def dot_two(kind: int, rows: Pair, x: int, q: int, cols: int, outs: Pair, ahead: int) -> None:
     """`dot` of two rows with one input, into the float32 at two addresses.
 
@@ -165,7 +165,7 @@ def dot_two(kind: int, rows: Pair, x: int, q: int, cols: int, outs: Pair, ahead:
         carray(floats_at(outs[i]), (1,))[0] = dot(kind, rows[i], x, q, cols, ahead)
 
 
-@kernel
+@apart
 def widen(kind: int, row: int, out: int, cols: int) -> None:
     """Write the packed row at `row`, not of Q4C, as float32 [cols] to `out`."""
     _widen(kind, row, out, cols)

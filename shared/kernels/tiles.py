@@ -40,7 +40,7 @@ from warmfront.shared.kernels.byte_dot import (
 )
 from warmfront.shared.kernels.fp16 import from_half, widened
 from warmfront.shared.kernels.gemm import Panels, Rows
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.row_formats import FORMATS, TILED, RowFormat, block_bytes, by_kind
 from warmfront.shared.kernels.rows import Pair, row_stride
 from warmfront.shared.kernels.simd import (
@@ -103,7 +103,7 @@ def _block_parts(kind: int) -> tuple[int, int]:
     return (8, 1) if kind == _Q8 else (4, 2 if kind == _Q4 else 1)
 
 
-@kernel
+@apart
 def interleave(kind: int, at: int, rows: int, cols: int) -> None:
     """Turn `rows` packed rows at `at`, a multiple of 16, into tiles in their place."""
     stride, blocks = row_stride(kind, cols), cols // BLOCK
@@ -258,7 +258,7 @@ def _make_tile(count: int) -> Any:
 _tile_1, _tile_2, _tile_4 = (_make_tile(count) for count in (1, 2, 4))
 
 
-@kernel
+@apart
 def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: int) -> None:
     """The 16 rows of a tile times the quantised inputs of a batch's tokens, into float32 [16] of each.
 
@@ -280,7 +280,7 @@ def multiply_tile(kind: int, tile: int, cols: int, x: Panels, y: Panels, ahead: 
         ahead = 0
 
 
-@kernel
+@apart
 def multiply_tiles(kind: int, tiles: Pair, cols: int, x: Panels, y: Panels, other_y: int, ahead: int) -> None:
     """`multiply_tile` for two tiles; the second one's sums go to `other_y`, as far apart as the first's.
 
@@ -294,7 +294,7 @@ def multiply_tiles(kind: int, tiles: Pair, cols: int, x: Panels, y: Panels, othe
     multiply_tile(kind, tiles[1], cols, x, Panels(other_y, y.step, y.panels), ahead)
 
 
-@kernel
+@apart
 def widen_tiled_row(rows: Rows, row: int, out: int) -> None:
     """Write one row of a matrix in tiles as float32 [cols] to `out`."""
     kind, cols = rows.kind, rows.cols

@@ -37,7 +37,7 @@ from warmfront.shared.kernels.atomics import (
     store_release,
     yield_core,
 )
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 
 __all__ = [
     "ABORTED",
@@ -94,7 +94,7 @@ def wake(line: int) -> None:
     futex_wake(line)
 
 
-@kernel
+@apart
 def await_sequence(line: int, sequence: int, abort: int, spins: int, deadline_ns: int) -> int:
     """Wait until `line` carries `sequence` or a later one.
 
@@ -165,7 +165,7 @@ class Barrier(NamedTuple):
     abort: int
 
 
-@kernel
+@apart
 def barrier(b: Barrier) -> int:
     """Wait until all threads of the team have arrived. Returns DONE or ABORTED."""
     if b.threads == 1:

@@ -7,7 +7,7 @@ from numba import carray
 from warmfront.coordinator.decode.network import POSITION, TOKENS, Network, State
 from warmfront.shared.kernels.atomics import bytes_at, floats_at, shorts_at
 from warmfront.shared.kernels.fp16 import from_half, to_half
-from warmfront.shared.kernels.jit import inlined, kernel
+from warmfront.shared.kernels.jit import apart, inlined, kernel
 from warmfront.shared.model.formats import BLOCK, Kind
 from warmfront.shared.model.kv_layout import PAGE, TILE
 from warmfront.shared.wire.handoff import barrier
@@ -94,7 +94,7 @@ def _write_floats(kind: int, values: Floats, step: int, tile_at: int, part: int,
     return spoiled
 
 
-@kernel
+@apart
 def cache_head(net: Network, st: State, layer: int, head: int, panel: int, lanes: int) -> None:
     """Write one head's keys and values of a panel of tokens into the cache.
 

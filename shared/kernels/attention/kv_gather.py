@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels.attention.kv_tiles import Tile, integers, scale_vectors
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Rows, gather_columns, in_pairs, multiplies_bfloat, paired
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import I16, I64, V16, load, long, splat, store
 from warmfront.shared.model.formats import BLOCK, Kind
@@ -67,7 +67,7 @@ def _gathered_bytes(rows: int) -> int:
     return rows * TILE * (2 if in_pairs(_Q8) else 4)
 
 
-@kernel
+@apart
 def gather_keys(tile: Tile, out: int) -> int:
     """Widen a tile's keys for `gemm.multiply_columns`: rows are the head's numbers. Returns where the next belong."""
     if tile.kind != _Q8:
@@ -76,7 +76,7 @@ def gather_keys(tile: Tile, out: int) -> int:
     return out + _gathered_bytes(tile.numbers)
 
 
-@kernel
+@apart
 def gather_values(tile: Tile, strip: int, out: int) -> int:
     """The same of numbers 32 * `strip` and the next 31 of its values: rows are the positions."""
     if tile.kind != _Q8:

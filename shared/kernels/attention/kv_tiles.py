@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.byte_dot import adds_in_words, split_block
 from warmfront.shared.kernels.fp16 import widened
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind
 from warmfront.shared.kernels.rows import row_stride
 from warmfront.shared.kernels.simd import (
@@ -321,7 +321,7 @@ def _multiply(strip: _Strip, x: Heads, y: Heads, heads: int, adding: int) -> Non
             _product_1(strip, x_at, x.step, y_at, y.step, adding)
 
 
-@kernel
+@apart
 def multiply_keys(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
     """Scores of the tile's 32 positions: y[h][position] = x[h] . key.
 
@@ -330,7 +330,7 @@ def multiply_keys(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
     _multiply(_Strip(tile.kind, tile.at, tile.numbers, tile.ahead), x, y, heads, 0)
 
 
-@kernel
+@apart
 def add_values(tile: Tile, x: Heads, y: Heads, heads: int) -> None:
     """y[h] += sum over the tile's 32 positions of x[h][position] * value.
 
@@ -382,7 +382,7 @@ def _quantise_head(context, x, out, rows):
     return types.int64(types.int64, types.int64, types.int64), build
 
 
-@kernel
+@apart
 def quantise_heads(kind: int, x: int, out: int, rows: int, heads: int) -> int:
     """float32 [heads, rows] at `x` as `multiply_keys` takes them for tiles of `kind`: returns their address.
 

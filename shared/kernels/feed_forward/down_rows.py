@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from warmfront.shared.kernels import simd
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import has
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart
 from warmfront.shared.kernels.row_formats import FORMATS, RowFormat, by_kind, column_scales, fetch_blocks
 from warmfront.shared.kernels.simd import FLOAT, I64, V16, fma, load, long, splat, store
 from warmfront.shared.model.bundle import GROUP
@@ -108,7 +108,7 @@ def _add_some(context, kind, list_, first, count, last, place):
     return types.void(*[types.int64] * 4, types.boolean, place), build
 
 
-@kernel
+@apart
 def add_down_rows(kind: int, list_at: int, count: int, tail_at: int, sums_at: int, cols: int) -> None:
     """Add the sum over a list of `count` rows of one group, 1 or more, of factor times row to int64 sums [cols].
 

@@ -38,7 +38,7 @@ from warmfront.shared.kernels.byte_dot import (
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.fp16 import widened
 from warmfront.shared.kernels.gemm import Panels
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.row_formats import (
     DOWN_TILED,
     FORMATS,
@@ -105,7 +105,7 @@ def down_in_tiles(kind: int) -> bool:
     return _floats(kind) or down_in_bytes(kind)
 
 
-@kernel
+@apart
 def interleave_down(kind: int, rows: npt.NDArray[np.uint8], stride: int, cols: int, out: int) -> None:
     """Write a group's 32 packed down rows, `stride` bytes apart, as a tile to `out`, another place.
 
@@ -356,7 +356,7 @@ def _make_adder(count: int) -> Any:
 _add_1, _add_2, _add_4 = (_make_adder(count) for count in (1, 2, 4))
 
 
-@kernel
+@apart
 def add_down_tile(kind: int, tile_at: int, tail: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
     """For each token of a batch, add the sum of factor times row over the 32 rows of a tile to its int64 sums [cols].
 
@@ -378,7 +378,7 @@ def add_down_tile(kind: int, tile_at: int, tail: int, factors: Panels, sums: Pan
         ahead = 0
 
 
-@kernel
+@apart
 def add_down_tiles(kind: int, tiles: Pair, tail: int, factors: Panels, sums: Panels, cols: int, ahead: int) -> None:
     """`add_down_tile` for two tiles; the second one's factors lie behind those of all tokens for the first."""
     others = factors.at + sums.panels * factors.step

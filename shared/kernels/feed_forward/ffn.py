@@ -39,7 +39,7 @@ from warmfront.shared.kernels.feed_forward.down_rows import AHEAD_AT, FACTORS_AT
 from warmfront.shared.kernels.feed_forward.down_tiles import add_down_tile, add_down_tiles
 from warmfront.shared.kernels.feed_forward.neuron_lists import set_bit
 from warmfront.shared.kernels.gemm import Panels
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.rows import Pair, dot, dot_two, prefetch
 from warmfront.shared.kernels.tiles import TILE, in_tiles, multiply_tile, multiply_tiles
 from warmfront.shared.model.bundle import GROUP
@@ -116,7 +116,7 @@ def _multiply_rows(b: Bundles, at: Pair, batch: Batch, out_at: int, other_out: i
                 carray(floats_at(out_at + place), (1,))[0] = _dot(b, first + start, batch, token, own_ahead)
 
 
-@kernel
+@apart
 def _whole_factors(b: Bundles, at: Pair, batch: Batch, gates_at: int) -> None:
     """What the down rows of two groups, or of one, are multiplied with: float32 [2, tokens, 32], with as much scratch
     behind them."""
@@ -143,7 +143,7 @@ def _whole_factors(b: Bundles, at: Pair, batch: Batch, gates_at: int) -> None:
                 gates[place, token, neuron] *= inverse[token]
 
 
-@kernel
+@apart
 def whole_groups(b: Bundles, slots: Ints, low: int, high: int, batch: Batch) -> None:
     """Add the outputs of all neurons of slots low..high, which are in tiles.
 
@@ -240,7 +240,7 @@ def _ends_group(listed: Ints, i: int, high: int) -> bool:
     return i == high - 1 or listed[i + 1] // GROUP != listed[i] // GROUP
 
 
-@kernel
+@apart
 def listed_neurons(
     b: Bundles, slots: Ints, listed: Ints, low: int, high: int, selection: Selection, batch: Batch
 ) -> int:
@@ -270,7 +270,7 @@ def listed_neurons(
     return count
 
 
-@kernel
+@apart
 def open_gates(
     b: Bundles, slots: Ints, low: int, high: int, batch: Batch, words: Any, gates: Floats, opened: Ints
 ) -> int:
@@ -305,7 +305,7 @@ def open_gates(
     return count
 
 
-@kernel
+@apart
 def open_neurons(
     b: Bundles, slots: Ints, gates: Floats, opened: Ints, low: int, high: int, batch: Batch, computed: Any
 ) -> int:

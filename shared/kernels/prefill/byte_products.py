@@ -22,7 +22,7 @@ from warmfront.shared.kernels.atomics import floats_at, shorts_at
 from warmfront.shared.kernels.byte_dot import Left, Products, adds_in_words, multiplies_bytes
 from warmfront.shared.kernels.fp16 import from_half
 from warmfront.shared.kernels.gemm import Panels, Rows
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.prefill.byte_panels import OFFSETS, PANEL_BLOCK, SCALES
 from warmfront.shared.kernels.row_formats import TILED, RowFormat, block_bytes, by_kind
 from warmfront.shared.kernels.simd import (
@@ -211,7 +211,7 @@ def _widen_scales(rows: Rows, count: int, out: int) -> None:
             scales[i, r] = from_half(halves[i])
 
 
-@kernel
+@apart
 def multiply_thirty_two(rows: Rows, tiled: bool, count: int, x: Panels, tokens: int, sums: int, scratch: int) -> None:
     """32 rows times tokens, into float32 [tokens, 32].
 
@@ -249,7 +249,7 @@ def _turn(context, rows, out):
     return types.void(types.int64, types.int64), build
 
 
-@kernel
+@apart
 def turn_tokens(sums: int, tokens: int, out: int) -> None:
     """From float32 [tokens, 32] panels [32, 16]; the lanes behind the last token are 0.
 
@@ -262,7 +262,7 @@ def turn_tokens(sums: int, tokens: int, out: int) -> None:
         _turn(sums + token * 8 * TILE, out + token * 8 * TILE)
 
 
-@kernel
+@apart
 def multiply_byte_rows(rows: Rows, tiled: bool, low: int, high: int, x: int, y: Panels, scratch: int) -> None:
     """Rows low..high (multiples of 4) of at most 32 times as many panels as `y` has: y[p][r][lane], from row 0 on.
 

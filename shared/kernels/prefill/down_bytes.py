@@ -24,7 +24,7 @@ from warmfront.shared.kernels.byte_dot import Left, left, multiplies_bytes
 from warmfront.shared.kernels.exact_sums import add_to_sums
 from warmfront.shared.kernels.feed_forward.down_tiles import both_halves, neuron_scales, numbers_of
 from warmfront.shared.kernels.fp16 import from_half
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart
 from warmfront.shared.kernels.prefill.byte_panels import (
     OFFSETS,
     PANEL_BLOCK,
@@ -127,7 +127,7 @@ def _neuron_scales(context, kind, tile, block, out):
     return types.void(*[types.int64] * 4), build
 
 
-@kernel
+@apart
 def widen_neuron_scales(rows: DownRows, block: int, out: int) -> None:
     """Write the neurons' scales in the 32 columns of a block as float32 [32], of Q4 then what number 8 stands for."""
     kind, blocks = rows.kind, rows.cols // BLOCK
@@ -175,7 +175,7 @@ def _quantise(context, x, inverse, scales, zero, out):
     return types.void(types.int64, types.int64, scales, types.float32, types.int64), build
 
 
-@kernel
+@apart
 def quantise_factors(kind: int, factors: int, inverse: int, scales: int, panels: int, out: int) -> None:
     """Quantise a group's factors, float32 [panels, 32, 16], for 32 columns, into blocks [panels].
 
@@ -245,7 +245,7 @@ def _add_token(context: Any, b: Any, form: RowFormat, halves: Any, place: Any) -
         add_to_sums(context, b, sums, long(8 * LANES * half), value)
 
 
-@kernel
+@apart
 def add_down_bytes(rows: DownRows, block: int, factors: int, places: int, tokens: int, strip: int) -> None:
     """Add what a group makes of the 32 columns of block `block` to the tokens' sums, in their units.
 
@@ -273,7 +273,7 @@ def _add_turned(context, strip, sums):
     return types.void(types.int64, types.int64), build
 
 
-@kernel
+@apart
 def add_strips(strips: int, panels: int, cols: int, sums: int) -> None:
     """Add strips [cols / 32, panels * 16, 32] to int64 sums [panels, cols, 16]."""
     for block in range(cols // BLOCK):

@@ -23,7 +23,7 @@ from warmfront.shared.kernels.gemm import (
     multiplies_bfloat,
     parts_in_registers,
 )
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.simd import FLOAT, I32, I64, load, long, splat, vector
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.panels import LANES
@@ -99,7 +99,7 @@ def _add(
     _products(pairs, left, x, y, groups, panels)
 
 
-@kernel
+@apart
 def add_columns(left: Columns, x: Factors, y: Panels) -> None:
     """Add to the int64 sums y[p][column][lane] what the groups' neurons make of the columns, in units of the tokens."""
     pairs = in_pairs(left.kind)

@@ -1,7 +1,7 @@
 """Rows of any weight type times several tokens: as bytes where the CPU multiplies them, else as `gemm.py` does."""
 
 from warmfront.shared.kernels.gemm import Panels, Rows, in_pairs, multiply_rows, pack_panels
-from warmfront.shared.kernels.jit import kernel
+from warmfront.shared.kernels.jit import apart, kernel
 from warmfront.shared.kernels.prefill.byte_panels import PANEL_BLOCK, quantise_panels
 from warmfront.shared.kernels.prefill.byte_products import multiply_byte_rows
 from warmfront.shared.kernels.tiles import TILE, in_tiles
@@ -11,7 +11,7 @@ from warmfront.shared.model.panels import LANES
 __all__ = ["multiply_tokens", "pack_tokens", "packed_words"]
 
 
-@kernel
+@apart
 def pack_tokens(kind: int, x: int, out: int, cols: int, panels: int) -> int:
     """Panels at `x` as `multiply_tokens` wants them for rows of `kind`: as they are, or in `out` (half the size)."""
     # A type that is held in tiles is one that is multiplied as bytes.
@@ -29,7 +29,7 @@ def packed_words(kind: int, cols: int) -> int:
     return cols // 2 if in_pairs(kind) else cols
 
 
-@kernel
+@apart
 def multiply_tokens(rows: Rows, tiled: int, low: int, high: int, x: int, y: Panels, scratch: int) -> None:
     """Rows low..high, multiples of 8, of a matrix times as many panels as `y` has: y[p][r][lane], from row 0 on.
 

@@ -62,6 +62,34 @@ def total(number):
 
 print(total(5), total(101), *twice.signatures, len(both.signatures))
 """
+# Through a kernel that is not apart, and from the cache where only the caller's file is asked for.
+CALLED = """
+from warmfront.shared.kernels.jit import apart, kernel
+
+@apart
+def called(number):
+    if number < 0:
+        raise ValueError("negative")
+    return 2 * number
+
+@kernel
+def between(number):
+    return called(number) + 1
+
+@kernel
+def calling(number):
+    return between(number) + called(1)
+
+print(calling(5), *called.signatures, sum(calling.stats.cache_hits.values()))
+try:
+    calling(-1)
+except ValueError as error:
+    print(error)
+"""
+COMPILED = """
+lines = calling.inspect_llvm(calling.signatures[0]).splitlines()
+print([sum(" = external " in line and name in line for line in lines) for name in ("between", "called")])
+"""
 # Ctrl-C while LLVM compiles.
 PRESSED = """
 import signal
@@ -311,6 +339,23 @@ def test_many_processes_make_and_prune_the_cache_at_once(copy: Path) -> None:
 def test_a_constant_makes_no_kernel_of_its_own_and_what_is_inlined_none(copy: Path) -> None:
     (copy.parent / "constants.py").write_text(CONSTANTS)
     assert run("import constants", copy) == ["20", "6", "(int64,)", "0"]
+
+
+def test_what_is_apart_is_called_and_compiled_into_no_caller(copy: Path) -> None:
+    (copy.parent / "calls.py").write_text(CALLED)
+    assert run("from calls import *" + COMPILED, copy)[-2:] == ["[0,", "1]"]
+    assert run("import calls", copy) == ["13", "(int64,)", "1", "negative"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")])
+def test_what_is_apart_is_compiled_anew_where_only_its_caller_is_kept(
+    copy: Path, damage: Callable[[Path], object]
+) -> None:
+    (copy.parent / "calls.py").write_text(CALLED)
+    run("import calls", copy)
+    (file,) = (copy.parent.parent / "cache/warmfront/kernels").glob("*/calls.called.*.nbc")
+    damage(file)
+    assert run("import calls", copy) == ["13", "(int64,)", "1", "negative"]
 
 
 def test_ctrl_c_waits_for_the_compilation(copy: Path) -> None:
