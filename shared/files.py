@@ -1,8 +1,8 @@
 """How files are written: as a whole or not at all, synced to the disk, by one process at a time.
 
 A file is written without a name (O_TMPFILE), synced, and linked into its folder when complete, so that a killed run or
-a power cut leaves nothing of it. Where it replaces an older file, or the file system has no nameless files, it is
-called NAME.partial until then.
+a power cut leaves nothing of it. Where it replaces an older file, or the file system has no nameless files, or the next
+run is to go on with what a killed one has written, it is called NAME.partial until then.
 """
 
 import contextlib
@@ -124,21 +124,17 @@ def _take(lock: Path, say: Callable[[str], None]) -> int:
 
 
 @contextlib.contextmanager
-def published(target: Path) -> Iterator[int]:
+def published(target: Path, *, continued: bool = False) -> Iterator[int]:
     """A file descriptor whose file appears as `target` when the block ends without an exception, and only then.
 
     It replaces an existing `target`; processes that have the old one open keep it. Publish files that several processes
     write within `locked`. Raises OSError, and then leaves nothing.
+
+    `continued`: the file has what a run that was killed or interrupted has written of it; the caller finds out how much
+    of that is right.
     """
     partial = target.with_suffix(".partial")
-    try:
-        fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        named = False
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        named = True
+    fd, named = _opened(partial, continued)
     try:
         yield fd
         os.fsync(fd)  # before it has a name: after a power cut, a file that has its name is complete
@@ -151,13 +147,26 @@ def published(target: Path) -> Iterator[int]:
                 named = True
         if named:
             partial.rename(target)
-    except BaseException:
-        if named:
+    except BaseException as error:
+        if named and not (continued and isinstance(error, KeyboardInterrupt)):
             partial.unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
     _sync_folder(target.parent)
+
+
+def _opened(partial: Path, continued: bool) -> tuple[int, bool]:
+    """A descriptor of a file for `published`, and whether that has the name `partial`."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if continued:
+        return os.open(partial, os.O_CREAT | flags, 0o644), True
+    try:
+        return os.open(partial.parent, os.O_TMPFILE | flags, 0o644), False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    return os.open(partial, os.O_CREAT | os.O_TRUNC | flags, 0o644), True
 
 
 def _link(fd: int, name: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "grouped_rows",
     "head_order",
     "padded",
+    "rows_at_once",
 ]
 
 Bytes = npt.NDArray[np.uint8]
@@ -142,18 +143,20 @@ class SourceTensor(ABC):
         return np.array(self.widened(0, self.shape[0]), np.float32)
 
     @IGNORE_OVERFLOW
-    def packed(self, kind: Kind) -> Bytes:
-        """The matrix as uint8 [rows, row_bytes(kind, padded(cols))], padded with zero columns.
+    def packed(self, kind: Kind, start: int = 0, stop: int | None = None) -> Bytes:
+        """Rows start..stop (default: all), multiples of the step, as uint8 [rows, row_bytes(kind, padded(cols))].
 
-        It is made in chunks, so that it is never in memory as float32 as a whole.
+        They are padded with zero columns, and made in chunks, so that they are never in memory as float32 as a whole.
         """
-        rows, cols = self.shape
-        out = np.empty((rows, row_bytes(kind, padded(cols))), np.uint8)
-        rows_at_once = max(CHUNK // cols // self.step, 1) * self.step
-        for start in range(0, rows, rows_at_once):
-            stop = min(start + rows_at_once, rows)
-            out[start:stop] = self._pack(start, stop, kind)
-            self.check_finite(finite(out[start:stop], kind, padded(cols)), kind)
+        cols = self.shape[1]
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+        out = np.empty((stop - start, row_bytes(kind, padded(cols))), np.uint8)
+        at_once = rows_at_once(cols, self.step)
+        for first in range(start, stop, at_once):
+            last = min(first + at_once, stop)
+            chunk = out[first - start : last - start]
+            chunk[:] = self._pack(first, last, kind)
+            self.check_finite(finite(chunk, kind, padded(cols)), kind)
         return out
 
     def column_scales(self) -> npt.NDArray[np.float16]:
@@ -211,6 +214,11 @@ def grouped_rows(attention: Attention, part: str) -> Order:
     """The rows of q, k or v in one matrix that has, for each head of keys, its queries, the key, the value."""
     rows = np.arange(attention.q_rows + 2 * attention.kv_rows).reshape(attention.kv_heads, -1, attention.head_dim)
     return {"q": rows[:, :-2], "k": rows[:, -2], "v": rows[:, -1]}[part].reshape(-1)
+
+
+def rows_at_once(cols: int, step: int) -> int:
+    """How many rows of a matrix, a multiple of `step`, are widened at a time."""
+    return max(CHUNK // cols // step, 1) * step
 
 
 def padded(size: int) -> int:

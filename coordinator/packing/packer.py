@@ -2,13 +2,18 @@
 
 Done once for each content (`content.py`) and weight type. A second run waits for the first and uses its result. A file
 that is damaged, or of another version of the format, is packed anew.
+
+Tensors are made and written some 16 million weights at a time, so that packing needs some hundred MB however large the
+model is; only what is rounded as a whole (`coordinator/quantising`) needs more. A run that was killed has left what it
+had written: the next one checks that and goes on behind it (`packed_file.py`).
 """
 
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +25,7 @@ import numpy.typing as npt
 from warmfront.coordinator.models.hf.folder import folder_name
 from warmfront.coordinator.models.open import open_source
 from warmfront.coordinator.models.packed_tokenizer import pack_tokenizer
-from warmfront.coordinator.models.source import Source, SourceTensor, padded
+from warmfront.coordinator.models.source import Source, SourceTensor, padded, rows_at_once
 from warmfront.coordinator.packing.content import content_of, state_of
 from warmfront.coordinator.packing.packed_file import Shapes, tensor_bytes, write_packed
 from warmfront.shared.errors import DamagedError, ModelError, ResourceError
@@ -36,7 +41,7 @@ from warmfront.shared.model.branches import (
 )
 from warmfront.shared.model.bundle import GROUP
 from warmfront.shared.model.formats import Kind, largest, largest_of_blocks, row_bytes
-from warmfront.shared.model.store import PackedModel
+from warmfront.shared.model.store import PIECE_ROWS, PackedModel
 from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import file_shapes
 from warmfront.shared.paths import cache_root
@@ -122,18 +127,31 @@ def _pack(
     source = open_source(path)
     for note in source.notes:
         say(note)
-    with nullcontext(source) if refined is None else refined(source) as made, published(target) as fd:
+    with (
+        nullcontext(source) if refined is None else refined(source) as made,
+        published(target, continued=True) as fd,
+    ):
+        if os.fstat(fd).st_size > 0:
+            say("checking what a run that was interrupted has packed, to go on with it")
         pack_source(fd, made, dtype if refined is None else "auto", progress)
         if state_of(path) != before:
             raise ModelError(f"{path} was changed while it was packed: start again")
 
 
 def pack_source(fd: int, source: Source, dtype: str, progress: Progress) -> None:
-    """Write the packed file of `source`. Raises as `ensure_packed`, and OSError."""
+    """Write the packed file of `source`, behind what is there of it. Raises as `ensure_packed`, and OSError."""
     plan = PackingPlan(source, dtype)
-    tensors = map(plan.data, plan.shapes)
-    plausible = json.dumps(source.activations if source.activations[0] == source.spec.activation else [])
-    write_packed(fd, source.spec, plan.all_kinds(), plan.text(), plan.shapes, tensors, progress, plausible=plausible)
+    write_packed(
+        fd,
+        source.spec,
+        plan.all_kinds(),
+        plan.text(),
+        plan.shapes,
+        map(plan.data, plan.shapes),
+        progress,
+        kept=plan.note_largest,
+        plausible=json.dumps(source.activations if source.activations[0] == source.spec.activation else []),
+    )
 
 
 class PackingPlan:
@@ -193,7 +211,7 @@ class PackingPlan:
             self.shapes[f"layers.{i}.ffn"] = ("U8", (groups_of(spec, i), self.layout.group_bytes))
         # Behind the layers, from which it is found out.
         self.shapes["largest"] = ("F32", (spec.layers * len(neurons),))
-        self._largest: list[float] = []
+        self._largest = np.zeros((spec.layers, len(neurons)), np.float32)
 
     def size(self, name: str) -> int:
         """Bytes of one tensor of the packed file."""
@@ -210,24 +228,33 @@ class PackingPlan:
             return {}
         return {field: value for field, value in asdict(self.source.tokenizer).items() if field != "json"}
 
-    def data(self, name: str) -> npt.NDArray[Any]:
-        """The bytes of one tensor of the packed file."""
+    def data(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """The bytes of one tensor of the packed file, in parts that are made as they are asked for."""
         if name.endswith(".router"):
-            return self._router(name)
-        if name.endswith((".fc1", ".fc2")):
-            return self._predictors(name)
-        if name in self.kinds:
-            return self.source.tensor(name).packed(self.kinds[name])
-        if name == "tokenizer":
-            return np.frombuffer(self._tokenizer, np.uint8)
-        if name == "largest":
-            return np.array(self._largest, np.float32)
-        if name.endswith(".ffn"):
-            return self._bundles(name.removesuffix(".ffn"))
-        if name.endswith(".down.bias"):
-            return self._down_biases(name.removesuffix("down.bias"))
-        values = self.source.tensor(name).float32()
-        return np.pad(values, (0, self.shapes[name][1][0] - len(values)))
+            yield self._router(name)
+        elif name.endswith((".fc1", ".fc2")):
+            yield self._predictors(name)
+        elif name in self.kinds:
+            yield from self._matrix(self.source.tensor(name), self.kinds[name])
+        elif name == "tokenizer":
+            yield np.frombuffer(self._tokenizer, np.uint8)
+        elif name == "largest":
+            yield self._largest
+        elif name.endswith(".ffn"):
+            for groups in self._bundles(name.removesuffix(".ffn")):
+                self.note_largest(name, groups)
+                yield groups
+        elif name.endswith(".down.bias"):
+            yield self._down_biases(name.removesuffix("down.bias"))
+        else:
+            values = self.source.tensor(name).float32()
+            yield np.pad(values, (0, self.shapes[name][1][0] - len(values)))
+
+    def _matrix(self, tensor: SourceTensor, kind: Kind) -> Iterator[Bytes]:
+        rows, cols = tensor.shape
+        at_once = rows_at_once(cols, math.lcm(tensor.step, PIECE_ROWS))
+        for start in range(0, rows, at_once):
+            yield tensor.packed(kind, start, start + at_once)
 
     def _predictors(self, name: str) -> Bytes:
         """The packed rows of a matrix of a layer's predictors, one predictor behind the other, each from a whole group.
@@ -258,43 +285,58 @@ class PackingPlan:
             rows[row] = self.source.tensor(f"{layer}{branch.prefix}down.bias").float32()
         return rows.reshape(-1)
 
-    def _bundles(self, layer: str) -> Bytes:
-        """A layer's groups. Branch by branch, so that of a layer's experts only one is in memory twice."""
-        out = np.zeros(self.shapes[f"{layer}.ffn"][1], np.uint8)
-        largest_of: dict[str, float] = {}
-        first = 0
+    def _bundles(self, layer: str) -> Iterator[Bytes]:
+        """A layer's groups, uint8 [groups, group_bytes], some of one branch at a time."""
         for branch in parts_of(self.source.spec, int(layer.removeprefix("layers."))):
-            groups = -(-branch.neurons // GROUP)
-            for part, most in self._fill(out[first : first + groups], f"{layer}.{branch.prefix}").items():
-                largest_of[part] = max(most, largest_of.get(part, 0.0))
-            first += groups
-        self._largest += largest_of.values()
-        return out
+            yield from self._groups(f"{layer}.{branch.prefix}")
 
-    def _fill(self, out: Bytes, prefix: str) -> dict[str, float]:
-        """Fill the groups of one branch; returns the largest magnitude of each of its matrices."""
-        layout, most = self.layout, dict[str, float]()
-        bundles = out[:, : layout.tail_offset].reshape(len(out), GROUP, layout.bundle_bytes)
-        for part in self.source.spec.architecture.feed_forward.matrices:
-            start, kind = layout.place_of(part)
-            rows = self.source.tensor(prefix + part).packed(kind)
-            whole = _with_rows(rows, len(out) * GROUP)
-            if kind != Kind.Q4C:
-                most[part] = largest(rows, kind, layout.hidden)
-            bundles[:, :, start : start + rows.shape[1]] = whole.reshape(len(out), GROUP, -1)
+    def _groups(self, prefix: str) -> Iterator[Bytes]:
+        """The same of the branch with that prefix."""
+        layout, parts = self.layout, self.source.spec.architecture.feed_forward.matrices
+        tensors = {part: self.source.tensor(prefix + part) for part in parts}
+        biases = {part: self.source.tensor(f"{prefix}{part}.bias").float32() for part in layout.biases}
+        tails = tensors["down"].column_scales().view(np.uint8) if layout.down_kind == Kind.Q4C else None
+        neurons = tensors["down"].shape[0]
+        at_once = rows_at_once(layout.hidden, math.lcm(GROUP, *(tensor.step for tensor in tensors.values())))
+        for start in range(0, neurons, at_once):
+            stop = min(start + at_once, neurons)
+            first, last = start // GROUP, -(-stop // GROUP)
+            out = np.zeros((last - first, layout.group_bytes), np.uint8)
+            bundles = out[:, : layout.tail_offset].reshape(len(out), GROUP, layout.bundle_bytes)
+            for part, tensor in tensors.items():
+                at, kind = layout.place_of(part)
+                rows = _with_rows(tensor.packed(kind, start, stop), len(out) * GROUP)
+                bundles[:, :, at : at + rows.shape[1]] = rows.reshape(len(out), GROUP, -1)
+            for part, values in biases.items():
+                some = np.pad(values[start:stop], (0, len(out) * GROUP - (stop - start)))
+                at = layout.bias_offset(part)
+                bundles[:, :, at : at + 4] = some.view(np.uint8).reshape(len(out), GROUP, 4)
+            if tails is not None:
+                out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = tails[first:last].reshape(
+                    len(out), -1
+                )
+            yield out
+
+    def note_largest(self, name: str, data: Bytes) -> None:
+        """Take account of the largest magnitudes in a part of tensor `name` as it is in the file, if it has neurons."""
+        if not name.endswith(".ffn"):
+            return
+        layout, most = self.layout, self._largest[int(name.split(".")[1])]
+        groups = data.reshape(-1, layout.group_bytes)
+        bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
+        for i, part in enumerate(self.source.spec.architecture.feed_forward.matrices):
+            at, kind = layout.place_of(part)
+            if kind == Kind.Q4C:
+                tails = groups[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden]
+                scales = np.ascontiguousarray(tails).view(np.float16).reshape(len(groups), 2, -1)
+                most[i] = max(most[i], largest_of_blocks(scales[:, 0], scales[:, 1]))
+                continue
+            rows = np.ascontiguousarray(bundles[:, at : at + row_bytes(kind, layout.hidden)])
+            most[i] = max(most[i], largest(rows, kind, layout.hidden))
             if at := layout.bias_offset(part):
-                biases = self.source.tensor(f"{prefix}{part}.bias").float32()
-                biases = np.pad(biases, (0, len(out) * GROUP - len(biases)))
-                bundles[:, :, at : at + 4] = biases.view(np.uint8).reshape(len(out), GROUP, 4)
                 # As if it were the weight of one more feature, which is 1 (`kernels/exact_sums.py`).
-                most[part] = max(most[part], float(np.abs(biases).max()))
-        if layout.down_kind == Kind.Q4C:
-            scales = self.source.tensor(f"{prefix}down").column_scales()
-            most["down"] = largest_of_blocks(scales[:, 0], scales[:, 1])
-            out[:, layout.tail_offset : layout.tail_offset + 4 * layout.hidden] = scales.view(np.uint8).reshape(
-                len(out), -1
-            )
-        return most
+                biases = np.ascontiguousarray(bundles[:, at : at + 4]).view(np.float32)
+                most[i] = max(most[i], float(np.abs(biases).max()))
 
 
 def predictor_kind(tensor: SourceTensor, dtype: str) -> Kind:

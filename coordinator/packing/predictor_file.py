@@ -75,7 +75,7 @@ def _write(target: Path, model: PackedModel, path: Path, dtype: str) -> None:
     numbers = {name: int(kind) for name, kind in kinds.items()}
     numbers |= {"gate": int(model.layout.gate_kind), "down": int(model.layout.down_kind)}
     with published(target) as fd:
-        write_packed(fd, replace(model.spec, predictor=predictor), numbers, {}, shapes, data())
+        write_packed(fd, replace(model.spec, predictor=predictor), numbers, {}, shapes, ([tensor] for tensor in data()))
 
 
 def gate_signs(model: PackedModel) -> str:

@@ -114,8 +114,8 @@ def _write(
     kinds = {name: int(entry.kind) for name, entry in model.entries.items() if entry.kind is not None}
     kinds |= {"gate": int(model.layout.gate_kind), "down": int(model.layout.down_kind)}
     tensors = chain((_reordered(model, name, permutation) for name in names), made.values())
-    more = {"order": order, "profile": profile.to_json(), "plausible": json.dumps(model.plausible)}
-    write_packed(fd, model.spec, kinds, model.text, shapes, tensors, progress, **more)
+    more: dict[str, Any] = {"order": order, "profile": profile.to_json(), "plausible": json.dumps(model.plausible)}
+    write_packed(fd, model.spec, kinds, model.text, shapes, ([tensor] for tensor in tensors), progress, **more)
 
 
 def _reordered(model: PackedModel, name: str, permutation: Permutation) -> Bytes:

@@ -62,6 +62,7 @@ class _Quantised(SourceTensor):
     ) -> None:
         super().__init__(name, tensor.shape, kind, step=tensor.step)
         self._tensor, self._name, self._factor = tensor, name, factor
+        self._whole: Bytes | None = None
 
     def _widen(self, start: int, stop: int) -> Floats:
         return self._tensor.widened(start, stop)
@@ -74,16 +75,17 @@ class _Quantised(SourceTensor):
         return plainly(values, kind) if factor is None else with_feedback(values, factor, kind)
 
     @IGNORE_OVERFLOW
-    def packed(self, kind: Kind) -> Bytes:
+    def packed(self, kind: Kind, start: int = 0, stop: int | None = None) -> Bytes:
         """As of any tensor; but rows of down are inputs, each of which takes up what the ones before it lost: they are
-        rounded together."""
+        rounded together, for the first of them that is asked for."""
         if not self._name.endswith(".down") or kind not in FOUR_BITS:
-            return super().packed(kind)
-        values = _padded(self.float32())
-        factor = self._factor(self._name, len(values))
-        out = plainly(values, kind) if factor is None else with_feedback_across(values, factor, kind)
-        self.check_finite(finite(out, kind, values.shape[1]), kind)
-        return out
+            return super().packed(kind, start, stop)
+        if self._whole is None:
+            values = _padded(self.float32())
+            factor = self._factor(self._name, len(values))
+            self._whole = plainly(values, kind) if factor is None else with_feedback_across(values, factor, kind)
+            self.check_finite(finite(self._whole, kind, values.shape[1]), kind)
+        return self._whole[start:stop]
 
 
 def _padded(values: Floats) -> Floats:

@@ -113,7 +113,7 @@ def _write(path: Path, model: PackedModel, bits: int, parts: tuple[str, ...], sh
     shapes: Shapes = {f"layers.{i}.lowbit": ("U8", shape) for i in layers}
     kinds = {"gate": int(layout.gate_kind), "down": int(layout.down_kind)}
     with published(path) as fd:
-        write_packed(fd, model.spec, kinds, {}, shapes, (_copied(model, i, bits, parts) for i in layers))
+        write_packed(fd, model.spec, kinds, {}, shapes, ([_copied(model, i, bits, parts)] for i in layers))
 
 
 def _copied(model: PackedModel, layer: int, bits: int, parts: tuple[str, ...]) -> Bytes:

@@ -72,7 +72,7 @@ from warmfront.shared.model.support import check_supported
 from warmfront.shared.model.tensors import layer_shapes, top_shapes
 from warmfront.shared.selector import Selector, Source
 
-__all__ = ["FORMAT", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
+__all__ = ["FORMAT", "PIECE_ROWS", "Entry", "PackedModel", "piece_bytes", "run_of", "sums_of"]
 
 # A file of another format counts as damaged, so it is packed anew.
 FORMAT = "warmfront-11"
@@ -80,6 +80,8 @@ FORMAT = "warmfront-11"
 _ITEM_BYTES = {"U8": 1, "F32": 4}
 # How the names of predictors' tensors end, and the tensors that are read once.
 _PREDICTING = (".fc1", ".fc2", ".fc1.bias", ".fc2.bias")
+# Rows of a matrix that have one checksum together.
+PIECE_ROWS = 8
 _READ_ONCE = ("tokenizer", "profile", "places", "largest")
 
 
@@ -105,7 +107,7 @@ def piece_bytes(name: str, element: str, shape: tuple[int, ...], nbytes: int) ->
     """Bytes of a piece of a tensor; each piece has a checksum of its own."""
     if element != "U8" or len(shape) != 2:
         return max(nbytes, 1)
-    return nbytes // shape[0] * (1 if name.endswith(".ffn") else 8)
+    return nbytes // shape[0] * (1 if name.endswith(".ffn") else PIECE_ROWS)
 
 
 def sums_of(data: npt.NDArray[np.uint8], piece: int) -> npt.NDArray[np.uint64]:

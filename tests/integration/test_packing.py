@@ -1,4 +1,4 @@
-"""The cache of packed models, filled by two at once or by one that is killed.
+"""The cache of packed models, filled by two at once or after one that was killed.
 
 pytest tests/integration/test_packing.py
 """
@@ -62,4 +62,7 @@ def test_killed_while_packing(home: Path, smollm2: Path, delay: float) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert list(models.iterdir()) == []
+    with start(home, smollm2, "--dtype", "f32") as process:
+        assert process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert [path.suffix for path in models.iterdir()] == [".safetensors"]

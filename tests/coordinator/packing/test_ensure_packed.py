@@ -7,9 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -161,21 +158,15 @@ def test_a_moved_model_is_recognised(folder: Path, tmp_path: Path) -> None:
     assert pack(copy) == pack(folder)
 
 
-@pytest.mark.parametrize("nameless", [True, False])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("half way")])
-def test_a_failure_leaves_nothing(
-    folder: Path, models: Path, error: BaseException, nameless: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also on file systems that know no files without a name; and packing works afterwards."""
-    if not nameless:
-        refuse_nameless_files(monkeypatch)
+def test_an_error_leaves_nothing(folder: Path, models: Path) -> None:
+    """And packing works afterwards."""
 
     def fail(done: int, total: int) -> None:
         if done > total // 2:
-            raise error
+            raise ValueError("half way")
 
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(type(error)):
+    with pytest.raises(ValueError, match="half way"):
         ensure_packed(folder, "auto", lambda line: None, fail)
     assert list(models.iterdir()) == []
     assert os.listdir("/proc/self/fd") == before
@@ -212,20 +203,6 @@ def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         os.write(fd, bytes(1 // 0))
     assert target.read_bytes() == b"second"
     assert list(tmp_path.glob("model*")) == [target]
-
-
-def test_a_kill_while_writing_leaves_nothing(folder: Path, models: Path) -> None:
-    code = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from warmfront.coordinator.packing.packer import ensure_packed\n"
-        "kill = lambda done, total: done > total // 2 and os.kill(os.getpid(), 9)\n"
-        "ensure_packed(Path(sys.argv[1]), 'auto', print, kill)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(folder)])
-    assert run.returncode == -signal.SIGKILL
-    assert list(models.iterdir()) == []
-    pack(folder)
 
 
 def test_no_room(folder: Path, models: Path) -> None:

@@ -85,8 +85,8 @@ def matrices(source: HfSource) -> dict[str, np.ndarray]:
     for part in "qkvo":
         name = f"layers.0.{part}"
         tensor = source.tensor(name)
-        found[part] = unpack(plan.data(name), plan.kinds[name], tensor.shape[1])[: tensor.shape[0]]
-    layout, groups = plan.layout, plan.data("layers.0.ffn")
+        found[part] = unpack(np.concatenate([*plan.data(name)]), plan.kinds[name], tensor.shape[1])[: tensor.shape[0]]
+    layout, groups = plan.layout, np.concatenate([*plan.data("layers.0.ffn")])
     bundles = groups[:, : layout.tail_offset].reshape(-1, layout.bundle_bytes)
     for part in ("gate", "up"):
         at, kind = layout.place_of(part)
@@ -191,7 +191,7 @@ def test_damaged_parts(folder: Folder, part: str, change: Any, message: str) -> 
     def read() -> None:
         plan = PackingPlan(HfSource(path), "auto")
         for each in plan.shapes:
-            plan.data(each)
+            list(plan.data(each))
 
     with pytest.raises(ModelError, match=message):
         read()
