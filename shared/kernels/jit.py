@@ -295,8 +295,7 @@ def apart(function: F) -> F:
         if symbol not in _apart:
             _apart[symbol] = _Apart(symbol, function, result)
             compiled.targetctx.remove_user_function(entry)
-            calls = _calls_through(symbol, result.fndesc)
-            compiled.targetctx._defns[entry].append(calls, calls.signature)
+            compiled.targetctx._defns[entry].append(_calls_through(symbol, result.fndesc), result.fndesc.argtypes)
         return entry
 
     compiled.compile = hold_interrupts()(compile_apart)
