@@ -145,9 +145,13 @@ class Ema:
 
 
 class EmaPublished(Ema):
-    """The same with the published budget, a whole number: below 20 it cannot rise, and it ends at one swap a layer."""
+    """The same as published: by decoded tokens alone, and with a budget that is a whole number: below 20 it cannot
+    rise, and it ends at one swap a layer."""
 
     name = "ema-published"
+
+    def read(self, prompt: PromptLoad) -> None:
+        """Nothing to learn."""
 
     def _rounded(self, swaps: Floats) -> Floats:
         return np.floor(swaps)

@@ -192,7 +192,8 @@ def _load() -> None:
         for function in vars(import_module(f"warmfront.{name}")).values():
             if isinstance(cache := getattr(function, "_cache", None), jit._Cache):
                 for path in folder.glob(f"{cache._file().stem}.*.nbc"):
-                    function.compile(pickle.loads(path.read_bytes())[3].args)
+                    _, result = pickle.loads(path.read_bytes())
+                    function.compile(result[3].args)
 
 
 def _serve(requests: socket.socket, parent: int) -> None:

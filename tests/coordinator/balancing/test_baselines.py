@@ -1,6 +1,7 @@
 """Policies to compare with.  pytest tests/coordinator/balancing/test_baselines.py"""
 
 import numpy as np
+import pytest
 
 from tests.coordinator.balancing.world import GROUP_BYTES, GROUPS, LAYERS, World, policy_for, skewed, used
 from warmfront.coordinator.balancing.interface import PromptLoad
@@ -114,6 +115,19 @@ def test_ema_takes_a_prompt_for_its_tokens() -> None:
     decisions = [policy.decide(world.state()) for policy in policies]
     assert len(decisions[0].moves) > 0
     np.testing.assert_array_equal(decisions[0].moves, decisions[1].moves)
+
+
+@pytest.mark.parametrize(("name", "learns"), [("ema", True), ("ema-published", False), ("lru", False)])
+def test_what_others_published_learns_from_decoded_tokens(name: str, learns: bool) -> None:
+    world = World(skewed(), 1, 20)
+    moves = []
+    for prompted in (False, True):
+        policy = policy_for(name, world)
+        if prompted:
+            policy.read(PromptLoad(8, GROUP_BYTES * skewed(5)))
+        policy.observe(used(np.rint(32 * skewed(1)).astype(int)))
+        moves.append(policy.decide(world.state()).moves.tolist())
+    assert (moves[0] != moves[1]) is learns
 
 
 def test_core_takes_the_groups_with_the_most_neurons_of_a_core_and_keeps_them_until_it_is_another() -> None:
