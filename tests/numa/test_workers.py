@@ -66,7 +66,7 @@ def test_each_worker_has_its_memory_on_its_node(engine: Engine) -> None:
 
 
 def test_two_workers_answer_as_one(engine: Engine, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.ownership, "_policy", Static(np.zeros(engine.ownership.home.shape), 1))
+    monkeypatch.setattr(engine.ownership, "policy", Static(np.zeros(engine.ownership.home.shape), 1))
     engine.reset()
     assert engine.decode_ids(PROMPT, TOKENS) == expected
     assert engine.ownership.flow.moves == 0
